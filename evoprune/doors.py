@@ -1,6 +1,7 @@
 """Lazy imports for a package's `__init__.py`: each public name is imported from its own file on first use.
 
-For example, `from evoprune.video import probe` imports only what `probe` needs. The rest of the package and torch are not imported.
+For example, `from evoprune.video import probe` imports only the modules that `probe` needs, but neither torch nor the rest of the
+package.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,7 @@ USE_LESS = (
     "use fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
-OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint
+OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint for callers who pass a Hugging Face model
 # Regular expressions that match out-of-memory messages. They are needed because torch, oneDNN, CUDA, C++, Python threads and the
 # dynamic linker report such failures with generic exception types.
 NO_MEMORY = (
@@ -42,7 +42,7 @@ class EvopruneError(Exception):
         message: What failed, and for which input. The message is a single line, unless it quotes a name or another library's
             message that contains line breaks.
         hint: What the user can do about it, or None. Like the message, it is usually a single line.
-        stage: The stage that failed, such as "read" or "encode", or None.
+        stage: The pipeline stage that failed, such as "read" or "encode", or None.
         exit_code: The exit code that the command line returns.
         type: Short name of the error type in JSON records.
     """
@@ -64,18 +64,18 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Options or arguments are invalid or contradict each other, an output cannot be written, or a system limit was reached."""
+    """Raised if options are invalid or contradict each other, an output cannot be written, or a system limit is reached."""
 
     exit_code = 2
     type = "usage"
 
 
 class DoesNotFit(UsageError):
-    """The prompt and the answer do not both fit into the model's context."""
+    """Raised if the prompt and the answer together do not fit into the model's context."""
 
 
 class VideoError(EvopruneError):
-    """The video is missing or unreadable, the file is not a video, or the requested time span contains no frames."""
+    """Raised if a video is missing or unreadable, a file is not a video, or the requested time span contains no frames."""
 
     exit_code = 3
     type = "video"
@@ -83,7 +83,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """The model is missing, unsupported or damaged, or it cannot be reached."""
+    """Raised if a model is missing, unsupported or damaged, or cannot be downloaded."""
 
     exit_code = 4
     type = "model"
@@ -91,7 +91,7 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """Code from another package failed, either a pruning method or the layers of a quantized model."""
+    """Raised if code from another package fails, such as a third-party pruning method or the layers of a quantized model."""
 
     type = "plugin"
 
@@ -101,26 +101,26 @@ class EvopruneWarning(UserWarning):
 
 
 class PluginWarning(EvopruneWarning):
-    """A method from another package is installed but not used."""
+    """Warns that a pruning method from another package is installed but not used."""
 
 
 class DeviceWarning(EvopruneWarning):
-    """A GPU exists but cannot be used, or is used less efficiently than possible."""
+    """Warns that a GPU cannot be used, or that it is used less efficiently than possible."""
 
 
 class ModelWarning(EvopruneWarning):
-    """A file or a setting in a model's folder is ignored."""
+    """Warns that a file or setting in a model's folder is ignored."""
 
 
 class OutOfMemory(EvopruneError):
-    """A stage needed more memory than was available."""
+    """Raised if a pipeline stage needs more memory than is available on the host or the device."""
 
     exit_code = 5
     type = "out_of_memory"
 
 
 def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
-    """Call a function that may belong to another package, such as a pruning method or a quantized layer, and return its result.
+    """Call a function that may come from another package, such as a pruning method or a quantized layer, and return its result.
 
     Args:
         package: Name of the package to blame in the error message. Pass an empty string for this project's own code.
@@ -218,7 +218,7 @@ def named(files: Mapping[str, str]) -> Iterator[None]:
 
 
 def not_a_number_error(stage: str) -> ModelError:
-    """Return the error to raise if a stage's output contains NaN or infinity."""
+    """Return the exception to raise if the output of a pipeline stage contains NaN or infinity."""
     return ModelError(
         f"NaN or infinity in the output of {stage}",
         "fp16 can overflow: use dtype bf16 or fp32; if that does not help, download the weights again",
@@ -227,7 +227,7 @@ def not_a_number_error(stage: str) -> ModelError:
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the error to raise if the operating system cannot start a process or give it the resources that it needs.
+    """Return the exception to raise if the operating system cannot start a process or provide the resources that it needs.
 
     Args:
         what: The action that failed, in words that follow "cannot".

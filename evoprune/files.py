@@ -1,4 +1,4 @@
-"""Write files completely or not at all even if the program crashes, limit how much is read, and sort names. Imports no torch."""
+"""Helpers for writing files atomically, reading files with a size limit, and sorting file names. Does not import torch."""
 
 import glob
 import os
@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from evoprune.errors import UsageError
 
-# Prefixes of paths that are opened directly, such as the pipe that the shell creates for >(gzip > x).
+# Paths with these prefixes are opened and written directly instead of being replaced atomically. For example, the shell passes such
+# a path for the pipe that it creates for >(gzip > x).
 OPEN_FILES = ("/dev/", "/proc/self/fd/")
 # The name of a file while it is being written. The placeholders stand for the final name and eight random hexadecimal digits.
 UNFINISHED = "{}.evoprune-{}.tmp"
@@ -17,11 +18,11 @@ MAX_BYTES = 2**28  # maximum size of a file that is read into memory
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """Return the contents of an open file, which may never reach end of file.
+    """Read an open file into memory, up to a size limit because a pipe or a device may never reach end of file.
 
     Args:
         name: Name of the file for the error message.
-        hint: Text to add to the hint of the error.
+        hint: Advice to append to the error's hint.
 
     Raises:
         UsageError: If the contents are larger than `MAX_BYTES`.
@@ -33,7 +34,7 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 
 
 def write_file(path: str, content: bytes) -> None:
-    """Write a file completely or not at all.
+    """Write a file atomically: the contents go to a temporary file, which then replaces `path`.
 
     Raises:
         OSError: If the file cannot be written.
@@ -54,8 +55,7 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
     Args:
         number: File descriptor of the file.
         content: The bytes to append.
-        regular: Whether this is a regular file. If so, a failed append is undone, so that either all of the bytes are written or
-            none.
+        regular: Whether this is a regular file. If so, a failed append is undone, so the file never ends with a partial write.
 
     Raises:
         OSError: If the bytes cannot be written.
@@ -74,10 +74,10 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
 
 
 def create_unfinished(path: str) -> tuple[int, str]:
-    """Create a temporary file that will replace `path` once it is complete. It is open for reading and appending.
+    """Create a temporary file that will replace `path` once it is complete, and open it for reading and appending.
 
     Returns:
-        The file descriptor and the unique name of the temporary file.
+        The file descriptor of the temporary file, and its unique name.
 
     Raises:
         OSError: If the file cannot be created.
@@ -87,7 +87,7 @@ def create_unfinished(path: str) -> tuple[int, str]:
 
 
 def remove_unfinished(path: str) -> None:
-    """Delete the temporary files that killed programs left behind while writing `path`.
+    """Delete temporary files that remain from programs that were killed while writing `path`.
 
     The caller must make sure that no other program is writing `path`.
     """

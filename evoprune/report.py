@@ -1,10 +1,10 @@
-"""The record of one question, as plain dataclasses that convert to and from JSON and to lines of text.
+"""Dataclasses that record a question, its answer and all measurements, and that convert to and from JSON and to lines of text.
 
 The JSON schema is `evoprune/answer@1`, and docs/json.md describes its fields. New fields may be added, but existing fields are
 never removed. Unknown values are None, times are in milliseconds, and sizes are in bytes.
 
-The text has one line for each stage, with the time, a bar, and a note about the stage's input and output. It leaves out unknown
-values, so that records of errors and of Hugging Face models can also be printed.
+The text has one line for each stage, with the time, a bar, and a note about the stage's input and output. Unknown values are left
+out, so incomplete reports, such as reports of errors or of Hugging Face model calls, can be printed as well.
 """
 
 import json
@@ -22,24 +22,24 @@ from evoprune.bundled import DEMOS
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
-# Maps the name of a warning to the reason why the report of a Hugging Face model call is empty.
+# Reasons why the report of a Hugging Face model call can be empty, by the name of the warning.
 EMPTY_REASONS = {
     "not_active": "pruning is not active: call the model inside `with` or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
-# Characters that a file name or an answer could use to make a terminal show a different text: the control characters that JSON
-# allows in strings, and marks that change the text direction or break the line.
+# Characters in a file name or an answer that can make a terminal display misleading text: control characters that JSON allows in
+# strings, and Unicode marks that change the text direction or break the line.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 UNROUNDED = ("parsed", "schema")  # these fields contain data rather than measurements
 STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
-# This is not a stage, but the time during which reading and preprocessing overlapped with other work.
+# The time during which reading and preprocessing overlapped with other work. It is reported like a stage, but is not one.
 OVERLAP = "overlap"
-# Stages that encode an input. Only the first question about an input waits for them.
+# Stages that read and encode an input. Only the first question about an input has to wait for them.
 INPUT_STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", OVERLAP)
-BRIEF_STAGES = ("speech", "compile", "store")  # these stages get a line of text only if they take at least 1 ms
+BRIEF_STAGES = ("speech", "compile", "store")  # stages that are printed only if they take at least 1 ms
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
@@ -47,7 +47,7 @@ DEMO_KNOWLEDGE = (
     "the demo models know only generated clips (demo: colored shapes and digits; demo-scenes: crowded scenes with "
     "signs)"
 )
-EQUAL_SCORES = "equal_scores"  # the warning for a video whose units all have the same score
+EQUAL_SCORES = "equal_scores"  # warns that all units of a video have the same score
 WARNINGS = {
     "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and a picture has only one",
     "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
@@ -97,7 +97,7 @@ WARNINGS = {
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that usually need no action
-# English words which suggest that a question is about sound.
+# English words that suggest that a question is about sound.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
     r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
@@ -154,7 +154,7 @@ class Pruning:
         encoder_live_share: Share of the encoder's work that was actually computed, averaged over its layers, from 0 to 1.
         layers: A pair for each layer of the tower: the layer's number, and the number of rows that it computed.
         kept_per_pair: Number of tokens that were kept in each frame pair.
-        positions: Who computes the positions of the kept tokens: "qwen" (this project) or "host" (the Hugging Face model).
+        positions: Which code computes the positions of the kept tokens: "qwen" (evoprune) or "host" (the Hugging Face model).
         language_layers: A pair for each layer of the language model: the layer's number, and the number of visual tokens that it
             read. None unless the method drops tokens inside the language model.
         language_work: Like `language_layers`, but with separate counts for keys and values, for queries and output, and for the
@@ -183,7 +183,7 @@ class Pruning:
 
 @dataclass
 class InputTimes:
-    """Stage times of a single input; see `Times`."""
+    """Time spent in each stage for a single input, in milliseconds. See `Times`."""
 
     read: float | None = None
     preprocess: float | None = None
@@ -198,10 +198,10 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """Facts about one of a question's inputs.
+    """Facts about a single input of a question, which is a video or a picture.
 
-    `time_ms` contains the times for encoding the input, even if an earlier question already waited for them. `warnings` contains
-    only the warnings about this input.
+    `time_ms` contains the time spent on encoding the input, even if the input was encoded for an earlier question. `warnings`
+    contains only the warnings about this input.
     """
 
     path: str | None = None
@@ -217,7 +217,7 @@ class InputFacts:
 
 @dataclass
 class TokenCounts:
-    """Number of tokens in the prompt and in the answer. All counts are None until the model has read the question.
+    """Numbers of tokens in the prompt and in the answer. All counts are None until the model has read the question.
 
     Attributes:
         text: Number of text tokens in the prompt, including the chat template and the subtitles.
@@ -234,7 +234,10 @@ class TokenCounts:
 
 @dataclass
 class Times:
-    """Time spent in each stage. The stages before `generate`, minus `overlap`, add up to `ttft_wall`."""
+    """Time spent in each stage, in milliseconds.
+
+    The stages before `generate`, minus `overlap`, add up to `ttft_wall`, the time to first token.
+    """
 
     load: float | None = None
     load_tokenizer: float | None = None
@@ -289,7 +292,7 @@ class ModelFacts:
 
     @property
     def precision(self) -> str:
-        """The dtype and quantization, in the format of the tables."""
+        """The dtype and quantization as shown in tables, such as "fp32 int8"."""
         return precision(self.dtype, self.quantize)
 
 
@@ -351,7 +354,7 @@ class Report:
     choices: list[dict[str, Any]] | None = None  # each possible answer with its probability
 
     def __str__(self) -> str:
-        """Return the statistics and the warnings as the lines of text that the command line prints."""
+        """Return the statistics and warnings as text, in the format that the command line prints."""
         stats = stats_block(self)
         if not stats:
             return repr(self)
@@ -383,10 +386,10 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Parse a report that `to_json` has written. Fields added by later versions are ignored.
+        """Parse a report from the JSON that `to_json` returns. Fields added by later versions of evoprune are ignored.
 
         Raises:
-            ValueError: If the text is not JSON, or not a record with this schema.
+            ValueError: If the text is not JSON, or the record has a different schema.
         """
         return cls._from_record(json.loads(text))
 
@@ -404,7 +407,7 @@ class Report:
 
 
 def _fill(target, record: Any, name: str = "a record"):
-    """Set the fields of a dataclass, and of the dataclasses nested in it, from a record. Ignore unknown fields in the record."""
+    """Fill a dataclass and the dataclasses nested in it from a parsed JSON record. Unknown fields in the record are ignored."""
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
@@ -417,7 +420,7 @@ def _fill(target, record: Any, name: str = "a record"):
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
-    """Set the names of a report's inputs, for reports that contain nothing else about them. Long names are shortened."""
+    """Add inputs to a report if only their names are known. Long names are shortened."""
     names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:
@@ -442,7 +445,7 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     """Return a report's statistics as lines of at most `width` columns.
 
     Args:
-        verbose: Whether to include the number of rows per layer, the settings and the versions.
+        verbose: Whether to include the number of rows per layer, the method's settings, and the versions of packages.
     """
     lines = [
         *_heading_lines(report, width),
@@ -524,7 +527,7 @@ def _choices_text(choices: Sequence[dict[str, Any]]) -> str:
 
 
 def device_text(name: str | None, threads: int | None) -> str:
-    """Return the device name from a record. For a CPU, add the number of threads."""
+    """Format the name of a device for output. For a CPU, the number of threads is added."""
     if threads and (name or "").startswith("cpu"):
         return f"{name} ({counted(threads, 'thread')})"
     return str(name)
@@ -571,7 +574,7 @@ def _input_line(facts, width: int) -> str:
 
 
 def _kept_text(pruning) -> str:
-    """Return a text with the percentage of visual tokens kept, and the percentage left after each drop in the language model."""
+    """Describe which percentage of the visual tokens was kept, and which was left after each drop in the language model."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
     first_layers: dict[int, int] = {}  # maps a token count to the first layer that reads that many tokens
@@ -586,7 +589,7 @@ def _kept_text(pruning) -> str:
 
 
 def _duration_text(report) -> str:
-    """Return the video's length. If only part of the video was read, also return that time span."""
+    """Format the length of a video, together with the time span that was read if that was only part of the video."""
     length = report.video.duration_s
     start = report.sampling.start_s
     end = report.sampling.end_s
@@ -627,7 +630,7 @@ def _stage_lines(report, width: int) -> list[str]:
 
 
 def _after_tower_note(report) -> str:
-    """Return a note that small inputs were pruned only after the tower, or an empty string if none were."""
+    """Return a note that small inputs were pruned only after the vision tower, or an empty string if there were none."""
     pruning = report.pruning
     if not pruning.after_tower_inputs:
         return ""
@@ -635,7 +638,10 @@ def _after_tower_note(report) -> str:
 
 
 def _is_printed(times: Times, stage: str) -> bool:
-    """Return True if this question ran a stage itself. An earlier question about the same video may have run it instead."""
+    """Return True if a stage's time should be printed.
+
+    A stage is left out if an earlier question about the same video already ran it, or if it is a brief stage of less than 1 ms.
+    """
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
         return spent is not None
@@ -656,7 +662,7 @@ def _input_lines(report) -> list[str]:
 
 
 def _frames_read(report) -> str:
-    """Return a text with the number of frames in the video, in the time span that was read (if known), and in the sample."""
+    """Describe how many frames the video has, how many are in the time span that was read (if known), and how many were sampled."""
     video = report.video
     sampling = report.sampling
     if not video.frames_total:
@@ -781,7 +787,7 @@ def _wrap_line(line: str, width: int) -> list[str]:
 
 
 def _verbose_lines(report) -> list[str]:
-    """Return the additional lines of a verbose report."""
+    """Return the lines that only a verbose report contains, such as the load times, the rows per layer and the settings."""
     env = report.env
     times = report.time_ms
     pruning = report.pruning

@@ -1,4 +1,4 @@
-"""Give functions that take option dataclasses as `**options` a full signature and help text. Imports no torch.
+"""Adds a full signature and help text to functions that take option dataclasses as `**options`. Does not import torch.
 
 Type checkers and editors get the same information from keywords.py, which `python -m evoprune_cli.keywords` generates.
 """
@@ -71,7 +71,7 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
 def meaning(kind: type, field: Field) -> str:
     """Return an option's help text for Python users.
 
-    Where the text names command line flags, they are replaced with the names of the Python keywords.
+    Any command line flags in the text are replaced with the names of the corresponding Python keywords.
     """
     option = field.metadata[OPTION]
     if option.in_python:

@@ -1,8 +1,8 @@
-"""Read JSON files that cannot be trusted: parse them strictly, and check every value against a rule.
+"""Reads JSON files that cannot be trusted: parses them strictly, and checks every value against a rule.
 
-A model's folder is trusted no more than a video is. Every value that evoprune uses has a rule, so a bad value is reported when it
-is read and cannot cause a crash or an endless loop later. The rules are annotations on dataclass fields, and `pick` creates such a
-dataclass from the entries of a file.
+A model's folder is not trusted any more than a video is. Every value that evoprune uses has a rule, so a bad value is reported as
+soon as it is read and cannot cause a crash or an endless loop later. The rules are annotations on dataclass fields, and `pick`
+creates such a dataclass from the entries of a file.
 """
 
 import json
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that a value has to satisfy."""
+    """A check that a value from an untrusted file must pass, with a description of the allowed values for error messages."""
 
     what: str  # describes the allowed values, in words that follow "is not"
     holds: Callable[[Any], bool]
@@ -88,7 +88,7 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check the entries of `content` that correspond to fields of a dataclass, and return them. Null values count as missing.
+    """Check the entries of `content` that correspond to fields of a dataclass, and return them. Null values are skipped.
 
     Args:
         cls: The dataclass, whose fields are annotated with rules.
@@ -121,7 +121,7 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
 @cache
 def _rules(cls: type) -> dict[str, Rule]:
-    """Return a dataclass's rules by field name."""
+    """Return the rules with which a dataclass annotates its fields, by field name."""
     hints = get_type_hints(cls, include_extras=True)
     annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}

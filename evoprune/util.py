@@ -91,7 +91,7 @@ def roughly(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return a text of at most `width` characters. If the text is longer, its middle is replaced with an ellipsis."""
+    """Shorten a text to at most `width` characters by replacing its middle with an ellipsis."""
     if len(text) <= width:
         return text
     head = max(0, (width - 3) // 2)
@@ -99,7 +99,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shown(path: str) -> str:
-    """Return a path as it should appear in a message. Only the two ends of a long path or data: URL are shown."""
+    """Format a path for a message. Of a long path or a data: URL, only the beginning and the end are shown."""
     if path.startswith("data:"):
         return shorten(path, 40)
     return shorten(path, LONGEST)
@@ -142,10 +142,10 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """Return a hint for a path that does not exist.
+    """Return a hint that tells the user how to correct a path that does not exist.
 
     For a URL, the hint says what to pass instead. For a misspelled path, it suggests a file with a similar name, followed by
-    `usual`.
+    `usual`. If there is no such file, the hint is just `usual`.
     """
     if path.startswith("data:"):
         return "write it to a file and give its path"
@@ -165,10 +165,10 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """Return the path of a file in the same folder whose name is similar to that of a misspelled path, or None if there is none.
+    """Find the file that a misspelled path probably refers to: a file with a similar name in the same folder, or None.
 
-    File names are compared without their extensions. Otherwise all videos in a folder would look similar, because they share an
-    extension. If the extension differs, the rest of the name must be nearly the same.
+    File names are compared without their extensions, because all videos in a folder would otherwise look similar. If the extension
+    differs, the rest of the name must be nearly the same.
     """
     folder, name = os.path.split(path)
     try:
@@ -184,7 +184,7 @@ def near_file(path: str) -> str | None:
 
 
 def is_url(path: Any) -> bool:
-    """Return True if a value is a string with a web address. If a file with that name exists, return False."""
+    """Return True if a value is an http or https URL, unless a file with that name exists."""
     return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
 
 
@@ -194,7 +194,7 @@ def without_password(source: str) -> str:
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
-    """Join up to `SOME` texts. If there are more, add how many were left out, as in "a, b, and 3 more"."""
+    """Join the first `SOME` texts. If there are more, say how many were left out, as in "a, b, and 3 more"."""
     first = list(texts[:SOME])
     if len(texts) > SOME:
         first.append(f"and {len(texts) - SOME:,} more")
@@ -220,23 +220,23 @@ def harmless(text: str) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Return True if a string is valid text: no NUL characters (as in UTF-16) and no lone surrogates (from stray bytes)."""
+    """Return True if a string contains neither NUL characters (as in UTF-16) nor lone surrogates (from stray bytes)."""
     return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value)
 
 
 def without_tags(question: str) -> str:
-    """Remove input tags such as `<video>` from the beginning of a question and from the lines after it, as found in LLaVA's files.
+    """Remove tags such as `<video>` before and after a question. LLaVA's datasets, for example, contain such tags.
 
-    The tags are not needed because the prompt already contains the input. Tags in the middle of a question are kept as text.
+    The prompt already contains the input, so the tags are not needed. Tags in the middle of a question are kept as text.
     """
     return TAGS_AFTER.sub("", TAGS_BEFORE.sub("", question))
 
 
 def check_text(*texts: str | None) -> None:
-    """Check that questions and system prompts are valid text. None is accepted too.
+    """Check that questions and system prompts are valid text. None values are ignored.
 
     Raises:
-        UsageError: If one of them is not valid text.
+        UsageError: If a text is not valid.
     """
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
@@ -293,7 +293,7 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
 
 
 def generator_seed(seed: int) -> int:
-    """Return a seed for torch's CPU generator, which uses only 32 bits. A seed of 2**32 or more is replaced with its hash."""
+    """Return a seed for torch's CPU generator, which uses only 32 bits of a seed. Larger seeds are replaced with their hash."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
     return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
@@ -317,7 +317,7 @@ def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> s
 
 
 OPTION = "option"  # key under which a field's metadata holds its `Option`
-# Maps each declared type to the type that is accepted for it, and to that type's name in messages.
+# For each declared type, the type that values must have, and how messages describe that type.
 ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -346,7 +346,7 @@ def brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the command line and of the Python functions."""
+    """An option that exists both on the command line and as a keyword argument of the Python functions."""
 
     help: str
     flags: tuple[str, ...] = ()  # command line flags; if empty, the flag is derived from the field's name
@@ -354,7 +354,7 @@ class Option:
     # capitals, such as FILE or N, are placeholders.
     words: tuple[str, ...] = ()
     metavar: str | None = None  # placeholder for the value in the help text
-    least: int | None = None  # minimum value; `most` is the maximum value
+    least: int | None = None  # minimum value; `most` is the maximum
     most: int | None = None
     env: str | None = None  # environment variable that sets the option
     typed: Any = None  # type of the command line argument that `parse` receives; None means the field's type
@@ -387,7 +387,7 @@ def check_known(given: Iterable[str], *declared: type) -> None:
     """Check that every keyword is a field of one of the dataclasses in `declared`.
 
     Raises:
-        TypeError: If a keyword is not. The message lists the known options.
+        TypeError: If a keyword is unknown. The message lists the known options.
     """
     known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:
@@ -409,12 +409,12 @@ def parts_of(declared: Any) -> Sequence[Any]:
 
 
 def kinds_of(declared: Any) -> list[type]:
-    """Return the classes of the values that a declared type accepts. For a literal type, this is `str`."""
+    """Return the classes that the values of a declared type can have. For a `Literal` type, the class is `str`."""
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
 
 
 def words_of(declared: Any) -> tuple[str, ...]:
-    """Return the literal values that a declared type contains."""
+    """Return the values of the `Literal` types in a declared type."""
     return tuple(word for part in parts_of(declared) if get_origin(part) is Literal for word in get_args(part))
 
 
@@ -442,7 +442,7 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
 
 
 def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Return options as a single flat dict, which is the format that outputs use to record them.
+    """Combine option dataclasses into the flat dict that output files record.
 
     The dict contains the options that affect answers and differ from their defaults. It also contains the options named in
     `always`, whatever their values. Do not add options from later versions to `always`, so that outputs written by earlier versions
@@ -475,10 +475,10 @@ class Uncopied:
     Such objects hold caches and locks, so they belong to one process and one model.
     """
 
-    INSTEAD: ClassVar[str]  # hint that the error gives: what to do instead of copying the object
+    INSTEAD: ClassVar[str]  # hint in the error message: what to do instead of copying the object
 
     def __reduce_ex__(self, protocol: int):
-        """Raise an error, because the object cannot be copied or pickled.
+        """Raise an exception with a hint, because the object cannot be copied or pickled.
 
         Raises:
             TypeError: Always.

@@ -7,9 +7,9 @@
         print(piece, end="")
     answer.report
 
-Reading and preprocessing run in parallel with encoding. A stage's time is the time during which the stage was busy, so these times
-overlap. The part of reading and preprocessing that was hidden behind other work is reported as `overlap`. The stages before
-`generate`, minus `overlap`, add up to the time to first token.
+Reading and preprocessing run in parallel with encoding. Each stage's time is the time during which the stage was busy, so the times
+of different stages overlap. Read and preprocessing time that was hidden behind other work is reported as `overlap`. The stages
+before `generate`, minus `overlap`, add up to the time to first token.
 """
 
 import os
@@ -61,7 +61,7 @@ Shape = TypeVar("Shape")  # the class that the caller passed as `schema`
 class VideoQA(Uncopied):
     """A loaded model with a budget and a pruning method, ready to answer questions about videos. Create one with `VideoQA.load`.
 
-    `VideoQA` computes in the dtype in which the model was loaded, even inside a torch autocast region.
+    `VideoQA` always computes in the dtype that the model was loaded with, even inside a torch autocast region.
 
     To process many videos, use `evoprune.batch.answers`, or write your own loop with `in_flight` (session/upcoming.py). Both read
     the next videos while the current one is being answered.
@@ -117,8 +117,8 @@ class VideoQA(Uncopied):
         Args:
             model: A hub id, a local folder, demo, or demo-scenes.
             progress: Called with the number of layers that have been quantized and the total number of layers.
-            ahead: The input that you will pass to `encode` or `ask` first, without options. It is read while the model loads. To
-                read an input with options, pass the result of `evoprune.read_ahead` instead.
+            ahead: The input that you will pass to `encode` or `ask` first, without options. Evoprune reads it while the model
+                loads. To read an input with options, pass the result of `evoprune.read_ahead` instead.
             options: How to load the model and how to prune: the fields of `keywords.LoadKeywords`.
         """
         check_type("progress", progress, Callable | None)
@@ -169,7 +169,7 @@ class VideoQA(Uncopied):
                 `frame_rate` or `times_s`. For several inputs, pass a list of these in the order in which the model should read
                 them.
             times_s: For an array, the start time of each frame in seconds, in ascending order.
-            name: The name that a single input has in reports. The default is its path, its URL without the password, or `<array>`,
+            name: The name of a single input in reports. The default is its path, its URL without the password, or `<array>`,
                 `<bytes>`, `<file>` or `<picture>`.
             cache: A disk cache for encoded inputs other than arrays. It is not used if the method reads the question.
             progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInput.encode`. During a
@@ -285,7 +285,7 @@ class VideoQA(Uncopied):
             fps: Number of frames to sample per second. The default is the model's own rate.
             max_visual_tokens: Maximum number of visual tokens in a window before pruning; see `encode`.
             system: The system prompt. None means the model's default.
-            name: The name that the stream has in reports.
+            name: The name of the stream in reports.
             options: How the stream is remembered: the fields of `keywords.StreamKeywords`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The command line, which parses arguments, calls evoprune and prints the results. Only commands that need torch import it."""
+"""The command-line interface: parses arguments, calls evoprune, and prints the results. Only commands that need torch import it."""
 
 from typing import TYPE_CHECKING
 

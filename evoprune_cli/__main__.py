@@ -1,11 +1,11 @@
-"""The program's entry point. All imports happen inside `start`, so that Ctrl-C during an import shows no traceback."""
+"""The entry point of the program. All imports happen inside `start`, so that Ctrl-C during an import shows no traceback."""
 
 import os
 import sys  # both were already imported when Python started
 
-# Number of iterations that an idle OpenMP thread spins before it goes to sleep. With GNU OpenMP's default of 300,000, idle threads
-# keep their cores busy for many milliseconds, even if other programs, or the one thread that all others are waiting for, need those
-# cores. The variable is read when torch is loaded.
+# The number of iterations that an idle OpenMP thread spins before it goes to sleep. With GNU OpenMP's default of 300,000, idle
+# threads keep their cores busy for many milliseconds, even if those cores are needed by other programs or by the one thread that
+# all others are waiting for. The variable is read when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 INTERRUPTED = 130
@@ -13,7 +13,7 @@ TERMINATED = 143
 
 
 def start() -> None:
-    """Run `evoprune` or `python -m evoprune_cli`."""
+    """Run the command line, as `evoprune` and `python -m evoprune_cli` do."""
     sys.excepthook = _report_uncaught
     import atexit
     import signal
@@ -45,9 +45,9 @@ def start() -> None:
 
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """Make an interrupted process kill itself with SIGINT, so that a shell loop around it stops too.
+    """Make an interrupted process kill itself with SIGINT, so that a shell loop around it stops as well.
 
-    If the process only exited with code 130, the loop would continue.
+    If the process simply exited with code 130, the loop would continue.
     """
     import contextlib
     import signal
@@ -62,7 +62,7 @@ def _stop_loops_too(endings: list[int | str | None]) -> None:
 
 
 def _end_at_once_from_now_on() -> None:
-    """Make signals end the process immediately, because all work is done and an exception would interrupt Python's shutdown."""
+    """Make signals end the process immediately. All work is done, and an exception would interrupt Python's shutdown."""
     import signal
 
     if callable(signal.getsignal(signal.SIGINT)):  # otherwise the signal was already ignored when the process started
@@ -74,7 +74,7 @@ def _end_at_once_from_now_on() -> None:
 
 
 def _report_uncaught(category, problem, trace) -> None:
-    """Report an uncaught exception as Python would, but print nothing for Ctrl-C pressed while another exception is handled."""
+    """Report an uncaught exception as Python does, but print nothing if Ctrl-C was pressed while another exception was handled."""
     if not issubclass(category, KeyboardInterrupt):
         sys.__excepthook__(category, problem, trace)
 

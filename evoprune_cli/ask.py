@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# Matches words that look like a path: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
+# Matches words that look like a file: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
-PROMPT = "> "  # printed before a question
+PROMPT = "> "  # printed before each question
 HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
 HELP_CHAT = f"{HELP}; /new: clear the conversation; /undo: remove the last question"
 HELPS = ("/help", "help", "?")
@@ -172,7 +172,7 @@ def ask(
 def check_history(
     history: str | None, prompt: bool, compare: bool = False, hint: str = "leave it out, or add -i"
 ) -> None:
-    """Raise UsageError if --history cannot be used here. `prompt` is True if questions are typed at a prompt."""
+    """Raise UsageError if --history cannot be combined with the other options. `prompt` is True for an interactive prompt."""
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
@@ -182,7 +182,7 @@ def check_history(
 
 
 def why_single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
-    """Return the reason why questions at the prompt do not form a conversation, or None if they do."""
+    """Return the reason why questions at the prompt are independent of each other, or None if they form a conversation."""
     if history:
         return None if history == opt.ON else "--history off"
     if compare:
@@ -195,9 +195,9 @@ def why_single_questions(history: str | None, session: "Session", compare: bool 
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Split the words of the command line into the inputs and the question. The question is None if there is none.
+    """Split the positional arguments into the inputs and the question, which is None if there is no question.
 
-    If there is more than one word, the last one is the question, unless it is an existing file or looks like a filename.
+    If there is more than one word, the last word is the question, unless it is an existing file or looks like a filename.
     """
     *before, last = words
     if before and not _exists(last) and not PATH.fullmatch(last):
@@ -206,11 +206,11 @@ def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
 
 
 def check_words(inputs: Sequence[str], question: str | None) -> None:
-    """Check that all inputs exist if there is more than one. A single input is checked later, when it is opened.
+    """Check that all inputs exist if there is more than one. A single input is only checked later, when it is opened.
 
     Raises:
-        VideoError: an input does not exist.
-        UsageError: stdin is given twice, or there are words that are not files and look like an unquoted question.
+        VideoError: If an input does not exist.
+        UsageError: If stdin is given twice, or there are words that are not files and look like an unquoted question.
     """
     if inputs.count(STDIN) > 1:
         raise UsageError("standard input is given twice", "it can be read only once")
@@ -240,7 +240,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 
 def check_generation(generation: GenerationOptions, json: bool) -> None:
-    """Raise UsageError for --logprobs without --json, and for `--choices options`, which only `evoprune batch` supports."""
+    """Raise UsageError if --logprobs is used without --json, or for `--choices options`, which only `evoprune batch` supports."""
     if generation.choices_from_rows:
         raise UsageError("--choices options works only in a batch", "give two or more texts")
     if generation.logprobs is not None and not json:
@@ -248,7 +248,7 @@ def check_generation(generation: GenerationOptions, json: bool) -> None:
 
 
 def _exists(word: str) -> bool:
-    """Return True if a word appears to be an input: "-", a URL or an existing path. Nothing is read."""
+    """Return True if a word appears to be an input, which is "-", a URL or an existing path. No file is read."""
     try:
         return word == STDIN or is_url(word) or os.path.lexists(word)
     except ValueError:  # not a valid filename
@@ -267,7 +267,7 @@ def _encode(
     full: bool = False,
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
-    """Encode the files at `paths`, after reporting on stderr which limits apply to them."""
+    """Encode the inputs at `paths`, after reporting on stderr which limits apply to them."""
     from evoprune.session import Cache, open_inputs
 
     show("reading")
@@ -290,7 +290,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
     """Return all questions in order. If there is neither -Q nor a prompt, read one from stdin, unless stdin is the video.
 
     Raises:
-        UsageError: there is no question, a question is empty, or -i is used without a terminal.
+        UsageError: If there is no question, a question is empty, or -i is used without a terminal.
     """
     if interactive:
         if sys.stdin is None or not sys.stdin.isatty():
@@ -306,7 +306,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 
 def _usage(inputs: Sequence[str]) -> str:
-    """Return an example command. It contains the user's own inputs if they exist."""
+    """Return an example command for a hint, with the user's own inputs if they exist."""
     if not all(map(_exists, inputs)):
         return USAGE
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
@@ -318,7 +318,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Read the question from stdin.
 
     Raises:
-        UsageError: there is no question on stdin. If the last input could be meant as the question, the hint says so.
+        UsageError: If there is no question on stdin. If the last input may have been meant as the question, the hint says so.
     """
     *before, last = inputs
     named = ""
@@ -340,7 +340,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
-    """Plan the inputs, so that errors are found in milliseconds, before torch is imported and the weights are read.
+    """Plan how the inputs are read, so that errors are found within milliseconds, before torch and the weights are loaded.
 
     For the exceptions, see `ModelDescription.plan`.
     """
@@ -358,7 +358,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Report on stderr if fewer or smaller frames are read than the options or the model's frame rate ask for."""
+    """Print a note on stderr if fewer or smaller frames are read than the options or the model's frame rate ask for."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         source = "requested" if plan.limited else "model's rate"
         every_s = plan.sampling.seconds_per_frame
@@ -374,7 +374,7 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
 
 
 def _note_subtitles(plan: "Plan") -> None:
-    """Report on stderr which subtitles are read and how many lines they have, or why no subtitles are read."""
+    """Print a note on stderr about the subtitles that are read and their number of lines, or why no subtitles are read."""
     lines = plan.subtitles
     if lines.source is None:
         if lines.note:
@@ -389,12 +389,12 @@ def _note_subtitles(plan: "Plan") -> None:
 class Conversation:
     """Asks questions about encoded inputs and prints the answers.
 
-    It keeps track of the answered questions, so that after an interruption only the unanswered ones are reported. Stats are
-    printed unless --json or -q is given: a block for the first answer and one line for each later one. Interactive prompts
-    print only the lines.
+    The object keeps track of answered questions, so that only unanswered questions are reported after an interruption. Statistics
+    are printed unless --json or -q is given: a block for the first answer, and a single line for each later answer. At an
+    interactive prompt, every answer gets a single line.
 
     Attributes:
-        answered: number of questions that have been answered or have failed.
+        answered: The number of questions that have been answered or have failed.
     """
 
     def __init__(
@@ -409,7 +409,7 @@ class Conversation:
         several: bool,
         show_thoughts: bool = False,
     ):
-        """Store the command's options. `inputs` contains display names. `several` is True if there is more than one question."""
+        """Store the options of the command. `inputs` are display names, and `several` is True for more than one question."""
         self._show_thoughts = show_thoughts
         self.answered = 0
         self._names = inputs
@@ -441,11 +441,11 @@ class Conversation:
         encode_full: Callable[..., "EncodedInputs"] | None,
         chat: "Chat | None" = None,
     ) -> None:
-        """Set the encoded inputs, and print the warnings about them and about the model.
+        """Set the encoded inputs, and print the warnings about the inputs and the model.
 
         Args:
-            encode_full: function that encodes the inputs again without pruning, or None if answers are not compared.
-            chat: the conversation about the inputs, or None if each question stands alone.
+            encode_full: A function that encodes the inputs again without pruning, or None if answers are not compared.
+            chat: The conversation about the inputs, or None if the questions are independent of each other.
         """
         self._chat = chat
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
@@ -459,8 +459,8 @@ class Conversation:
         """Ask a question and print the answer.
 
         Args:
-            typed: whether the user typed the question, so that it is already visible on the terminal.
-            identity: the ID of the record, if the question has one.
+            typed: Whether the user typed the question at a prompt, so that it is already visible on the terminal.
+            identity: An ID for the question's record, or None.
         """
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
@@ -481,7 +481,7 @@ class Conversation:
         self._finish(report)
 
     def attempt(self, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True) -> bool:
-        """Answer a question, and report usage errors instead of raising them. If `goes_on` is True, Ctrl-C is not raised either.
+        """Answer a question, and print usage errors instead of raising them. If `goes_on` is True, Ctrl-C is not raised either.
 
         Returns:
             False if a usage error prevented the answer.
@@ -507,7 +507,7 @@ class Conversation:
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
-        """Print the stats after a failure and, if --json was given, a record for each question that was not answered."""
+        """Print the statistics after a failure and, with --json, an error record for each question that was not answered."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
         interrupted = not isinstance(problem, Exception)
@@ -597,7 +597,7 @@ class Conversation:
 
 
 def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Print a report's warnings about each input, and then those about the model.
+    """Print a report's warnings, first about each input and then about the model.
 
     If `names` is given, only the warnings with these names are printed.
     """
@@ -613,16 +613,16 @@ def typed_questions(
 ) -> Iterator[str]:
     """Yield the questions typed at a prompt, one per line, until Ctrl-D or a command such as "q" ends the prompt.
 
-    Other commands are carried out here, and empty lines are skipped.
+    All other prompt commands, such as /new, are executed by this function. Empty lines are skipped.
 
     Args:
-        twice: whether Ctrl-C must be pressed twice in a row to quit, because the first press may have been meant to stop an
+        twice: Whether Ctrl-C must be pressed twice in a row to quit, because the first press may have been meant to stop an
             answer.
-        meanwhile: returns a context manager that is active while the prompt waits for a line.
-        chat: the conversation that /new and /undo apply to.
+        meanwhile: Returns a context manager that is active while the prompt waits for a line.
+        chat: The conversation that /new and /undo apply to.
 
     Raises:
-        KeyboardInterrupt: the user pressed Ctrl-C at the prompt.
+        KeyboardInterrupt: If the user pressed Ctrl-C at the prompt.
     """
     with contextlib.suppress(ImportError):  # if readline is missing, users can still type but not edit
         import readline  # editing and history for `input`  # noqa: F401

@@ -1,4 +1,4 @@
-"""`evoprune batch`: answers many questions about many videos. It writes one JSON line per answer, and a later run can resume."""
+"""`evoprune batch`: answers many questions about many videos, and writes one JSON line per answer. Runs can be resumed."""
 
 import os
 import sys
@@ -215,10 +215,10 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 def _rows(
     videos: list[str], questions: list[str], source: str | None, quiet: bool, reader: "RowReader", recursive: bool
 ) -> list["Row"]:
-    """Return the rows of --from, or one row for each pair of video and question.
+    """Return the rows from the --from file, or one row for each combination of a video and a question.
 
     Raises:
-        UsageError: the options are incomplete or cannot be combined.
+        UsageError: If the options are incomplete or cannot be combined.
     """
     from evoprune.batch import left_out
 
@@ -250,11 +250,11 @@ def _rows(
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:
-    """Report missing videos, whose rows will fail, and return the names that were reported.
+    """Report missing videos on stderr, because their rows will fail. Returns the names of the reported videos.
 
     Raises:
-        VideoError: all videos are missing.
-        UsageError: the output would overwrite one of the inputs.
+        VideoError: If all videos are missing.
+        UsageError: If the output would overwrite one of the inputs.
     """
     videos = {path: name for row in rows for path, name in zip(row.paths, row.inputs, strict=True)}
     missing = [path for path in videos if not is_url(path) and not os.path.exists(path)]
@@ -277,17 +277,17 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
 
 
 class Tally:
-    """Counts the records in a batch and reports the progress of the batch on stderr.
+    """Counts the records of a batch and reports the batch's progress on stderr.
 
     As a context manager, it prints a summary at the end, even if the batch is interrupted.
 
     Args:
-        total: number of rows, including those answered by an earlier run.
-        quiet: whether to print only warnings.
-        named: missing videos that have already been reported.
+        total: Number of rows, including rows that an earlier run has answered.
+        quiet: Whether to print only warnings.
+        named: Missing videos that have already been reported.
 
     Attributes:
-        failed: number of rows that failed in this run.
+        failed: Number of rows that failed in this run.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
@@ -305,13 +305,13 @@ class Tally:
         )
 
     def start(self, file: "RecordFile", left: int, show) -> None:
-        """Start counting, once the model is loaded. `left` is the number of unanswered rows. See `terminal.progress` for `show`."""
+        """Start counting once the model is loaded. `left` is the number of unanswered rows. For `show`, see `terminal.progress`."""
         self._file, self._before, self._show = file, self._total - left, show
         self._started_at = self._reported_at = time.monotonic()
         self._show_rows()
 
     def encoding(self, what: str, done: int, total: int) -> None:
-        """Show the encoding progress of a row's inputs."""
+        """Show the progress of encoding the inputs of the current row."""
         self._show_rows(f"{what} {done:,}/{total:,}")
 
     def _show_rows(self, detail: str = "") -> None:
@@ -320,11 +320,11 @@ class Tally:
         self._show("row", self._before + self._file.written, self._total, said)
 
     def wait(self, seconds: float) -> None:
-        """Add to the time that the model has spent waiting for videos to be read."""
+        """Add to the total time that the model has spent waiting for videos to be read."""
         self._waited_s = (self._waited_s or 0.0) + seconds
 
     def add(self, record: Report) -> None:
-        """Count a record that was written to the file."""
+        """Count a record that has been written to the output file, and report its failure if it has one."""
         self._cut_answers += record.finish_reason == "length"
         for name, video in warned(record):
             if name in ("answer_cut", "thoughts_cut"):
@@ -394,7 +394,7 @@ class Tally:
 
 
 def pace(count: int, seconds: float) -> str:
-    """Format a rate per second, per minute or per hour, using the shortest of these units in which the rate is at least 1."""
+    """Format a processing rate in rows per second, minute or hour, using the shortest unit that gives a rate of at least 1."""
     units = (("s", 1), ("min", 60), ("h", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
     return f"{count * length / max(seconds, 1e-3):,.3g} rows/{unit}"

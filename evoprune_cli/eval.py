@@ -1,4 +1,4 @@
-"""`evoprune eval`: measures accuracy and cost at each budget, and reports them as tables and a chart."""
+"""`evoprune eval`: measures the accuracy and the cost at each budget, and reports the results as tables and a chart."""
 
 import shlex
 import sys
@@ -140,7 +140,7 @@ def evaluate(
     shown = "json" if json else form
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print the results so far, draw the chart, and write the results to the folder."""
+        """Print the results so far, draw the chart, and write the results to the output folder."""
         results = evaluation.results(error)
         document = results.document()
         try:

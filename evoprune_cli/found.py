@@ -1,4 +1,4 @@
-"""The output file of `evoprune find`. It has one line per video, which lists the moments found in the video."""
+"""The output file of `evoprune find`, which has one line per video with the moments that were found in it."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +19,7 @@ class SearchSettings(Settings):
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The option groups that affect the moments."""
+        """The groups of options that affect which moments are found."""
         return self.model, self.pruning, self.sampling, self.find
 
 
@@ -32,9 +32,9 @@ class MomentsFile(RecordFile):
 
 @dataclass(frozen=True)
 class FoundVideo:
-    """One line of the output file.
+    """The search results for one video, which are one line of the output file.
 
-    `moments` has the format of `find --json` and lists the best moments of each query first. If the video failed, `moments` is
+    `moments` has the same format as in `find --json`, with each query's best moments first. If the search failed, `moments` is
     None and `error` describes the failure.
     """
 
@@ -42,7 +42,7 @@ class FoundVideo:
     moments: list[dict[str, Any]] | None
     error: dict[str, Any] | None
     model: dict[str, Any]  # includes `revision`, the commit of a hub model
-    batch: dict[str, Any]  # `row`, `settings` and `files`: everything that the moments depend on
+    batch: dict[str, Any]  # everything that the moments depend on: `row`, `settings` and `files`
 
     def to_json(self, ascii_only: bool = False) -> str:
         """Return the record as one line of compact JSON. See `Report.to_json`."""

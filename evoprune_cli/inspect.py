@@ -1,4 +1,4 @@
-"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. Only URLs use the network."""
+"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. The network is used only for URLs."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -100,7 +100,7 @@ def inspect(
     facts = {} if video is None else {"video": {"path": without_password(video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print all facts. After an error, print the facts found so far."""
+        """Print everything that was found out. After an error, this may be incomplete."""
         if json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or video is None:
@@ -120,7 +120,7 @@ def inspect(
 
 
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
-    """Yield facts about versions, devices, decoders and caches, followed by facts about the model if one is named."""
+    """Yield information about versions, devices, decoders and caches, and then about the model if the user named one."""
     if clear_cache:
         from evoprune.session import Cache
 
@@ -148,7 +148,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """Yield facts about a video, its scan, the model's plan and the overlay. Each section is yielded as soon as it is known."""
+    """Yield information about a video, its scan, the model's plan and the overlay, each section as soon as it is ready."""
     if clear_cache:
         raise UsageError("--clear-cache does not apply to a video", "evoprune inspect --clear-cache")
     from evoprune.video import local_file, probe
@@ -193,7 +193,7 @@ def _about_video(
 
 
 def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
-    """Show the progress of a scan. `frames` is the approximate number of frames in total, or 0 if it is unknown."""
+    """Show the progress of scanning a video. `frames` is the approximate total number of frames, or 0 if it is unknown."""
     if frames:
         show("scanning, frame", min(done, frames), frames)
     else:
@@ -201,7 +201,7 @@ def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
-    """Draw an overlay, write it to `file`, and return facts about it."""
+    """Draw an overlay that shows what pruning keeps, write it to `file`, and return information about it."""
     with progress(True) as show:
         prepare()
         from evoprune.bench import TracedVideo
@@ -223,9 +223,9 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
 
 
 def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
-    """Format nested facts as aligned lines, wrapped to the terminal's width.
+    """Format a nested dictionary as aligned lines, wrapped to the terminal's width.
 
-    `section` is the section of `NAMES` that contains the facts, or "". Keys inside such a section are printed unchanged.
+    `section` is the section of `NAMES` that contains the dictionary, or "". Keys inside such a section are printed unchanged.
     """
     output = []
     for key, value in facts.items():

@@ -1,4 +1,4 @@
-"""Collects the facts that `evoprune inspect` prints about this machine and about how a model would read a video."""
+"""Collects the information that `evoprune inspect` prints about this machine and about how a model would read a video."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 
 def environment_facts(stdout: TextIO) -> dict:
-    """Return versions, devices, decoders, methods, caches, environment variables, and the encoding of `stdout`."""
+    """Describe this machine: versions, devices, decoders, methods, caches, environment variables, and the encoding of `stdout`."""
     from huggingface_hub import constants
 
     from evoprune import methods
@@ -78,9 +78,10 @@ def _version(name: str) -> str | None:
 
 
 def plan_facts(plan: Plan, config: Config) -> dict:
-    """Return facts about how a model would read an input without pruning.
+    """Describe how a model would read an input without pruning.
 
-    They include the timestamps, sizes and tokens and, for each preset, the number of tokens and the size of their KV cache.
+    The result includes the timestamps, the sizes and the number of tokens. For each budget preset, it also includes the number of
+    tokens that would be kept and the size of their KV cache.
     """
     plan = plan.full
     n = plan.visual_tokens

@@ -33,7 +33,7 @@ WIDTH = 120
 
 
 def module() -> str:
-    """Return the text of evoprune/keywords.py."""
+    """Generate the source code of evoprune/keywords.py."""
     return "\n\n".join([HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items())])
 
 
@@ -53,7 +53,7 @@ def _keywords(kind: type) -> str:
 
 
 def _class(name: str, base: str, title: str, kind: type, options: list[str]) -> str:
-    """Return the code of a typed dict with the given options of a class. `title` is the docstring as a line of code."""
+    """Generate a typed dict with the given options of a class. `title` is the docstring, as a line of source code."""
     lines = [f"class {name}({base}, total=False):", title, ""]
     for field in fields(kind):
         if field.name in POSITIONAL or field.name not in options:

@@ -1,4 +1,4 @@
-"""The `evoprune` command. Defines the subcommands and handles errors, signals, closed pipes and shell completion for them."""
+"""The `evoprune` command, which dispatches to the subcommands and handles errors, signals, closed pipes and shell completion."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ from evoprune_cli.watch import watch
 # The base class of parser errors. Some versions of Typer bundle click and others import it, so find it among Typer's base classes.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-# Words that users may type instead of a command, with a hint for each.
+# Words that users may type instead of the name of a command, with a hint for each word.
 MODELS_HINT = "evoprune inspect -m MODEL shows what a model needs; every command takes -m MODEL"
 COMMAND_HINTS = {
     **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
@@ -67,15 +67,15 @@ COMMAND_HINTS = {
     **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
 }
 
-# Error numbers of failed writes to redirected output. If an error also has a filename, it is about an input file instead.
+# Error numbers of failed writes to redirected output. An error that also has a filename concerns an input file instead.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """The group of all commands. Looking up a command imports neither pydantic nor the commands of other packages."""
+    """The group that contains the subcommands. Looking one up imports neither pydantic nor the commands of other packages."""
 
     def list_commands(self, ctx):
-        """Return the names of all commands. Those from other packages come last."""
+        """Return the names of the commands, with commands from other packages at the end."""
         return [*super().list_commands(ctx), *(name for name in plugged() if self.get_command(ctx, name) is not None)]
 
     def get_command(self, ctx, cmd_name):
@@ -95,7 +95,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
-        """Return the options, all of which are flags. They default to False, because Typer would use pydantic to convert None."""
+        """Return the options, which are all flags. Set their defaults to False, because Typer would use pydantic for None."""
         params = super().get_params(ctx)
         for param in params:
             param.default = False
@@ -148,7 +148,7 @@ VARIABLE = "_EVOPRUNE_COMPLETE"
 
 
 def _completes() -> bool:
-    """Return True if the program is being run by a shell completion script."""
+    """Return True if a shell completion script has started the program."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -213,7 +213,7 @@ def run() -> None:
 
 
 def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
-    """Resend a signal whose exception Python dropped because an object or generator was being finalized when it arrived."""
+    """Resend a signal whose exception Python dropped because the signal arrived while an object or a generator was finalized."""
     numbers = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
     if dropped.exc_type not in numbers:
         usual(dropped)
@@ -229,7 +229,7 @@ def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
 
 
 def _show_warning(usual: Callable[..., None], message: Warning, category: type[Warning], *where, **more) -> None:
-    """Print this package's warnings in the style of its other messages. Show all other warnings as usual."""
+    """Print evoprune's own warnings in the style of its other messages. All other warnings are shown as usual."""
     if issubclass(category, EvopruneWarning):
         terminal.print_titled("warning:", str(message))
     else:
@@ -275,7 +275,7 @@ def _outcome() -> int:
 
 
 def _signal_code(problem: BaseException) -> int | None:
-    """Return the exit code of a signal that an extension module turned into another error, or None if there was none.
+    """Return the exit code for a signal that an extension module has turned into a different error, or None if there was no signal.
 
     While an extension module is imported, its initialization may turn a KeyboardInterrupt into an ImportError or a SystemError.
     """
@@ -287,7 +287,7 @@ def _signal_code(problem: BaseException) -> int | None:
 
 
 def _discard_output(streams) -> int:
-    """Discard buffered output after the reader has closed the pipe, so that the final flush does not fail. Return exit code 0."""
+    """Discard buffered output after the reader has closed the pipe, so that the final flush does not fail. Returns exit code 0."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -299,7 +299,7 @@ def _discard_output(streams) -> int:
 
 
 def _report(problem: Exception) -> int:
-    """Print an error and its hint. With `--json`, also print a record unless the command has already done so.
+    """Print an error and its hint. With `--json`, also print an error record unless the command has already printed one.
 
     Returns:
         The exit code.
@@ -333,7 +333,7 @@ def _command() -> str | None:
 
 
 def _hint(text: str) -> str:
-    """Return a hint for the parser error with this text."""
+    """Return a hint for an error in the command line, given the parser's error message."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"if you mean the file, write ./{dashed[0]}"
@@ -354,7 +354,7 @@ def _hint(text: str) -> str:
 
 
 def _suggestion(typed: str | None, known: Sequence[str]) -> str:
-    """Return a hint that names a command equivalent or similar to the one that was typed, or "" if there is none."""
+    """Return a hint that suggests a command with the same meaning or a similar name as the typed word, or "" if there is none."""
     if typed is None:
         if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
             return COMMAND_HINTS["version"]

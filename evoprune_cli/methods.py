@@ -1,4 +1,4 @@
-"""`evoprune methods`: lists the pruning methods, and for each one where it acts, whether it reads the question, and its source."""
+"""`evoprune methods`: lists all pruning methods with where each one acts, whether it reads the question, and its source."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,10 +50,10 @@ def methods(*, json: opt.option(bool, "--json", "Print JSON instead of text.") =
 
 
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
-    """Return the facts about a method.
+    """Describe a pruning method, as an entry for the JSON output.
 
-    `plugin` is the name of the package that provides the method, or None for a built-in method. If a plug-in method cannot be used,
-    the value of `plugin` also gives the reason, and the facts about what the method does are None.
+    `plugin` is the name of the package that provides the method, or None for a built-in method. If a plugin method cannot be used,
+    `plugin` also contains the reason, and the facts about what the method does are None.
     """
     method = None
     if plugin is None or name not in registry.available(plugins=False):

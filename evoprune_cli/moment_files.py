@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MomentFiles:
-    """The output files that the user requested. Each field is a path, or None if the file was not requested."""
+    """The optional output files of `evoprune find`. Each path is None if the user did not request the file."""
 
     srt: str | None
     chapters: str | None
@@ -26,10 +26,10 @@ class MomentFiles:
     def check(self, videos: list[str], output: str | None) -> None:
         """Check the options and the output paths before any video is read.
 
-        `output` is another file that the command will write, so the paths must differ from it.
+        `output` is another file that the command will write, so all paths must be different from it.
 
         Raises:
-            UsageError: a file cannot be written, or the options do not fit the videos.
+            UsageError: If a file cannot be written, or an option cannot be used with the given videos.
         """
         single = {"--srt": self.srt, "--chapters": self.chapters, "--contact-sheet": self.contact_sheet}
         files = [os.path.realpath(file) for file in (*single.values(), output) if file]
@@ -69,8 +69,8 @@ class MomentFiles:
             The path of each moment's clip. Empty if no clips were requested.
 
         Raises:
-            UsageError: a file cannot be written.
-            VideoError: the video cannot be read.
+            UsageError: If a file cannot be written.
+            VideoError: If the video cannot be read.
         """
         moments = search.moments()
         if not moments:

@@ -25,12 +25,12 @@ from evoprune_cli.terminal import only_answers_on_stdout
 
 MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
 
-# Shell completion. Typer offers the returned words that start with the typed text. If there are none, the shell offers files.
-# Typer recognizes the parameters of a completion function by their types and by the name `incomplete`.
+# Shell completion. Of the returned words, Typer offers the ones that start with the typed text. If there are none, the shell offers
+# files. Typer recognizes the parameters of a completion function by their types and by the name `incomplete`.
 
 
 def one_of(*words: str) -> dict[str, Any]:
-    """Return the metavar and completion settings of an option with fixed values. Words in capitals are placeholders (FILE, N)."""
+    """Return the metavar and completion settings for an option with fixed values. Words in capitals (FILE, N) are placeholders."""
     names = [word.partition("[")[0] for word in words if word[0].islower()]  # "cuda" for "cuda[:N]"
 
     def complete(incomplete: str) -> list[str]:
@@ -42,7 +42,7 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def list_of(*names: str) -> dict[str, Any]:
-    """Return the metavar and completion settings of an option that takes a comma-separated list."""
+    """Return the metavar and completion settings for an option that takes a comma-separated list of names."""
     return {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, lambda last: names)}
 
 
@@ -75,7 +75,7 @@ COMPLETED = {  # settings of pipeline options whose values cannot be derived fro
 
 
 def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
-    """Return the annotation of an option. `names` looks like "-o --output FILE". `panel` is its section of the full help text."""
+    """Declare an option as a type annotation. `names` looks like "-o --output FILE". `panel` is a section of the full help text."""
     *flags, last = names.split()
     if last.startswith("-"):
         flags.append(last)
@@ -85,23 +85,23 @@ def option(declared: Any, names: str, text: str, panel: str | None = None, **set
 
 
 def argument(declared: Any, metavar: str, text: str) -> Any:
-    """Return the annotation of a positional argument."""
+    """Declare a positional argument as a type annotation."""
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
 def command(
     *groups: type, short: str, without: Iterable[str] = (), **changed: dict[str, Any]
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate a command, and add the options `--debug` and `--help-all`.
+    """Return a decorator for command functions that adds pipeline options, `--debug` and `--help-all`.
 
-    The function's parameter `options` is replaced by one command-line option for each field of `groups`. The function receives a
-    `MakeOptions` and calls it, so that invalid values are reported like the other errors of the command. Fields that are not
-    offered as options keep their defaults.
+    The decorator replaces the function's parameter `options` with one command-line option for each field of `groups`. As its
+    argument, the function receives a `MakeOptions`, which it calls itself, so that invalid values are reported like all other
+    errors of the command. Fields that are not offered as options keep their defaults.
 
     Args:
-        short: names of the parameters that the short help lists.
-        without: names of fields that are not offered as options.
-        changed: overrides for a field's `Option`, by field name.
+        short: Names of the parameters that the short help lists.
+        without: Names of fields that are not offered as options.
+        changed: Overrides for a field's `Option`, by field name.
     """
     offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
     declared = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
@@ -131,12 +131,12 @@ def command(
 
 
 def _flags(name: str, declared: Option) -> str:
-    """Return the flags of a field. The long form comes last."""
+    """Return the command-line flags of a field, separated by spaces, with the long form at the end."""
     return " ".join(declared.flags) or f"--{name.replace('_', '-')}"
 
 
 def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
-    """Return the command parameter that Typer needs for a pipeline option."""
+    """Convert a field of an options dataclass to the command parameter that Typer needs."""
     default = field.default if declared.unless_typed is None else declared.unless_typed
     kind = declared.typed
     if kind is None:
@@ -161,11 +161,11 @@ def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
 
 
 def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
-    """Build options from the command line.
+    """Build pipeline options from the values on the command line.
 
     Raises:
-        UsageError: a value is invalid.
-        ModelError: `check_model` is True, and the model is neither a folder nor a hub ID.
+        UsageError: If a value is invalid.
+        ModelError: If `check_model` is True, and the model is neither a folder nor a hub ID.
     """
     try:
         parsed = {name: declared[name].parse(value) for name, value in typed.items() if declared[name].parse}
@@ -179,7 +179,7 @@ def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_
 
 
 def _as_typed(message: str, declared: dict[str, Option]) -> str:
-    """Replace the Python names of options in an error message with their command-line flags."""
+    """Replace the Python names of options in an error message with the corresponding command-line flags."""
 
     def typed(found: re.Match) -> str:
         name = found[0]
@@ -190,7 +190,7 @@ def _as_typed(message: str, declared: dict[str, Option]) -> str:
     )
 
 
-# Options that more than one command has.
+# Options that more than one command accepts.
 
 # Panel titles.
 SWEEP = "Sweep (separate values by commas, or repeat the option)"
@@ -246,10 +246,10 @@ Cache = option(
 
 
 def listed(texts: Sequence[str] | None) -> list[str]:
-    """Return the values of a list option, which may be separated by commas or given by repeating the option.
+    """Return the values of a list option. Users can separate values with commas or repeat the option.
 
     Raises:
-        UsageError: the option was given without a value.
+        UsageError: If the option was given without any values.
     """
     parts = [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
     if texts and not parts:
@@ -263,7 +263,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     If `named` is True, the budgets "auto" and "auto:inflection" are also allowed.
 
     Raises:
-        UsageError: a budget is invalid, or a method does not exist.
+        UsageError: If a budget is invalid, or a method does not exist.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [MethodText.DEFAULT]))
     for name in wanted:
@@ -272,8 +272,8 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 
 
-# Help is plain text, so that it can be piped and a narrow terminal does not cut off option names. `--help` lists the most common
-# options on one screen. `--help-all` lists all options, grouped by panel.
+# Help texts are plain text, so that they can be piped and a narrow terminal does not cut off option names. `--help` lists the most
+# common options on one screen. `--help-all` lists all options, grouped by panel.
 
 COMPLETION_WIDTH = 60  # maximum length of the help text that shells show next to an option
 EVERYTHING = "evoprune.help_all"  # key in the `meta` of a context whose help lists all options
@@ -301,24 +301,24 @@ COMMON_PARAMETERS = [
 
 
 class Command(TyperCommand):
-    """A command that has a short and a full help text."""
+    """A Typer command with a short help text (`--help`) and a full help text (`--help-all`)."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Parse the arguments, unless the command is only needed for shell completion or for generating the documentation.
 
-        Both need only the names of the options, and parsing their values would make Typer import pydantic.
+        In these cases, only the names of the options are needed, and parsing their values would make Typer import pydantic.
         """
         if ctx.resilient_parsing:
             return []
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
-        """Run the command while stdout is reserved for its answers."""
+        """Run the command with stdout reserved for its answers."""
         with only_answers_on_stdout():
             return super().invoke(ctx)
 
     def format_options(self, ctx, formatter) -> None:
-        """Write the options: all of them grouped by panel for the full help, otherwise the common ones as one list."""
+        """Write the options: for the full help, all options grouped by panel; otherwise, only the common options."""
         everything = ctx.meta.get(EVERYTHING)
         sections = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
@@ -342,7 +342,7 @@ class Command(TyperCommand):
                     formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a separate line
 
     def shell_complete(self, ctx, incomplete: str) -> list:
-        """Return completions for the shell, each with the beginning of its help text."""
+        """Return completions for the shell, each with the beginning of the option's help text."""
         items = super().shell_complete(ctx, incomplete)
         for item in items:
             item.help = textwrap.shorten(item.help or "", COMPLETION_WIDTH, placeholder="...")

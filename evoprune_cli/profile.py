@@ -22,7 +22,7 @@ UNITS = (28, 32)  # side lengths of a unit in the supported models, in pixels
 SIZE = (224, 336)  # height and width of a frame for units of 28 pixels; scaled for units of 32
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
-NOTED_S = 2.0  # if a run is expected to take longer, the expected duration is announced
+NOTED_S = 2.0  # if a run is expected to take longer than this, the expected duration is printed
 ROUNDS = "Rounds"  # a panel title
 WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # the allowed values of each model option
 QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
@@ -153,7 +153,7 @@ def profile(
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print or write the results and the chart. After an interruption, they cover only the finished rounds."""
+        """Print or write the results and the chart. After an interruption, they include only the finished rounds."""
         if error is not None:
             results.interrupted = error["type"] in ("interrupted", "terminated")
         try:
@@ -205,7 +205,7 @@ def _write_or_print(path: str, text: str) -> None:
 def _inputs(
     video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
 ) -> Iterator[tuple[list[Case], Video | None]]:
-    """Yield the cases to measure, together with the video that provides the frames, or None for synthetic clips."""
+    """Yield the cases to measure, together with the video that the frames are taken from, or None for synthetic clips."""
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
@@ -230,14 +230,14 @@ def _inputs(
 
 
 def _frames(texts: list[str]) -> list[int]:
-    """Parse frame counts and round odd ones up to even numbers. Duplicates are removed."""
+    """Parse frame counts, rounding odd counts up to even numbers and removing duplicates."""
     if wrong := [text for text in texts if not re.fullmatch("[0-9]{1,9}", text) or not int(text)]:
         raise UsageError(f"--frames {wrong[0]!r} is not a number of frames", "for example --frames 8,32")
     return list(dict.fromkeys(int(text) + int(text) % 2 for text in texts or ["8"]))
 
 
 def _sizes(texts: list[str]) -> list[tuple[int, int]]:
-    """Parse frame sizes into pairs (height, width) in pixels. Duplicates are removed."""
+    """Parse frame sizes into pairs of height and width in pixels, removing duplicates."""
     example = "for example --size 224x336"
     sizes = {}
     for text in texts:

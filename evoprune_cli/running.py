@@ -1,6 +1,6 @@
-"""Functions that the commands share. They load models, check output paths, and deliver results to stdout and files.
+"""Functions that several commands share: they load models, check output paths, and deliver results to stdout and files.
 
-Results are delivered at the end of a run. If the run is interrupted, the results so far are delivered.
+Results are delivered at the end of a run, even if the run is interrupted and the results are incomplete.
 """
 
 import os
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from evoprune.bench import Results
     from evoprune.session import ModelDescription, Session
 
-SOME_FAILED = 6  # an exit code
-# Memory that importing torch and this package takes, in bytes. If less is available, no model can run.
+SOME_FAILED = 6  # exit code if some items failed
+# Memory that importing torch and this package takes, in bytes. If less memory is available, no model can run.
 LIBRARIES = 2**28
-GREEDY = 1e-3  # sampling below this temperature is as good as greedy
-# How each kind of file written by evoprune begins. Only the beginning identifies a file, because the same words may also appear
-# elsewhere in a file that evoprune did not write.
+GREEDY = 1e-3  # sampling at a lower temperature is practically greedy
+# Matches the beginnings of the files that evoprune writes. Only the beginning identifies a file, because the same words may
+# also appear elsewhere in a file that evoprune did not write.
 HEADS = re.compile(
     b"|".join(
         [
@@ -48,10 +48,10 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # the co
 
 
 def prepare() -> None:
-    """Check that there is enough memory to import torch, and set up memory reuse.
+    """Check that there is enough memory to import torch, and make the allocator reuse freed memory.
 
     Raises:
-        OutOfMemory: even the libraries do not fit into memory.
+        OutOfMemory: If even the libraries do not fit into memory.
     """
     available = Host().available_memory()
     if available is not None and available < LIBRARIES:  # the system would kill this process silently
@@ -72,9 +72,9 @@ def load(
     """Load the model for `ask`, `watch` and the other commands that answer questions.
 
     Args:
-        show: the function that `terminal.progress` yields.
-        streams: see `Session.load`.
-        model: the model's description if it is already known.
+        show: The function that `terminal.progress` yields.
+        streams: See `Session.load`.
+        model: The model's description if it is already known.
     """
     prepare()
     from evoprune.session import Session
@@ -87,7 +87,7 @@ def load(
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Report on stderr if sampling settings from the model's files are ignored, or if quantization would make the model faster."""
+    """Print notes on stderr about ignored sampling settings in the model's files, and about quantization that evoprune chose."""
     if quiet:
         return
     loaded = session.loaded
@@ -114,7 +114,7 @@ def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[st
     """Check the path of an SVG chart before anything is measured. For the arguments, see `check_writable`.
 
     Raises:
-        UsageError: the file cannot be written, its name does not end in .svg, or matplotlib is not installed.
+        UsageError: If the file cannot be written, its name does not end in .svg, or matplotlib is not installed.
     """
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "use a name that ends in .svg")
@@ -127,11 +127,11 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     """Check that an output file can be written, before anything is measured.
 
     Args:
-        beside: a folder that will be created later, along with its parents. The file may be in any of these folders.
-        inputs: the files and folders that are read. Empty names are ignored.
+        beside: A folder that will be created later, along with its parents. The output file may be in any of these folders.
+        inputs: The input files and folders of the command. Empty names are ignored.
 
     Raises:
-        UsageError: the file cannot be written, exists but was not written by evoprune, or is an input or inside one.
+        UsageError: If the file cannot be written, exists but was not written by evoprune, or is an input or inside one.
     """
     if path is None:
         return
@@ -158,7 +158,7 @@ def check_new_folder(path: str) -> None:
     """Check that a folder can be created, before anything is measured. If the folder exists, a number will be appended to the name.
 
     Raises:
-        UsageError: the folder cannot be created.
+        UsageError: If the folder cannot be created.
     """
     if Path(path).name in ("", ".."):
         raise UsageError(f"-o {path!r} does not name a new folder", "name a folder to create, for example runs/a")
@@ -168,7 +168,7 @@ def check_new_folder(path: str) -> None:
 
 
 def is_one_of(path: str, files: Iterable[str]) -> bool:
-    """Return True if a path refers to one of these files, even if through a link or a different name."""
+    """Return True if a path refers to the same file as one of `files`, even through a link or under a different name."""
     real = os.path.realpath(path)
     there = os.path.exists(path)
     return any(
@@ -178,7 +178,10 @@ def is_one_of(path: str, files: Iterable[str]) -> bool:
 
 
 def _may_replace(path: str) -> bool:
-    """Return True if a path is missing, empty, an open descriptor, a device, a pipe, or a file that evoprune wrote."""
+    """Return True if an output file may be overwritten.
+
+    This is the case if the path is missing, an empty file, an open descriptor, a device, a pipe, or a file that evoprune wrote.
+    """
     if path.startswith(OPEN_FILES):
         return True
     try:
@@ -209,7 +212,7 @@ def write_bytes(path: str, content: bytes) -> None:
     """Write a file. If the new contents do not fit on the disk, the old contents are kept.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: If the file cannot be written.
     """
     try:
         folder = os.path.dirname(os.path.realpath(path))
@@ -226,7 +229,10 @@ def write_bytes(path: str, content: bytes) -> None:
 
 @contextmanager
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """If the block fails or is interrupted while results are ready, pass the error record to `deliver`, and raise the exception."""
+    """Context manager that delivers the results so far if the block fails or is interrupted.
+
+    If `ready` returns True, the error record is passed to `deliver`. The exception is then raised again.
+    """
     try:
         yield
     except BaseException as problem:

@@ -13,7 +13,7 @@ NO_MOMENT = "-"  # title of the chapters between moments
 
 
 def srt(moments: Iterable[Moment]) -> str:
-    """Return SRT subtitles that show the query and score of each moment while the moment lasts."""
+    """Return SRT subtitles that show each moment's query and score for as long as the moment lasts."""
     blocks = []
     for number, moment in enumerate(_in_order(moments), 1):
         times = f"{_srt_time(moment.start_s)} --> {_srt_time(moment.end_s)}"
@@ -22,13 +22,13 @@ def srt(moments: Iterable[Moment]) -> str:
 
 
 def chapters(moments: Iterable[Moment], duration_s: float | None = None) -> str:
-    """Return chapters in FFmpeg's metadata format. There are no gaps between chapters, because MP4 does not allow any.
+    """Return chapters in FFmpeg's metadata format. There are no gaps between chapters, because MP4 does not allow gaps.
 
-    The title of a chapter is the query of its moment. If moments overlap, their queries are joined by " + ". Chapters between
+    The title of a chapter is the query of its moment. If moments overlap, their queries are joined with " + ". Chapters between
     moments have the title `NO_MOMENT`. If there are no moments, there are no chapters.
 
     Args:
-        duration_s: duration of the video in seconds. If it is None, the last chapter ends with the last moment.
+        duration_s: The duration of the video in seconds. If it is None, the last chapter ends with the last moment.
     """
     spans = [(round(1000 * each.start_s), round(1000 * each.end_s), each.query) for each in _in_order(moments)]
     lines = [";FFMETADATA1"]
@@ -52,5 +52,5 @@ def _srt_time(seconds: float) -> str:
 
 
 def _line(text: str) -> str:
-    """Return a string as one line without "-->", because SRT would treat such a line as a time range."""
+    """Return a text as a single line without "-->", because SRT would treat such a line as a time range."""
     return " ".join(text.split()).replace("-->", "->")

@@ -18,11 +18,11 @@ from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
-LEAST_S = 1.0  # a progress line estimates the time left only after this many seconds
+LEAST_S = 1.0  # the progress line shows an estimate of the remaining time only after this many seconds
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # Options that can be set by an environment variable.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
-GLUE = "\0"  # stands for a space at which a line must not break; printable text does not contain it
+GLUE = "\0"  # replaces spaces at which a line must not break; printable text does not contain this character
 
 _stdout: TextIO | None = None  # the real stdout while `sys.stdout` is stderr
 
@@ -32,17 +32,17 @@ ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 
 class Terminated(BaseException):
-    """Raised when one of the signals in `ENDINGS` arrives, so that finished results are printed and files are closed."""
+    """Raised when one of the signals in `ENDINGS` arrives, so that files are closed and results so far are printed."""
 
 
 def stdout() -> TextIO:
-    """Return the real stdout, even inside `only_answers_on_stdout`."""
+    """Return the real stdout, even inside the context of `only_answers_on_stdout`."""
     return _stdout or sys.stdout
 
 
 @contextmanager
 def only_answers_on_stdout() -> Iterator[None]:
-    """Redirect `sys.stdout` to stderr, so that output of plug-ins and libraries does not mix with answers, which use `stdout()`."""
+    """Redirect `sys.stdout` to stderr, so that plugins and libraries cannot print to stdout. Answers are written to `stdout()`."""
     global _stdout
     _stdout = sys.stdout
     sys.stdout = sys.stderr
@@ -54,19 +54,19 @@ def only_answers_on_stdout() -> Iterator[None]:
 
 
 def columns() -> int:
-    """Return the width of stderr in columns, at most 80."""
+    """Return the width of messages on stderr in columns, which is at most 80."""
     if not sys.stderr.isatty():
         return WIDTH
     return min(WIDTH, width_of(sys.stderr))
 
 
 def page_width() -> int:
-    """Return the width for tables on stdout in columns, at most 80."""
+    """Return the width of tables on stdout in columns, which is at most 80."""
     return min(WIDTH, width_of(stdout()))
 
 
 def width_of(terminal) -> int:
-    """Return the width of a terminal in columns, from COLUMNS or from the terminal. If neither is known, return 80."""
+    """Return the width of a terminal in columns, which COLUMNS overrides. If the width is unknown, return 80."""
     stated = os.environ.get("COLUMNS", "")
     if stated.isdecimal():
         return int(stated) or WIDTH
@@ -87,18 +87,18 @@ class ClosedOutput(io.StringIO):
     """A replacement for a stdout that was closed when the process started. Writing to it raises UsageError."""
 
     def write(self, text: str) -> int:
-        """Raise UsageError."""
+        """Raise UsageError, because nothing can be written to a closed stdout."""
         problem = UsageError("cannot write the output: stdout is closed", "redirect it, for example: > answers.txt")
         problem.reported = True  # no error record can be printed
         raise problem
 
     def fileno(self) -> int:
-        """Raise UsageError."""
+        """Raise UsageError, because a closed stdout has no file descriptor."""
         return self.write("")
 
 
 def check_output() -> None:
-    """Raise UsageError if stdout is closed. Commands call this before they compute anything."""
+    """Raise UsageError if stdout is closed. Commands call this before they start any long computation."""
     stdout().write("")
 
 
@@ -115,12 +115,12 @@ def encodable(text: str, stream=None) -> str:
 
 
 def printable(text: str, stream=None) -> str:
-    """Return a string as one line without control characters, and escape the characters that the stream cannot encode."""
+    """Return a text as a single line without control characters, escaping characters that the stream cannot encode."""
     return encodable(one_line(text), stream)
 
 
 def note(text: str = "", end: str = "\n") -> None:
-    """Print a line to stderr. If this fails, for example because the reader has exited, drop this line and all later ones."""
+    """Print a line to stderr. If stderr cannot be written, for example because its reader has exited, stop printing to it."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
@@ -141,7 +141,7 @@ def print_json(report: Report) -> None:
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """Print results to stdout as one line of ASCII-only JSON."""
+    """Print a JSON document to stdout as a single line that contains only ASCII characters."""
     write_whole(f"{json_line(document)}\n")
 
 
@@ -152,7 +152,7 @@ def write_whole(text: str) -> None:
     buffer is bypassed, because it would keep unwritten text and write it later.
 
     Raises:
-        OSError: the text cannot be written.
+        OSError: If the text cannot be written.
     """
     stream = stdout()
     stream.flush()
@@ -174,7 +174,7 @@ def write_whole(text: str) -> None:
 
 
 def _take_back(number: int, size: int) -> None:
-    """Truncate an open file to its earlier size, unless another process has appended a complete line in the meantime."""
+    """Truncate an open file to its previous size, unless another process has appended a complete line in the meantime."""
     with suppress(OSError), open(f"/dev/fd/{number}", "rb") as file:
         file.seek(size)
         if b"\n" not in file.read():
@@ -238,13 +238,13 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 
 def tell(text: str) -> None:
-    """Print a sentence to stderr. On a terminal, it is wrapped to the terminal's width."""
+    """Print a message to stderr, wrapped to the terminal's width if stderr is a terminal."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
 
 
 def print_titled(title: str, text: str) -> None:
-    """Print a titled line to stderr. `title` is a key of `COLORS`.
+    """Print a message with a colored title to stderr. `title` is a key of `COLORS`.
 
     Lines are not broken inside command-line arguments, even at spaces, because most arguments with spaces are paths.
     """
@@ -266,7 +266,7 @@ def _folded(text: str, indent: int) -> list[str]:
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Print an answer while it is generated. A newline is printed at the end even if the answer is interrupted."""
+    """Print an answer to stdout while it is generated. Even if the answer is interrupted, a newline is printed at the end."""
     stream = stdout()
     try:
         for piece in pieces:
@@ -276,7 +276,7 @@ def print_stream(pieces: Iterable[str]) -> None:
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """Return a progress callback for `VideoQA.encode`. It shows the frames read until all are read, and then the frames encoded."""
+    """Return a progress callback for `VideoQA.encode` that shows the progress of reading first, and then of encoding."""
     named = {
         "read": "reading, frame",
         "encode": "encoding, frame",
@@ -299,7 +299,7 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """A progress line that shows the current step with its count, the elapsed time, and an estimate of the time left."""
+    """A progress line that shows the current step with its count, the elapsed time, and an estimate of the remaining time."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
@@ -309,7 +309,7 @@ class Line:
         self.show(what)
 
     def show(self, what: str, done: int = 0, total: int = 0, detail: str = "") -> None:
-        """Set the current step. `total` is the number of items, or 0 if it is unknown. `detail` is text that changes often."""
+        """Set the current step. `total` is the number of items, or 0 if unknown. `detail` is extra text that changes often."""
         self._at = self._now()
         if (what, total) != (self._what, self._total) or not total:
             self._first, self._first_at = done, self._at
@@ -336,7 +336,7 @@ class Line:
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
-    """Return a progress callback for `frames.local_file` that shows how much has been downloaded."""
+    """Return a progress callback for `frames.local_file` that shows how much of a file has been downloaded."""
 
     def step(done: int, total: int) -> None:
         text = f"downloading, {size(done)}"
@@ -349,7 +349,7 @@ def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
 
 @contextmanager
 def progress(active: bool, timing: bool = False) -> Iterator:
-    """If stderr is a terminal, show a progress line on it while the block runs. Yields `Line.show`.
+    """Show a progress line while the block runs, provided that stderr is a terminal. Yields `Line.show`.
 
     With `timing`, the line is not animated, because a spinner thread would disturb measurements. The yielded function then takes
     only `what`.

@@ -8,7 +8,7 @@ from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, print_traceback, progress
 
-DIFFERENCE = 7  # an exit code
+DIFFERENCE = 7  # exit code if any check finds a difference
 
 
 @opt.command(ModelOptions, short="quick time_limit model output json quiet", without=("quantize", "store_quantized"))

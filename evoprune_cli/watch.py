@@ -181,11 +181,11 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """Store what is needed to ask questions. No question is asked yet.
+        """Store everything that is needed to ask questions, without asking any.
 
         Args:
-            begin: function that is called when the first question is asked, so that the stream's window can fill before then.
-            prompt: whether questions are typed at a prompt.
+            begin: A function that is called when the first question is asked, so that the stream's window can fill before then.
+            prompt: Whether questions are typed at a prompt.
         """
         self._talk = talk
         self._begin = begin
@@ -201,9 +201,9 @@ class _Watching:
         self._status_visible = False
 
     def converse(self, chat: "Chat | None") -> int:
-        """Answer questions from the terminal until q or Ctrl-C ends the prompt, even after the source has ended.
+        """Answer questions from the terminal until q or Ctrl-C ends the prompt, even after the video source has ended.
 
-        `chat` is the conversation about the stream. None means that each question stands alone.
+        `chat` is the conversation about the stream. None means that the questions are independent of each other.
         """
         questions = typed_questions(twice=False, chat=chat)
         while True:
@@ -214,7 +214,7 @@ class _Watching:
             self._answer(question, typed=True)
 
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
-        """Answer the questions from the command line and the pipe, until the source ends or no more questions can arrive.
+        """Answer questions from the command line and the pipe until the video source ends or no more questions can arrive.
 
         Returns:
             The exit code.
@@ -269,7 +269,7 @@ class _Watching:
                 return SOME_FAILED if self._failed else 0
 
     def _feasible_interval(self, every_s: float) -> float:
-        """Return the interval between questions. If frames are sampled less often than that, warn and return the frame interval."""
+        """Return the interval between questions. If the interval between sampled frames is longer, warn and return that instead."""
         step_s = self._stream.step_s
         if step_s is None or every_s >= step_s:
             return every_s
@@ -278,7 +278,7 @@ class _Watching:
         return step_s
 
     def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
-        """Report that answers were skipped from `first_s` to `over_s`. `asked` is True if the question at `over_s` was answered."""
+        """Report how many repeated questions were skipped from `first_s` to `over_s`, not counting `over_s` if `asked` is True."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return
@@ -293,7 +293,7 @@ class _Watching:
         print_titled("warning:", text)
 
     def _ask_line(self, line: bytes) -> None:
-        """Answer a question from the pipe. An invalid line gets an error record, and the command continues."""
+        """Answer a question from the pipe. For an invalid line, print an error record and continue."""
         try:
             fields = jsonlib.loads(line)
             asked = fields.get("question") if isinstance(fields, dict) else None

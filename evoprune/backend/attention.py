@@ -1,4 +1,4 @@
-"""Choose the fastest way to compute attention on each device, both for prompts and for groups of patches.
+"""Chooses the fastest way to compute attention on each device, both for prompts and for groups of patches.
 
 cuDNN's attention is never used on CUDA, because it can spend seconds on planning for each new shape.
 """
@@ -49,14 +49,14 @@ def without_cudnn() -> Iterator[None]:
 
 
 class Attention:
-    """Decides how attention is computed on a given device and in a given dtype.
+    """Chooses the fastest attention implementation for a device and a dtype.
 
     Args:
         device: The device of the queries, keys and values.
         dtype: The dtype of the queries, keys and values.
     """
 
-    # Kernels that cannot handle an infinite bias hide a key by giving it a weight of e^-NEVER.
+    # For kernels that cannot handle an infinite bias, a key is hidden by giving it a weight of e^-NEVER.
     NEVER = 1000.0
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -69,17 +69,17 @@ class Attention:
         return cls(x.device, x.dtype)
 
     def prefers_products(self, keys: int) -> bool:
-        """Return True if two matrix products, with the scores held in memory, are faster than a fused kernel.
+        """Return True if attention is faster as two matrix products, with the scores held in memory, than as a fused kernel.
 
         This is the case for bf16 on a CPU if there are fewer than `LONG` keys.
         """
         return is_host(self._device) and self._dtype == torch.bfloat16 and keys < LONG
 
     def of_transformers(self) -> tuple[str, str | None]:
-        """Return the name of transformers' fastest attention implementation on this device, and a note for reports.
+        """Return the name of transformers' fastest attention implementation on this device, and a note about it for reports.
 
-        The fastest implementation is flash-attn if it is installed, otherwise torch's SDPA. The note says how the transformers
-        tower runs with it. On a CPU, the note is None.
+        The fastest implementation is flash-attn if it is installed, otherwise torch's SDPA. The note says how the vision tower of
+        transformers runs with this implementation. On a CPU, the note is None.
         """
         if is_host(self._device):
             return "sdpa", None
@@ -89,9 +89,9 @@ class Attention:
 
     @property
     def varlen_kernel(self) -> Callable | None:
-        """A function that computes attention within groups of different lengths in a single call, or None if unsupported.
+        """A kernel that computes attention within groups of different lengths in a single call, or None if unsupported.
 
-        The function takes queries, keys and values (each `[patches, heads, d]`), the cumulative ends of the groups among the
+        The kernel takes queries, keys and values (each `[patches, heads, d]`), the cumulative ends of the groups among the
         queries and among the keys (int32), the maximum numbers of queries and keys in a group, and `scale`. It requires 16-bit
         floats and a CUDA GPU of the Ampere generation or newer.
         """
@@ -104,16 +104,16 @@ class Attention:
         return attend_varlen
 
     def form_of_groups(self, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]) -> T:
-        """Create attention groups in the form that runs fastest on the device.
+        """Create attention groups in the layout for which attention is fastest on the device.
 
         Args:
             by_length: Creates groups for the CPU, where the lengths of the groups can be read.
             packed: Creates groups for a kernel that handles groups of different lengths. It receives that kernel as its argument
                 (see `varlen_kernel`).
-            padded: Creates groups for devices that have no such kernel.
+            padded: Creates padded groups for devices that have no such kernel.
 
         Returns:
-            The result of whichever function was called.
+            The result of the one function that was called.
         """
         if is_host(self._device):
             return by_length()
@@ -130,7 +130,7 @@ class Attention:
         Args:
             queries: `[..., heads, L, d]`.
             keys, values: `[..., heads, n, d]`.
-            scale: The factor for the scores. None means torch's default.
+            scale: The scale factor for the scores. None means torch's default.
 
         Returns:
             `[..., heads, L, d]`, or None if no kernel can compute this attention without a mask.
@@ -150,9 +150,9 @@ class Attention:
         return flash(queries, keys, values, 0.0, True, False, scale=scale)[0]
 
     def bias_features(self, bias: torch.Tensor, dim: int, least: float = -math.inf) -> torch.Tensor:
-        """Return additional features for the keys, `[n, e]`, through which a kernel that accepts no mask can apply a bias.
+        """Return additional key features, `[n, e]`, that add a bias to the scores in kernels that do not accept a mask.
 
-        If the queries have ones in the additional features, the dot product of a query and a key includes the key's bias. Kernels
+        The queries have ones in the additional features, so the dot product of a query and a key includes the key's bias. Kernels
         support heads with up to 256 features, in multiples of eight, so `e` is chosen to make `dim + e` a multiple of eight.
         Because the kernel divides the scores by the square root of `dim`, the bias is multiplied by that root here. The result is
         stored as the sum of two numbers, because a single bf16 number could be off by 2^-9 of its value.
@@ -175,7 +175,7 @@ class Attention:
 
         Args:
             bias: float32 `[n]`, the bias to add to each key's scores.
-            columns: The number of columns that have queries.
+            columns: The number of columns for which queries are computed.
             kv_heads: The number of key/value heads.
             dim: The number of features in a head, not counting the additional ones.
 

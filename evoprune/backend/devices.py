@@ -1,8 +1,8 @@
 """Device-specific behavior: dtypes, chunk sizes, copies, synchronization, timing and memory.
 
 This module also decides whether to use kernels and CUDA graphs. If a kernel fails, evoprune warns once and falls back to plain
-PyTorch. On CUDA, a function can be captured as a graph, which replays all of its kernels with a single launch, or run on its own
-stream.
+PyTorch. On CUDA, a function can run on its own stream, or it can be captured as a graph, which replays all of its kernels with a
+single launch.
 
 `pick_device` chooses the torch device when a model is loaded. After that, code takes the device from the tensors. Code outside this
 package passes devices along but never checks what kind they are.
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 WIDENED = ("compressed-tensors", "fp8")  # formats that transformers dequantizes when it loads weights onto a CPU
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # dtype names in safetensors
-# The number of units in a matrix product. With 256 units (1,024 patches), products run at full speed on a CPU and their results
-# still fit in its caches (results/benchmarks.md, "Kernels"). A GPU needs more units to stay busy.
+# The number of units in a single matrix product. With 256 units (1,024 patches), products run at full speed on a CPU and their
+# results still fit in its caches (results/benchmarks.md, "Kernels"). A GPU needs more units to stay busy.
 PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
-# The number of attention scores to hold in memory at a time. The CPU and the GPU differ for the same reasons.
+# The number of attention scores to hold in memory at a time. It differs between the CPU and GPUs for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
 # Sizes of square matrix products that are large enough to keep a device busy.
@@ -47,7 +47,7 @@ GPU_SIDES = (4096, 8192)
 
 
 class Device:
-    """Everything about a run that depends on its device: dtypes, chunk sizes, the clock, memory, and the facts shown in reports.
+    """Device-dependent properties of a run: dtypes, chunk sizes, timing, memory, and the device information in reports.
 
     Args:
         device: A torch device, or its name.
@@ -60,7 +60,7 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """The kind of device, such as "cuda" for "cuda:1". Devices of the same kind compute the same numbers."""
+        """The kind of device, such as "cuda" for "cuda:1". Devices of the same kind compute the same results."""
         return self._device.type
 
     @staticmethod
@@ -101,7 +101,7 @@ class Device:
 
     @property
     def holds_values(self) -> bool:
-        """Whether tensors on the device hold data. Tensors on the meta device have only a shape."""
+        """Whether tensors on the device have data. Tensors on the meta device have only a shape and a dtype."""
         return self._device.type != "meta"
 
     @property
@@ -110,7 +110,7 @@ class Device:
         return "bf16" if _has_bf16(self._device) else "fp32"
 
     def maps_weights(self, stored: Collection[str], dtype: torch.dtype, quantize: str) -> bool:
-        """Return True if the weights stay memory-mapped until they are packed or quantized. This happens only on a CPU.
+        """Return True if a model's weights stay memory-mapped until they are packed or quantized, which happens only on a CPU.
 
         Args:
             stored: The dtypes of the weights in the model's files, named as in safetensors.
@@ -120,14 +120,14 @@ class Device:
         return self._on_host and (quantize != "none" or {*stored} == {STORED[dtype]})
 
     def widens(self, quantization: str | None) -> bool:
-        """Return True if weights that are stored with this kind of quantization are dequantized when they are loaded."""
+        """Return True if loading weights in this quantized format onto the device dequantizes them."""
         return self._on_host and quantization in WIDENED
 
     @property
     def busy_cores(self) -> int:
-        """The number of cores that a running model keeps busy.
+        """The number of CPU cores that a running model keeps busy.
 
-        On the CPU, this is the number of torch threads. Any other device needs only one core to drive it.
+        On the CPU, this is the number of torch threads. Any other device needs only one core to launch its work.
         """
         return torch.get_num_threads() if self._on_host else 1
 
@@ -138,9 +138,9 @@ class Device:
 
     @property
     def reads_drafts(self) -> bool:
-        """Whether reading a few drafted tokens in one pass takes about as long as reading a single token, as on the CPU.
+        """Whether verifying a few drafted tokens in one pass takes about as long as decoding a single token.
 
-        On CUDA, single tokens are faster, because their passes run as CUDA graphs.
+        This is the case on the CPU. On CUDA, decoding single tokens is faster, because those passes run as CUDA graphs.
         """
         return self._on_host
 
@@ -166,13 +166,13 @@ class Device:
 
     @property
     def capture(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        """A function that captures another function on this device (see `run_and_capture`), or None without CUDA graphs."""
+        """A function that captures another function as a CUDA graph (see `run_and_capture`), or None without CUDA graphs."""
         if not self.uses_kernels or torch.version.cuda is None:
             return None
         return lambda function: run_and_capture(function, self._device)
 
     def run_beside(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run a function in its own thread and on its own CUDA stream. On other devices, the function is not run at all.
+        """Run a function in its own thread and on its own CUDA stream. On devices other than CUDA, do not run it at all.
 
         Returns:
             A function that waits until the thread has finished. Exceptions raised in the thread are discarded.
@@ -194,7 +194,7 @@ class Device:
         return thread.join
 
     def now(self) -> float:
-        """Return the current time in seconds. On an accelerator, wait first until all launched kernels have finished."""
+        """Return the current time in seconds. On an accelerator, first wait until all launched kernels have finished."""
         if self._device.type == accelerator():
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
@@ -212,14 +212,14 @@ class Device:
         return limits.Host().available_memory() if self.holds_values else None
 
     def shortage(self, needed: int) -> str | None:
-        """Return a message if fewer than `needed` bytes of memory are available, otherwise None."""
+        """Return a message for the user if fewer than `needed` bytes of memory are available, otherwise None."""
         available = self.available_memory()
         if available is None or needed <= available:
             return None
         return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
 
     def memory_in_use(self) -> tuple[int | None, int | None]:
-        """Return how many bytes this process uses for its own memory and how many for mapped files.
+        """Return the resident memory of this process in bytes, as two values: its own memory and memory-mapped files.
 
         Both values are None on CUDA, and on systems where they cannot be measured.
         """
@@ -254,7 +254,7 @@ class Device:
 
     @property
     def peak_memory_note(self) -> str | None:
-        """A note for reports saying that `peak_memory` covers more than the measured model, or None if it does not."""
+        """A note for reports that `peak_memory` covers the whole process rather than only the measured model, or None on CUDA."""
         if self._on_cuda:
             return None
         return "peak memory is measured for the whole process, including the weights of all rows"
@@ -280,7 +280,7 @@ def _size(size: int) -> str:
 
 
 def pick_device(name: str, *, auto: bool = False) -> torch.device:
-    """Return the torch device with this name after checking that it works.
+    """Return the torch device with the given name, after checking that it works.
 
     If "auto" was resolved to the CPU because no GPU driver files were found, but torch does find a GPU, this issues a warning.
 
@@ -313,7 +313,7 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return True if a device multiplies bf16 matrices in hardware. Otherwise (older CUDA GPUs), bf16 is slower than fp32."""
+    """Return True if a device multiplies bf16 matrices in hardware. Otherwise, as on older CUDA GPUs, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -342,25 +342,25 @@ def is_host(device: torch.device) -> bool:
 
 
 def accelerator() -> str | None:
-    """Return the kind of accelerator that torch supports with streams and events, or None if there is none.
+    """Return the kind of accelerator that torch uses on this machine, such as "cuda", or None if there is none.
 
-    Copies from pinned memory to such an accelerator are asynchronous.
+    It supports streams and events, and copies from pinned memory to it are asynchronous.
     """
     device = torch.accelerator.current_accelerator()
     return device and device.type
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `x` on `device`. Copies from the CPU to an accelerator are asynchronous."""
+    """Return `x` on `device`, using an asynchronous copy from pinned memory if `x` moves from the CPU to an accelerator."""
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 class Timer:
-    """A context manager that can be entered repeatedly and adds up the time spent inside.
+    """A context manager that adds up the time spent inside it, and that can be entered repeatedly.
 
-    On an accelerator, it records events, and does not synchronize until `seconds` is called.
+    On an accelerator, the timer records events, so it does not synchronize until `seconds` is called.
     """
 
     def __init__(self, device: torch.device):
@@ -374,7 +374,7 @@ class Timer:
         self._marks.append(self._mark())
 
     def copy(self) -> "Timer":
-        """Return a new timer that starts from the time this timer has measured so far."""
+        """Return a new timer that continues from the time that this timer has measured so far."""
         timer = Timer(self._device or torch.device("cpu"))
         timer._marks = list(self._marks)
         return timer
@@ -397,7 +397,7 @@ class Timer:
 
 
 def empty_cache() -> None:
-    """Make the CUDA allocator and glibc return their unused memory to the system."""
+    """Return unused memory from the CUDA allocator and from glibc to the system."""
     torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -421,7 +421,7 @@ def uses_kernels(device: torch.device) -> bool:
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Disable kernels and CUDA graphs within this context, so that models run transformers' own layers."""
+    """Context manager that disables kernels and CUDA graphs, so that models run transformers' own layers."""
     _plain_pytorch.append(True)
     try:
         yield
@@ -443,11 +443,11 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, consequence: str, problem: Exception) -> None:
-    """Stop using kernels for a task and warn about it. If the problem is an out-of-memory error, raise it again instead.
+    """Stop using kernels for a task after one of them has failed, and warn about it. Out-of-memory errors are raised again instead.
 
     Args:
-        what: The name of the task that runs without kernels from now on. `failed` then returns True for this name.
-        consequence: The first words of the warning, which say how the task runs from now on.
+        what: The name of the task. From now on, `failed` returns True for this name.
+        consequence: The beginning of the warning, which says how the task runs without kernels.
         problem: The exception that a kernel raised.
     """
     if is_out_of_memory(problem):
@@ -457,10 +457,10 @@ def give_up(what: str, consequence: str, problem: Exception) -> None:
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
-    """Decorate a function that runs kernels, so that `plain_form` is called instead if kernels are disabled or fail.
+    """Decorate a function that runs kernels, so that it falls back to `plain_form` if kernels are disabled or fail.
 
-    `plain_form` takes the same arguments as the function. A warning is issued when the kernels fail for the first time.
-    Out-of-memory errors do not trigger the fallback, but propagate.
+    `plain_form` takes the same arguments as the decorated function. A warning is issued when a kernel fails for the first time.
+    Out-of-memory errors propagate instead of triggering the fallback.
     """
 
     def decorate(function: Callable) -> Callable:

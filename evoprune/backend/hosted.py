@@ -1,4 +1,4 @@
-"""Decide how transformers' modules run on each device: the implementation of layers and experts, and third-party kernels."""
+"""Decides how transformers' modules run on each device: which layers and experts they use, and whether they call fla's kernels."""
 
 import sys
 import threading
@@ -14,8 +14,8 @@ from evoprune.backend.devices import is_host, wants_plain_pytorch
 
 T = TypeVar("T")
 
-# The argument of transformers models that takes the KV cache, and the field of their outputs that returns it. The first name is
-# used since transformers 5.24, the second one in older versions.
+# The name of the argument through which transformers models receive the KV cache, and of the output field that returns it. The
+# first name is used since transformers 5.24, the second one in older versions.
 CACHE_NAMES = ("cache", "past_key_values")
 
 EXPERTS = "evoprune"  # the name of `_experts_output` in transformers' registry of experts implementations
@@ -37,8 +37,8 @@ def cache_name() -> str:
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:
     """Choose between two implementations of a model's layers.
 
-    The CPU is limited by arithmetic, so it gets `modules`. Other devices are limited by the number of operations, so they get
-    `few`, unless plain PyTorch is requested.
+    On the CPU, arithmetic is the bottleneck, so `modules` is returned. On other devices, the number of operations is the
+    bottleneck, so `few` is returned unless plain PyTorch is requested.
 
     Args:
         device: The model's device.
@@ -51,8 +51,8 @@ def form_of_layers(device: torch.device, few: T, modules: T) -> T:
 def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the output of a layer's experts, `[L, hidden]`.
 
-    On devices other than the CPU, a single column is multiplied by copies of its experts' weights, as transformers does during
-    generation. More than one column goes through a grouped matmul. Except for bf16 on Hopper and Blackwell GPUs, the grouped matmul
+    On devices other than the CPU, a single column is multiplied by copies of its experts' weights, as in transformers' generation.
+    Two or more columns go through a grouped matmul. Except for bf16 on Hopper and Blackwell GPUs, the grouped matmul
     copies the ends of its groups to the host, which is not possible inside a CUDA graph.
 
     Args:
@@ -83,11 +83,10 @@ def without_packages() -> Iterator[None]:
 
 
 def choose_functions(model, *, experts: bool) -> None:
-    """Replace functions that the language model of a `HostedVL` calls, in place.
+    """Replace the functions that compute linear attention and experts in the language model of a `HostedVL`, in place.
 
-    If the kernels in `FUSED` are installed, transformers calls them on every device, although they fail on a CPU. Their
-    replacements call transformers' own functions on the CPU and inside a `without_packages` context, and the kernels everywhere
-    else.
+    If the kernels in `FUSED` are installed, transformers calls them on every device, although they fail on a CPU. The replacements
+    call transformers' own functions on the CPU and inside a `without_packages` context, and the kernels in all other cases.
 
     Args:
         model: The `HostedVL` to change.

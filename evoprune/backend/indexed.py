@@ -1,4 +1,4 @@
-"""Patch the attention layers of Qwen4-Exp, which select keys with an indexer, so that their masks can contain biases.
+"""Patches the attention layers of Qwen4-Exp, which select keys with an indexer, so that their masks can contain biases.
 
 In transformers, the indexer treats a key as hidden unless its mask value is exactly 0. If the mask contains biases for the sizes of
 clusters, the indexer would therefore ignore most visual tokens. It also loops over all columns to select their keys, even if every
@@ -13,7 +13,7 @@ METHOD = "_evoprune_forward"
 
 
 def accept_biases(model) -> None:
-    """Patch the classes of a model's indexers, for good, to accept masks with biases. Models without indexers stay unchanged."""
+    """Permanently patch the indexer classes of a model to accept masks with biases. Models without indexers are not changed."""
     for kind in {type(part) for part in model.modules() if hasattr(part, "index_qk_proj")}:
         if not hasattr(kind.forward, METHOD):
             kind.forward = _accepting(kind.forward)

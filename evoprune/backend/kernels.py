@@ -1,4 +1,4 @@
-"""Triton kernels for the operators in operators.py, for decoder layers, and for the tower's attention.
+"""Triton kernels for the operators in operators.py, for decoder layers, and for the vision tower's attention.
 
 Triton is installed along with PyTorch for CUDA. Importing it takes a while, so this module is imported only on devices that run
 kernels. Each kernel computes the same result as the plain PyTorch fallback next to its caller, even in Triton's interpreter.
@@ -26,19 +26,19 @@ SIDE = 64  # side length of a block of distances, in points
 # The number of rows in a block of features.
 ROWS = 32
 CHANNELS = 64
-# Arguments whose values change from video to video. Without this list, Triton would compile another version of a kernel whenever
-# one of them is divisible by 16.
+# Arguments whose values change from video to video. They are excluded from specialization, because Triton would otherwise compile
+# another version of a kernel for values that are divisible by 16.
 SIZES = ["points", "length", "count", "begin"]
 
 
 def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """Return `x`, or `instead` if `x` is None, because the arguments of a kernel must be tensors."""
+    """Return `x`, or the placeholder `instead` if `x` is None, because kernel arguments must be tensors."""
     return instead if x is None else x
 
 
 @triton.jit(do_not_specialize=["length"])
 def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
-    """Write the mean and variance of one block of channels. Each row is weighted by its `count`."""
+    """Compute the mean and variance of a block of channels over all rows, each weighted by its `count`."""
     c = tl.program_id(0) * block + tl.arange(0, block)
     inside = c < width
     first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
@@ -68,7 +68,7 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Write the standardized rows and the squares of their lengths.
+    """Standardize a block of rows, and compute the squared lengths of the standardized rows.
 
     Each channel is standardized by subtracting its mean and dividing by its standard deviation.
     """
@@ -91,7 +91,7 @@ def _standardise(
 
 @triton.jit
 def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
-    """Return the rounded distances `[i, j]` between selected points i and candidates j, given the products of their places."""
+    """Return the rounded distances `[i, j]` between selected points i and candidates j, given the dot products of their places."""
     half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
@@ -102,7 +102,7 @@ def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, val
 
 @triton.jit(do_not_specialize=SIZES)
 def _tube_distances(product, half, weight, row, time, tubes, points, length, side: tl.constexpr):
-    """Replace the products of one tube with distances."""
+    """Replace the dot products between all points in a tube with the distances between these points, in place."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * side + tl.arange(0, side)
     j = tl.program_id(2) * side + tl.arange(0, side)
@@ -120,7 +120,7 @@ def _tube_distances(product, half, weight, row, time, tubes, points, length, sid
 
 @triton.jit(do_not_specialize=SIZES)
 def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
-    """Write the radii of the points in one tube."""
+    """Select the points of a tube greedily by distance, and write their radii."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
@@ -143,7 +143,7 @@ def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _nearest(product, half, weight, row, time, selected, out, begin, points, count, side: tl.constexpr):
-    """Write the index of the selected point nearest to each point from `begin` to `points`. `product` is `[point, selected]`."""
+    """Find the nearest selected point for each point from `begin` to `points`, given the dot products `[point, selected]`."""
     number = tl.program_id(0) * side + tl.arange(0, side)
     point = begin + number
     own_row = tl.load(row + point, mask=point < points, other=-1)
@@ -167,7 +167,7 @@ def _nearest(product, half, weight, row, time, selected, out, begin, points, cou
 
 @triton.jit
 def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
-    """Write one block of columns of one mean. Rows are added in ascending order, so that the sum is reproducible."""
+    """Compute a block of columns of one weighted mean. Rows are added in ascending order, so that the sum is reproducible."""
     mean = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
@@ -244,7 +244,7 @@ def mean_rows(rows, into, row, weight, count):
     return means
 
 
-# Greedy selection by cosine. A single program selects all rows, using a precomputed matrix of pairwise cosines.
+# Greedy selection by cosine similarity. A single program selects all rows, using a precomputed matrix of pairwise cosines.
 
 COSINES_HELD = 1 << 26  # the number of float32 cosines to hold in memory at a time
 
@@ -306,15 +306,15 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
 
 
 def _bits(x: float) -> int:
-    """Return the bits of a positive float32 as an integer. These integers sort in the same order as the floats."""
+    """Return the bit pattern of a positive float32 as an integer. These integers sort in the same order as the floats."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
 @triton.jit
 def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
-    """Return the median of now / then, weighted by `then`.
+    """Return the weighted median of the ratios `now / then`, with `then` as the weights.
 
-    The median is found by bisection between `low` and `high`, the bits of two floats.
+    The median is found by bisection between `low` and `high`, which are the bit patterns of two floats.
     """
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
@@ -403,7 +403,7 @@ def _scan(
 
 @on_its_device
 def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most):
-    """Run the operator `reuse_scan` (backend/operators.py).
+    """Run the `reuse_scan` operator (see backend/operators.py) as a single Triton kernel.
 
     Args:
         most: The largest factor by which the brightness may drift. For the other arguments, see the operator.
@@ -426,7 +426,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     return source, held.T.contiguous(), pair
 
 
-# Decoder layers. The kernels round at the same points as transformers does.
+# Decoder layers. The kernels round intermediate results at the same points as transformers does.
 
 
 @triton.jit
@@ -502,7 +502,7 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum `x + plus`, or `x` if `plus` is None, and the RMS norm of this sum.
+    """Add a residual to `x` and apply an RMS norm. Returns the sum `x + plus` (just `x` if `plus` is None) and the normed sum.
 
     Args:
         x, plus: `[rows, wide]`, contiguous. The results are contiguous as well.
@@ -560,8 +560,8 @@ def rotate_put(
         eps: The epsilon of the norms.
         heads: The number of query heads.
         keys, values: The KV cache to write to, `[kv_heads, n, head_dim or more]`, with equal strides.
-        column: int64 `[1]`, the first column of the KV cache to write. None means column 0.
-        more: The number of features to append to each query head. These features are set to 1.
+        column: int64 `[1]`, the first column of the KV cache to write to. None means column 0.
+        more: The number of features to append to each query head. All of these features are set to 1.
 
     Returns:
         The queries, `[1, L, heads, head_dim + more]`.
@@ -587,9 +587,9 @@ def _rotate_into_groups(
     heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
     gathers: tl.constexpr,
 ):  # fmt: skip
-    """Write all heads of the four patches of one unit.
+    """Write the queries, or the keys and values, of one unit, for all heads and all four patches.
 
-    The first `rows` programs write queries, and the others write keys and values.
+    The first `rows` programs write queries, and all other programs write keys and values.
     """
     at = tl.program_id(0).to(tl.int64)
     asks = at < rows
@@ -649,14 +649,14 @@ def rotate_into_groups(
     keys: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Apply the rotary embedding to the tower's queries and keys, and sort keys and values by attention group.
+    """Apply the rotary embedding to the vision tower's queries and keys, and sort keys and values by attention group.
 
     Args:
         qkv: The queries, keys and values, `[R, 4, 3 * heads * d]`.
         cos, sin: The rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
-        place: int64 `[R]`, each row's place.
+        place: int64 `[R]`, each row's place in its frame pair.
         heads: The number of heads.
-        keys: int64 `[K]`, each key's row. None means that the keys are all rows in their original order.
+        keys: int64 `[K]`, the rows that serve as keys. None means that all rows are keys, in their original order.
         weight: int64 `[K]` or None. The logarithm of each key's weight is added to its attention scores by means of additional
             features (see `vision.attention.with_bias`).
 

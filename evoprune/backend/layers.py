@@ -1,4 +1,4 @@
-"""Reduce the number of operations in each layer by joining weight matrices and by using fused kernels on CUDA."""
+"""Reduces the number of operations in each layer by joining weight matrices and by using fused kernels on CUDA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 from evoprune.backend.devices import failed, has_triton, uses_kernels
 
-# The linear layers in each module that have the same input.
+# For each type of module, the linear layers inside it that read the same input.
 SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 _unjoined: list[bool] = []
 
@@ -33,7 +33,7 @@ def join(model) -> None:
 
 
 def join_tower(visual) -> None:
-    """Join the first two matrices in every gated MLP of the tower, and pad its inner size to make matrix products fast.
+    """Join the first two matrices in every gated MLP of the vision tower, and pad its inner size to make matrix products fast.
 
     The MLPs of Qwen2.5-VL have an inner size of 3,420. Because this is not a multiple of 8, matrix products take twice as long as
     they should. The padding consists of zeros, so it does not change the results. Each linear layer's weight becomes a view of
@@ -75,14 +75,14 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:
-    """Return True if a module is a plain linear layer without hooks. A layer with hooks must be called so that its hooks run."""
+    """Return True if a module is a plain linear layer without hooks. Layers with hooks must be called, so that the hooks run."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
 
 
 @contextmanager
 def unjoined() -> Iterator[None]:
-    """Ignore joined weights within this context, and multiply by each matrix separately, as transformers does."""
+    """Context manager that ignores joined weights, so that each matrix is multiplied separately, as in transformers."""
     _unjoined.append(True)
     try:
         yield
@@ -91,7 +91,7 @@ def unjoined() -> Iterator[None]:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Return `backend.kernels`, the module of fused kernels, or None if the device runs no kernels or a kernel has failed."""
+    """Return the module of fused kernels, or None if the device does not support them or one of them has failed before."""
     if not uses_kernels(device) or failed("layers") or not has_triton():
         return None
     from evoprune.backend import kernels

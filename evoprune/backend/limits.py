@@ -1,7 +1,7 @@
-"""Find out how many cores, how much memory and which devices this process may use. This module does not import torch.
+"""Finds out how many cores, how much memory and which devices this process may use. Does not import torch.
 
-Containers limit cores and memory with control groups (cgroups v1, v2, or both). A limit applies to a group and to all groups inside
-it. If a group has no file for a limit, the limit is not set.
+Containers limit cores and memory with control groups (cgroups v1, v2, or both). A limit applies to a control group and to all
+groups nested in it. If the file for a limit is missing from a group's folder, the group does not set that limit.
 """
 
 import math
@@ -33,30 +33,30 @@ MEMORY = (
 # In cgroups v1, only the fields that begin with `total_` include the groups inside this group.
 RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
 
-# Files that the GPU driver for each toolkit creates. The last pattern in each row is for WSL.
+# Files whose presence shows that the GPU driver for a toolkit is installed. The last pattern for each toolkit is for WSL.
 DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# Matches the lines in torch's `version` module that say which toolkit torch was built with.
+# Matches the lines in torch's `version` module that reveal the toolkit that torch was built with.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches the value of such a variable if at least one GPU stays visible
+VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches values of these variables that leave at least one GPU visible
 # The number of visual tokens (before pruning) that a CPU can encode in about a minute.
 MAX_VISUAL_TOKENS_CPU = 4_096
-# With fewer units than this, the tower is launch-bound on CUDA, no matter how many rows it processes. The threshold was chosen from
-# measurements on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was slower than not pruning at
-# all (0.73 to 0.99 times as fast). At 1,536 units, it was slower than selecting after the tower (by 9%, calculated). At 4,784
-# units, it was 1.6 times as fast as selecting after the tower. No sizes in between were measured, so the threshold is close to the
-# largest size at which pruning inside the tower was slower.
+# With fewer units than this, the vision tower is launch-bound on CUDA, so its run time hardly depends on the number of rows. The
+# threshold was chosen from measurements on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was
+# slower than not pruning at all (0.73 to 0.99 times as fast). At 1,536 units, it was slower than selecting after the tower (by 9%,
+# calculated). At 4,784 units, it was 1.6 times as fast as selecting after the tower. No sizes in between were measured, so the
+# threshold is close to the largest size at which pruning inside the tower was slower.
 LAUNCH_BOUND_UNITS = {"cuda": 2048}
 
 
 class DeviceName:
-    """What can be derived from a device's name without importing torch.
+    """The name of a device, and what can be derived from it without importing torch.
 
     Args:
-        name: The value of a device option: "auto", or the name of a torch device such as "cuda:1".
+        name: The value of the device option: "auto", or the name of a torch device such as "cuda:1".
     """
 
     def __init__(self, name: str):
@@ -82,7 +82,7 @@ class DeviceName:
 
     @property
     def launch_bound_units(self) -> int:
-        """The number of units below which the tower is launch-bound, or 0 if it never is."""
+        """The number of units below which the vision tower is launch-bound on this device, or 0 if it never is."""
         return LAUNCH_BOUND_UNITS.get(self._kind, 0)
 
     def cluster_share(self, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
@@ -101,9 +101,9 @@ class DeviceName:
 
 
 def _has_gpu(root: Path) -> bool:
-    """Return True if the driver for a GPU that torch supports is installed.
+    """Return True if the driver for a GPU that the installed torch supports is present.
 
-    Systems such as Windows have no /dev to check, so there it is enough that torch was built for GPUs.
+    On systems without /dev, such as Windows, the driver cannot be checked, so a torch that was built for GPUs is enough.
     """
     toolkits = _toolkits()
     if not (root / "dev").is_dir():
@@ -113,7 +113,7 @@ def _has_gpu(root: Path) -> bool:
 
 
 def _toolkits() -> list[str]:
-    """Return the toolkits that the installed torch was built with, or all known toolkits if torch's files do not say."""
+    """Return the GPU toolkits that torch was built with ("cuda", "hip"), or all known toolkits if this cannot be determined."""
     try:
         folders = find_spec("torch").submodule_search_locations
         return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ class Host:
         self._root = root
 
     def available_cores(self) -> int:
-        """Return the number of cores that this process may keep busy, at least 1.
+        """Return the number of CPU cores that this process may keep busy, which is at least 1.
 
         This is the number of cores in the process's CPU affinity mask, or its control groups' CPU quota if that is lower. The quota
         is rounded up to whole cores.
@@ -160,7 +160,7 @@ class Host:
         return min(free, _unused_address_space(mapped), *groups)
 
     def oom_kills(self) -> int:
-        """Return the number of processes that the system has killed so far because it ran out of memory, or 0 if unknown.
+        """Return how many processes the kernel has killed so far because memory ran out, or 0 if the number is unknown.
 
         The number covers the whole machine, not only the control groups of this process.
         """
@@ -172,9 +172,9 @@ class Host:
 def keep_freed_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the system. With other C libraries, this does nothing.
 
-    Call it only in processes that belong to evoprune, because they then hold on to their peak memory. By default, glibc returns the
-    memory of each layer's results to the system and requests new pages for the next layer. This takes up to an eighth of the
-    encoding time of a 3B model in bf16 (results/machines.md).
+    By default, glibc returns the memory of each layer's results to the system and requests new pages for the next layer, which
+    takes up to an eighth of the encoding time of a 3B model in bf16 (results/machines.md). Call this function only in processes
+    that belong to evoprune, because the process then holds on to its peak memory.
     """
     import ctypes  # imported here so that --help does not load it
 
@@ -184,7 +184,7 @@ def keep_freed_memory() -> None:
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """Yield the CPU quotas that are set for a control group, in cores."""
+    """Yield each CPU quota that is set in a control group's folder, in cores."""
     with suppress(OSError, ValueError):  # "max" means no limit
         quota, period = map(int, (folder / "cpu.max").read_text().split())
         yield quota / period
@@ -195,7 +195,7 @@ def _quotas(folder: Path) -> Iterator[float]:
 
 
 def _unused_memory(folder: Path) -> Iterator[int]:
-    """Yield how many bytes are left under each memory limit of a control group."""
+    """Yield the number of bytes that can still be allocated under each memory limit of a control group."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" means no limit
             unused = int((folder / limit).read_text()) - int((folder / used).read_text())
@@ -209,9 +209,9 @@ def _reclaimable(stat: str) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the control groups that this process belongs to, from the innermost to the outermost visible group.
+    """Yield the folders of the control groups that contain this process, from the innermost to the outermost visible group.
 
-    With cgroups v1, all of these groups have the requested controller. With v2, some of them may lack it.
+    With cgroups v1, the requested controller is enabled in all of these groups. With v2, some of the groups may lack it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

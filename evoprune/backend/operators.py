@@ -1,8 +1,8 @@
-"""Torch operators for farthest-point selection, greedy selection by cosine, and reuse, implemented for each kind of device.
+"""Torch operators for farthest-point selection, greedy selection by cosine similarity, and reuse, for each kind of device.
 
 Each operator is implemented in numpy or PyTorch for the CPU, as Triton kernels for CUDA (kernels.py), and with as few PyTorch
 operations as possible for other devices. Only the CPU implementations read values back to the host. Distances are rounded to whole
-steps, so that devices which sum in a different order agree, and so that the distance between equal rows is exactly 0.
+steps, so that devices that sum in different orders agree, and so that the distance between equal rows is exactly 0.
 
 Farthest-point selection has four operators. They compute the places of rows, select the farthest points inside tubes, find the
 nearest selected point for every point, and average clusters. A point has a row and a time. The distance between a selected point i
@@ -27,9 +27,9 @@ FEW_ROWS = (
 # The number of rows to convert to float32 at a time.
 AT_ONCE = 1024
 AT_ONCE_ON_DEVICE = 16384
-# The fraction of the mean variance that is added to every channel's variance, so that nearly constant channels count less.
+# The fraction of the mean variance that is added to every channel's variance, so that nearly constant channels have less influence.
 VARIANCE_FLOOR = 1e-3
-ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean count less, because they may be rounding errors
+ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean are damped, because they may be rounding errors
 
 # We register operators with the low-level API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
@@ -50,12 +50,12 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's place (the row after standardization) and the square of its length.
+    """Compute the places of rows, which are the rows after standardization, and the squares of the places' lengths.
 
     Args:
         rows: `[E, D]`.
-        unit_to_row: int64 `[N]`, each unit's row, or -1 for a unit without a row. Each row counts once for each of its units
-            in the mean and the standard deviation.
+        unit_to_row: int64 `[N]`, each unit's row, or -1 for a unit without a row. The mean and the standard deviation weight each
+            row by the number of its units.
         projection: float32 `[D, d]`, the matrix that maps the standardized rows to `d` dimensions, or None.
         steps: The number of steps in a length of 1.
 
@@ -101,7 +101,7 @@ def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Round numbers to whole steps and raise negative numbers to 0. There are `steps` steps in 1."""
+    """Round numbers to multiples of `1 / steps`, and raise negative numbers to 0."""
     return (x * steps).round_().div_(steps).clamp_(min=0)
 
 
@@ -115,13 +115,13 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Return each point's radius in whole steps, float32 `[N]`, or -1 for points without a row.
+    """Select points greedily inside each tube, and return each point's radius in whole steps, float32 `[N]`.
 
-    In each tube, points are selected one by one. The first one is the point with the largest `first`. After that, the next point
-    is always the one that is farthest from all points selected so far, and this distance is its radius. The radius of the first
-    point is its `first`, or one step more than the second radius if that is larger. Radii therefore decrease in the order of
-    selection, so the K largest radii overall belong to the points that were selected first in their tubes. If points are tied,
-    the one with the lowest index is selected.
+    The selection in a tube starts with the point that has the largest `first`. After that, the next point is always the one that is
+    farthest from all points selected so far, and this distance is its radius. The radius of the first point is its `first`, or one
+    step more than the second radius if that is larger. Radii therefore decrease in the order of selection, so the K largest radii
+    overall belong to the points that were selected first in their tubes. If points are tied, the point with the lowest index is
+    selected. Points without a row have a radius of -1.
 
     Args:
         place: float32 `[E, d]`, each row's place.
@@ -130,7 +130,7 @@ def _tube_radii(
         time: float32 `[N]`, each point's time.
         tubes: int64 `[B, L]`, the points in each tube, ascending. N stands for padding.
         keep: The number of radii that the caller needs, starting from the largest. The CPU stops early once it has found them, so
-            that smaller radii may be returned as 0.
+            smaller radii may be returned as 0.
     """
     index, rows, valid = _members(row, tubes)
     distances = _distances(place, half, weight, rows, time[index])
@@ -191,7 +191,7 @@ def _tube_radii_cpu(place, half, weight, first, row, time, tubes, keep):
 
 
 def _greedy(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the radii, float32 `[B, L]`, given distances `[B, L, L]` and `first` (`[B, L]`, with -1 for padding)."""
+    """Return the radii of the points, float32 `[B, L]`, given distances `[B, L, L]` and `first` (`[B, L]`, -1 for padding)."""
     if len(first) > FEW_TUBES:
         return _greedy_together(distances, first, keep)
     return np.stack([_greedy_in_tube(*tube, keep) for tube in zip(distances, first, strict=True)])
@@ -220,7 +220,7 @@ def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.n
 
 
 def _greedy_together(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the same radii as `_greedy`, selecting one point in every tube at each step."""
+    """Return the same radii as `_greedy`, but process all tubes together, selecting one point per tube in each step."""
     at = np.arange(len(first))
     near = first
     best = near.argmax(1)
@@ -250,9 +250,9 @@ def _nearest_selected(
     time: torch.Tensor,
     selected: torch.Tensor,
 ) -> torch.Tensor:
-    """Find the selected point that is nearest to each point.
+    """Find the nearest selected point for each point.
 
-    The selected point nearest to a selected point is that point itself. If points are tied, the one with the lowest index wins.
+    A selected point is always assigned to itself. If selected points are tied, the one with the lowest index wins.
 
     Args:
         selected: int64 `[K]`, the selected points. For the other arguments, see `_tube_radii`.
@@ -300,12 +300,12 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
 def _mean_rows(
     rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Return weighted means of rows, `[count, D]`. The sums are computed in float32, and the means have the dtype of `rows`.
+    """Compute weighted means of rows, `[count, D]`. The sums are computed in float32, and the means have the dtype of `rows`.
 
     Args:
         rows: `[E, D]`.
         into, row: int64 `[m]` each. Row `row[k]` contributes to mean `into[k]`.
-        weight: float32 `[m]`, the weight of this contribution. Every mean's weights must have a positive sum.
+        weight: float32 `[m]`, the weights of these contributions. Every mean's weights must have a positive sum.
         count: The number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -364,7 +364,7 @@ for _name, _plain, _cpu, _cuda in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
 
 
-# Greedy selection by cosine. Each step selects the row that differs most from the rows selected so far.
+# Greedy selection by cosine similarity. Each step selects the row that differs most from the rows selected so far.
 
 BLOCK = 512  # the number of rows of the pairwise cosine matrix to hold in memory at a time
 MOST_ROWS = (
@@ -378,7 +378,7 @@ greedy_cosine = torch.ops.evoprune.greedy_cosine
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Round scores to multiples of 1/16384, so that the cosines of equal rows are tied although their last bits differ."""
+    """Round scores to multiples of 1/16384, so that the cosines of equal rows are tied even if their last bits differ."""
     return (score * 16384).round() / 16384
 
 
@@ -423,7 +423,7 @@ def _greedy_cosine(
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return the cosine between each row and the most similar other row, float32 `[N]`, or -inf if there is only one row.
+    """Return each row's cosine similarity to the most similar other row, float32 `[N]`, or -inf if there is only one row.
 
     The rows of `unit`, `[N, D]`, must have unit length.
     """
@@ -448,7 +448,7 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse. For each unit, the operator finds the last frame pair whose unit at this place was encoded (see vision/preprocess.py).
+# Reuse. For each unit, the operator finds the last frame pair whose unit at the same place was encoded (see vision/patches.py).
 
 # The number of blocks (7x7 or 8x8 pixels) in a unit, counting both frames, and the number of color channels.
 BLOCKS = 2 * 4**2
@@ -465,15 +465,15 @@ reuse_scan = torch.ops.evoprune.reuse_scan
 def _reuse_scan(
     means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the frame pair whose encoded row each unit can reuse.
+    """Find, for each unit, the frame pair whose encoded row at the same place it can reuse.
 
     Args:
         means: float32 `[T, units, 96]`, the block means of the next frame pairs.
-        held: float32 `[units, 96]`, the block means that each place had when it was last encoded. Ignored if `known` is False.
+        held: float32 `[units, 96]`, the block means at each place when it was last encoded. Ignored if `known` is False.
         pair: int64 `[units]`, the index of the last frame pair that was encoded at each place.
         known: Whether earlier frame pairs have set `held` and `pair`.
         seen: The number of earlier frame pairs.
-        threshold: The difference, in levels out of 255, from which a unit counts as changed.
+        threshold: The smallest difference, in levels out of 255, at which a unit is treated as changed.
 
     Returns:
         The index of the frame pair for each unit, int64 `[T, units]`, and the updated values of `held` and `pair`.
@@ -499,20 +499,20 @@ def _reuse_scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the difference of the block that differs most in each unit, float32 `[units]`.
+    """Return the largest color difference of any block in each unit, float32 `[units]`.
 
-    The difference of a block is the Euclidean distance between its mean colors. `means` and `reference` contain these colors,
-    float32 `[units, 96]`.
+    The color difference of a block is the Euclidean distance between its two mean colors. `means` and `reference` contain these
+    colors, float32 `[units, 96]`.
     """
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the factor by which each color is brighter than in the references, float32 `[96]` (three colors, repeated per block).
+    """Return the factors by which color channels are brighter than in `reference`, float32 `[96]` (3 values, repeated per block).
 
-    The factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half of
-    the frame. The weights suppress noise in dark regions.
+    Each factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half
+    of the frame. The weights suppress noise in dark regions.
     """
     now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
     ratio, order = (now / then.clamp(min=1e-3)).sort(0)

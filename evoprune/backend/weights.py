@@ -1,4 +1,4 @@
-"""Prepare the weights of a model for a device, by packing or joining them."""
+"""Prepares the weights of a model for fast matrix products: packs them on the CPU, and joins them on devices that run kernels."""
 
 from evoprune.backend.cpu.linear import Packing
 from evoprune.backend.devices import Device, is_host, uses_kernels
@@ -8,11 +8,11 @@ RESERVED_BYTES = 2**29  # memory that packing must leave free for running the mo
 
 
 def prepare(model, packs: bool = True) -> Packing:
-    """Rearrange a model's weights in place so that products with them are fast.
+    """Rearrange a model's weights in place to make matrix products fast.
 
-    On a CPU, the weights are packed. On devices that run kernels, they are joined. The tower is packed immediately, because it is
-    only a sixth of a 3B model and encodes about a tenth faster when it is packed. Packing the language model immediately would
-    delay the first words of the answer, so it is packed later. If the CPU is low on memory, nothing is packed.
+    On a CPU, the weights are packed, unless memory is low. On devices that run kernels, they are joined. The vision tower is packed
+    immediately, because it is only a sixth of a 3B model and encodes about a tenth faster when it is packed. The language model is
+    packed later, because packing it immediately would delay the first words of the answer.
 
     Args:
         model: The model whose weights are rearranged.

@@ -1,4 +1,4 @@
-"""Describes the bundled demo models: their files, their training, and the words they know. Does not import numpy."""
+"""Descriptions of the bundled demo models: their files, how they were trained, and the words they know. Does not import numpy."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _WEIGHTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo model. It has a folder with its files, and was trained on generated clips (see docs/demo-model.md)."""
+    """A bundled demo model, which was trained on generated clips (see docs/demo-model.md)."""
 
     folder: Path
     world: str
@@ -22,7 +22,7 @@ class Demo:
     presence: str  # the training question that asks whether a thing is present; {} stands for the thing's name
 
     def questions_of(self, query: str) -> tuple[tuple[str, bool], ...]:
-        """Return the questions whose answers decide whether a query such as "a red star" or "a red star appears" is true.
+        """Return the yes-or-no questions that decide whether a query such as "a red star" or "a red star appears" is true.
 
         The query may start with an article. Each question is paired with the answer that supports the query (True for yes).
         """
@@ -41,25 +41,25 @@ class Demo:
         return [word for word in map(str.lower, words) if word not in WORDS[self.world]]
 
     def made(self, tags: Mapping[str, str]) -> bool:
-        """Return True if a file's tags show that the file comes from the generator of this demo's training clips."""
+        """Return True if a video's metadata tags show that it was made by the generator of this demo's training clips."""
         return any(key.lower() == "comment" and text == self.tag for key, text in tags.items())
 
     @staticmethod
     def stores_tags(container: str) -> bool:
-        """Return True if a file format can store tags. A file in any other format does not show how it was made."""
+        """Return True if a container format can store tags. Files in other formats do not reveal how they were made."""
         return _NO_COMMENTS.isdisjoint(container.split(","))
 
     @classmethod
     def of(cls, folder: Path | None) -> Self | None:
-        """Return the demo model that is stored in `folder`, or None if no demo model is, or if `folder` is None."""
+        """Return the demo model that is stored in `folder`, or None if the folder is None or contains a different model."""
         return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
 
 
 ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
 AT_START = "Is the {} there at the start?"
 AT_END = "Is the {} there at the end?"
-# For each verb that describes an event, the training questions about it, each with an answer (True for yes). The event happens if
-# all questions get these answers. All demo models were trained with these questions.
+# For each verb that describes an event, the training questions about the event, each with its answer (True for yes). The event
+# happens if the model gives these answers to all of the questions. All demo models were trained with these questions.
 EVENTS = {
     " appears": ((AT_START, False), (AT_END, True)),
     " vanishes": ((AT_START, True), (AT_END, False)),

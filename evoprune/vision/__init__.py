@@ -1,8 +1,8 @@
 """Turns frames into visual tokens: preprocessing, and the vision tower with pruning between its layers.
 
-`encode_rows` runs the tower as a method's plan prescribes and returns `EncodedRows`. `EncodedRows.select_tokens` then selects the
-visual tokens and returns them as `Encoded`. The weights belong to a Qwen vision tower that was loaded either by this project or by
-Hugging Face's transformers.
+`encode_rows` runs the tower according to the plan of a pruning method and returns `EncodedRows`. `EncodedRows.select_tokens` then
+selects the visual tokens and returns them as `Encoded`. The weights belong to a Qwen vision tower that was loaded either by this
+project or by Hugging Face's transformers.
 """
 
 from typing import TYPE_CHECKING

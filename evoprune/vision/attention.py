@@ -1,10 +1,10 @@
 """Computes attention between rows inside groups, which are windows or frame pairs.
 
-`attention_groups` prepares the groups for a layer's attention. They can be reused until the rows change. On the CPU, where reading
-values costs nothing, groups of similar length are padded to a common length, and a mask hides the padding. If all groups consist of
-neighboring rows and have the same length, neither padding nor a mask is needed. On other devices, reading the lengths would force a
-synchronization. `PackedGroups` therefore passes all groups to a kernel that reads the lengths on the device. If there is no such
-kernel, all groups are padded to the maximum length.
+`attention_groups` prepares the groups for a layer's attention, and the result can be reused until the rows change. On the CPU,
+where reading values costs nothing, groups of similar length are padded to a common length, and a mask hides the padding. If all
+groups consist of neighboring rows and have the same length, neither padding nor a mask is needed. On other devices, reading the
+lengths would force a synchronization, so `PackedGroups` passes all groups to a kernel that reads the lengths on the device. If
+there is no such kernel, all groups are padded to the maximum length.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from evoprune.vision.rows import Rows
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """A batch of B groups, each padded to Q query rows and K key rows."""
+    """A batch of B attention groups, each padded to Q query rows and K key rows."""
 
     shape: tuple[int, int]  # (B, Q)
     # The query rows, either as int64 indices `[B, Q]` or as a slice of neighboring rows. None means all rows in order.
@@ -41,11 +41,11 @@ class PaddedGroups:
 
     @property
     def key_rows(self) -> torch.Tensor | slice | None:
-        """The key rows, in one of the forms described at `query`."""
+        """The rows that serve as keys: indices or a slice, as described for `query`."""
         return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
-        """Split the batch into parts of one or more groups. A part with several groups has at most `rows` query and key rows."""
+        """Split the batch into parts. A part with more than one group has at most `rows` query rows and at most `rows` key rows."""
         groups, longest = self.shape
         widest = longest
         if self.key is not None:
@@ -82,7 +82,7 @@ class PaddedGroups:
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
-        """bool `[B, Q]`: False for queries that are padding. None if there is no padding."""
+        """Mask of the query rows, bool `[B, Q]`, which is False for padding. None if there is no padding."""
         if self.back is None:
             return self.inside
         row = torch.ones_like(self.back[0], dtype=torch.bool)
@@ -90,7 +90,7 @@ class PaddedGroups:
 
     @cached_property
     def bias(self) -> torch.Tensor | None:
-        """float32 `[B, 1, 1, K*4]`: the log of each key patch's weight, to add to attention scores. None if it is always 0."""
+        """The log of each key patch's weight, float32 `[B, 1, 1, K*4]`, to add to attention scores. None if all are 0."""
         if self.weight is None:
             return None
         return self.weight.float().log().repeat_interleave(PATCHES, dim=1)[:, None, None]
@@ -98,7 +98,7 @@ class PaddedGroups:
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """All groups of the rows, for a kernel that reads the lengths of the groups on the device."""
+    """All attention groups of a video, for a kernel that reads the lengths of the groups on the device."""
 
     rows: Rows
     scope: Scope
@@ -117,9 +117,9 @@ class PackedGroups:
 
     @cached_property
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Two int64 `[K]` tensors: the key rows, sorted by group, and their weights.
+        """The key rows, sorted by group, and their weights, each as int64 `[K]`.
 
-        If the key rows are None, all rows are keys, in order. If the weights are None, all weights are equal.
+        If the key rows are None, all rows are keys, in order. If the weights are None, all keys have the same weight.
         """
         rows = self.rows
         if not rows.mixes(self.scope):
@@ -132,7 +132,7 @@ class PackedGroups:
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two int32 `[G + 1]` tensors: the offsets of the groups, counted in query patches and in key patches. The first is 0."""
+        """The offsets of the groups, counted in query patches and in key patches, each as int32 `[G + 1]`, starting with 0."""
         rows = self.rows
         query = (first_rows(rows, self.scope)[1] * PATCHES).int()
         if not rows.mixes(self.scope):
@@ -144,7 +144,7 @@ Groups = list[PaddedGroups] | PackedGroups
 
 
 def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
-    """Return the windows or frame pairs in the form that is most efficient for the device and dtype of `like`."""
+    """Return the windows or frame pairs in the data structure that is most efficient for the device and dtype of `like`."""
     return Attention.of(like).form_of_groups(
         by_length=lambda: groups_by_length(rows, scope),
         packed=lambda kernel: PackedGroups(rows, scope, kernel),
@@ -157,7 +157,7 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 `[R]`, each row's group, and int64 `[G + 1]`, the offsets of the groups, counted in rows."""
+    """Return each row's group, int64 `[R]`, and the offsets of the groups, counted in rows, int64 `[G + 1]`."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
@@ -165,11 +165,11 @@ def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each group's keys, with one key for each of the group's units, without synchronizing the device.
 
-    If a row represents more than one unit of a group, it appears as a key more than once. With size bias, all of these keys count,
-    so the row is weighted by the number of units. Without size bias, only one of them counts.
+    If a row represents more than one unit of a group, it appears as a key more than once. With size bias, all of these keys are
+    valid, so the row is weighted by its number of units. Without size bias, only one of them is valid.
 
     Returns:
-        int64 `[G, K]`, the rows that serve as keys, and bool `[G, K]`, True for keys that count.
+        int64 `[G, K]`, the rows that serve as keys, and bool `[G, K]`, True for valid keys.
     """
     key = F.pad(rows.unit_to_row, (0, 1), value=-1)[group_units(rows.geometry, rows.pairs, scope)[0]]
     if rows.size_bias:
@@ -179,7 +179,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Divide the rows, in order, into groups of equal length. Each group's keys are its own rows."""
+    """Divide the rows, in order, into groups of equal length. Rows attend only to the rows of their own group."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -187,10 +187,10 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return each key's weight: int64 or bool `[B, K]`, with 0 for padding. Returns None if all weights are equal.
+    """Return the weights of keys, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
 
     Args:
-        weight: int64, the weights to which `key` refers. None if they are equal.
+        weight: int64, the weights that `key` indexes. None if they are equal.
         key: int64 `[B, K]`, indices into `weight`.
         valid: bool `[B, K]`, False for padding. None if there is no padding.
     """
@@ -202,7 +202,7 @@ def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tenso
 
 
 def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
-    """Return all groups, padded to the maximum length, without synchronizing the device."""
+    """Return all groups as one batch, padded to the maximum length, without synchronizing the device."""
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
@@ -225,9 +225,9 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
     """Return batches of groups with similar lengths. This reads the lengths back from the device.
 
     If the groups have at most four different numbers of keys, each batch contains the groups with the same number. Otherwise, every
-    group in a batch has more than three quarters of the keys of the batch's longest group. If queries and keys are different rows,
-    each batch is split again, so that every group has more than half of the queries of the longest group. This way, a group with a
-    single new row is not padded to the length of a full group.
+    group in a batch has more than three quarters as many keys as the longest group of the batch. If queries and keys are different
+    rows, each batch is split again, so that every group has more than half as many queries as the longest group. This way, a group
+    with a single new row is not padded to the length of a full group.
     """
     length = rows.lengths(scope)
     start = length.cumsum(0) - length
@@ -266,7 +266,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 
 
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call `runs` with the maximum length. If there is no padding, the mask is None. This reads the lengths from the device."""
+    """Call `runs` with the maximum length, and return a mask of None if there is no padding. Reads the lengths from the device."""
     index, valid = runs(start, length, int(length.max()), rows)
     if valid.all():
         return index, None
@@ -276,14 +276,14 @@ def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.T
 def _keys_of_groups(
     rows: Rows, scope: Scope, used: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the key rows of each group. These are the rows that represent the group's units, and some may be in other frame pairs.
+    """Return each group's key rows, which are the rows that represent the group's units and may be in other frame pairs.
 
     Args:
-        used: bool `[G]`, True for groups that have query rows. Other groups get no keys.
+        used: bool `[G]`, True for groups that have query rows. All other groups get no keys.
 
     Returns:
-        Three int64 tensors: the key rows, sorted by group, the number of key rows in each group with query rows, and, for each key
-        row, how many of the group's units it represents. Without size bias, the last one is None.
+        Three int64 tensors: the key rows, sorted by group; the number of key rows in each group that has query rows; and, for each
+        key row, how many of the group's units it represents. Without size bias, the third value is None.
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
@@ -297,7 +297,7 @@ def _keys_of_groups(
 def _by_similar_length(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
     """Divide groups into batches by `length` (int64 `[G]`), and yield the indices of the groups in each batch.
 
-    A batch contains the longest remaining groups, and all others that are longer than `share` times this length.
+    A batch contains the longest remaining groups, and all other groups that are longer than `share` times this length.
     """
     left = length.unique().tolist()
     while left:
@@ -321,8 +321,8 @@ def grouped_attention(
         q, k, v: `[R, 4, heads, d]`, after rotary.
         groups: The groups of the rows.
         received: float32 `[R]`, to which the attention that each row receives is added in place. This attention is averaged over
-            heads and over the group's queries, and summed over the row's four patches. Queries in other frame pairs do not count.
-            None skips this.
+            heads and over the group's queries, and summed over the row's four patches. Queries in other frame pairs are ignored.
+            None skips this computation.
         timer: Measures the time spent on `received`.
         at_once: The number of rows that attend at a time, which limits memory. None processes all rows at once. Kernels that read
             lengths on the device ignore this limit.
@@ -357,7 +357,7 @@ def _attend_padded(
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Compute the attention inside a batch of groups: `[B, Q, 4, heads, d]`. For the arguments, see `grouped_attention`."""
+    """Compute the attention inside a batch of groups, `[B, Q, 4, heads, d]`. For the arguments, see `grouped_attention`."""
     query = groups.by_head(q, groups.query)
     key = groups.by_head(k, groups.key_rows)
     value = groups.by_head(v, groups.key_rows)
@@ -439,7 +439,7 @@ def attend_by_products(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
-    """Return the attention that each row of `k` receives, as float32, without the attention output. See `grouped_attention`."""
+    """Compute only the attention that each row of `k` receives, float32, without the attention output. See `grouped_attention`."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     if isinstance(groups, PackedGroups):
         groups = [padded_groups(groups.rows, groups.scope)]
@@ -452,7 +452,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGroups) -> torch.Tensor:
-    """Return float32 `[B, K*4]`: the attention that each key patch receives. `queries` and `keys` come from `by_head`."""
+    """Compute the attention that each key patch receives, float32 `[B, K*4]`. `queries` and `keys` come from `by_head`."""
     batch, heads, _, dim = queries.shape
     weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -466,7 +466,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """Return float32 `[B, Q*4]`: the weight of each query patch in the mean over queries and heads. `q` is `[..., heads, d]`."""
+    """Return the weights of query patches in the mean over queries and heads, float32 `[B, Q*4]`. `q` is `[..., heads, d]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:
@@ -510,7 +510,7 @@ def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Pac
 def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Encode the log of `weight` (int64 `[K]`) in extra head dimensions: q' = [q, 1, 1, 0 ...], k' = [k, high, low, 0 ...].
 
-    The extra dimensions come from `Attention.bias_features`. A weight of 0 becomes e^-`Attention.NEVER`.
+    The extra dimensions are computed by `Attention.bias_features`. A weight of 0 becomes e^-`Attention.NEVER`.
     """
     dim = q.shape[-1]
     more = Attention.of(k).bias_features(weight.float().log(), dim, least=-Attention.NEVER * dim**0.5)

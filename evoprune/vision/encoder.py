@@ -5,11 +5,11 @@ limited number of rows at a time, and attention processes a limited number of wi
 rounding, the result does not depend on these limits. Without pruning, the output is the same as Hugging Face's.
 
 Each step of the plan runs some layers, and can then select rows from the whole video. After a selection, a unit may be represented
-by a row from another frame pair, and the unit's own frame pair then attends to that row too. Merging rows and setting them aside
-happens only inside frame pairs, in hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the
+by a row from another frame pair, and the unit's own frame pair then attends to that row too. Merging rows and setting rows aside
+happen only inside frame pairs, in hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the
 language model's tokens from the rows that the tower returns.
 
-The plan states how many rows each layer computes, so all shapes are known without reading values from the GPU. The encoder
+The plan specifies how many rows each layer computes, so all shapes are known without reading values from the GPU. The encoder
 synchronizes with the GPU only when it selects rows between layers, when it reads all checks at the end, and, if the patches are on
 the GPU, during reuse.
 """
@@ -58,7 +58,7 @@ ROWS_AT_ONCE = 512  # the number of rows of the cosine-similarity matrix to hold
 
 @dataclass(frozen=True, repr=False)
 class Encoded:
-    """One encoded video, or several consecutive ones, ready for the language model."""
+    """One encoded video, or the concatenation of several encoded videos, ready for the language model."""
 
     features: torch.Tensor  # `[K, D]`, the tokens
     kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending (in Hugging Face's order)
@@ -82,24 +82,24 @@ class Encoded:
 
     @property
     def live_share(self) -> float:
-        """The share of the units that a layer computes, averaged over layers. The tower's run time is proportional to it."""
+        """The share of a video's units that a layer computes, averaged over layers. The tower's run time is proportional to it."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.unit_to_row)
 
     @cached_property
     def kept_here(self) -> torch.Tensor:
-        """A copy of `kept` on the CPU. Cached, because copying from an accelerator synchronizes."""
+        """A copy of `kept` on the CPU. It is cached because copying from an accelerator synchronizes."""
         return self.kept.cpu() if self.kept_on_cpu is None else self.kept_on_cpu
 
     @property
     def every_size(self) -> torch.Tensor:
-        """float32 `[K]`: `size`, with ones if it is None."""
+        """Weights of the tokens, float32 `[K]`. These are `size`, or ones if `size` is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
 
     @property
     def every_feature(self) -> torch.Tensor:
-        """`[(1 + n) K, D]`: the tokens, followed by their DeepStack features."""
+        """The tokens, followed by their DeepStack features, `[(1 + n) K, D]`."""
         if self.deepstack is None:
             return self.features
         return torch.cat([self.features, *self.deepstack])
@@ -161,12 +161,12 @@ class EncodedRows:
 
     @cached_property
     def selector_input(self) -> Tokens:
-        """The rows in the form that a token selector takes as input."""
+        """The rows, together with the grid and the seed, as the input for a token selector."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     @torch.inference_mode()
     def select_tokens(self, question: torch.Tensor | None = None) -> Encoded:
-        """Select the tokens that the language model reads. This can be called again with a different question.
+        """Select the visual tokens that the language model reads. This can be called again with a different question.
 
         Args:
             question: `[Q, D]`, the embeddings of the question's tokens. Ignored unless the method reads the question.
@@ -214,14 +214,14 @@ class EncodedRows:
         return select(selector, tokens, keep, stage.inflection)
 
     def nothing_selected(self) -> Encoded:
-        """Return an `Encoded` without tokens, for use until a question is known if the method reads the question."""
+        """Return an `Encoded` without tokens, for methods that cannot select tokens until the question is known."""
         rows = self.rows
         return self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
 
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
-        """Return an `Encoded` with the given tokens. Raises the same exceptions as `read_checks`.
+        """Read the checks, and return an `Encoded` with the given tokens. Raises the same exceptions as `read_checks`.
 
         Args:
             features, kept, size: See `Encoded`.
@@ -255,7 +255,7 @@ class EncodedRows:
 
 
 def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
-    """Run the vision tower on one video. `EncodedRows.select_tokens` then selects the tokens, which may require a question.
+    """Run the vision tower on a video. Afterwards, call `EncodedRows.select_tokens` to select tokens, which may require a question.
 
     Args:
         visual: The vision tower: either a `model.weights.Tower`, or a transformers tower of a supported family. Under torch's
@@ -272,7 +272,7 @@ def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **op
 
 
 class EncoderRun:
-    """Encodes one video and holds the state of the encoding.
+    """Encodes a single video, and holds the state of the encoding process.
 
     Args:
         visual, plan: See `encode_rows`.
@@ -338,7 +338,7 @@ class EncoderRun:
         return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
-        """Return the input rows of the first layer, one for each unit that has to be encoded."""
+        """Embed the patches and return the input rows of the first layer, one for each unit that has to be encoded."""
         plan = self.plan
         geo = self.geometry
         values = []
@@ -378,17 +378,17 @@ class EncoderRun:
             return reused_units(x, deepstack, geo, self.source, self.counts, cat(units))
 
     def note_color(self, patches: torch.Tensor) -> None:
-        """Record whether every frame pair in `patches` (`[pairs, n, values]`) has a single color.
+        """Record whether every frame pair in `patches` (`[pairs, n, values]`) consists of a single color.
 
-        A frame pair has a single color if its patches differ by less than one level of 255. The check is skipped once a frame pair
-        is known to have more than one color.
+        This is the case if the patches of the frame pair differ by less than one level of 255. On the CPU, the check is skipped
+        once a frame pair with more than one color has been found.
         """
         if self.single_color and read_or(lambda: not self.single_color[-1], self.single_color[-1], False):
             return
         self.single_color.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
     def run_layers(self, rows: Rows, layers: range) -> Rows:
-        """Run `layers` and the hooks after them. Returns the new rows."""
+        """Run some layers, and the hooks after each of them. Returns the new rows."""
         if not self.hooks and self.visible is None:
             layers = run_by_kernels(self.visual, layers, rows, self.piece, self.after_layer)
         attending = None  # the rows for which `groups` and `rotation` were computed
@@ -436,11 +436,11 @@ class EncoderRun:
         self.pause()
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Run the selector of a stage and return the rows that the remaining layers compute.
+        """Run the selector of a stage, and return the rows that the remaining layers compute.
 
         Selectors normally see the rows after the next layer's norm, which scales down the few channels that are large in every row.
-        A selector that needs "hidden" sees the rows before this norm. If only the first frame pair has rows, and no more than the
-        stage allows, all rows stay. The selection is recorded if its rows may become the tokens without another selection.
+        A selector that needs "hidden" sees the rows before this norm. If only the first frame pair has rows, and the stage allows
+        this many rows, all of them are kept. The selection is recorded if its rows can become the tokens without another selection.
         """
         plan = self.plan
         selector = stage.selector
@@ -471,7 +471,7 @@ class EncoderRun:
         return left
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the patch merger to rows `[E, 4, hidden]`. Returns `[E, D]`."""
+        """Apply the patch merger to rows of shape `[E, 4, hidden]`. Returns `[E, D]`."""
         return in_pieces(partial(merge_patches, self.visual), self.piece, x)
 
     def finish(self, rows: Rows) -> Rows:
@@ -482,7 +482,7 @@ class EncoderRun:
         return rows.by_unit()
 
     def note_finite(self, *rows: torch.Tensor) -> None:
-        """Record whether all values in `rows` are finite. On the CPU, raises ModelError immediately if they are not."""
+        """Record whether all values in `rows` are finite. On the CPU, raise ModelError immediately if they are not."""
         for values in rows:
             if values.numel():
                 self.finite.append(all_finite(values))
@@ -490,7 +490,7 @@ class EncoderRun:
                     raise not_a_number_error("encode")
 
     def checks(self) -> torch.Tensor:
-        """Return bool `[3]`: the checks that `EncodedRows` describes."""
+        """Combine all recorded checks into a bool `[3]` tensor for `EncodedRows.checks`."""
         finite = torch.stack(self.finite).all()
         as_planned = _all_true(self.as_planned, finite, without=True)
         single_color = _all_true(self.single_color, finite, without=False)
@@ -498,16 +498,16 @@ class EncoderRun:
 
 
 def _all_true(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
-    """Return a 0-d bool tensor on the device of `like`: whether all checks are True. Without checks, the value is `without`."""
+    """Return whether all checks are True, as a 0-d bool tensor on the device of `like`. Without any checks, return `without`."""
     if not checks:
         return torch.full_like(like, without)
     return torch.stack(checks).all()
 
 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
-    """Return int64 `[N]`: for each unit, the index in `kept` (int64 `[K]`) of the kept unit with the highest cosine similarity.
+    """Find the kept unit with the highest cosine similarity to each unit. Returns int64 `[N]`, indices into `kept` (int64 `[K]`).
 
-    This replaces the `unit_to_token` of selectors that do not return one.
+    The result is used as `unit_to_token` for selectors that do not return one.
     """
     rows = F.normalize(tokens.rows.float(), dim=1)
     chosen = rows[tokens.unit_to_row[kept]]
@@ -523,7 +523,7 @@ def _hooks(
     merge: Callable[[torch.Tensor], torch.Tensor],
     as_planned: list[torch.Tensor],
 ) -> list[Hook]:
-    """Return the hooks that a plan requires.
+    """Create the hooks that the plan of a pruning method requires, sorted in execution order.
 
     Args:
         merge: The patch merger.
@@ -550,9 +550,10 @@ def _hooks(
 
 
 def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return int64 `[keep]`, ascending: the rows with the largest clusters. Evenly spaced rows win ties.
+    """Return the indices of the rows with the largest clusters, int64 `[keep]`, ascending. Evenly spaced rows win ties.
 
-    Merging inside frame pairs leaves at least one row per frame pair. This function drops more rows if the budget is even smaller.
+    Merging inside frame pairs always leaves at least one row per frame pair. If the budget is even smaller, this function drops the
+    excess rows.
 
     Args:
         size: int64 `[E]`, the cluster sizes.
@@ -565,7 +566,7 @@ def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def _read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two one-dimensional tensors on the CPU. From another device, both are copied in a single transfer, as int64."""
+    """Copy two one-dimensional tensors to the CPU. From another device, both are copied as int64 in a single transfer."""
     if on_cpu := read_or(lambda: (first, second), second, None):
         return on_cpu
     return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

@@ -1,4 +1,4 @@
-"""Hooks, which run after the layers of the tower. They change rows for a method, or record data for a selector."""
+"""Hooks that run after the layers of the vision tower, to change rows for a pruning method or to record data for a selector."""
 
 from collections.abc import Callable
 
@@ -12,27 +12,27 @@ MIDDLE_LAYERS = (
     7 / 32,
     23 / 32,
 )  # relative depths of the first and the last layer of "middle", as in Nuwa (arXiv 2602.02951)
-# Names the attention that rows receive, computed separately in float32. In contrast, "attention" is a by-product of the layer's own
-# computation.
+# The name of the attention that rows receive if it is computed separately, in float32. "attention", on the other hand, is a
+# by-product of the layer's own computation.
 PRECISE_ATTENTION = "precise attention"
 
 
 class Hook:
-    """A function that the encoder calls before the first layer and after every layer of one video. The base class does nothing."""
+    """Base class of hooks, which the encoder calls before the first layer and after every layer of a video. Does nothing itself."""
 
     def needs(self, done: int) -> frozenset[str]:
         """Return the names of the data that this hook needs from the layer that runs just before it.
 
-        `done` is the number of layers that have then run, including this layer. The possible names are "keys" (before rotary),
+        `done` is the number of layers that have run by then, including that layer. The possible names are "keys" (before rotary),
         "keys_rotary", "attention" and `PRECISE_ATTENTION`.
         """
         return frozenset()
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
-        """Return the rows for the next layer.
+        """Run the hook, and return the rows for the next layer.
 
         Args:
-            done: The number of layers that have run.
+            done: The number of layers that have run so far.
             rows: The output rows of the latest layer.
             seen: The data from the latest layer that `needs` requested, by name. Keys are float32 `[R, 4 * d]`, averaged over heads
                 and with the four patches concatenated. Received attention is float32 `[R]`.
@@ -41,7 +41,7 @@ class Hook:
 
 
 class LastLayerData(Hook):
-    """Records the attention and the keys of the tower's last full-attention layer for a selector."""
+    """A hook that records the attention and the keys of the vision tower's last full-attention layer for a selector."""
 
     def __init__(self, needs: frozenset[str], tower: TowerShape):
         self._done = max(tower.full_layers) + 1
@@ -63,7 +63,7 @@ class LastLayerData(Hook):
 
 
 class MiddleLayerMean(Hook):
-    """Averages the rows over the tower's middle layers, and passes the mean through the patch merger, for a selector.
+    """A hook that averages the rows over the vision tower's middle layers for a selector, and applies the patch merger to the mean.
 
     Args:
         merge: The patch merger, which takes float32 `[R, 4, hidden]` and returns `[R, D]`.
@@ -88,14 +88,14 @@ class MiddleLayerMean(Hook):
 def selector_hooks(
     selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[list[Hook], list[Hook]]:
-    """Return the hooks that record data for a selector, in two lists: hooks to run before all other hooks, and hooks to run last.
+    """Return the hooks that record data for a selector, as two lists: hooks to run before all other hooks, and hooks to run last.
 
     Args:
         merge: See `MiddleLayerMean`.
 
     Raises:
         TypeError: If the selector needs data that the encoder does not provide.
-        ValueError: If the tower has no full-attention layer.
+        ValueError: If the vision tower has no full-attention layer.
     """
     if unknown := sorted(selector.needs - set(SELECTOR_DATA)):
         known = f"the encoder provides {', '.join(SELECTOR_DATA)}"

@@ -1,9 +1,9 @@
 """Index tables that map units to windows and frame pairs, and raster order to window order.
 
-A *unit* is a 2x2 block of patches. Units are kept, merged or dropped whole, because the patch merger turns each unit into one
-token. A video of T frame pairs with H x W units each has N = T*H*W units. In Hugging Face's order, units are in raster order within
-each frame pair, one frame pair after another. In *window order*, units are sorted by frame pair, then by window (4x4 units), and
-then in raster order. Each window and each frame pair is therefore a run of consecutive units.
+A *unit* is a 2x2 block of patches. Units are always kept, merged or dropped as a whole, because the patch merger turns each unit
+into one token. A video of T frame pairs with H x W units each has N = T*H*W units. In Hugging Face's order, units are in raster
+order within each frame pair, one frame pair after another. In *window order*, units are sorted by frame pair, then by window (4x4
+units), and then in raster order. Each window and each frame pair is therefore a run of consecutive units.
 """
 
 from collections.abc import Sequence
@@ -44,18 +44,18 @@ class Geometry:
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """int64 `[H*W]`: the index of the window that contains each place. Windows are in raster order."""
+        """The window that contains each place in a frame pair, int64 `[H*W]`. Windows are numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """int64 `[H*W]`: the raster indices of all places, in window order."""
+        """The raster indices of the places in a frame pair, sorted in window order, int64 `[H*W]`."""
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
-        """Return the number of groups in a frame pair: the number of windows, or 1 if the group is the frame pair itself."""
+        """Return the number of groups in a frame pair: the number of windows, or 1 if the scope is the frame pair itself."""
         return self.windows if scope == "window" else 1
 
     def largest(self, scope: Scope) -> int:
@@ -63,19 +63,19 @@ class Geometry:
         return self.largest_window if scope == "window" else self.units
 
     def even(self, scope: Scope) -> bool:
-        """Return True if all groups have the same number of units. For frame pairs, this is always the case."""
+        """Return True if all groups of this scope have the same number of units. This is always true for frame pairs."""
         return self.groups(scope) * self.largest(scope) == self.units
 
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """Return the geometry of a frame pair with `height` x `width` units. Cached, so that its tables are computed only once."""
+    """Return the cached geometry of a frame pair with `height` x `width` units, so that its tables are computed only once."""
     return Geometry(height, width, side, device)
 
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return int64 `[T * H*W + 1]`: each unit's group. The last entry is a separate group for padding."""
+    """Return each unit's group, a window or a frame pair, int64 `[T * H*W + 1]`. The last entry is an extra group for padding."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -86,16 +86,16 @@ def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def order_tables(geo: Geometry, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two int64 `[T * H*W]` tensors: the units in window order, and each unit's rank in that order."""
+    """Return the units in window order, and each unit's rank in that order, both as int64 `[T * H*W]`."""
     order = (arange_on(pairs, geo.device)[:, None] * geo.units + geo.order).flatten()
     return order, order.argsort()
 
 
 def window_order(geo: Geometry, pairs: int, alive: torch.Tensor | None = None, count: int = 0) -> torch.Tensor:
-    """Return int64 `[R]`: the units of `pairs` frame pairs in window order.
+    """Return the units of `pairs` frame pairs in window order, int64 `[R]`.
 
     Args:
-        alive: bool `[T, H*W]`, True for units to include. None includes all units.
+        alive: bool `[T, H*W]`, True for the units to include. None includes all units.
         count: The number of True entries in `alive`.
     """
     units, _ = order_tables(geo, pairs)
@@ -127,7 +127,7 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """Return int64 `[bins]`: how often each number below `bins` occurs in `index` (int64 `[n]`), without synchronizing."""
+    """Count how often each number below `bins` occurs in `index` (int64 `[n]`), without synchronizing. Returns int64 `[bins]`."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 

@@ -1,4 +1,7 @@
-"""Merges rows between the tower's layers, inside windows or frame pairs. The method's merger decides which rows merge."""
+"""Merges rows inside windows or frame pairs between the layers of the vision tower.
+
+The pruning method's merger decides which rows merge.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +18,13 @@ from evoprune.vision.rows import Rows, merge_rows
 
 
 class Merging(Hook):
-    """A hook that merges rows after some of the layers.
+    """A hook that merges rows after some of the vision tower's layers.
 
     Args:
-        merger: The method's merger, which decides which rows merge.
-        left: Maps a number of finished layers to the number of rows that the merge after these layers leaves in each frame pair.
-        tower: The properties of the tower.
-        as_planned: A list to which each merge appends a 0-d bool tensor: True if every group has its planned number of rows.
+        merger: The pruning method's merger, which decides which rows merge.
+        left: Maps the number of layers after which a merge runs to the number of rows that the merge leaves in each frame pair.
+        tower: The properties of the vision tower.
+        as_planned: A list. Each merge appends a 0-d bool tensor, which is True if every group has its planned number of rows.
     """
 
     def __init__(
@@ -66,8 +69,8 @@ def merge_in_rounds(
     """Merge rows inside windows or frame pairs, in rounds, until every frame pair has its target number of rows.
 
     On the CPU, the loop stops as soon as enough rows have merged. On other devices, it cannot stop early without reading values
-    back, so it always runs for as many rounds as the worst case requires. Until the last round, the table of rows keeps its length,
-    and padding fills the end.
+    back, so it always runs for as many rounds as the worst case requires. Until the last round, the table of rows keeps its length
+    and is filled up with padding.
 
     Args:
         scope: The groups inside which rows merge.
@@ -78,7 +81,7 @@ def merge_in_rounds(
             rows merge, their attention is added up.
 
     Returns:
-        The rows that are left, and a 0-d bool tensor that is True if every group has its planned number of rows.
+        The remaining rows, and a 0-d bool tensor that is True if every group has its planned number of rows.
 
     Raises:
         RuntimeError: If the merger removes no rows in a round, or too many rows in total. Raised on the CPU only.
@@ -129,7 +132,7 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return int64 `[R]`: the index of the row that each row merges into. A row that stays gets its own index.
+    """Match rows for merging. Returns int64 `[R]`, the index of the row into which each row merges, or its own index if it stays.
 
     Args:
         start, length, remove: int64 `[B]`, each group's first row, its number of rows, and the number of rows to remove from it.
@@ -156,7 +159,7 @@ def _partners(
 
 
 def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger) -> int:
-    """Return an upper bound on the number of rounds needed, whatever the content."""
+    """Return an upper bound on the number of merge rounds, regardless of the video's content."""
     worst = 0
     for count, left in set(zip(rows.per_pair, target, strict=True)):
         if scope == "pair":
@@ -169,9 +172,9 @@ def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger)
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """Divide the rows to keep among groups in proportion to the groups' sizes, using the largest remainder method.
+    """Distribute the rows to keep among groups in proportion to the groups' sizes, using the largest remainder method.
 
-    Every group that is not empty keeps at least one row. Ties go to the lower index.
+    Every group that is not empty keeps at least one row. If groups are tied, the group with the lower index keeps more.
 
     Args:
         sizes: int64 `[B, G]`, the number of rows in each group.
@@ -188,8 +191,8 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * size - total * sizes
     # If rounding down left some rows unassigned, the groups that are furthest below their exact share each get one more row. One
-    # more row per group is enough, because rounding cost each group less than one row. It is also possible, because every group
-    # that lost something has more rows than it keeps.
+    # row per group is enough, because rounding down took less than one row from each group. It is also possible, because every
+    # group that was rounded down has more rows than it keeps.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
     # If too many rows are assigned, because every group keeps at least one, the groups give rows back in turns. In a full turn,
     # every group that still has more than one row gives one back, so after p turns a group has given back min(p, spare) rows. After
@@ -204,9 +207,9 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
 
 
 def _first(able: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return bool `[B, G]`: True for the first `count` (`[B, 1]`) of the `able` groups, taken in `order` (`[B, G]`).
+    """Select the first `count` (`[B, 1]`) of the `able` groups, in the order given by `order` (`[B, G]`).
 
-    If `count` is negative, all entries are False.
+    Returns bool `[B, G]`, True for selected groups. If `count` is negative, no groups are selected.
     """
     queue = able.gather(1, order)
     selected = queue & (queue.cumsum(1) <= count)

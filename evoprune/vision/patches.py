@@ -1,10 +1,10 @@
-"""Prepares patches for the tower: groups them into frame pairs, normalizes them, and finds units that have not changed.
+"""Prepares patches for the vision tower: groups them into frame pairs, normalizes them, and finds units that have not changed.
 
 `scan` finds the units that have not changed since they were last encoded. It runs before the tower and looks only at pixels. Each
-unit is compared with the unit that was last encoded at the same place. A comparison with the previous frame pair would miss slow
-changes. In each frame, a unit is divided into 16 blocks, and it has changed if the mean color of any block has changed. Averaging
-over a block removes noise, but a stroke that is one pixel wide still changes the mean. A small drift in the brightness of the whole
-image does not count as a change.
+unit is compared with the unit that was last encoded at the same place, because a comparison with the previous frame pair would miss
+slow changes. In each frame, a unit is divided into 16 blocks, and it has changed if the mean color of any block has changed.
+Averaging over a block removes noise, but a stroke that is only one pixel wide still changes the mean. A small drift in the
+brightness of the whole image is ignored.
 """
 
 import math
@@ -25,12 +25,12 @@ CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 
 
 def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: int) -> Iterator[torch.Tensor]:
-    """Regroup a video's patches into pieces that consist of whole frame pairs.
+    """Regroup a video's patches into pieces that consist of complete frame pairs.
 
-    Every piece except the last has the smallest number of frame pairs that contains at least `units` units.
+    Every piece except the last consists of as few frame pairs as possible, but at least `units` units.
 
     Args:
-        patches: The patches in pieces of any size, each `[n, values]`. They are moved to the device of `geo`.
+        patches: The patches in pieces of any size, each `[n, values]`. The pieces are moved to the device of `geo`.
         pairs: The number of frame pairs in the video.
 
     Raises:
@@ -77,7 +77,7 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """Return float32 `[T, units, 96]`: the mean colors of each unit's blocks, from 0 to 255.
+    """Compute the mean colors of the blocks in each unit, on a scale from 0 to 255. Returns float32 `[T, units, 96]`.
 
     Each patch is divided into four blocks of 7x7 or 8x8 pixels, so a unit has 16 blocks in each of its two frames. With three
     colors, this makes 96 means.
@@ -99,7 +99,7 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
 
 @dataclass(frozen=True)
 class ReferenceBlocks:
-    """The state that `scan` carries from one piece of a video to the next."""
+    """The state that `scan` carries over from one piece of a video to the next."""
 
     # float32 `[units, 96]`: for each place, the block means of the unit that was last encoded there, divided by the brightness of
     # its frame pair
@@ -118,11 +118,11 @@ def scan(
     Args:
         means: float32 `[T, units, 96]`, the result of `patch_means` for at least one frame pair.
         references: The state after the previous piece. None for the first piece.
-        threshold: The smallest difference that counts as a change, on a scale of 255. With 0, all units are encoded.
+        threshold: The smallest difference that is treated as a change, on a scale of 255. With 0, all units are encoded.
 
     Returns:
-        int64 `[T, units]`, the frame pair whose row represents each unit. If the unit is encoded, this is its own frame pair.
-        The state for the next piece.
+        int64 `[T, units]`, the frame pair whose row represents each unit. For a unit that has to be encoded, this is the unit's own
+        frame pair. The second value is the state for the next piece.
     """
     reference_means = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)

@@ -1,8 +1,8 @@
 """Resizes frames and cuts them into patches in Hugging Face's order.
 
 In this order, units are in raster order, and the 2x2 patches of a unit are four consecutive rows. Inside a row, pixels are ordered
-by channel, frame, y and x. After normalization (patches.py), the patches equal the output of `Qwen2VLImageProcessor`, but
-torchvision is not needed.
+by channel, frame, y and x. After normalization (patches.py), the patches are equal to the output of `Qwen2VLImageProcessor`, but
+without requiring torchvision.
 """
 
 import numpy as np
@@ -36,8 +36,8 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation.
 
-    The result differs from PIL's by at most one level of 255. On the CPU, torch resizes bytes: first horizontally, rounding to
-    bytes, and then vertically. Other devices perform the same steps in float32.
+    The result differs from Pillow's by at most one level of 255. On the CPU, torch resizes the bytes directly: first horizontally,
+    rounding to bytes, and then vertically. On other devices, the same steps are performed in float32.
     """
     if frames.shape[1:3] == (height, width):
         return frames

@@ -1,6 +1,6 @@
-"""The rows of a video: the table that the encoder computes, from the patch embeddings to the tokens.
+"""The rows of a video, which are the table that the encoder processes from the patch embeddings to the tokens.
 
-A *row* is a unit that the encoder computes. It has the place of one unit (`unit`), but may represent many units (`unit_to_row`).
+A *row* is a unit that the encoder computes. It has the position of one unit (`unit`), but may represent many units (`unit_to_row`).
 Rows are in window order (layout.py) until the last layer has run. After that, they are sorted by unit. Each layer replaces
 `values`. Only `take` and `merge` reduce the number of rows, and only `by_unit` changes their order.
 """
@@ -22,9 +22,9 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 
 class Aside(Protocol):
-    """The rows of a video that a hook has set aside. They come back after the last layer."""
+    """Rows of a video that a hook has set aside, and that are added back after the last layer."""
 
-    # int64, the rows that layers compute. All other rows serve only as keys and values. None if layers compute all rows.
+    # int64, the rows that layers compute. All other rows are used only as keys and values. None if layers compute all rows.
     active: torch.Tensor | None
 
     def whole(self, rows: "Rows") -> "Rows":
@@ -33,7 +33,7 @@ class Aside(Protocol):
 
 @dataclass(eq=False)
 class Rows:
-    """R rows that represent the N units of a video."""
+    """A table of R rows that represent the N units of a video."""
 
     values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
     unit: torch.Tensor  # int64 `[R]`, the unit that determines the place of each row
@@ -43,8 +43,8 @@ class Rows:
     geometry: Geometry  # the geometry of a frame pair
     deepstack: torch.Tensor  # `[R, n, D]`, the DeepStack features of the n inner layers that have run
     given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, the data for a selector, by name
-    # How far a unit may be from the row that represents it: at the same place, in the same window or frame pair, or anywhere in the
-    # clip. If a group is at least this large, it contains the rows of all its units.
+    # How far away from a unit the row that represents it may be: at the same place, in the same window or frame pair, or anywhere
+    # in the clip. A group that is at least this large contains the rows of all its units.
     reach: Reach = "place"
     # Whether attention weights each key by the number of units that it represents in the group, by adding the log of this number to
     # the key's logits (ToMe, arXiv 2210.09461, section 3).
@@ -58,51 +58,51 @@ class Rows:
 
     @property
     def pairs(self) -> int:
-        """T, the number of frame pairs in the video."""
+        """The number of frame pairs in the video (T)."""
         return len(self.unit_to_row) // self.geometry.units
 
     @property
     def active(self) -> torch.Tensor | None:
-        """int64: the rows that layers compute, or None if they compute all rows. See `Aside`."""
+        """The indices (int64) of the rows that layers compute, or None if layers compute all rows. See `Aside`."""
         return None if self.aside is None else self.aside.active
 
     @property
     def computed(self) -> int:
-        """The number of rows that layers compute."""
+        """The number of rows that layers compute, not counting rows that serve only as keys and values."""
         if self.active is None:
             return len(self)
         return len(self.active)
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """int64 `[R]`: the cluster size of each row, which is the number of units that it represents."""
+        """Each row's cluster size, int64 `[R]`, which is the number of units that the row represents."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """int64 `[R]`: each row's weight as a key in groups that do not mix (see `mixes`). None if all weights are equal."""
+        """Each row's weight as an attention key, int64 `[R]`, in groups that do not mix (see `mixes`). None if all are equal."""
         return self.size if self.size_bias else None
 
     @cached_property
     def place(self) -> torch.Tensor:
-        """int64 `[R]`: each row's raster index inside its frame pair."""
+        """Each row's raster index inside its frame pair, int64 `[R]`."""
         return self.unit % self.geometry.units
 
     @cached_property
     def pair_of_row(self) -> torch.Tensor:
-        """int64 `[R + P]`: the frame pair of each row, or -1 for the P rows of the previous segment."""
+        """Each row's frame pair, int64 `[R + P]`, or -1 for the P rows of the previous segment."""
         return F.pad(self.unit // self.geometry.units, (0, self.geometry.units), value=-1)
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """The number of rows per frame pair. If `counts` is None, this synchronizes with the GPU."""
+        """The number of rows in each frame pair. If `counts` is None, this synchronizes with the GPU."""
         return self.counts or tuple(self.lengths("pair").tolist())
 
     @cached_property
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The permutation that sorts the rows by unit, and the matching `unit_to_row`: int64 `[R]` and `[N]`.
+        """The permutation that sorts the rows by unit, int64 `[R]`, and `unit_to_row` for the sorted rows, int64 `[N]`.
 
         `take` sets both in advance, which avoids a sort.
         """
@@ -112,20 +112,20 @@ class Rows:
     # Groups of rows: windows or frame pairs.
 
     def group_count(self, scope: Scope) -> int:
-        """Return the number of windows or frame pairs in the video."""
+        """Return the number of windows or frame pairs in the whole video."""
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return int64 `[R]`: the window or frame pair of each row, numbered across the whole video."""
+        """Return each row's group, a window or a frame pair, int64 `[R]`. Groups are numbered across the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
-        """Return int64 `[G]`: the number of rows in each group, not counting padding."""
+        """Return the number of rows in each window or frame pair, int64 `[G]`, not counting padding."""
         total = self.group_count(scope)
         return bincount_fixed(self.group(scope), total + 1)[:total]
 
     def longest(self, scope: Scope) -> int:
-        """Return an upper bound on the number of rows in a group, without synchronizing."""
+        """Return an upper bound on the number of rows in a window or frame pair, without synchronizing the device."""
         if self.counts:
             rows = max(self.counts)
         else:
@@ -133,7 +133,7 @@ class Rows:
         return min(rows, self.geometry.largest(scope))
 
     def mixes(self, scope: Scope) -> bool:
-        """Return True if rows in one group may represent units in another group."""
+        """Return True if rows may represent units in a different window or frame pair than their own."""
         return WIDTH[self.reach] > WIDTH[scope]
 
     # Methods that reduce or reorder the rows.
@@ -141,11 +141,11 @@ class Rows:
     def take(
         self, selection: Selection, unit_to_token: torch.Tensor, reach: Reach = "clip", complete: bool = False
     ) -> "Rows":
-        """Return the rows of the selected units.
+        """Return a new table with the rows of the selected units.
 
         Args:
-            unit_to_token: int64 `[N]`: for each unit, the index in `selection.kept` of the unit that represents it. -1 drops the
-                unit.
+            unit_to_token: int64 `[N]`, for each unit, the index in `selection.kept` of the unit that represents it, or -1 to drop
+                the unit.
             reach: The reach of the new rows.
             complete: Whether the selection drops no units. The new rows are `complete` only if the old ones are complete too.
         """
@@ -177,7 +177,7 @@ class Rows:
         return made
 
     def mean(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
-        """Return the values of `x` (`[R, ...]`) for the selected units, `[K, ...]`."""
+        """Compute the values of the selected units, `[K, ...]`, from the rows' values `x` (`[R, ...]`)."""
         shape = len(selection.kept), *x.shape[1:]
         if not x.numel():
             return x.new_empty(shape)
@@ -192,10 +192,11 @@ class Rows:
         counts: tuple[int, ...] | None = None,
         size_bias: bool = True,
     ) -> "Rows":
-        """Merge rows inside groups of `scope` into their means, weighted by cluster size.
+        """Merge rows inside windows or frame pairs. Merged rows become means, weighted by cluster size.
 
         Args:
-            into: int64 `[R]`, the row that each row merges into. A row that stays has its own index.
+            into: int64 `[R]`, the row into which each row merges. A row that stays has its own index.
+            scope: The groups inside which rows merge.
             left: The number of rows in the result. If fewer rows stay, the result ends with padding. Padding represents no unit,
                 and its `unit` is N, so it forms a separate group.
             moves: An upper bound on the number of rows that merge into another row.
@@ -224,7 +225,7 @@ class Rows:
         )
 
     def whole(self) -> "Rows":
-        """Return the rows together with the rows that were set aside."""
+        """Return this table together with the rows that a hook has set aside."""
         return self if self.aside is None else self.aside.whole(self)
 
     def by_unit(self) -> "Rows":
@@ -244,7 +245,7 @@ class Rows:
 
 
 def all_units(values: torch.Tensor, deepstack: torch.Tensor, geo: Geometry, pairs: int) -> Rows:
-    """Return the rows of a video without reuse: one row per unit."""
+    """Return the rows of a video that is encoded without reuse, so that every unit has its own row."""
     order, rank = order_tables(geo, pairs)
     rows = Rows(values, order, rank, geo, deepstack, counts=(geo.units,) * pairs, complete=True)
     rows.unit_order = rank, arange_on(len(rank), rank.device)
@@ -259,9 +260,9 @@ def reused_units(
     counts: Sequence[int],
     unit: torch.Tensor,
 ) -> Rows:
-    """Return the rows of a video in which unchanged units reuse earlier rows.
+    """Return the rows of a video whose unchanged units reuse the rows of earlier frame pairs.
 
-    Only some units have their own row. All other units are represented by the row at the same place in an earlier frame pair.
+    Only changed units have their own row. All other units are represented by the row at the same place in an earlier frame pair.
 
     Args:
         values, deepstack, counts, unit: See `Rows`.
@@ -283,7 +284,7 @@ def reused_units(
 
 
 def _append_none(index: torch.Tensor) -> torch.Tensor:
-    """Append -1 to `index` (int64 `[n]`), so that looking up -1 returns -1."""
+    """Append -1 to the lookup table `index` (int64 `[n]`), so that looking up -1 returns -1."""
     return F.pad(index, (0, 1), value=-1)
 
 
@@ -291,9 +292,9 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     """Merge rows of `x` into the rows that stay, which become means weighted by cluster size.
 
     Args:
-        x: `[R, ...]`, the values.
+        x: `[R, ...]`, the values of the rows.
         size: int64 `[R]`, the cluster sizes.
-        into: int64 `[R]`, the row that each row merges into. A row that stays has its own index.
+        into: int64 `[R]`, the row into which each row merges. A row that stays has its own index.
         rows: The number of rows in the result. If fewer rows stay, the result ends with meaningless padding.
         moves: An upper bound on the number of rows that merge into another row.
 

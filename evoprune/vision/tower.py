@@ -1,7 +1,7 @@
 """Runs the layers of a vision tower on the rows of a video, with the same rounding as in Hugging Face's code.
 
-`run_layer` runs one layer in plain PyTorch, and `run_by_kernels` runs consecutive layers with fused GPU kernels. families.py covers
-the differences between model families, and hooks.py has the hooks that run after layers.
+`run_layer` runs one layer in plain PyTorch, and `run_by_kernels` runs consecutive layers with fused GPU kernels. The differences
+between model families are implemented in families.py, and the hooks that run after layers in hooks.py.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ Table = tuple[torch.Tensor, torch.Tensor]  # the rotary cosines and sines
 def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosines and the sines of the rotary embedding, each float32 `[units, 4, 1, 1, head_dim]`, in raster order.
 
-    The first half of the sines is negated, as `rotate` requires. Half of the angles depend on the patch's y, and the other half on
-    its x.
+    The first half of the sines is negated, as `rotate` requires. Half of the angles depend on the y coordinate of the patch, and
+    the other half on its x coordinate.
     """
     merge = sizes.spatial_merge_size
     quarter = sizes.hidden_size // sizes.num_heads // 4
@@ -54,14 +54,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def in_pieces(
     function: Callable[..., torch.Tensor], piece: int, *rows: torch.Tensor, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Apply a function to `piece` rows at a time, which limits its temporary memory. Returns the concatenated results.
+    """Apply a function to `piece` rows at a time to limit temporary memory, and return the concatenated results.
 
     Args:
         function: A function that returns one row for each row of its arguments.
         piece: The number of rows per call.
         rows: The arguments of the function, which all have the same number of rows.
-        into: A tensor that the result may overwrite, to save an allocation. It may be one of `rows`. Used only if more than one
-            call is needed.
+        into: A tensor that the result may overwrite to save an allocation. It may be one of `rows`, and it is used only if more
+            than one call is needed.
     """
     if len(rows[0]) <= piece:
         return function(*rows)
@@ -75,14 +75,15 @@ def in_pieces(
     return into
 
 
-# A function that returns the keys and values `[K, 4, heads, d]` that a layer attends to. Its arguments are the layer's index, the
-# keys and values of the R rows, and the rows. K is greater than R if rows of the previous segment are visible too.
+# A function that returns the keys and values, `[K, 4, heads, d]` each, that the rows of a layer can attend to. Its arguments are
+# the layer's index, the keys and values of the R rows, and the rows. K is greater than R if rows of the previous segment are
+# visible.
 Visible = Callable[[int, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the tower: attention inside windows or frame pairs, followed by an MLP, both with residuals.
+    """A layer of the vision tower: attention inside windows or frame pairs, followed by an MLP, both with residual connections.
 
     `by_kernels` computes the whole layer, including the attention between rows. All other methods process each row independently.
     """
@@ -95,14 +96,14 @@ class Layer:
 
     @classmethod
     def of(cls, visual, number: int) -> "Layer":
-        """Return layer `number` of a tower."""
+        """Return the layer with index `number` of the vision tower `visual`."""
         heads = VisionConfig.of(visual.config).num_heads
         return cls(
             number, visual.blocks[number], tower_layers(visual), heads, TowerShape.of_tower(visual).scope(number)
         )
 
     def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
-        """Return `[R, 4, 3, heads, d]`: the queries, keys and values of the rows `x` (`[R, 4, hidden]`), before rotary."""
+        """Compute queries, keys and values of the rows `x` (`[R, 4, hidden]`) before rotary. Returns `[R, 4, 3, heads, d]`."""
         normed = in_pieces(partial(self.kind.norm, self.weights.norm1), piece, x)
         return linear(self.weights.attn.qkv, normed).view(*x.shape[:2], 3, self.heads, -1)
 
@@ -111,7 +112,7 @@ class Layer:
         return linear(self.weights.attn.proj, mixed.flatten(2), plus=x)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the norm, the MLP and the residual to the rows `x` (`[R, 4, hidden]`)."""
+        """Apply the norm and the MLP to the rows `x` (`[R, 4, hidden]`), and add the result to `x`."""
         return self.kind.mlp(self.weights.mlp, self.kind.norm(self.weights.norm2, x), x)
 
     def by_kernels(
@@ -124,18 +125,18 @@ class Layer:
         table: Table,
         piece: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the layer with five matrix products and four fused kernels. In plain PyTorch, it takes about 45 operations.
+        """Run the layer as five matrix products and four fused kernels, instead of about 45 operations in plain PyTorch.
 
         Args:
             x: `[R * 4, hidden]`, the patches of the rows.
-            normed: `x` after this layer's first norm. None computes it here.
-            after: The norm to apply to the output. None applies none.
+            normed: `x` after this layer's first norm, or None to compute it here.
+            after: A norm to apply to the output, or None.
             groups: The groups of the rows for this layer's scope.
             table: The result of `rotary`.
             piece: The number of rows that go through the MLP at a time.
 
         Returns:
-            The output `[R * 4, hidden]`, and the output after the norm `after`, or None if `after` is None.
+            The output, `[R * 4, hidden]`, and the output after the norm `after` (None if there is no such norm).
         """
         weights = self.weights
         if normed is None:
@@ -150,7 +151,7 @@ class Layer:
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum of `x` and `plus`, and the sum after `norm`. If `norm` is None, the second value is None."""
+        """Return the sum of `x` and `plus`, and this sum after `norm` (None if `norm` is None)."""
         if norm is None:
             return x + plus, None
         if self.kind.rms:
@@ -160,7 +161,7 @@ class Layer:
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the MLP alone, without the norm and the residual."""
+        """Compute the MLP without its norm and without the residual connection."""
         mlp = self.weights.mlp
         if parameters := joined(mlp):
             hidden = kernels_for(x.device).silu_times(F.linear(x, *parameters))
@@ -183,15 +184,15 @@ def run_layer(
     timer: Timer | None = None,
     visible: Visible | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run a layer. The values of `rows` are replaced by the layer's output.
+    """Run a layer of the vision tower, replacing the values of `rows` with the layer's output.
 
     Args:
-        groups: The groups of these rows, by scope. Updated in place if the layer's scope is missing.
+        groups: The attention groups of these rows, by scope. If the layer's scope is missing, its groups are added in place.
         rotation: The result of `rotation_of` for these rows.
-        piece: The number of rows per matrix product. Attention also processes about this many rows at a time. This limits memory.
+        piece: The number of rows per matrix product, which limits memory. Attention also processes about this many rows at a time.
         needs: The names of the data that hooks need (see `Hook.needs`).
-        timer: Measures the time spent on computing that data.
-        visible: A function that adds the keys and values of the previous segment. None if there is no previous segment.
+        timer: Measures the time spent on computing the data for hooks.
+        visible: A function that adds the keys and values of the previous segment, or None if there is no previous segment.
 
     Returns:
         The data that `needs` requests, by name (see `Hook`).
@@ -228,20 +229,20 @@ def run_layer(
 
 
 def fused_kernels(x: torch.Tensor) -> ModuleType | None:
-    """Return the module with the fused kernels, or None if the kernels do not support the device and dtype of `x`."""
+    """Return the module of fused kernels, or None if the kernels do not support the device or the dtype of `x`."""
     return None if Attention.of(x).varlen_kernel is None else kernels_for(x.device)
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:
-    """Run layers that have no hooks with fused GPU kernels. The values of `rows` are replaced by the output of the last layer.
+    """Run layers that have no hooks with fused GPU kernels, replacing the values of `rows` with the output of the last layer.
 
     Args:
         piece: The number of rows that go through an MLP at a time.
         after: Called after every layer with the number of finished layers, the rows, and the number of rows.
 
     Returns:
-        The layers that still have to run. The range is normally empty. If a kernel fails, it starts with the layer that failed, and
-        if no kernels are available, it contains all layers.
+        The range of layers that still have to run, which is normally empty. If a kernel fails, the range starts with the layer that
+        failed. If no kernels are available, it contains all layers.
     """
     kernels = fused_kernels(rows.values)
     if not layers or kernels is None:
@@ -269,5 +270,5 @@ def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callabl
 
 
 def unit_features(x: torch.Tensor) -> torch.Tensor:
-    """Average keys or queries (`[R, 4, heads, d]`) over heads, and concatenate the four patches. Returns float32 `[R, 4 * d]`."""
+    """Average keys or queries (`[R, 4, heads, d]`) over heads and concatenate the four patches. Returns float32 `[R, 4 * d]`."""
     return x.float().mean(2).flatten(1)

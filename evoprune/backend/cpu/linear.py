@@ -1,10 +1,10 @@
-"""Linear layers, fused with the operation that follows. On the CPU, their weights are packed once.
+"""Linear layers that are fused with the operation that follows them and, on the CPU, have their weights packed once.
 
 PyTorch's plain CPU matmul rearranges the whole weight matrix in every call. A packed layer rearranges it only once. This mainly
 speeds up products with a single row, and therefore decoding (`python -m experiments.speed.kernels`). With many rows, the plain
 product is equally fast.
 
-Packing a weight takes as long as it saves in dozens of products, so layers can delay it (see `Packing`). Short answers then need no
+Packing takes as long as it saves in dozens of products, so layers can delay it (see `Packing`). Short answers then need no
 packing at all, and longer answers pack some layers with each token. The operators used here are the same ones that torch.compile
 uses. If the installed torch lacks them, layers are not packed.
 """
@@ -25,7 +25,7 @@ from torch import nn
 from evoprune.backend.devices import Device, is_host
 from evoprune.backend.layers import is_unhooked_linear
 
-# The number of rows that packing assumes. The packed layout is the same for any number above a few dozen.
+# The number of input rows for which weights are packed. The packed layout is the same for any number above a few dozen.
 ROWS = 512
 # With at least this many rows, plain and packed weights are equally fast and give the same numbers, because products are not split
 # along the inner dimension. Products with small weights are still split, but packing small weights takes almost no time.
@@ -39,17 +39,17 @@ PASS_BYTES = 2**28  # approximate bytes of weights to pack in each later pass, s
 
 
 class Packing:
-    """A schedule for packing layers that wait. It packs some layers in each pass, and more while no question is being answered.
+    """A schedule for packing linear layers later: a few in each pass, and more while no question is being answered.
 
-    A layer may wait only as long as its plain weights give the same numbers as packed ones. Otherwise, an answer would depend on
+    A layer may wait only if its plain weights give the same numbers as packed weights, because an answer would otherwise depend on
     the questions before it. Whether the numbers are equal depends on the dtype, the CPU and the torch version, so it is tested. The
-    first layer of each shape is packed immediately, and both forms of its weights are kept as a sample until all layers with this
-    shape are packed.
+    first layer of each shape is packed immediately, and both its plain and its packed weights are kept as a sample until all layers
+    with this shape are packed.
 
     Attributes:
         model: A weak reference to the model whose layers wait, or None.
         seconds: The time that the layers of this schedule have spent on packing, in seconds.
-        passes: The number of passes through the language model for a next token so far (see `begin_pass`).
+        passes: The number of decoding passes through the language model so far (see `begin_pass`).
         room: The number of bytes of weights that can still be packed in this pass.
     """
 
@@ -64,9 +64,9 @@ class Packing:
 
     @staticmethod
     def supports(weight: torch.Tensor) -> bool:
-        """Return True if packing works and saves time for `weight`.
+        """Return True if packing is possible for `weight` and saves time.
 
-        This requires the CPU, fp32 or bf16 with hardware support, and a torch version that has the operators.
+        The weight must be on the CPU, in fp32 or in bf16 with hardware support, and torch must have the packing operators.
         """
         if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
             return False
@@ -83,7 +83,7 @@ class Packing:
         _replace_layers(model, None)
 
     def later(self, model: nn.Module) -> None:
-        """Make the linear layers inside `model` wait for packing. Small layers are packed immediately.
+        """Schedule the linear layers inside `model` for packing, except for small layers, which are packed immediately.
 
         Layers with hooks are not changed. The schedule is stored in the model (see `of`).
         """
@@ -93,7 +93,7 @@ class Packing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Return the schedule of a model, or an empty schedule if none of its layers has ever waited."""
+        """Return the packing schedule of a model, or an empty schedule if the model has none."""
         return getattr(model, "packing", None) or cls()
 
     @property
@@ -105,7 +105,7 @@ class Packing:
         return [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
 
     def finish(self) -> None:
-        """Pack all waiting layers now. Used by measurements that should not include packing."""
+        """Pack all waiting layers now. Benchmarks call this so that their measurements do not include packing."""
         for layer in self.waiting:
             layer.pack()
 
@@ -135,22 +135,22 @@ class Packing:
                 thread.join()
 
     def begin_pass(self) -> None:
-        """Record the start of a pass through the language model for a next token."""
+        """Record that a decoding pass starts, so the language model computes the next token."""
         self.passes += 1
         self.room = 0
         if self.passes > START_PASSES:
             self.room = PASS_BYTES
 
     def add(self, weight: torch.Tensor) -> None:
-        """Record that a layer with these weights is waiting."""
+        """Add a layer with the given weights to the layers that wait to be packed."""
         self._waiting[weight.shape] += 1
 
     def can_wait(self, weight: torch.Tensor, rows: int) -> bool:
-        """Return True if a layer may keep using these plain weights to multiply `rows` rows, or any single row."""
+        """Return True if a layer may keep using its plain weights for now to multiply inputs with `rows` rows or with one row."""
         return self.room <= 0 and self._equal(weight.shape, 1) and self._equal(weight.shape, rows)
 
     def remove(self, plain: torch.Tensor, packed: torch.Tensor) -> None:
-        """Record that a layer is no longer waiting. `plain` and `packed` are its weights before and after packing."""
+        """Remove a layer from the layers that wait to be packed. `plain` and `packed` are its weights before and after packing."""
         shape = plain.shape
         self.room -= plain.nbytes
         self._waiting[shape] -= 1
@@ -169,11 +169,11 @@ class Packing:
 
 
 def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> bool:
-    """Return True if the plain and packed forms of the same weights give the same numbers for a random input.
+    """Return True if plain and packed weights give exactly the same numbers for a random input.
 
-    bf16 sums added up in a different order differ in about one number in ten thousand (torch 2.15), and a single input can miss
-    that. The remainders are therefore compared too. They are computed in float32 by subtracting the results from the sums, so they
-    reveal differences in the last bits.
+    If bf16 products are summed in a different order, only about one number in ten thousand differs (torch 2.15), and a single input
+    can miss that. The remainders are therefore compared too. They are computed in float32 by subtracting the results from the sums,
+    so they reveal differences in the last bits.
     """
     random = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, plain.shape[1], generator=random, dtype=torch.float32, device="cpu").to(plain.dtype)
@@ -188,8 +188,8 @@ class PackedLinear(nn.Module):
 
     Args:
         layer: The layer to replace.
-        packing: None packs the weights immediately. With a schedule, a layer that is not small first computes with its plain
-            weights. It packs them when it is called with few rows and `packing` no longer lets it wait, unless memory is short.
+        packing: A schedule, with which a layer that is not small uses its plain weights at first. It packs them when it is called
+            with few rows and the schedule no longer lets it wait, unless memory is low. None packs the weights immediately.
     """
 
     def __init__(self, layer: nn.Linear, packing: Packing | None = None):
@@ -206,16 +206,16 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes that the layer holds in addition to its parameters."""
+        """Memory that the layer uses in addition to its parameters, in bytes."""
         return self._weights_and_final[0].numel() * self._weights_and_final[0].element_size()
 
     @property
     def waits(self) -> bool:
-        """Whether the weights are not packed yet but will be later."""
+        """Whether the layer still uses plain weights that will be packed later."""
         return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the weights, plain or packed, to use in a product with `x` (`[..., in]`)."""
+        """Return the plain or packed weights for a product with `x` (`[..., in]`). This may pack the weights first."""
         weights, final = self._weights_and_final
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):
@@ -223,7 +223,7 @@ class PackedLinear(nn.Module):
         return self.pack()
 
     def pack(self) -> torch.Tensor:
-        """Pack the weights if they wait, and return them. They stay plain if memory is short."""
+        """Pack the weights unless they are already final, and return them. If memory is low, they stay plain."""
         plain, final = self._weights_and_final
         if final:
             return plain
@@ -242,7 +242,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedParts(nn.Module):
-    """A large linear layer whose weights are packed part by part, so that packing does not hold up a token.
+    """A large linear layer whose weights are packed part by part, so that packing does not noticeably delay any token.
 
     All parts have the same shape, so one of them serves as the sample for the others.
     """
@@ -281,7 +281,7 @@ def linear(
     times: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `layer(x)`, followed by at most one fused operation.
+    """Compute `layer(x)`, followed by at most one fused operation.
 
     Args:
         layer: A module that maps `[..., in]` to `[..., out]`.
@@ -310,16 +310,16 @@ def linear(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the total size of the model's weights in bytes, in the form in which they are held (packed or quantized).
+    """Return the total size in bytes of the model's weights as they are stored in memory, either packed, quantized or plain.
 
-    Shared weights count once.
+    Weights that are shared by several layers are counted once.
     """
     inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
     return inside + sum(weight.nbytes for weight in model.parameters())
 
 
 def _replace_layers(model: nn.Module, packing: Packing | None) -> None:
-    """Replace the linear layers inside `model` with packed ones, one at a time, freeing the plain weights. See `Packing`."""
+    """Replace the linear layers inside `model` with packed layers, one at a time to free each layer's plain weights early."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if is_unhooked_linear(child) and Packing.supports(child.weight):

@@ -2,13 +2,14 @@
 
 int8 weights have one scale per output feature, and inputs have one scale per row. Rows are rounded independently, so the result for
 a row does not depend on the other rows in a batch. Products use integers and are exact. If a few input channels are much larger
-than the others, they would cost the other channels their precision. These large channels are therefore computed in float32
-(LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
+than all others, rounding with a common scale would cost the other channels their precision. These large channels are therefore
+computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On CPUs without VNNI, the language model decodes with a different product, which rounds only the weights (`RowMajorInt8Linear`).
+On CPUs without VNNI, the language model decodes with a different matrix product, which rounds only the weights
+(`RowMajorInt8Linear`).
 
-int4 weights have a scale and a zero for every 32 weights, and use PyTorch's own kernel. They are used when the language model
-decodes. Everything else, including the tower, uses int8. The kernel is vectorized only for bf16, on AVX2 as well as on AVX512: with
+int4 weights have a scale and a zero point for every 32 weights, and use PyTorch's own kernel. They are used only while the language
+model decodes. Prompts and the vision tower use int8. The kernel is vectorized only for bf16, on AVX2 as well as on AVX512: with
 float32 it takes 20 times as long. Inputs are therefore converted to bf16, even on CPUs without bf16 instructions.
 """
 
@@ -27,13 +28,13 @@ from evoprune.errors import UsageError
 
 GROUP = 32  # the number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so that they fit into a cache
-ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights works only with multiples of this size
+ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights requires both sizes to be multiples of this number
 PIECE_ROWS = 512  # the number of rows to multiply by row-major weights at a time
 STEP_ROWS = 64  # pieces have a multiple of this number of rows, because kernels arrange rows in steps that divide it
 LARGE = 4.0  # a channel is large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # the largest share of channels that can be treated as large
-# Layers that are not quantized, as in published checkpoints. These are the decay and write gates of a Gated DeltaNet, which have
-# one number per head.
+# Layers that are not quantized, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one
+# number per head.
 GATES = "in_proj_a", "in_proj_b"
 LANGUAGE = "model.language_model.", "lm_head"  # the beginnings of the names of the language model's layers
 
@@ -42,17 +43,17 @@ Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU
 
 
 class Bytes:
-    """Rounds rows to bytes. Layers with the same input share one instance, which caches its latest result."""
+    """Quantizes rows to 8 bits. Layers with the same input share one instance, which caches its latest result."""
 
     def __init__(self):
         self._last: tuple = (None, None, None)
 
     def __call__(self, x: torch.Tensor, large: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Round the rows of `x` to bytes.
+        """Quantize the rows of `x` to 8 bits.
 
         Args:
             x: `[..., K]`.
-            large: int64, the large channels. They are rounded as if they were 0.
+            large: int64, the large channels, which are replaced with 0 before rounding.
 
         Returns:
             The rows as uint8 `[R, K]`, where `levels() + 1` represents zero; the step size of each row, float32 `[R, 1]`; and the
@@ -76,7 +77,7 @@ class Bytes:
 
 
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
-    """Return the tensors of an `Int8Linear` for a layer on the CPU.
+    """Quantize the weights of a linear layer on the CPU, and return the tensors that `Int8Linear` needs.
 
     Args:
         layer: The layer to quantize.
@@ -115,7 +116,7 @@ _role = _Role()
 
 
 class Int8Linear(nn.Module):
-    """Computes `x @ W.T + bias` in 8-bit integers, with `int8_weights`. Layers that read the same input share `to_bytes`."""
+    """A linear layer that multiplies 8-bit integers. Layers that read the same input share `to_bytes`, which quantizes it once."""
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -140,17 +141,17 @@ class Int8Linear(nn.Module):
         return self._finished(x, self._product(whole), step, wide)
 
     def _arranged(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the weights in the layout that the product reads."""
+        """Return the weights in the layout that the matrix product reads."""
         return torch.ops.onednn.qlinear_prepack(whole, None)
 
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the product of rounded rows with the weights, without the rows' step sizes, float32 `[R, out]`."""
+        """Multiply quantized rows by the weights, without applying the rows' step sizes. Returns float32 `[R, out]`."""
         return _product(whole, self.packed, self.scale, self.zero, self.offset)
 
     def _finished(
         self, x: torch.Tensor, y: torch.Tensor, step: torch.Tensor | None, wide: torch.Tensor
     ) -> torch.Tensor:
-        """Scale a product, and add the bias and the large channels. Returns `[..., out]` in the dtype of `x`."""
+        """Scale a matrix product, and add the bias and the large channels. Returns `[..., out]` in the dtype of `x`."""
         if step is None:
             step = torch.ones(1, 1, dtype=torch.float32, device="cpu")
         if self.bias is None:
@@ -165,14 +166,14 @@ class Int8Linear(nn.Module):
 class RowMajorInt8Linear(Int8Linear):
     """An `Int8Linear` of the language model for CPUs without VNNI, where oneDNN needs three times as long for a single row.
 
-    The weights stay as they are, which also saves the time to pack them. While the model decodes, PyTorch's product for 8-bit
-    weights reads them, and only the weights are rounded. That product is vectorized for bf16 inputs. While the model reads a
-    prompt, the product is the same as in `Int8Linear`.
+    The weights stay in row-major order, which also saves the time to pack them. While the model decodes, the layer uses PyTorch's
+    matrix product for 8-bit weights, which is vectorized for bf16 inputs, so only the weights are rounded. While the model reads a
+    prompt, the layer computes the same as `Int8Linear`.
     """
 
     @staticmethod
     def suits(shape: Sequence[int]) -> bool:
-        """Return True if this class is faster than `Int8Linear` here, and can compute a layer with weights of this shape."""
+        """Return True if this class supports weights of the given shape and is faster than `Int8Linear` on this CPU."""
         return levels() < 127 and all(size % ROW_STEP == 0 for size in shape) and _has_row_major_products()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -200,7 +201,7 @@ class RowMajorInt8Linear(Int8Linear):
 
 @lru_cache
 def _has_row_major_products() -> bool:
-    """Return True if both products of `RowMajorInt8Linear` exist, and the integer product is exact."""
+    """Return True if torch has both matrix products that `RowMajorInt8Linear` needs, and the integer product is exact."""
     if not hasattr(torch, "_weight_int8pack_mm") or not hasattr(torch, "_int_mm"):
         return False
     random = torch.Generator().manual_seed(0)
@@ -221,7 +222,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: t
 
 
 def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:
-    """Return the largest absolute value of each row, without copying the rows."""
+    """Return the largest absolute value in each row, without copying the rows."""
     return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
@@ -245,15 +246,15 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
 def levels() -> int:
     """Return the number of levels on either side of zero for rounding rows: 127, or 63 on CPUs without VNNI.
 
-    CPUs without these dot-product instructions add two products in 16 bits. Two products of 127 and 127 fit into 16 bits, but two
-    products of 255 and 127 do not.
+    CPUs without these dot-product instructions add two products in 16 bits. The sum of two products of 127 and 127 fits into 16
+    bits, but the sum of two products of 255 and 127 does not.
     """
     return 127 if has_exact_products(255) else 63
 
 
 @lru_cache
 def has_exact_products(largest: int) -> bool:
-    """Return True if this CPU computes exact products of bytes up to `largest` with 127."""
+    """Return True if this CPU computes matrix products exactly for inputs up to `largest` and weights of 127."""
     scale = torch.ones(64, dtype=torch.float32, device="cpu")
     if not Packing.supports(scale) or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
@@ -264,13 +265,13 @@ def has_exact_products(largest: int) -> bool:
 
 
 def int4_weights(layer: nn.Linear) -> Weights:
-    """Return the tensors of an `Int4Linear`: `packed`, and `scales`, bf16 `[groups, rows, 2]`."""
+    """Quantize a layer's weights to 4 bits for `Int4Linear`. Returns `packed`, and `scales`, bf16 `[groups, rows, 2]`."""
     packed, scales = zip(*(_int4_piece(rows) for rows in _pieces(layer.weight)), strict=True)
     return {"packed": torch.cat(packed), "scales": torch.cat(scales, 1)}
 
 
 def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convert some rows of a weight matrix to the kernel's layout. Also returns their scales and zeros, `[groups, rows, 2]`."""
+    """Quantize some rows of a weight matrix. Returns them in the kernel's layout, and scales and zeros `[groups, rows, 2]`."""
     # The kernel processes 16 rows at a time. Rows added here as padding are removed from the output.
     rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = rows.view(len(rows), -1, GROUP)
@@ -284,13 +285,13 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """Computes `x @ W.T + bias` with `int4_weights`.
+    """A linear layer with 4-bit weights.
 
     Args:
         weights: The result of `int4_weights`.
         shape: The numbers of output and input features.
         bias: `[out]`, or None.
-        full: A layer that computes the prompt instead, or None.
+        full: A layer that is called instead while the model reads a prompt. None uses 4-bit weights for the prompt as well.
     """
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
@@ -320,8 +321,8 @@ class Int4Linear(nn.Module):
 class Unquantized(nn.Module):
     """A placeholder for a linear layer until its first input shows which channels are large.
 
-    It then calls `quantize` with the layer and the large channels. `quantize` replaces this module with a quantized layer, and
-    returns the layer that computes the current call.
+    On the first call, the placeholder passes the layer and the large channels to `quantize`. This function replaces the placeholder
+    with a quantized layer, and returns the quantized layer, which then computes the current call.
     """
 
     def __init__(self, layer: nn.Linear, quantize: Callable[[nn.Linear, torch.Tensor], nn.Module]):
@@ -337,7 +338,7 @@ class Unquantized(nn.Module):
 
 
 def reads_rows(path: str, kind: str) -> bool:
-    """Return True if a quantized layer needs int8 weights. All layers do, except an int4 output layer, which reads only one row."""
+    """Return True if a quantized layer needs int8 weights. All layers do except an int4 output layer, which reads only one row."""
     return kind == "int8" or path != "lm_head"
 
 
@@ -354,10 +355,10 @@ class Quantization:
     @staticmethod
     @contextmanager
     def decoding() -> Iterator[None]:
-        """Mark the passes in this context and thread as passes over the tokens of an answer.
+        """Context manager that tells quantized layers that this thread is decoding an answer rather than reading a prompt.
 
-        Some quantized layers read the tokens of an answer in a different form from a prompt. The form must not depend on the number
-        of rows. Otherwise, an answer would depend on how many of its tokens are read together.
+        Some quantized layers use different weights for an answer than for a prompt. They must not choose the weights by the number
+        of rows, because an answer would then depend on how many of its tokens are read together.
         """
         before = _role.decodes
         _role.decodes = True
@@ -368,7 +369,7 @@ class Quantization:
 
     @staticmethod
     def kinds(device: torch.device) -> list[str]:
-        """Return the kinds of quantization, except "none", that work on a device with this PyTorch version and CPU."""
+        """Return the kinds of quantization, except "none", that work on a device with the installed PyTorch and this CPU."""
         if not is_host(device) or not has_exact_products(127):
             return []
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
@@ -376,7 +377,7 @@ class Quantization:
         return ["int8", "int4"]
 
     def check(self, device: torch.device) -> None:
-        """Check that this quantization works on a device with this PyTorch version and CPU. Raises UsageError otherwise."""
+        """Raise UsageError if this kind of quantization does not work on a device with the installed PyTorch and this CPU."""
         if self.kind == "none":
             return
         if not is_host(device):
@@ -429,7 +430,7 @@ class Quantization:
 
         Args:
             model: The model, which is changed in place.
-            run: Runs the model on an input that must be the same in every run. It must call every linear layer.
+            run: Runs the model on a fixed input, which must be the same every time. It must call every linear layer.
             progress: Called with the number of finished layers and the total.
             store: Called with each layer's name and the tensors that `restore` needs for it.
 
@@ -462,7 +463,7 @@ class Quantization:
     def restore(
         self, model: nn.Module, read: Callable[[str], Weights], progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Replace linear layers with quantized ones, using weights that `apply` stored.
+        """Replace a model's linear layers with quantized layers, using the weights that `apply` has stored.
 
         Args:
             model: The model, which is changed in place.
@@ -490,7 +491,7 @@ class _Layers:
         setattr(self._model.get_submodule(parent), name, layer)
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
-        """Create the quantized layer from `weights`, and replace `layer` with it."""
+        """Create a quantized layer from `weights`, replace `layer` with it in the model, and return it."""
         kind = self.kinds[path]
         full = None
         if reads_rows(path, kind):

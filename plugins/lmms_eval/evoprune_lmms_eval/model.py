@@ -1,10 +1,10 @@
-"""Qwen2.5-VL or Qwen2-VL, run by `evoprune`.
+"""An lmms-eval model that runs Qwen2.5-VL or Qwen2-VL with evoprune.
 
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Consecutive questions about the same videos and pictures share an encoding. The `token_counts` of each sample also contain what
-evoprune measured.
+Consecutive questions about the same videos and pictures share an encoding. Evoprune's measurements are added to the `token_counts`
+of each sample.
 """
 
 import hashlib
@@ -39,20 +39,20 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """A model that answers the questions of lmms-eval, which passes its model_args as the arguments.
+    """A model for lmms-eval, which passes the entries of its `model_args` as arguments.
 
     Args:
-        pretrained: hub ID, local folder, or `demo`.
-        system_prompt: replaces the model's own system prompt.
-        pictures: whether questions may be about pictures and about more than one input. Pictures are pruned like videos.
-        batch_size: must be 1.
-        max_batch_size: ignored.
-        options: options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method` and `fps`. Settings of a task override
-            them.
+        pretrained: Hub ID, local folder, or `demo`.
+        system_prompt: Replaces the model's own system prompt.
+        pictures: Whether questions may have pictures, or more than one input. Pictures are pruned like videos.
+        batch_size: Must be 1.
+        max_batch_size: Ignored.
+        options: Options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method` and `fps`. The settings of a task
+            override them.
 
     Raises:
-        EvopruneError: `VideoQA.load` failed, `batch_size` is not 1, or there is more than one process.
-        TypeError: an option is unknown.
+        EvopruneError: If `VideoQA.load` fails, `batch_size` is not 1, or there is more than one process.
+        TypeError: If an option is unknown.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class EvoPruneQwen25VL(lmms):
             yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
-        """Answer a question. Return its text up to the first of the task's stop words, and the report."""
+        """Answer a question. Returns the text of the answer up to the first of the task's stop words, and the report."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beam search is not supported", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
@@ -137,7 +137,7 @@ def _only_video(visuals: list) -> str:
     """Return the path of the only video of a question.
 
     Raises:
-        UsageError: the question has images, or does not have exactly one video.
+        UsageError: If the question has images, or does not have exactly one video.
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
@@ -151,7 +151,7 @@ def _files(visuals: list, folder: str) -> list[str]:
     Pictures in memory are written to files in `folder`, whose names are hashes of the pictures' contents.
 
     Raises:
-        UsageError: an input is neither a video nor a picture, or there are no inputs.
+        UsageError: If an input is neither a video nor a picture, or there are no inputs.
     """
     paths = []
     for visual in visuals:

@@ -7,10 +7,10 @@ from evoprune.errors import UsageError
 
 
 class Folders:
-    """Folders whose files may be read, including subfolders.
+    """Folders whose files an agent may read, including files in subfolders.
 
     Raises:
-        UsageError: a path is not a folder.
+        UsageError: If a path is not a folder.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -25,13 +25,13 @@ class Folders:
         return " or ".join(printable(folder) for folder in self._folders)
 
     def find(self, path: str) -> str:
-        """Return the real path of a file, or of a folder of frames, that may be read.
+        """Find a file or a folder of frames that the agent is allowed to read, and return its real path.
 
         Args:
-            path: absolute, or relative to one of the folders.
+            path: The path that the agent gives, either absolute or relative to one of the folders.
 
         Raises:
-            UsageError: there is no such file below the folders, or its path leads out of them through a symbolic link.
+            UsageError: If there is no such file below the folders, or its path leads out of them through a symbolic link.
         """
         problem = UsageError(f"{path} is no file below an allowed folder", f"give the path of a file below {self}")
         try:
@@ -53,12 +53,12 @@ class Folders:
 
 
 def _read_with(real: Path) -> Iterator[Path]:
-    """Return the files that are read along with a path: the pictures in a folder, or the subtitles next to a video."""
+    """Return all files that reading a path may involve: the pictures in a folder, or a video and the subtitles next to it."""
     if real.is_dir():
         return real.iterdir()
     return (file for file in real.parent.iterdir() if file.name.startswith(real.stem))
 
 
 def printable(path: Path) -> str:
-    """Convert a path to valid Unicode, because messages of the protocol cannot contain anything else."""
+    """Convert a path to valid Unicode, because MCP messages must be valid Unicode."""
     return str(path).encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Defines the tools that agents see, and reports their errors and progress."""
+"""Defines the MCP tools that agents call, and reports errors and progress to the client."""
 
 import asyncio
 import os
@@ -33,18 +33,18 @@ Query = Annotated[str, Field(description="What to look for, such as: a red car."
 
 
 def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
-    """Return the server and its tools. The server loads the model when it starts.
+    """Create the MCP server with its tools. The server starts to load the model as soon as it runs.
 
     Args:
-        videos: answers the questions that the tools receive.
-        model: the only thread that uses the model.
-        prober: a thread that reads metadata, even while the model is busy.
+        videos: Answers the questions that the tools receive.
+        model: The worker thread for everything that uses the model.
+        prober: A second worker thread, which reads metadata even while the model is busy.
     """
 
     @asynccontextmanager
     async def start(_: MCPServer) -> AsyncIterator[None]:
-        # Whatever libraries print goes to stderr, even after the server has ended, because its threads may still be running. The
-        # server itself has already opened the real stdout.
+        # Redirect everything that libraries print to stderr, even after the server has ended, because its threads may still be
+        # running. The server itself has already opened the real stdout.
         sys.stdout = sys.stderr  # `real_streams` restores it
         model.submit(videos.load_early)
         yield
@@ -84,10 +84,10 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
 
 
 async def _result(context: Context, worker: Worker, work: Callable[[Report], Any]) -> Any:
-    """Run a function in a worker's thread, and report its progress to the client. If the request is cancelled, stop the function.
+    """Run a function in a worker's thread while reporting its progress to the client. If the request is cancelled, so is the job.
 
     Raises:
-        ToolError: the function failed.
+        ToolError: If the function raises an exception.
     """
     job = worker.submit(work)
     future = asyncio.wrap_future(job.future)
@@ -109,7 +109,7 @@ async def _result(context: Context, worker: Worker, work: Callable[[Report], Any
 
 
 def _told(problem: Exception) -> str:
-    """Return the message and the hint of an error. Unexpected errors are also printed to stderr."""
+    """Format an error for the agent, as a message and a hint. Unexpected errors are also printed to stderr."""
     record = error_record(problem)
     if record["type"] == "bug":
         tell(f"error: {record['message']}")

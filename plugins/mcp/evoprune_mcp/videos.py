@@ -1,4 +1,7 @@
-"""Answers questions about files, with one model and a cache of recent encodings. All methods block, so workers call them."""
+"""Answers questions about files with a single model and a cache of recent encodings.
+
+All methods block, so they are called from worker threads.
+"""
 
 from collections import OrderedDict
 from contextlib import closing
@@ -18,9 +21,9 @@ from evoprune_mcp.worker import Report
 if TYPE_CHECKING:
     from evoprune import Cache, EncodedInputs, VideoQA
 
-KEPT = 8  # maximum number of encodings that are kept for further questions
-# Stages of `VideoQA.encode` and `VideoQA.find`. Each has a text, and the share of the work that is done when it begins and when it
-# ends. Stages may overlap, because frames are encoded while other frames are read.
+KEPT = 8  # maximum number of encodings that are cached for further questions
+# Stages of `VideoQA.encode` and `VideoQA.find`. For each stage, the text of progress messages, and the share of the total work that
+# is done when the stage begins and when it ends. Stages may overlap, because frames are encoded while other frames are read.
 STAGES = {
     "read": ("reading, frame", 0.0, 0.6),
     "encode": ("encoding, frame", 0.0, 0.6),
@@ -37,10 +40,10 @@ class Answered:
     """The answer to a question.
 
     Attributes:
-        answer: the text.
-        cut: whether the answer was cut off at the token limit.
-        reused: whether the input had already been encoded for an earlier question.
-        warnings: reasons to doubt the answer, such as damage in the video.
+        answer: The text of the answer.
+        cut: Whether the answer was cut off at the token limit.
+        reused: Whether the input had already been encoded for an earlier question.
+        warnings: Reasons to doubt the answer, such as damage in the video.
     """
 
     answer: str
@@ -51,7 +54,7 @@ class Answered:
 
 @dataclass
 class Found:
-    """A part of a video that matches a query. Times are in seconds, and `score` is a probability."""
+    """A time span in a video that matches a query. Times are in seconds, and `score` is a probability."""
 
     start_s: float
     end_s: float
@@ -61,19 +64,19 @@ class Found:
 
 @dataclass
 class Moments:
-    """The moments of a video that match a query, best first."""
+    """The moments of a video that match a query, sorted by score, with the best match first."""
 
     moments: list[Found]
 
 
 class Videos:
-    """Answers questions about files.
+    """Answers an agent's questions about video and image files.
 
     Args:
-        folders: the folders whose files may be read.
-        options: defaults for all questions.
-        cache: whether encoded videos are also kept on disk.
-        quiet: whether to suppress notes about the model.
+        folders: The folders whose files may be read.
+        options: Default options for all questions.
+        cache: Whether to cache encoded videos on disk as well.
+        quiet: Whether to suppress notes about the model.
     """
 
     def __init__(self, folders: Folders, options: PipelineOptions, cache: bool, quiet: bool):
@@ -85,7 +88,7 @@ class Videos:
         self._kept: OrderedDict[str, EncodedInputs] = OrderedDict()
 
     def load_early(self, report: Report) -> None:
-        """Load the model before the first question. If this fails, print the error; the next question will try again."""
+        """Load the model before the first question. If loading fails, print the error. The first question then tries again."""
         try:
             self._model(report)
         except EvopruneError as problem:
@@ -100,10 +103,10 @@ class Videos:
         end: float | str | None,
         budget: float | str | None,
     ) -> Answered:
-        """Answer one question about all inputs together.
+        """Answer a question about one or more inputs together.
 
         Raises:
-            EvopruneError: an argument, an input or the model cannot be used.
+            EvopruneError: If an argument, an input or the model cannot be used.
         """
         if not question.strip():
             raise UsageError("the question is empty", "ask in words")
@@ -145,10 +148,10 @@ class Videos:
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])
 
     def describe(self, path: str) -> dict[str, Any]:
-        """Return a file's metadata without using the model. It has the fields of `evoprune.video.Video` that are known, and `kind`.
+        """Return a file's metadata, without using the model: `kind`, and all known fields of `evoprune.video.Video`.
 
         Raises:
-            EvopruneError: the file cannot be read, or the agent is not allowed to read it.
+            EvopruneError: If the file cannot be read, or the agent is not allowed to read it.
         """
         video = probe(self.folders.find(path))
         return {"kind": video.kind} | {name: value for name, value in asdict(video).items() if value is not None}
@@ -171,7 +174,7 @@ class Videos:
         return encoded
 
     def _model(self, report: Report) -> "VideoQA":
-        """Return the model, which is loaded lazily."""
+        """Return the model, loading it first if necessary."""
         if self._qa is None:
             from evoprune import VideoQA
 
@@ -187,10 +190,10 @@ class Videos:
 
 
 def _show(report: Report, which: list[int], stage: str, done: int, total: int) -> None:
-    """Report progress of `VideoQA.encode` or `VideoQA.find`.
+    """Convert the progress of `VideoQA.encode` or `VideoQA.find` to the finished share of the total work, and report it.
 
     Args:
-        which: number of the current input, and number of all inputs. Updated in place.
+        which: The number of the current input and the total number of inputs. Updated in place.
     """
     number, count = which
     if stage == "input":

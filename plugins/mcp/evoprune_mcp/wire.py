@@ -14,13 +14,13 @@ CHUNK_BYTES = 2**16
 
 @contextmanager
 def real_streams() -> Iterator[list[int]]:
-    """Set `sys.stdin` to a copy of stdin that also ends at the first signal, and `sys.stdout` to the real stdout.
+    """Set `sys.stdin` to a copy of stdin that reaches end of file at the first signal, and `sys.stdout` to the real stdout.
 
-    Without the copy, a blocked read from stdin would delay the shutdown. The first signal is raised again when the context ends. A
+    Without the copy, a blocked read from stdin would delay the shutdown. When the context ends, the first signal is raised again. A
     second signal ends the process immediately.
 
     Yields:
-        The received signals.
+        A list. Signals are appended to it as they are received.
     """
     real_stdin = sys.stdin
     received: list[int] = []
@@ -51,10 +51,10 @@ def real_streams() -> Iterator[list[int]]:
 
 
 def end_at_once(received: Sequence[int]) -> None:
-    """Exit without Python's cleanup, which could crash a thread that is still computing.
+    """Exit the process without Python's cleanup, which could crash a thread that is still computing.
 
     Args:
-        received: the signals that end the process.
+        received: The signals that the process has received. They determine the exit code.
     """
     sys.stderr.flush()
     if signal.SIGINT in received and os.name == "posix":  # so that a shell loop around this process stops, too
@@ -65,7 +65,7 @@ def end_at_once(received: Sequence[int]) -> None:
 
 
 def _copy(source: int, target: BinaryIO) -> None:
-    """Copy a stream until it ends or its target is closed."""
+    """Copy data between two streams until the source ends or the target is closed."""
     with suppress(OSError, ValueError), target:
         while chunk := os.read(source, CHUNK_BYTES):
             while chunk:

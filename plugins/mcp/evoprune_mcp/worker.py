@@ -1,4 +1,4 @@
-"""A thread that runs jobs one after another, so that the event loop stays free."""
+"""A thread that runs blocking jobs one after another, so that the event loop is never blocked."""
 
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -15,11 +15,11 @@ Report = Callable[[float, str], None]
 
 
 class Job:
-    """A function to run, with its result and its progress.
+    """A function that runs in a worker's thread, together with its result and its progress.
 
     Attributes:
-        future: the result.
-        progress: share of the work that is done, from 0 to 1, which never decreases, and the name of the current step.
+        future: The result of the function.
+        progress: The share of the work that is done, from 0 to 1, which never decreases, and the name of the current step.
     """
 
     def __init__(self, work: Callable[[Report], Any]):
@@ -70,11 +70,11 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is still running. A job may outlive the context, because loading a model cannot be interrupted."""
+        """Whether the thread is still running. A job may outlive the context, because loading a model cannot be interrupted."""
         return self._thread.is_alive()
 
     def submit(self, work: Callable[[Report], Any]) -> Job:
-        """Queue a function. Its argument is a function that reports progress, and raises CancelledError after `Job.stop`."""
+        """Add a function to the queue. It receives a callback that reports progress and raises CancelledError after `Job.stop`."""
         job = Job(work)
         self._unfinished.append(job)
         self._jobs.put(job)

@@ -1,4 +1,7 @@
-"""`evoprune serve`: a single-machine server with an OpenAI-compatible API. Starlette and torch are imported only by the command."""
+"""`evoprune serve`: a single-machine server with an OpenAI-compatible API.
+
+Starlette and torch are imported only when the command runs.
+"""
 
 from evoprune_serve.command import serve
 

@@ -43,7 +43,7 @@ CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
 MOST_COMMAS = 2**20  # maximum number in a body, because parsed values may take 100 times as much memory as their text
-SENDING_S = 60.0  # extra time for a slow client to receive the end of a stream
+SENDING_S = 60.0  # extra time after the deadline for a slow client to receive the end of a stream
 AGEING_S = 60.0  # interval between checks for expired files
 CLOSED = 499  # status in logs and metrics when the client has disconnected
 T = TypeVar("T")
@@ -54,15 +54,15 @@ class Settings:
     """Settings of a server.
 
     Attributes:
-        folder: a private folder for the files that clients send.
-        usual: values of the options that a request does not set.
-        urls, folders: see `Sources`.
-        files_bytes: maximum total size of the files that clients have sent.
-        file_age_s: how long an uploaded file is kept, in seconds.
-        most, keep: see `Work`.
-        answer_s: maximum time from the arrival of a request to the end of its answer, in seconds.
-        log: called with a log line for each request.
-        log_contents: whether to log questions and answers as well.
+        folder: A private folder for the files that clients send.
+        usual: The default options, for options that a request does not set.
+        urls, folders: See `Sources`.
+        files_bytes: Maximum total size of the files that clients have sent, in bytes.
+        file_age_s: How long an uploaded file is kept, in seconds.
+        most, keep: See `Work`.
+        answer_s: Maximum time from the arrival of a request to the end of its answer, in seconds.
+        log: Called with a log line for each request.
+        log_contents: Whether to log questions and answers as well.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class Settings:
 
 
 class Server:
-    """The state shared by all routes."""
+    """The routes of the API, and the state that they share."""
 
     def __init__(self, models: Mapping[str, VideoQA], settings: Settings):
         self.settings = settings
@@ -105,7 +105,7 @@ class Server:
         return await self.answer(request, read_response)
 
     async def answer(self, request: Request, read: Read) -> Response:
-        """Answer a question with a complete or a streamed response. `read` parses the body of the request."""
+        """Answer a question with a complete or a streamed response. `read` parses the request body."""
         deadline_s = self.deadline_s()
         async with self.asking(request, read, deadline_s) as asked:
             self.work.submit(asked.job, asked.question)
@@ -115,9 +115,9 @@ class Server:
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
-        """Run a task for a request. Respond with the task's last message as JSON, or stream all its messages.
+        """Run a task for a request in the model's thread.
 
-        `task` runs in the model's thread.
+        The response is the task's last message as JSON or, if the request asks for a stream, a stream with all messages.
         """
         deadline_s = self.deadline_s()
         async with self.asking(request, read_chat, deadline_s) as asked:
@@ -131,12 +131,12 @@ class Server:
             return JSONResponse(event.facts)
 
     def deadline_s(self) -> float:
-        """Return the deadline of a request that arrives now, as a time on the event loop's clock."""
+        """Return the deadline for a request that arrives now, as a time on the event loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
     async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Read a request, fetch its files, and yield the request. An exception inside the context cancels the request's job."""
+        """Parse a request, queue a job, fetch its files, and yield the request. An exception in the context cancels the job."""
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
@@ -159,13 +159,13 @@ class Server:
             raise
 
     def count(self, request: Request, status: int) -> None:
-        """Count a request by its path. Requests for a single file or model are counted under /v1/files or /v1/models."""
+        """Count a request in the metrics by its path. Requests for a single file or model count as /v1/files or /v1/models."""
         path = request.url.path
         known = (each for each in PATHS if path == each or path.startswith(f"{each}/"))
         self.metrics.request(next(known, "other"), status)
 
     def counted(self, route: Handler, logged: bool = True) -> Handler:
-        """Wrap a route so that its responses are counted and, if `logged` is True, logged. Error handlers count its errors."""
+        """Wrap a route so that its responses are counted and, if `logged` is True, logged. Error handlers do this for errors."""
 
         async def counting(request: Request) -> Response:
             response = await route(request)
@@ -178,7 +178,7 @@ class Server:
         return counting
 
     def log(self, request: Request, status: int, *more: str) -> None:
-        """Count a request and log a line about it. `more` is added at the end of the line."""
+        """Count a request in the metrics and write a log line about it, ending with the words in `more`."""
         self.count(request, status)
         words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
         self.settings.log(" ".join(words))
@@ -200,14 +200,14 @@ class Server:
     # Files.
 
     async def upload(self, request: Request) -> Response:
-        """Store the file from an upload form."""
+        """Store the file from an upload form, and respond with a description of it."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
         with self.store.room() as room:
             return await self._take(request, room)
 
     async def _take(self, request: Request, room: Room) -> Response:
-        """Read an upload form with a file and its purpose, and store the file. `room` counts the bytes as they arrive."""
+        """Read an upload form with a file and its purpose, and store the file. Disk space is reserved in `room` as bytes arrive."""
 
         async def receive() -> Message:
             message = await request.receive()
@@ -272,7 +272,7 @@ PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATH
 
 @dataclass
 class Asked:
-    """A request that is being answered."""
+    """A request that is being answered, together with its job."""
 
     server: Server
     request: Request
@@ -284,15 +284,15 @@ class Asked:
     logged: bool = False
 
     def log(self, status: int, *more: str) -> None:
-        """Count and log the request. Called when the answer ends."""
+        """Count the request in the metrics and log it. Called when the answer ends."""
         self.logged = True
         self.server.log(self.request, status, *more)
 
     async def next(self) -> Piece | Done | Told:
-        """Wait for the next piece or the end of the answer, or for the next message of a task.
+        """Wait for the next event: a piece of the answer, the end of the answer, or a message of a task.
 
         Raises:
-            ApiError: the request failed.
+            ApiError: If the request fails or the deadline passes.
         """
         event = await in_time(self.job.next(), self.deadline_s)
         if isinstance(event, Failed):
@@ -369,10 +369,10 @@ class JobStream(StreamingResponse):
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read the JSON body of a request. `count` is called with each chunk's size.
+    """Read the JSON body of a request. `count` is called with each chunk's size as it arrives.
 
     Raises:
-        ApiError: the body is not valid JSON, or it has an unsupported content type or encoding.
+        ApiError: If the body is not valid JSON, or has an unsupported content type or encoding.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
@@ -392,7 +392,7 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
 
 
 def client_of(request: Request) -> str:
-    """Return the client's IP address. The queue uses it to tell clients apart."""
+    """Return the IP address of a client. The queue uses it to tell clients apart."""
     return request.client.host if request.client else "unknown"
 
 
@@ -400,7 +400,7 @@ async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
     """Await a result until a deadline, which is a time on the event loop's clock.
 
     Raises:
-        ApiError: the deadline has passed.
+        ApiError: If the deadline has passed.
     """
     try:
         async with asyncio.timeout_at(deadline_s):
@@ -413,7 +413,7 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
     """Await a result, but stop waiting if the client disconnects.
 
     Raises:
-        ClientDisconnect: the client disconnected before the result was ready.
+        ClientDisconnect: If the client disconnects before the result is ready.
     """
     result = asyncio.ensure_future(waiting)
     gone = asyncio.ensure_future(_gone(request))
@@ -434,15 +434,15 @@ async def _gone(request: Request) -> None:
 
 
 def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
-    """Return the server application.
+    """Create the server application.
 
     Args:
-        models: the loaded models by name. The first one answers requests that do not name a model.
+        models: The loaded models by name. The first model answers requests that do not name a model.
     """
     server = Server(models, settings)
 
     def refuse(request: Request, problem: Exception) -> Response:
-        """Return an error response in OpenAI's format."""
+        """Log an error, and return an error response in OpenAI's format."""
         if isinstance(problem, HTTPException):
             problem = plain(problem.status_code, problem.detail, problem.headers)
         elif not isinstance(problem, ApiError):

@@ -1,4 +1,4 @@
-"""The format of /v1/chat/completions: reads requests, and writes answers as complete responses or as stream chunks."""
+"""The API format of /v1/chat/completions: parses requests, and writes answers as complete responses or as stream chunks."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -40,8 +40,8 @@ class ChatReply:
     """An answer in the format of chat completions.
 
     Args:
-        model: the model's name.
-        usage: whether a stream ends with the token usage.
+        model: The name of the model.
+        usage: Whether to send the token usage at the end of a stream.
     """
 
     def __init__(self, model: str, usage: bool):
@@ -84,7 +84,7 @@ class ChatReply:
     def _chunk(
         self, delta: dict[str, str], entries: list[dict[str, Any]] | None = None, finish: str | None = None
     ) -> bytes:
-        """Return a stream chunk. `entries` are the log probabilities of its tokens, or None if they were not requested."""
+        """Build a stream chunk. `entries` are the log probabilities of its tokens, or None if they were not requested."""
         choice = {"index": 0, "delta": delta, "logprobs": _logprobs(entries), "finish_reason": finish}
         return stream_event(self._object("chat.completion.chunk") | {"choices": [choice]})
 
@@ -117,7 +117,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_chat(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ChatReply]:
-    """Read a request body. See `reply.Read`."""
+    """Parse the body of a request to /v1/chat/completions. See `reply.Read`."""
     fields = read_options(body, "messages")
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
     names = NAMES | {"max_new_tokens": "max_tokens", "schema": "response_format"}
@@ -132,7 +132,7 @@ def read_chat(
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return the `GenerationOptions` that are set by fields of this format."""
+    """Return the `GenerationOptions` from request fields that only chat completions have."""
     given: dict[str, Any] = read_effort(fields, "reasoning_effort")
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:

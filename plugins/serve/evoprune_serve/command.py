@@ -37,7 +37,7 @@ KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 BACKLOG = 512  # maximum number of connections waiting to be accepted
 T = TypeVar("T")
-UNTAKEN_S = 60  # how long a client may go without accepting response data
+UNTAKEN_S = 60  # how long a client may go without acknowledging response data
 
 
 @opt.command(
@@ -198,7 +198,7 @@ def serve(
 
 
 def in_a_thread(function: Callable[[], T]) -> T:
-    """Run a function in a new thread and return its result. The thread's OpenMP workers exit together with the thread.
+    """Run a function in a new thread and return its result. The OpenMP workers that it starts exit together with the thread.
 
     The main thread must not compute anything itself, so that only the model's thread has a group of OpenMP workers. With a second
     group, there would be more threads than cores, and libgomp would let the workers sleep between operations instead of spinning.
@@ -218,11 +218,11 @@ def in_a_thread(function: Callable[[], T]) -> T:
 def _loaded(
     names: Sequence[str], usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
 ) -> "dict[str, VideoQA]":
-    """Load the models and return them by name. `names` overrides the names of the first models.
+    """Load all models of the server and return them by name. `names` overrides the names of the first models.
 
     Raises:
-        UsageError: two models have the same name, or there are more names than models.
-        OutOfMemory: the models together do not fit into memory.
+        UsageError: If two models have the same name, or there are more names than models.
+        OutOfMemory: If the models together do not fit into memory.
 
     For the other exceptions, see `load`.
     """
@@ -242,11 +242,11 @@ def _loaded(
 
 
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
-    """Return descriptions of all models, after checking that the models fit into memory together.
+    """Return the descriptions of the models after checking that all models fit into memory together.
 
     Raises:
-        OutOfMemory: the weights of the models together do not fit into memory.
-        ModelError: a model does not exist.
+        OutOfMemory: If the weights of the models together do not fit into memory.
+        ModelError: If a model does not exist.
     """
     prepare()
     from evoprune.backend import Device, Quantization
@@ -268,10 +268,10 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
 
 
 def _key(given: str | None, path: str | None) -> str | None:
-    """Return the API key from the option, the file or the environment, or None if no key is set.
+    """Return the API key from the command line, a file or the environment, or None if no key is set.
 
     Raises:
-        UsageError: the key is invalid, the file cannot be read, or both options are given.
+        UsageError: If the key is invalid, the file cannot be read, or both options are given.
     """
     if given is not None and path is not None:
         raise UsageError("--api-key and --api-key-file cannot be combined", "give one of the two")
@@ -291,7 +291,7 @@ def _key(given: str | None, path: str | None) -> str | None:
 
 
 def _name(model: str) -> str:
-    """Return the public name of a model. For a folder, this is the last part of the path, so that the rest stays private."""
+    """Return the public name of a model. For a folder, only the last part of the path is used, so the full path stays private."""
     if os.path.isdir(os.path.expanduser(model)):
         return Path(model).expanduser().resolve().name
     return model
@@ -305,10 +305,10 @@ def _above_0(flag: str, text: str) -> float:
 
 
 def _origin(text: str) -> str:
-    """Normalize an origin to the form that browsers send.
+    """Normalize the origin of a web page to the form that browsers send.
 
     Raises:
-        UsageError: the string is not an origin.
+        UsageError: If the text is not an origin.
     """
     origin = text.rstrip("/").lower()
     if not re.fullmatch(r"https?://[^/\s*]+", origin):
@@ -324,10 +324,10 @@ def _folder(path: str) -> Path:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
+    """Return a socket that listens at the given host and port.
 
     Raises:
-        UsageError: the address cannot be used.
+        UsageError: If the server cannot listen at this address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Specify the protocol. Otherwise asyncio does not disable Nagle's algorithm, which delays parts of an answer.

@@ -1,4 +1,4 @@
-"""Limits the number of connections, and how long a connection may stay open without sending a request."""
+"""Limits the number of connections, and how long a connection may take to send the head of a request."""
 
 import asyncio
 from collections import Counter
@@ -12,15 +12,16 @@ UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent
 
 
 class Connection(H11Protocol):
-    """An HTTP connection. It is closed if the head of a request is not complete after `head_s` seconds.
+    """An HTTP connection, which is closed if the head of a request is not complete after `head_s` seconds.
 
-    There are at most `most` connections, and at most `share` connections from one address. If a new connection exceeds one of these
-    limits, another connection that has no request in progress is closed. If the address has more than its share, the longest idle
-    connection from this address is closed. Otherwise, it is the longest idle connection from the address with the most connections.
-    If there is no such connection, the new connection is rejected.
+    There are at most `most` connections, and at most `share` connections from one client address. If a new connection exceeds one
+    of these limits, an idle connection, which has no request in progress, is closed. If the client has more than its share, this is
+    the client's longest idle connection. Otherwise, it is the longest idle connection of the client with the most
+    connections. If no connection is idle, the new connection is rejected.
 
-    For the first request, `head_s` starts when the connection opens. For later requests, it starts with their first byte. Between
-    requests, uvicorn closes the connection after 5 s. Bodies are limited by guard.py, and answers by `--timeout`.
+    For the first request, the time limit starts when the connection opens. For later requests, it starts with the first byte. If no
+    further request arrives, uvicorn closes the connection after 5 s. The time for bodies is limited by guard.py, and the time for
+    answers by `--timeout`.
     """
 
     head_s = HEAD_S
@@ -56,7 +57,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _limit_connections(self) -> None:
-        """If there are too many connections, close an idle one, or this new one if none is idle."""
+        """Close an idle connection if there are too many connections. If no other connection is idle, close this one."""
         present = [each for each in self.connections if not each.transport.is_closing()]
         counts = Counter(each._address for each in present)
         greedy = counts[self._address] > self.share

@@ -1,4 +1,4 @@
-"""Graceful shutdown. Waiting requests are rejected, and the answer in progress gets a few seconds to finish."""
+"""Shuts the server down gracefully: waiting requests are rejected, and the answer in progress gets a few seconds to finish."""
 
 import asyncio
 import logging

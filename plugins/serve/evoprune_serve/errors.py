@@ -1,4 +1,4 @@
-"""Errors for clients: an HTTP status, and a body in OpenAI's format with a message, a field and a code."""
+"""Errors that are sent to clients, with an HTTP status and a JSON body in OpenAI's error format."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -18,12 +18,12 @@ CODES = {
 
 
 class ApiError(Exception):
-    """A request that failed.
+    """An error that is sent to the client in OpenAI's format.
 
     Args:
-        param: name of the invalid field.
-        code: a short machine-readable name of the error.
-        headers: additional response headers.
+        param: The name of the invalid request field, or None.
+        code: A short machine-readable name of the error. The default depends on the status.
+        headers: Additional response headers.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ApiError(Exception):
 
 
 def _text(said: str) -> str:
-    """Make a message safe to send. It may repeat text from the client, which can be long or contain lone surrogates."""
+    """Make an error message safe to send. It may quote text from the client, which can be long or contain lone surrogates."""
     if len(said) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         said = f"{said[:half]}…{said[-half:]}"
@@ -58,12 +58,12 @@ def _text(said: str) -> str:
 
 
 def refused(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """Return the error for an invalid request."""
+    """Return the error for an invalid request, with status 400."""
     return ApiError(400, message, param=param, code=code)
 
 
 def full(retry_s: int) -> ApiError:
-    """Return the error for a request that the server has no capacity for. The client may retry after `retry_s` seconds."""
+    """Return the error for a request that is rejected because of overload. The client may retry after `retry_s` seconds."""
     return ApiError(429, "too many requests are waiting: try again later", headers={"Retry-After": str(retry_s)})
 
 
@@ -75,7 +75,7 @@ def ending() -> ApiError:
 
 
 def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ApiError:
-    """Return a generic error for an HTTP status."""
+    """Return a generic error for an HTTP status. The default message is the standard phrase, such as "Not Found"."""
     return ApiError(status, detail or HTTPStatus(status).phrase, headers=headers)
 
 
@@ -85,7 +85,7 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
     Unexpected exceptions are not described to clients, because their messages may contain private data.
 
     Args:
-        names: for each path on this machine, the name that the client sees instead.
+        names: Maps each path on this machine to the name that the client sees instead.
     """
     if isinstance(problem, ApiError):
         return problem

@@ -1,4 +1,4 @@
-"""Reads JSON fields from clients. Unknown fields are rejected, because clients would not notice that an option is ignored."""
+"""Reads the fields of JSON requests. Unknown fields are rejected, because clients would not notice if an option were ignored."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -21,9 +21,9 @@ def json_text(value: Any) -> str:
 
 
 class Fields:
-    """The fields of a JSON object, which are taken one at a time.
+    """The fields of a JSON object in a request, which are taken one at a time.
 
-    Fields that have not been taken at the end are rejected. A field whose value is null counts as missing.
+    Fields that have not been taken when `end` is called are rejected. A field whose value is null is treated as missing.
     """
 
     def __init__(self, value: Any, place: str = ""):
@@ -39,7 +39,7 @@ class Fields:
         """Take an optional field and return its value, or `default` if the field is missing.
 
         Raises:
-            ApiError: the value has the wrong type.
+            ApiError: If the value has the wrong type.
         """
         if field not in self._left:
             return default
@@ -56,7 +56,7 @@ class Fields:
         """Take a required field and return its value.
 
         Raises:
-            ApiError: the field is missing or its value has the wrong type.
+            ApiError: If the field is missing or its value has the wrong type.
         """
         if field not in self._left:
             raise refused(f"{self.name_of(field)} is missing", self.name_of(field), "missing_required_parameter")
@@ -72,7 +72,7 @@ class Fields:
         """Raise ApiError if any field has not been taken.
 
         Args:
-            neutral: for each field that may be left, a function that returns True if the field's value has no effect.
+            neutral: Maps each field that may be left over to a function that returns True if the field's value has no effect.
         """
         for field, value in self._left.items():
             name = self.name_of(field[:60])

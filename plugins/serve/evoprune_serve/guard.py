@@ -1,4 +1,4 @@
-"""Checks the host, origin, API key and body size of every request before it is handled."""
+"""Middleware that checks the host, the origin, the API key and the body size of requests before they are handled."""
 
 import asyncio
 import hmac
@@ -18,7 +18,7 @@ from evoprune_serve.errors import ApiError, full, plain
 OPEN_PATHS = ("/", "/health")  # no key required
 UPLOAD_PATH = "/v1/files"
 FORM_BYTES = 2**16  # maximum size of an upload form without its file
-SLOW_BYTES_S = 2**15  # bytes per second; a body that arrives more slowly uses up `SLOW_S`
+SLOW_BYTES_S = 2**15  # minimum rate in bytes per second; a body that arrives more slowly uses up `SLOW_S`
 SLOW_S = 30.0  # time budget for a slow body, in seconds
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
@@ -26,15 +26,15 @@ BODIES_RETRY_S = 5
 
 @dataclass(frozen=True)
 class Access:
-    """Who may send requests, and how much they may send.
+    """Access rules: who may send requests to the server, and how large the requests may be.
 
     Attributes:
-        key: the key that requests must send as `Authorization: Bearer`. None means that no key is needed.
-        hosts: the host names of the server. If there are none, any name is accepted.
-        origins: origins of web pages that may send requests, in addition to the server's own pages.
-        body_bytes: maximum size of a JSON body.
-        bodies_bytes: maximum total size of all JSON bodies in memory.
-        upload_bytes: maximum size of an uploaded file.
+        key: The API key that requests must send as `Authorization: Bearer`. None means that no key is required.
+        hosts: The host names of the server. If the sequence is empty, any name is accepted.
+        origins: Origins of web pages that may send requests, in addition to the server's own pages.
+        body_bytes: Maximum size of a JSON body, in bytes.
+        bodies_bytes: Maximum total size of the JSON bodies in memory, in bytes.
+        upload_bytes: Maximum size of an uploaded file, in bytes.
     """
 
     key: str | None = None
@@ -49,8 +49,8 @@ class Bodies:
     """Limits the memory used by the JSON bodies of all requests.
 
     Args:
-        limit: maximum number of bytes for all clients together.
-        share: maximum number of bytes for one client, so that there is room for other clients.
+        limit: Maximum number of bytes for all clients together.
+        share: Maximum number of bytes for a single client, so that other clients can always send requests.
     """
 
     def __init__(self, limit: int, share: int):
@@ -61,7 +61,7 @@ class Bodies:
 
     @contextmanager
     def room(self, client: str) -> "Iterator[BodyRoom]":
-        """Yield a `BodyRoom` for one body. Its memory is released at the end of the context."""
+        """Yield a `BodyRoom` that reserves memory for the body of a request. The memory is released when the context ends."""
         room = BodyRoom(self, client)
         try:
             yield room
@@ -79,7 +79,7 @@ class Bodies:
 
 
 class BodyRoom:
-    """The memory that is reserved for one body."""
+    """The memory that is reserved for the body of one request."""
 
     def __init__(self, bodies: Bodies, client: str):
         self.bytes = 0
@@ -87,10 +87,10 @@ class BodyRoom:
         self._client = client
 
     def add(self, count: int) -> None:
-        """Reserve `count` more bytes.
+        """Reserve `count` more bytes of memory.
 
         Raises:
-            ApiError: one of the limits of `Bodies` is exceeded.
+            ApiError: If one of the limits of `Bodies` is exceeded.
         """
         self._bodies._add(self._client, count)
         self.bytes += count
@@ -105,7 +105,7 @@ class Framing:
     """
 
     def __init__(self, app: ASGIApp, refuse: Callable[[Request, Exception], Response]):
-        """`refuse` builds the response for an error."""
+        """Wrap an application. `refuse` builds the response for an error."""
         self._app = app
         self._refuse = refuse
 
@@ -124,7 +124,7 @@ class Guard:
     """Middleware that passes allowed requests on to the application, and responds to all others with an error."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[Request, Exception], Response]):
-        """`refuse` builds the response for an error."""
+        """Wrap an application. `refuse` builds the response for an error."""
         self._app = app
         self._access = access
         self._refuse = refuse
@@ -146,7 +146,7 @@ class Guard:
         await self._app(scope, body.receive, body.send)
 
     def _check(self, path: str, headers: Headers, limit: int) -> None:
-        """Raise ApiError if the host or origin is not allowed, the key is wrong, or the announced body exceeds `limit` bytes."""
+        """Raise ApiError if the host or origin is not allowed, the key is wrong, or the Content-Length exceeds `limit` bytes."""
         access = self._access
         if access.hosts and host_of(headers.get("host", "")) not in access.hosts:
             raise ApiError(403, "this server has another name: see --allow-host", code="wrong_host")
@@ -182,13 +182,13 @@ def too_large(limit: int) -> ApiError:
 
 
 class Body:
-    """Receives the body of a request, which may have at most `limit` bytes.
+    """Receives the body of a request, which may have at most `limit` bytes and must not arrive too slowly.
 
     Waiting for the body uses up a time budget of `SLOW_S` seconds, and every byte received refills the budget. The budget never
     exceeds `SLOW_S`, no matter how large the body is or how much of it arrives at once.
 
-    If the response starts before the whole body has been received, the connection is closed after the response. Otherwise, the rest
-    of the body would be read as the next request.
+    If the response starts before the whole body has been received, the connection is closed after the response. Otherwise, the
+    remaining bytes of the body would be parsed as the next request.
     """
 
     def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):
@@ -200,10 +200,10 @@ class Body:
         self._left_s = SLOW_S
 
     async def receive(self) -> Message:
-        """Receive the next message.
+        """Receive the next ASGI message of the request.
 
         Raises:
-            ApiError: the body exceeds its limit or arrives too slowly.
+            ApiError: If the body exceeds its limit or arrives too slowly.
         """
         if self._complete:  # the next message will be the client's disconnect
             return await self._receive()

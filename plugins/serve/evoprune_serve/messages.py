@@ -1,4 +1,4 @@
-"""Reads the messages of a conversation. Supports the formats that different client programs use for videos and images."""
+"""Reads the messages of a conversation, supporting the formats that different client programs use for videos and images."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ MOST_CHARACTERS = 2**22  # maximum length of all texts together
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # maximum length of a list of frames
 # Fields that clients may send back as part of earlier answers. They are not part of the conversation and must be empty, except for
-# those in `UNREAD`.
+# the fields in `UNREAD`, which are ignored.
 UNREAD = ("reasoning_content", "parsed")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
-# Types of text parts. For each type, the additional fields that are ignored.
+# Types of message parts that contain text, each with the additional fields that are ignored.
 TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
 
 
@@ -30,14 +30,14 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
     are. Otherwise, the inputs come before the text.
 
     Args:
-        messages: the messages, keyed by their place in the body, such as "messages[0]".
-        field: name of the field of the body that contains the messages.
+        messages: The messages, keyed by their location in the request body, such as "messages[0]".
+        field: The name of the field in the request body that contains the messages.
 
     Returns:
         The system prompt or None; the turns, the last of which is the question; and all videos and images, in order.
 
     Raises:
-        ApiError: the messages are not a valid conversation, or contain no video or image.
+        ApiError: If the messages are not a valid conversation, or contain no video or image.
     """
     if len(messages) > MOST_MESSAGES:
         raise refused(f"there are more than {MOST_MESSAGES} messages", field)
@@ -97,7 +97,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
 def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
     """Return the texts of a message, with None for each video or image, and a list of the videos and images.
 
-    Consecutive texts are joined by a newline. If there is only one text, it is moved after the videos and images.
+    Consecutive texts are joined with a newline. If there is only one text, it is moved to the end, after the videos and images.
     """
     if isinstance(content, str):
         return [content], []
@@ -127,7 +127,7 @@ def _content(content: str | list, place: str) -> tuple[list[str | None], list[So
     return parts, sources
 
 
-# Readers for the parts of a message that contain a video or image. Different client programs use different part types.
+# Readers for message parts that contain a video or an image. Different client programs use different types of parts.
 
 
 def _image_url(fields: Fields) -> Source:
@@ -163,7 +163,7 @@ def _file(fields: Fields) -> Source:
 
 
 def _file_of(fields: Fields) -> Source:
-    """Return the source described by an object that has a file ID, a URL or the data of a file."""
+    """Return the source that an object refers to by a file ID, by a URL, or by containing the file's data."""
     _without_detail(fields).take("filename", str)
     if fields.has("file_id"):
         source = Uploaded(fields.need("file_id", str))
@@ -218,7 +218,7 @@ def _ascend(times: Sequence[float]) -> bool:
 
 
 def _address(fields: Fields, name: str) -> Address:
-    """Return the URL in a field. The field contains either a string or an object with the field `url`."""
+    """Return the URL in a request field, which is either a string or an object with the field `url`."""
     given = _without_detail(fields).need(name, (str, dict))
     if isinstance(given, str):
         return Address(given)
@@ -229,10 +229,10 @@ def _address(fields: Fields, name: str) -> Address:
 
 
 def _without_detail(fields: Fields) -> Fields:
-    """Take the field `detail`. It has no effect, because images are always read in full detail.
+    """Take the field `detail` and return `fields`. The field has no effect, because images are always read in full detail.
 
     Raises:
-        ApiError: another level of detail is requested.
+        ApiError: If another level of detail is requested.
     """
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):

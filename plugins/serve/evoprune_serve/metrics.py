@@ -1,4 +1,4 @@
-"""Prometheus metrics for /metrics."""
+"""Counts requests and measures times, and reports them as Prometheus metrics at /metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -11,7 +11,7 @@ TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 class Metrics:
-    """The Prometheus metrics of one server."""
+    """The Prometheus metrics of a server: counters for requests and tokens, and histograms for times."""
 
     def __init__(self, work: Work):
         self._registry = CollectorRegistry()
@@ -36,7 +36,7 @@ class Metrics:
         self._requests.labels(path, str(status)).inc()
 
     def answer(self, model: str, report: Report, queue_s: float, kept: bool) -> None:
-        """Record the metrics of a complete answer. `model` is the model's name. `kept` is True if an encoding was reused."""
+        """Record the metrics of a complete answer. `kept` is True if the encoding of an earlier question was reused."""
         self._tokens.labels(model, "prompt").inc(report.tokens.prompt or 0)
         self._tokens.labels(model, "completion").inc(report.tokens.new or 0)
         self._visual.labels(model, "before").inc(report.pruning.visual_tokens_in or 0)

@@ -33,9 +33,9 @@ SETTINGS = "/page/settings"
 UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
-SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets offered in addition to the presets
-# Warning texts for visitors. They differ from the command line's texts, because visitors cannot set options and may not know this
-# project's documentation, and because the page does not have some of the times and numbers in the command line's texts.
+SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets that the page offers in addition to the presets
+# Warning texts for visitors of the page. They differ from the command line's texts, because visitors cannot set options and may not
+# know this project's documentation, and because the page does not know some of the times and numbers in those texts.
 PAGE_TEXTS = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the previous one",
     "cut_short": "the video breaks off before the end that its file states",
@@ -67,7 +67,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Asking(Protocol):
-    """The parts of `Server` that the page uses."""
+    """The methods and attributes of `Server` that the web page uses."""
 
     settings: Any
     work: Work
@@ -78,7 +78,7 @@ class Asking(Protocol):
 
 
 class Page:
-    """The routes of the page."""
+    """The routes of the web page."""
 
     def __init__(self, server: Asking):
         self._server = server
@@ -94,7 +94,7 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Return the models, the available budgets, the text of every warning, and whether URLs are allowed."""
+        """Respond with the models, the available budgets, the text of every warning, and whether URLs are allowed."""
         settings = self._server.settings
         return JSONResponse(
             {
@@ -108,7 +108,7 @@ class Page:
         )
 
     async def units(self, request: Request) -> Response:
-        """Respond with the fates of a video's units, and with the encoding and prefill times."""
+        """Respond with the effect of pruning on each unit of a video, and with the encoding and prefill times."""
         return await self._server.task(request, self._tell_units)
 
     async def moments(self, request: Request) -> Response:
@@ -191,12 +191,12 @@ class TracedInput(OpenInput):
 
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
-    """Return facts about a model. `overlay` is True if the page can show which units the model's pruning method keeps."""
+    """Describe a model for the page. `overlay` is True if the page can show which units the model's pruning method keeps."""
     return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
 
 
 def drawable(session: Session) -> bool:
-    """Return True if an overlay of the kept units can be drawn for a session."""
+    """Return True if the page can draw an overlay that shows which units the session's pruning method keeps."""
     try:
         Fates.check(session)
     except UsageError:
@@ -205,18 +205,18 @@ def drawable(session: Session) -> bool:
 
 
 def check_one_video(job: Job) -> None:
-    """Raise ApiError unless a request is about one video."""
+    """Raise ApiError unless the messages of a request contain exactly one video."""
     count = len(job.files().names)
     if count != 1:
         raise refused(f"the messages have {count} videos; this request takes exactly one", "messages")
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
-    """Return the fates of the units and the measured times as JSON data.
+    """Convert the fates of a video's units and the measured times to JSON data.
 
-    `units` contains a string for each frame pair. The string has one digit per unit, in raster order, which is an index into
-    `fates`. `merged` contains a list for each frame pair, which describes the merges inside the pair. In the list, each merged unit
-    is followed by the unit that it was merged into.
+    In the result, `units` contains a string for each frame pair, with one digit per unit in raster order. The digit is an index
+    into `fates`. `merged` contains a list for each frame pair, which describes the merges inside the pair. In this list, each
+    merged unit is followed by the unit into which it was merged.
     """
     count, height, width = plan.grid
     numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
@@ -243,9 +243,9 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the available budgets in ascending order. Each has a `share` for videos and one for images, `still`.
+    """Return the budgets that visitors can choose, in ascending order, with a `share` for videos and a `still` share for images.
 
-    A budget that depends on the video's contents comes first and has no fixed shares.
+    A budget that depends on the content of the video comes first and has no fixed shares.
     """
     own = usual.pruning.config().budget
     known = [*map(Budget.parse, SHARES), *Budget.PRESETS.values()]
@@ -261,15 +261,15 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
 
 
 def sentence(warning: str) -> str:
-    """Return the text that the page shows for a warning."""
+    """Return the text that the page shows to visitors for a warning."""
     return PAGE_TEXTS.get(warning) or warning_text(warning, VideoFacts(), "the video")
 
 
 def policy(html: str, urls: bool) -> str:
-    """Return the page's Content-Security-Policy.
+    """Return the Content-Security-Policy of the page.
 
-    It allows the page's own script and style, requests to this server, and files that the visitor chooses. If `urls` is True, the
-    page may also play videos from the web.
+    The policy allows the page's own script and style, requests to this server, and files that the visitor chooses. If `urls` is
+    True, the page may also play videos from the web.
     """
     chosen = "blob: https: http:" if urls else "blob:"
     parts = {
@@ -287,7 +287,7 @@ def policy(html: str, urls: bool) -> str:
 
 
 def _hashed(html: str, tag: str) -> str:
-    """Return the hash of the page's only element with this tag, in Content-Security-Policy syntax."""
+    """Return the hash of the only element with the given tag in a page, in Content-Security-Policy syntax."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"

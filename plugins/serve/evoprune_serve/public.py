@@ -1,4 +1,4 @@
-"""HTTP connections that are restricted to the public internet, for URLs that come from clients of the server."""
+"""HTTP connections that are restricted to the public internet, for downloading URLs that clients of the server send."""
 
 import ipaddress
 import socket
@@ -16,11 +16,11 @@ PORTS = {"http": 80, "https": 443}
 class PublicTransport(httpx2.HTTPTransport):
     """A transport that connects only to hosts on the public internet.
 
-    It connects to exactly the IP addresses that it has checked, so a DNS change in the meantime has no effect. All requests pass
-    through the transport, including redirects.
+    The transport resolves and checks each host, and then connects to the checked IP address, so a DNS change in the meantime has no
+    effect. Redirects are checked in the same way.
 
     Args:
-        check: function that is called before each connection and each read. It can abort the request by raising an exception. A
+        check: A function that is called before each connection and each read. It can abort the request by raising an exception. A
             timeout alone would not stop a server that sends its headers one byte at a time.
     """
 
@@ -51,7 +51,7 @@ class PublicTransport(httpx2.HTTPTransport):
         raise problem
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Call the check before each connection and each read. httpcore2 calls this method for every event in a request."""
+        """Call the check before each connection and each read. httpcore2 calls this method for every event during a request."""
         if event == "connection.connect_tcp.started":
             self._check()
         stream = info.get("return_value")
@@ -66,11 +66,11 @@ class PublicTransport(httpx2.HTTPTransport):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """Resolve a host and return its IP addresses.
+    """Resolve a host name and return its IP addresses, provided that all of them are public.
 
     Raises:
-        OSError, UnicodeError: the host cannot be resolved.
-        VideoError: one of the addresses is not public or belongs to this machine.
+        OSError, UnicodeError: If the host cannot be resolved.
+        VideoError: If one of the addresses is not public or belongs to this machine.
     """
     refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
     found = list(dict.fromkeys(str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))

@@ -1,4 +1,4 @@
-"""Represents a question in the form that the model's thread needs, and reads the options that all API formats share."""
+"""Represents a question in the form that the model's thread needs, and reads the request fields that all API formats share."""
 
 import json
 import re
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its options, but without the videos and images that it is about."""
+    """A question with all of its options, but without its videos and images."""
 
     model: str  # name of the model
     text: str
@@ -57,12 +57,12 @@ class Question:
 
 
 def read_options(body: Any, messages: str) -> Fields:
-    """Return the fields of a request body.
+    """Return the fields of a request body after checking that its options are not too large.
 
-    `messages` is the name of the field that contains the messages.
+    `messages` is the name of the field that contains the messages, which is not checked.
 
     Raises:
-        ApiError: the body is not an object, or fields other than the messages are too large or not valid Unicode.
+        ApiError: If the body is not an object, or fields other than the messages are too large or not valid Unicode.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
@@ -76,10 +76,10 @@ def read_options(body: Any, messages: str) -> Fields:
 
 
 def _model(fields: Fields, models: Sequence[str]) -> str:
-    """Return the name of the model that a body asks for, or of the first model by default.
+    """Return the name of the model that a request asks for. The default is the first model.
 
     Raises:
-        ApiError: there is no model with this name.
+        ApiError: If there is no model with this name.
     """
     asked = fields.take("model", str, models[0])
     if asked not in models:
@@ -88,7 +88,7 @@ def _model(fields: Fields, models: Sequence[str]) -> str:
 
 
 def no_model(name: str, models: Iterable[str]) -> ApiError:
-    """Return the error for a request that names an unknown model."""
+    """Return the error for a request that asks for an unknown model."""
     quoted = partial(json.dumps, ensure_ascii=False)
     known = ", ".join(map(quoted, models))
     return ApiError(404, f"there is no model {quoted(name[:100])}, but {known}", param="model", code="model_not_found")
@@ -103,21 +103,21 @@ def read_question(
     generation: dict[str, Any],
     names: Mapping[str, str],
 ) -> tuple[Question, tuple[Source, ...]]:
-    """Read the fields that all API formats share.
+    """Read the request fields that all API formats share.
 
     Args:
-        usual: values of the options that the body does not contain.
-        models: names of the served models.
-        messages, field: see `read_messages`.
-        generation: the `GenerationOptions` from fields that only this format has. System prompts from messages are appended to its
-            `system`.
-        names: names of request fields, for options whose name differs from the name of the field.
+        usual: The default options, for options that the body does not contain.
+        models: Names of the models that the server offers.
+        messages, field: See `read_messages`.
+        generation: The `GenerationOptions` from fields that only this API format has. System prompts from messages are appended to
+            its `system`.
+        names: Names of request fields, for options whose name differs from the name of the field.
 
     Returns:
-        The question, and the videos and images that it is about.
+        The question, and the videos and images that it refers to.
 
     Raises:
-        ApiError: a value is unknown, has the wrong type, or is out of range.
+        ApiError: If a value is unknown, has the wrong type, or is out of range.
     """
     model = _model(fields, models)
     system, turns, sources = read_messages(messages, field)
@@ -143,10 +143,10 @@ def read_question(
 
 
 def stream_options(fields: Fields, stream: bool) -> Fields:
-    """Return the `stream_options` of a body. The fields that all formats share have already been taken.
+    """Return the `stream_options` of a request after taking the fields that all API formats share.
 
     Raises:
-        ApiError: there are `stream_options`, but the request does not ask for a stream.
+        ApiError: If the request has `stream_options` but does not ask for a stream.
     """
     given = fields.take("stream_options", dict)
     if given is not None and not stream:
@@ -157,10 +157,10 @@ def stream_options(fields: Fields, stream: bool) -> Fields:
 
 
 def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
-    """Return options with the given overrides. Without any, the options are not validated again, to save milliseconds.
+    """Return options with the given overrides. If there are none, validation is skipped, which saves a few milliseconds.
 
     Raises:
-        ApiError: a value is invalid. The error names its request field.
+        ApiError: If a value is invalid. The error names its request field.
     """
     try:
         return replace(options, **given) if given else options
@@ -176,7 +176,7 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
 
 @contextmanager
 def _naming(field: str, option: str | None = None) -> Iterator[None]:
-    """Convert a UsageError to an ApiError about a request field. The message then contains the name `field` instead of `option`."""
+    """Convert a UsageError to an ApiError about a request field, replacing the name `option` in its message with `field`."""
     try:
         yield
     except UsageError as problem:
@@ -187,11 +187,11 @@ def _naming(field: str, option: str | None = None) -> Iterator[None]:
 
 
 def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | None:
-    """Return the JSON schema that an answer must follow, or None if the answer is free text.
+    """Return the JSON schema that the answer must follow, or None if the answer is free text.
 
     Args:
-        fields: the fields of a response format.
-        inner: name of the field with the object that contains the schema. None if the schema is next to `type`.
+        fields: The fields of a request's response format.
+        inner: The name of the field with the object that contains the schema. None if the schema is next to `type`.
     """
     kind = fields.need("type", str)
     schema = None
@@ -211,10 +211,10 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
 
 
 def read_effort(fields: Fields, name: str) -> dict[str, str]:
-    """Return the `think` option for a reasoning effort. The only supported value is "none", which turns thinking off.
+    """Convert a reasoning effort to the `think` option. The only supported effort is "none", which turns thinking off.
 
     Raises:
-        ApiError: the effort has any other value.
+        ApiError: If the effort has any other value.
     """
     effort = fields.take(name, str)
     if effort is None:
@@ -225,7 +225,7 @@ def read_effort(fields: Fields, name: str) -> dict[str, str]:
 
 
 def _sampled(fields: Fields) -> dict[str, Any]:
-    """Return the options for token sampling, stop strings and thinking."""
+    """Return the options for token sampling, stop strings and thinking that a request sets."""
     given = {}
     numbers = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "repetition_penalty": NUMBER}
     for name, kinds in numbers.items():

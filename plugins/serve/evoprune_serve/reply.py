@@ -1,4 +1,4 @@
-"""The parts of an answer that all of OpenAI's formats share."""
+"""Everything that OpenAI's different response formats have in common."""
 
 import json
 import time
@@ -27,11 +27,11 @@ TIMES = (
 
 
 class Reply(Protocol):
-    """The answer to one request in one API format.
+    """The answer to a request, in one of the API formats.
 
-    A streamed answer starts with the bytes from `begin`, continues with the bytes from `piece` for each piece of text, and finishes
-    with the bytes from `end` or `failed`. `identity` is the ID of the answer. `queue_s` is the time in seconds that the request
-    waited in the queue.
+    A complete answer is the JSON data from `whole`. A streamed answer starts with the bytes from `begin`, continues with the bytes
+    from `piece` for each piece of text, and finishes with the bytes from `end` or `failed`. `identity` is the ID of the answer.
+    `queue_s` is the time that the request waited in the queue, in seconds.
     """
 
     identity: str
@@ -43,25 +43,25 @@ class Reply(Protocol):
     def failed(self, problem: ApiError) -> bytes: ...
 
 
-# A function that reads a request body, given the default options and the names of the models. It returns the question, the videos
-# and images that the question is about, and a `Reply` for the answer. It raises ApiError if a value is unknown, has the wrong type,
-# or is out of range.
+# A function that parses a request body, given the default options and the names of the models. It returns the question, the videos
+# and images that the question refers to, and a `Reply` for the answer. It raises ApiError if a value is unknown, has the wrong
+# type, or is out of range.
 Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 def created() -> int:
-    """Return the creation time of an answer: the current Unix time in seconds."""
+    """Return the creation time for an answer, which is the current Unix time in whole seconds."""
     return int(time.time())
 
 
 def stream_event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """Return a server-sent event, optionally with a name."""
+    """Encode JSON data as a server-sent event, optionally with an event name."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
 def pruned(done: Done, queue_s: float) -> dict[str, Any]:
-    """Return the `evoprune` object for the `usage` field of an answer. It contains token counts, times in ms and warnings."""
+    """Return the `evoprune` object in the `usage` field of an answer, with token counts, times in milliseconds, and warnings."""
     report = done.report
     pruning = report.pruning
     times = report.time_ms
@@ -80,7 +80,7 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
 
 
 def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert the log probabilities in a report to OpenAI's format. Each token has a list of likely alternatives."""
+    """Convert log probabilities from a report to OpenAI's format, with a list of the most likely alternatives for each token."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
         return {name: each[name] for name in ("token", "logprob", "bytes")}

@@ -1,6 +1,6 @@
-"""The format of /v1/responses: reads requests, and writes answers as complete responses or as stream events.
+"""The API format of /v1/responses: parses requests, and writes answers as complete responses or as stream events.
 
-Responses are not stored, so clients must send the whole conversation with each request, as they do if `store` is false.
+Responses are not stored, so clients must send the whole conversation with each request, as with `store` set to false.
 """
 
 import secrets
@@ -25,7 +25,7 @@ from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
-# Request fields that a response repeats unchanged.
+# Request fields that are copied unchanged to the response.
 STATED = (
     "instructions",
     "max_output_tokens",
@@ -48,7 +48,7 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
 
 @dataclass
 class Item:
-    """An output item: either the model's thoughts or the text of its answer.
+    """An output item of a response, which contains either the model's thoughts or the text of its answer.
 
     `logprobs` contains the log probabilities of the tokens so far. In a text item, this includes the tokens of the thoughts that
     came before the text.
@@ -66,13 +66,13 @@ class Item:
 
     @property
     def part(self) -> dict[str, Any]:
-        """Content part with the text so far."""
+        """The content part of the item, with the text so far."""
         if self.thought:
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
 
     def record(self, status: str) -> dict[str, Any]:
-        """Return the item as JSON data. While the item is in progress, its content is empty."""
+        """Return the item as JSON data. While the status is "in_progress", the content is empty."""
         kind = {"type": "message", "role": "assistant"}
         if self.thought:
             kind = {"type": "reasoning", "summary": []}
@@ -81,11 +81,11 @@ class Item:
 
 
 class ResponseReply:
-    """An answer in the format of responses. It has an item with the text and, if the model thinks, an item with the thoughts.
+    """An answer in the format of /v1/responses, with one item for the text and, if the model thinks, one item for the thoughts.
 
     Args:
-        model: the model's name.
-        stated: fields of the request that the response repeats.
+        model: The name of the model.
+        stated: Fields of the request that are repeated in the response.
     """
 
     def __init__(self, model: str, stated: dict[str, Any]):
@@ -125,7 +125,7 @@ class ResponseReply:
         return self._event("response.failed", response=self._response("failed") | {"error": error})
 
     def _response(self, status: str) -> dict[str, Any]:
-        """Return the response with the items so far."""
+        """Return the response object with all output items so far."""
         output = [item.record("completed") for item in self._items]
         if output and status != "completed":
             output[-1]["status"] = "incomplete"
@@ -148,7 +148,7 @@ class ResponseReply:
     # Stream events.
 
     def _add(self, thought: bool, text: str, entries: list[dict[str, Any]]) -> bytes:
-        """Add a piece of text and return its events. If the piece does not continue the current item, a new item starts."""
+        """Append a piece of text and return the resulting events. If it does not continue the current item, a new item starts."""
         events = b""
         if not self._items or self._items[-1].thought != thought:
             events += self._close("completed") + self._open(thought)
@@ -158,7 +158,7 @@ class ResponseReply:
         return events + self._of_part("delta", {"delta": text}, entries)
 
     def _open(self, thought: bool) -> bytes:
-        """Start a new item and return its events."""
+        """Start a new output item, and return the events that announce it."""
         before = self._items[-1].logprobs if self._items else []
         self._items.append(Item(thought, logprobs=[*before]))
         item = self._items[-1].record("in_progress")
@@ -166,7 +166,7 @@ class ResponseReply:
         return events + self._event("response.content_part.added", part=self._items[-1].part, **self._place)
 
     def _close(self, status: str) -> bytes:
-        """Return the events that end the item in progress. If there is no item, return no bytes."""
+        """Return the events that complete the current item, or no bytes if there is no item yet."""
         if not self._items:
             return b""
         item = self._items[-1]
@@ -177,11 +177,11 @@ class ResponseReply:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """Event fields that identify the content of the item in progress."""
+        """Event fields that identify the content of the current item."""
         return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1, "content_index": 0}
 
     def _of_part(self, what: str, fields: dict[str, Any], entries: list[dict[str, Any]]) -> bytes:
-        """Return an event about the content of the item in progress. The log probabilities `entries` are omitted for thoughts."""
+        """Return an event about the content of the current item. For thoughts, the log probabilities `entries` are omitted."""
         item = self._items[-1]
         if not item.thought:
             fields = fields | {"logprobs": entries}
@@ -213,7 +213,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_response(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ResponseReply]:
-    """Read a request body. See `reply.Read`."""
+    """Parse the body of a request to /v1/responses. See `reply.Read`."""
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
@@ -240,7 +240,7 @@ def read_response(
 
 
 def _messages(given: str | list) -> dict[str, Any]:
-    """Return the messages in the field `input` by their place in the body. Thoughts of earlier answers are dropped."""
+    """Return the messages in the `input` field, keyed by their location in the body. Thoughts of earlier answers are dropped."""
     if isinstance(given, str):
         return {"input": {"role": "user", "content": given}}
     messages = {}
@@ -256,7 +256,7 @@ def _messages(given: str | list) -> dict[str, Any]:
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return the `GenerationOptions` that are set by fields of this format."""
+    """Return the `GenerationOptions` from request fields that only /v1/responses has."""
     given: dict[str, Any] = {}
     if fields.has("instructions"):
         given["system"] = fields.take("instructions", str)

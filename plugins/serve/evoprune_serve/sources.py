@@ -1,4 +1,4 @@
-"""Fetches the videos and images of a request: inline data, files from /v1/files, URLs, or files on this machine."""
+"""Fetches the videos and images of a request, which may be inline data, uploaded files, URLs, or files on this machine."""
 
 import binascii
 import errno
@@ -34,21 +34,21 @@ FILE_HINT = "upload the file instead"
 
 @dataclass(frozen=True)
 class Address:
-    """A URL with the scheme data:, http:, https: or file:."""
+    """A video or image that a request refers to by a URL with the scheme data, http, https or file."""
 
     url: str
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A file that was uploaded to /v1/files."""
+    """A video or image that the client has uploaded to /v1/files."""
 
     file_id: str
 
 
 @dataclass(frozen=True)
 class FrameList:
-    """A video as a list of frames. It has either a timestamp in seconds for each frame, or a rate in frames per second."""
+    """A video that is sent as a list of frames, with either a timestamp in seconds for each frame or a frame rate."""
 
     frames: tuple[Address | Uploaded, ...]
     rate: float | None
@@ -60,11 +60,11 @@ Source = Address | Uploaded | FrameList
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on this machine.
+    """An input of a request that is available as a file on this machine.
 
     Attributes:
-        identity: files with equal identities have equal contents.
-        name: the name that clients see instead of the path.
+        identity: A value that identifies the contents. Files with equal identities have equal contents.
+        name: The name that clients see instead of the path.
     """
 
     path: str
@@ -89,11 +89,11 @@ class LocalFrames:
         return [file.identity for file in self.files], self.rate, self.times_s
 
     def input(self) -> HeldVideo:
-        """Decode the images. On Linux, this happens in a separate process.
+        """Decode the images and combine them into a video. On Linux, a separate process decodes them.
 
         Raises:
-            VideoError: an image cannot be read.
-            ApiError: a file is not an image, the images differ in size, or they are too large in total.
+            VideoError: If an image cannot be read.
+            ApiError: If a file is not an image, the images differ in size, or they are too large in total.
         """
         arrays = []
         size = None
@@ -115,7 +115,7 @@ Local = LocalFile | LocalFrames
 
 
 class Fetched:
-    """The inputs of a request as files on this machine, which `close` releases."""
+    """The inputs of a request, available as files on this machine until `close` is called."""
 
     def __init__(self, inputs: Sequence[Local], files: ExitStack):
         self._inputs = inputs
@@ -132,13 +132,13 @@ class Fetched:
 
     @property
     def paths(self) -> dict[str, str]:
-        """For each path, the name that clients see instead."""
+        """A dictionary from each file's path to the name that clients see instead."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
         return {file.path: file.name for file in files}
 
     def inputs(self) -> list[Input]:
-        """Return the inputs to encode. For the exceptions, see `LocalFrames.input`."""
+        """Return the inputs in the form that the encoder accepts. For the exceptions, see `LocalFrames.input`."""
         return [each.input() for each in self._inputs]
 
     def close(self) -> None:
@@ -146,12 +146,12 @@ class Fetched:
 
 
 class Sources:
-    """Fetches the sources of requests, provided that the server allows them. Thread-safe.
+    """Fetches the videos and images of requests, if the server's settings allow it. Thread-safe.
 
     Args:
-        urls: whether URLs on the web are fetched. URLs in private networks are never fetched.
-        folders: folders whose files may be read, including their subfolders.
-        limit_bytes: maximum size of a download.
+        urls: Whether http and https URLs may be fetched. URLs in private networks are never fetched.
+        folders: Folders whose files may be read, including files in subfolders.
+        limit_bytes: Maximum size of a download, in bytes.
     """
 
     def __init__(self, store: Store, uploads: Uploads, urls: bool, folders: Sequence[Path], limit_bytes: int):
@@ -164,14 +164,15 @@ class Sources:
         self._lock = Lock()
 
     def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
-        """Fetch the sources as local files.
+        """Fetch the videos and images of a request as local files.
 
         Args:
-            check: function that is called repeatedly. It can abort a download by raising an exception.
+            sources: The videos and images to fetch.
+            check: A function that is called repeatedly. It can abort a download by raising an exception.
 
         Raises:
-            ApiError: a source is not allowed or does not exist.
-            VideoError: a download failed.
+            ApiError: If a source is not allowed or does not exist.
+            VideoError: If a download fails.
         """
         with ExitStack() as stack:
             found = [self._local(source, f"input {number}", stack, check) for number, source in enumerate(sources, 1)]
@@ -180,7 +181,7 @@ class Sources:
     def _local(
         self, source: Source, name: str, stack: ExitStack, check: Callable[[], None], copied: bool = False
     ) -> Local:
-        """Fetch one source. For `copied`, see `_file`."""
+        """Fetch a single video or image. For `copied`, see `_file`."""
         check()
         if isinstance(source, FrameList):
             files = tuple(
@@ -208,7 +209,7 @@ class Sources:
         return self._file(source.url, stack, copied)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
-        """Download a URL, or reuse a recent download. The caller must release the returned content."""
+        """Download a URL, or reuse a recent download of it. The caller must release the returned content."""
         if not self._urls:
             raise refused("URLs are not read: the server runs without --allow-urls")
         with self._lock:
@@ -242,9 +243,9 @@ class Sources:
         self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
     def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
-        """Return a file below an allowed folder. All other paths raise the same error, so that clients learn nothing about them.
+        """Open a file below an allowed folder. All other URLs raise the same error, so clients learn nothing about other files.
 
-        The file is opened only once and always read through the same descriptor, so that replacing the file later has no effect. If
+        The file is opened only once and always read through the same descriptor, so replacing the file later has no effect. If
         `copied` is True, the file is copied to the store instead of being kept open, because a list of frames may consist of many
         files.
         """
@@ -273,7 +274,7 @@ class Sources:
         """Open the file that a file: URL refers to.
 
         Raises:
-            OSError, ValueError: the URL does not refer to a file below an allowed folder.
+            OSError, ValueError: If the URL does not refer to a file below an allowed folder.
         """
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
@@ -289,8 +290,8 @@ def opened_below(folder: Path, path: Path) -> BinaryIO:
     """Open a regular file below a folder. Symbolic links below the folder are not followed. The result's `name` is `path`.
 
     Raises:
-        OSError: there is no such file, or its path contains a symbolic link.
-        ValueError: the path is the folder itself.
+        OSError: If there is no such file, or its path contains a symbolic link.
+        ValueError: If the path is the folder itself.
     """
     *folders, name = path.relative_to(folder).parts
     if os.open not in os.supports_dir_fd:
@@ -314,10 +315,10 @@ def opened_below(folder: Path, path: Path) -> BinaryIO:
 
 
 def decoded(url: str) -> bytes:
-    """Return the bytes of a `data:` URL.
+    """Decode the base64 data of a `data:` URL.
 
     Raises:
-        ApiError: the data is not base64, or is empty.
+        ApiError: If the data is not base64, or is empty.
     """
     head, comma, text = url.partition(",")
     if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):

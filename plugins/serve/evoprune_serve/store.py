@@ -1,4 +1,4 @@
-"""Stores the files that clients send in a private folder. Identical files are stored once, and unused files are evicted."""
+"""Stores files from clients in a private folder. Identical files are stored only once, and unused files are evicted."""
 
 import hashlib
 import os
@@ -25,12 +25,12 @@ UNUSED_S = 600.0  # how long an unused file is kept for later questions
 
 @dataclass(eq=False)
 class Content:
-    """A stored file.
+    """A file in the store.
 
     Attributes:
-        users: number of callers that are using the file. While there are any, the file is not evicted.
-        used_s: time at which the last user released the file, on the `time.monotonic` clock.
-        stays: whether the file may stay on disk for later questions while nobody uses it.
+        users: Reference count: the number of callers that are using the file. The file is evicted only if this is 0.
+        used_s: Time at which the last user released the file, on the `time.monotonic` clock.
+        stays: Whether the file may stay on disk for later questions while it has no users.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Content:
 
 
 class Store:
-    """The files in a folder. They and the files being received take at most `limit_bytes` on disk. Thread-safe."""
+    """A thread-safe file store. Stored files and files that are being received take at most `limit_bytes` on disk."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self._folder = folder
@@ -58,7 +58,7 @@ class Store:
 
     @contextmanager
     def room(self) -> "Iterator[Room]":
-        """Yield a `Room` that reserves disk space for a file being received. The space is released when the context ends."""
+        """Yield a `Room` that reserves disk space for a file while it is received. The space is released when the context ends."""
         room = Room(self)
         try:
             yield room
@@ -70,7 +70,7 @@ class Store:
         """Store bytes as a file and return it. The caller becomes a user of the file.
 
         Raises:
-            ApiError: there is no room.
+            ApiError: If the store is full.
         """
         digest = hashlib.sha256(data).hexdigest()
         with self._lock:
@@ -86,10 +86,10 @@ class Store:
         """Store the file at `path`, which may move it, and return the stored file. The caller becomes a user of the stored file.
 
         Args:
-            room: the space that was reserved while the file was received, which now belongs to the stored file.
+            room: The space that was reserved while the file was received, which now belongs to the stored file.
 
         Raises:
-            ApiError: there is no room.
+            ApiError: If the store is full.
         """
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -97,10 +97,10 @@ class Store:
             return self._keep(digest, path, room)
 
     def copy(self, file: BinaryIO, room: "Room") -> Content:
-        """Store a copy of an open file and return the stored file. The caller becomes its user. For `room`, see `add_file`.
+        """Store a copy of an open file and return it. The caller becomes a user of the copy. For `room`, see `add_file`.
 
         Raises:
-            ApiError: there is no room.
+            ApiError: If the store is full.
         """
         digest = hashlib.sha256()
         with self._new_file() as copied:
@@ -112,7 +112,7 @@ class Store:
 
     @contextmanager
     def link(self, file: BinaryIO) -> Iterator[str]:
-        """Yield a path by which other processes can open a file that may be renamed or deleted. Linux only.
+        """Yield a path under which other processes can open a file even after it is renamed or deleted. Works only on Linux.
 
         The path is a symbolic link to the descriptor of the open file. The link must be removed before the file is closed, because
         the descriptor could then be reused for a different file.
@@ -127,7 +127,7 @@ class Store:
                 os.unlink(path)
 
     def take(self, content: Content) -> bool:
-        """Add a user to a file. Return False if the file is no longer stored."""
+        """Register a new user of a file. Return False if the file is no longer stored."""
         with self._lock:
             if self._contents.get(content.digest) is not content:
                 return False
@@ -135,7 +135,7 @@ class Store:
             return True
 
     def release(self, content: Content, stays: bool = True) -> None:
-        """Remove a user from a file. If `stays` is False, the file is deleted once it has no more users."""
+        """Stop using a file. If `stays` is False, the file is deleted as soon as it has no other users."""
         with self._lock:
             content.users -= 1
             content.stays = content.stays and stays
@@ -148,10 +148,10 @@ class Store:
 
     @contextmanager
     def using(self, content: Content) -> Iterator[Content]:
-        """Become a user of a stored file for the duration of the context.
+        """Context manager that registers a user of a stored file, so that the file is not evicted within the context.
 
         Raises:
-            ApiError: the file has been deleted in the meantime.
+            ApiError: If the file has been deleted in the meantime.
         """
         if not self.take(content):
             raise ApiError(404, "the file was deleted", code="not_found")
@@ -161,7 +161,7 @@ class Store:
             self.release(content)
 
     def drop_old(self) -> None:
-        """Delete files that have been unused for `UNUSED_S`."""
+        """Delete files that have not been used for `UNUSED_S` seconds."""
         while self._drop_one_old():  # the lock is released after each file
             pass
 
@@ -180,7 +180,7 @@ class Store:
             room.bytes += count
 
     def _keep(self, digest: str, path: str, room: "Room") -> Content:
-        """Add a user to the stored file with this digest and return the file. If it does not exist, store the file at `path`."""
+        """Return the stored file with the given digest. If there is none, store the file at `path`. The caller becomes a user."""
         with self._lock:
             if known := self._known(digest):
                 return known
@@ -194,7 +194,7 @@ class Store:
 
     @contextmanager
     def _new_file(self) -> Iterator[BinaryIO]:
-        """Yield a new file in the folder. If the file has not been moved when the context ends, it is deleted."""
+        """Yield a new temporary file in the store's folder. It is deleted when the context ends, unless it has been moved."""
         with self._stored(), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             try:
                 yield file
@@ -209,10 +209,10 @@ class Store:
         except OSError as problem:
             raise ApiError(507, "the server cannot store a file", code="storage_full") from problem
 
-    # Callers of these methods hold the lock.
+    # Callers of these methods must hold the lock.
 
     def _known(self, digest: str) -> Content | None:
-        """Return the stored file with this digest and add a user to it, or return None if it does not exist."""
+        """Return the stored file with the given digest, or None. The caller becomes a user of the file."""
         known = self._contents.get(digest)
         if known:
             self._use(known)
@@ -231,7 +231,7 @@ class Store:
         """Evict the least recently used files until `count` more bytes fit.
 
         Raises:
-            ApiError: evicting all unused files is not enough.
+            ApiError: If evicting all unused files is not enough.
         """
         while self._bytes + count > self._limit_bytes:
             if not self._unused:
@@ -246,24 +246,24 @@ class Store:
 
 
 class Room:
-    """The disk space that is reserved for a file being received."""
+    """The disk space that is reserved for a file while it is received."""
 
     def __init__(self, store: Store):
         self.bytes = 0
         self._store = store
 
     def add(self, count: int) -> None:
-        """Reserve `count` more bytes.
+        """Reserve `count` more bytes of disk space.
 
         Raises:
-            ApiError: there is no room.
+            ApiError: If the store is full.
         """
         self._store._reserve(self, count)
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Yield a new `temporary_folder`, and use it for all temporary files of this process until the context ends."""
+    """Yield a new `temporary_folder`. Until the context ends, all temporary files of this process are created inside it."""
     usual = tempfile.gettempdir()
     with temporary_folder(PREFIX) as folder:
         tempfile.tempdir = folder

@@ -1,4 +1,4 @@
-"""The files uploaded to /v1/files. They are kept until they are deleted or expire."""
+"""Manages the files that clients upload to /v1/files. Files are kept until they are deleted or expire."""
 
 import os
 import secrets
@@ -19,7 +19,7 @@ PURPOSES = ("user_data", "vision", "assistants")
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded file. Its `name` comes from the client. Times are Unix timestamps in seconds."""
+    """An uploaded file. The client has chosen its `name`. Times are Unix timestamps in seconds."""
 
     id: str
     content: Content
@@ -29,7 +29,7 @@ class Upload:
     expires: int
 
     def record(self) -> dict[str, Any]:
-        """Return a description of the file in OpenAI's format."""
+        """Return a description of the uploaded file in OpenAI's format."""
         return {
             "id": self.id,
             "object": "file",
@@ -43,7 +43,7 @@ class Upload:
 
 
 class Uploads:
-    """The uploaded files by ID. Each file is kept for `age_s` seconds. Thread-safe."""
+    """A thread-safe collection of uploaded files. Each file is kept for `age_s` seconds."""
 
     def __init__(self, store: Store, age_s: float):
         self._store = store
@@ -55,7 +55,7 @@ class Uploads:
         """Store a file. Its disk space has already been reserved in `room`.
 
         Raises:
-            ApiError: there are too many files, there is no room, or the file is empty.
+            ApiError: If there are too many files, the disk space is used up, or the file is empty.
         """
         self.drop_old()
         if len(self._uploads) >= MOST:
@@ -72,10 +72,10 @@ class Uploads:
         return upload
 
     def get(self, file_id: str) -> Upload:
-        """Return the upload with this ID.
+        """Return the uploaded file with the given ID.
 
         Raises:
-            ApiError: there is no upload with this ID.
+            ApiError: If there is no file with this ID.
         """
         self.drop_old()
         with self._lock:
@@ -85,10 +85,10 @@ class Uploads:
         return upload
 
     def delete(self, file_id: str) -> None:
-        """Delete the upload with this ID.
+        """Delete the uploaded file with the given ID.
 
         Raises:
-            ApiError: there is no upload with this ID.
+            ApiError: If there is no file with this ID.
         """
         upload = self.get(file_id)
         with self._lock:
@@ -97,7 +97,7 @@ class Uploads:
             self._store.release(upload.content, stays=False)
 
     def drop_old(self) -> None:
-        """Delete expired uploads."""
+        """Delete all uploaded files that have expired."""
         now = time.time()
         with self._lock:
             old = [upload for upload in self._uploads.values() if upload.expires <= now]

@@ -1,9 +1,8 @@
 """Answers requests. One thread computes one answer at a time, while other threads open and read the inputs of upcoming jobs.
 
 Each request is a `Job`. First, the job is admitted to the queue, its files are fetched, and its inputs are opened, which means that
-they are probed and planned. Then the model encodes the inputs, unless it can reuse the encoding of an earlier question, and
-answers.
-Clients take turns: the next job is the oldest ready job of the client whose last turn was longest ago.
+they are probed and planned. Then the model encodes the inputs, unless the encoding of an earlier question can be reused, and
+answers the question. Clients take turns: the next job is the oldest ready job of the client whose last turn was longest ago.
 """
 
 import asyncio
@@ -39,18 +38,18 @@ from evoprune_serve.sources import Fetched
 OPENERS = 2  # number of threads that open inputs
 AHEAD = 1  # maximum number of jobs whose inputs are prefetched while another job is being answered
 SESSIONS = 32  # maximum number of cached sessions; each combination of model and pruning settings has its own
-SHARE = 4  # cached encodings take at most 1/SHARE of the available memory
-LATEST = 20  # number of recent answer times from which Retry-After is estimated
+SHARE = 4  # cached encodings may take up to 1/SHARE of the available memory
+LATEST = 20  # number of recent answers from whose times Retry-After is estimated
 LONGEST_RETRY_S = 60
 
 
 class Gone(Exception):
-    """Raised while a job is being worked on if its client is no longer waiting for the answer."""
+    """Raised to stop working on a job whose client is no longer waiting for the answer."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer or of the thoughts before it.
+    """A piece of a streamed answer, or of the thoughts before the answer.
 
     `logprobs` contains the log probabilities of the tokens since the previous piece, in the format of reports.
     """
@@ -62,12 +61,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer.
+    """The event at the end of a complete answer.
 
     Attributes:
-        logprobs: log probabilities of the tokens since the last piece.
-        kept: whether the encoding of an earlier question was reused.
-        thought_tokens: number of tokens in the thoughts.
+        report: The report, which contains the complete answer.
+        logprobs: Log probabilities of the tokens since the last piece.
+        kept: Whether the encoding of an earlier question was reused.
+        thought_tokens: Number of tokens in the model's thoughts.
     """
 
     report: Report
@@ -78,14 +78,14 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a request that failed, so that its answer is missing or incomplete."""
+    """The event at the end of a request that has failed, so its answer is missing or incomplete."""
 
     problem: BaseException
 
 
 @dataclass(frozen=True)
 class Told:
-    """A message from a task, as JSON data. `last` is True for the final message."""
+    """An event with a message from a task, as JSON data. `last` is True for the task's final message."""
 
     facts: dict[str, Any]
     last: bool = False
@@ -98,7 +98,7 @@ Put = Callable[[Event], None]
 
 
 class Job:
-    """A request in the queue. Its events are delivered to the event loop `loop`."""
+    """A request in the queue. The events of the job are delivered to the event loop `loop`."""
 
     def __init__(self, client: str, loop: asyncio.AbstractEventLoop):
         self.client = client
@@ -131,7 +131,7 @@ class Job:
         return self._cancelled
 
     def check(self) -> None:
-        """Raise Gone if the job has been cancelled, because its client is no longer waiting."""
+        """Raise Gone if the job has been cancelled."""
         if self._cancelled:
             raise Gone
 
@@ -140,10 +140,10 @@ class Job:
         self._cancelled = True
 
     def files(self) -> Fetched:
-        """Return the fetched files.
+        """Return the job's fetched files.
 
         Raises:
-            Gone: the job has been cancelled or has ended.
+            Gone: If the job has been cancelled or has ended.
         """
         with self._lock:
             if self._cancelled or self.fetched is None:
@@ -154,7 +154,7 @@ class Job:
         """Take ownership of opened inputs, which are closed when the job ends.
 
         Raises:
-            Gone: the job has been cancelled, so the inputs were closed.
+            Gone: If the job has been cancelled. The inputs are then closed.
         """
         with self._lock:
             if not self._cancelled:
@@ -167,7 +167,7 @@ class Job:
         """Take ownership of fetched files, which are released when the job ends.
 
         Raises:
-            Gone: the job has been cancelled, so the files were released.
+            Gone: If the job has been cancelled. The files are then released.
         """
         with self._lock:
             if not self._cancelled:
@@ -177,7 +177,7 @@ class Job:
         raise Gone
 
     def end(self, cancelled: bool = False) -> None:
-        """Release everything that the job owns. With `cancelled`, also stop reading its inputs."""
+        """Release everything that the job owns. If `cancelled` is True, also stop reading its inputs."""
         with self._lock:
             self._cancelled = self._cancelled or cancelled
             opened = self.opened
@@ -195,7 +195,7 @@ Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that has se
 
 
 class KeptEncodings:
-    """A thread-safe LRU cache of at most `most` encodings, which take at most 1/`SHARE` of the available memory."""
+    """A thread-safe LRU cache of encoded inputs. It holds at most `most` encodings in up to 1/`SHARE` of the available memory."""
 
     def __init__(self, most: int):
         self._most = most
@@ -214,7 +214,7 @@ class KeptEncodings:
             return self._kept[key][0]
 
     def put(self, key: str, encoded: EncodedInputs, size: int) -> None:
-        """Add an encoding that takes `size` bytes, and evict the least recently used encodings if necessary."""
+        """Add an encoding that takes `size` bytes of memory, and evict the least recently used encodings if necessary."""
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
@@ -225,7 +225,7 @@ class KeptEncodings:
                 self._kept.popitem(last=False)
 
     def clear(self) -> bool:
-        """Evict all encodings. Return False if there were none."""
+        """Evict all encodings. Return False if the cache was already empty."""
         with self._lock:
             any_kept = bool(self._kept)
             self._kept.clear()
@@ -240,9 +240,9 @@ class Work:
     """The queue of jobs and the threads that work on them.
 
     Args:
-        models: the models by name. Each model has its default pruning settings.
-        most: maximum number of waiting requests.
-        keep: number of encodings to cache for further questions.
+        models: The models by name, with their default pruning settings.
+        most: Maximum number of requests in the queue.
+        keep: Maximum number of encodings to cache for further questions.
     """
 
     def __init__(self, models: Mapping[str, VideoQA], most: int = 32, keep: int = 8):
@@ -275,7 +275,7 @@ class Work:
         return self._running is not None
 
     def retry_s(self) -> int:
-        """Return the number of seconds after which a rejected request may be retried: the median of recent answer times."""
+        """Return the number of seconds after which a rejected client may retry, which is the median of recent answer times."""
         usual = statistics.median(self._seconds) if self._seconds else 1.0
         return max(1, min(LONGEST_RETRY_S, ceil(usual)))
 
@@ -283,10 +283,10 @@ class Work:
         """Add a new job for a client to the queue.
 
         If the queue is full, the newest job of the client with the most waiting jobs is evicted. However, if that client does not
-        have more waiting jobs than `client` would have with the new job, the new job is rejected instead.
+        have more waiting jobs than `client` would have after adding the new job, the new job is rejected instead.
 
         Raises:
-            ApiError: the queue is full, or the server is shutting down.
+            ApiError: If the queue is full, or the server is shutting down.
         """
         job = Job(client, asyncio.get_running_loop())
         displaced = None
@@ -307,11 +307,11 @@ class Work:
         return job
 
     async def fetch(self, job: Job, fetch: Callable[[], Fetched]) -> None:
-        """Call `fetch` in a thread and give the fetched files to the job. Raises the exceptions of `fetch`."""
+        """Call `fetch` in a thread, and hand over the fetched files to the job. Exceptions from `fetch` propagate."""
         await asyncio.get_running_loop().run_in_executor(self._fetchers, lambda: job.hold(fetch()))
 
     def submit(self, job: Job, question: Question) -> None:
-        """Prepare a job for answering. Its files must have been fetched."""
+        """Prepare a job, whose files have been fetched, so that the model's thread can answer its question."""
         job.question = question
         if job.cancelled:
             return
@@ -322,13 +322,13 @@ class Work:
             self._openers.submit(Context().run, self._prepare, job)
 
     def run(self, job: Job, question: Question, task: Task) -> None:
-        """Let the model's thread run a task for a job. The job's files must have been fetched."""
+        """Make the model's thread run a task for a job whose files have been fetched."""
         job.question = question
         job.task = task
         self._is_ready(job)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client is no longer waiting. If the job has ended, this is a no-op."""
+        """Cancel a job whose client is no longer waiting for the answer. Has no effect if the job has already ended."""
         with self._changed:
             self._leave(job)
         if not (job.cancelled or self._closed):
@@ -336,7 +336,7 @@ class Work:
             self._fetchers.submit(job.end, cancelled=True)  # done in a thread, because it may have to wait for a reader
 
     def refusal(self) -> ApiError:
-        """Return the error for a request that was dropped while its client was still waiting."""
+        """Return the error for a request that the server has dropped although its client was still waiting."""
         return ending() if self._ending else full(self.retry_s())
 
     def refuse(self) -> None:
@@ -349,7 +349,7 @@ class Work:
             self.cancel(job)
 
     def give_up(self) -> None:
-        """Cancel the job that is currently being answered."""
+        """Cancel the job that is currently being answered, if there is one."""
         if job := self._running:
             job.put(Failed(ending()))
             self.cancel(job)
@@ -368,7 +368,7 @@ class Work:
         self._openers.shutdown(wait=False, cancel_futures=True)
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    # The queue. Callers of these methods hold the lock.
+    # The queue. Callers of these methods must hold the lock.
 
     def _count(self) -> int:
         return sum(map(len, self._turns.values()))
@@ -381,7 +381,7 @@ class Work:
                 del self._turns[job.client]
 
     def _next(self) -> Job | None:
-        """Return the job to work on next, or None if no job is ready."""
+        """Return the job that the model's thread should work on next, or None if no job is ready."""
         for jobs in self._turns.values():
             for job in jobs:
                 if job.ready:
@@ -401,10 +401,10 @@ class Work:
     # Opening inputs, in the opener threads.
 
     def session(self, question: Question) -> VideoQA:
-        """Return the model that a question names, with the question's pruning settings. Results are cached.
+        """Return the model that a question asks for, with the question's pruning settings. Results are cached.
 
         Raises:
-            UsageError: the model does not support the settings.
+            UsageError: If the model does not support the settings.
         """
         qa = self.models[question.model]
         key = question.model + repr(question.pruning)
@@ -449,7 +449,7 @@ class Work:
         job.opening_s = time.perf_counter() - start
 
     def _reserve_ahead(self, job: Job) -> bool:
-        """If the job may be prefetched, reserve a prefetch slot and return True. Callers hold the lock."""
+        """Reserve a prefetch slot for a job. Returns False if no slot is free or the job already has one. Callers hold the lock."""
         begun = sum(other.begun for jobs in self._turns.values() for other in jobs)
         if job.begun or begun >= AHEAD:
             return False
@@ -515,7 +515,7 @@ class Work:
                 job.end()
 
     def _do(self, job: Job) -> None:
-        """Answer a job or run its task. If memory runs out before the first event, free cached data and retry once."""
+        """Answer a job's question or run its task. If memory runs out before the first event, clear the caches and retry once."""
         said = False
 
         def put(event: Event) -> None:
@@ -536,7 +536,7 @@ class Work:
             work(job, put)
 
     def _make_room(self) -> bool:
-        """Drop everything that is cached for further questions. Return False if nothing was cached."""
+        """Free the memory of everything that is cached for further questions. Return False if nothing was cached."""
         patches = [qa.loaded.patches.clear() for qa in self.models.values()]
         return self.kept.clear() or any(patches)
 
@@ -583,7 +583,7 @@ class Work:
         put(Done(answer.report, logprobs(), kept, thought_tokens))
 
     def encode(self, job: Job) -> EncodedInputs:
-        """Encode the inputs of a job, and cache the encoding for further questions. Runs in the model's thread."""
+        """Encode the inputs of a job, and cache the encoding for further questions. Must be called in the model's thread."""
         key = encoding_key(job.question, job.files())
         if job.opened is None:  # the encoding was evicted after the job became ready, or memory ran out
             self._open(job)
@@ -602,12 +602,12 @@ class Work:
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return a cache key that contains everything that an encoding depends on."""
+    """Return a cache key for the encoding of a question's inputs, made of everything that the encoding depends on."""
     return repr((question.model, fetched.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:
-    """Start answering a question, which may follow earlier turns of a conversation."""
+    """Start to answer a question, which may follow earlier turns of a conversation."""
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
     if not question.earlier:
         return encoded.ask(question.text, **how)

@@ -1,8 +1,8 @@
-"""A plug-in that runs evoprune's encoder and video reader inside vLLM (https://github.com/vllm-project/vllm).
+"""A plugin that runs evoprune's encoder and video reader inside vLLM (https://github.com/vllm-project/vllm).
 
-vLLM calls `register`, the entry point in the `vllm.general_plugins` group. It adds model architectures and a video decoder under
-new names, so installing this package has no effect until a user requests one of them. Only `register` and the modules that it names
-import vLLM. See docs/serving.md.
+vLLM calls `register`, which is an entry point in the `vllm.general_plugins` group. It adds model architectures and a video decoder
+under new names, so installing this package has no effect until a user requests one of them. Only `register` and the modules that it
+refers to import vLLM. See docs/serving.md.
 """
 
 import logging
@@ -16,9 +16,9 @@ FAMILIES = ("Qwen2_5_VL", "Qwen2VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_
 
 
 def register() -> None:
-    """Register the architectures and the decoder in vLLM.
+    """Register evoprune's model architectures and its video decoder in vLLM.
 
-    If the version of vLLM is not in `TESTED`, log one line and register nothing.
+    If the version of vLLM is not in `TESTED`, log a warning and register nothing.
     """
     from vllm import __version__
 
@@ -38,7 +38,7 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + stock, f"{__name__}.model:{PREFIX}{stock}")
         if stock in MODELS_CONFIG_MAP:  # vLLM adjusts settings by architecture, such as the dtype of recurrent states
             MODELS_CONFIG_MAP[PREFIX + stock] = MODELS_CONFIG_MAP[stock]
-    # vLLM has no function that adds a decoder. It finds the decoder's name in its options and imports the module with this name.
+    # vLLM has no function for adding a decoder. It looks up the decoder's name in its options and imports the module of that name.
     from vllm.multimodal import video_decoders
 
     from evoprune_vllm import decoder

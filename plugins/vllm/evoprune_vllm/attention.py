@@ -1,7 +1,7 @@
 """Adds the cluster-size bias to vLLM's attention.
 
 vLLM's attention has no additive mask, so the bias is carried by extra dimensions of the queries and keys. In these dimensions,
-every query is 1 and every key holds bias / scale, so that their scaled product contains the bias. Because the keys in vLLM's cache
+every query is 1 and every key contains bias / scale, so their scaled product includes the bias. Because the keys in vLLM's cache
 already include the bias, it also applies to cached prefixes, chunked prefill and generated tokens. Each token's bias arrives
 together with the token's positions (see positions.py).
 
@@ -24,10 +24,10 @@ class BiasedRotary(nn.Module):
     """A rotary embedding that also appends the bias dimensions to each head.
 
     Args:
-        rotary: the layer's original rotary embedding.
-        attention: the layer's attention, whose heads have room for the bias.
-        head_size: size of a head without the bias.
-        scale: factor by which attention multiplies the products of queries and keys.
+        rotary: The layer's original rotary embedding.
+        attention: The layer's attention, whose heads have room for the bias.
+        head_size: Size of a head without the bias.
+        scale: The scale factor that attention applies to the products of queries and keys.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
@@ -40,7 +40,7 @@ class BiasedRotary(nn.Module):
         self.wide = attention.head_size
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
-        """Rotate queries and keys and append the bias to them.
+        """Apply the rotary embedding to queries and keys, and append the bias dimensions.
 
         Args:
             positions: `[3, n]`, with each token's bias in the upper bits.
@@ -66,9 +66,9 @@ class BiasedRotary(nn.Module):
 
 
 class BiasedAttention(Attention):
-    """vLLM's attention, with queries and keys of size `wide` per head.
+    """vLLM's attention with larger heads: queries and keys have `wide` features per head instead of `head_size`.
 
-    Values and results keep the size `head_size`. `options` are passed to `Attention`.
+    Values and results still have `head_size` features per head. `options` are passed to `Attention`.
     """
 
     def __init__(self, head_size: int, wide: int, **options):
@@ -76,7 +76,7 @@ class BiasedAttention(Attention):
         self.value_size = head_size
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Apply attention to wide queries and keys and to values `[n, kv_heads * head_size]`. Return `[n, heads * head_size]`."""
+        """Compute attention for wide queries and keys and values `[n, kv_heads * head_size]`. Returns `[n, heads * head_size]`."""
         value = value.view(-1, self.num_kv_heads, self.value_size)
         value = F.pad(value, (0, self.head_size - self.value_size)).flatten(1)
         out = super().forward(query, key, value)
@@ -84,10 +84,10 @@ class BiasedAttention(Attention):
 
 
 def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
-    """Let the layers of a language model read a bias from the positions. Must be called before the weights are loaded.
+    """Make the layers of a language model apply the bias that positions contain. Must be called before the weights are loaded.
 
     Raises:
-        UsageError: the attention backend has no kernel for wider heads, or has not been tested with them.
+        UsageError: If the attention backend has no kernel for wider heads, or has not been tested with them.
     """
     for each in layers:
         if not hasattr(each, "self_attn"):  # the layer uses linear attention

@@ -1,7 +1,7 @@
 """vLLM's models, with evoprune's vision encoder in place of vLLM's.
 
 vLLM's own vision tower is never created, so the tower's weights are in memory only once. With tensor parallelism, the first process
-of each group encodes for the whole group, because processes whose results differed in the last bit could select different tokens.
+in each group encodes for the whole group, because processes whose results differ in the last bit could select different tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -86,12 +86,12 @@ OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
 class _Pruned(SupportsMultiModalPruning):
-    """Mixin that adds pruning to vLLM's models.
+    """Mixin that adds evoprune's pruning to vLLM's models.
 
     Raises:
-        UsageError: the method cannot be used in vLLM, or an option of vLLM is incompatible.
-        ModelError: the tower's output contains NaN.
-        PluginError: a method from another package does not do what it declares.
+        UsageError: If the method cannot be used in vLLM, or an option of vLLM is incompatible.
+        ModelError: If the tower's output contains NaN.
+        PluginError: If a method from another package does not do what it declares.
     """
 
     supports_encoder_tp_data = False
@@ -130,7 +130,7 @@ class _Pruned(SupportsMultiModalPruning):
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the weights as vLLM does, then pack the tower's linear layers if that makes matrix products faster on the CPU."""
+        """Load the weights as vLLM does, then pack the tower's linear layers if packing makes products faster on the CPU."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
             Packing.now(self.visual)
@@ -139,7 +139,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Return each picture's features and video, `[tokens, hidden]`.
+        """Encode pictures and videos, and return a tensor of features for each input, `[tokens, hidden]`.
 
         The features of pruned videos have `positions.COLUMNS` additional columns.
         """
@@ -192,7 +192,7 @@ class _Pruned(SupportsMultiModalPruning):
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
-        """Return the token IDs of the timestamp and the start marker that precede a frame pair's visual tokens."""
+        """Return the token IDs of the timestamp and the start marker that precede the visual tokens of a frame pair."""
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
@@ -207,7 +207,7 @@ class _Pruned(SupportsMultiModalPruning):
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Return the positions in a prompt that are known before its videos are encoded. See `positions.known_positions`."""
+        """Compute the positions of a prompt that are known before its videos are encoded. See `positions.known_positions`."""
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
@@ -231,7 +231,7 @@ class _Pruned(SupportsMultiModalPruning):
         """Fill in the positions of pruned videos, which arrive in the extra columns of the videos' features.
 
         Args:
-            multimodal_embeddings: features of the pictures and videos, starting with the first one that is not computed yet.
+            multimodal_embeddings: Features of the pictures and videos, starting with the first input that is not computed yet.
             mrope_positions: int64 `[3, prompt]`.
 
         Returns:
@@ -249,12 +249,12 @@ class _Pruned(SupportsMultiModalPruning):
             return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """Disable encoder CUDA graphs, because the amount of work in the encoder depends on the video."""
+        """Disable CUDA graphs for the encoder, because the amount of work in the encoder depends on the video."""
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
 
 
 class _Timed(_Pruned):
-    """Mixin for model families whose frame pairs have timestamps. Attributes have the same names as in vLLM's models."""
+    """Mixin for model families that put a timestamp before each frame pair. Attributes have the same names as in vLLM's models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -272,9 +272,9 @@ class _Timed(_Pruned):
         self.deepstack_input_embeds_num_tokens = 0
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Return a prompt's positions.
+        """Return the positions of a prompt.
 
-        Without pruning, vLLM computes them, because timestamps and markers then need no placeholders.
+        Without pruning, vLLM computes the positions, because timestamps and markers then need no placeholders.
         """
         if self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
@@ -303,8 +303,8 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 def _let_cpu_runner_prune() -> None:
     """Patch vLLM's CPU runner, so that it knows whether a model from this module prunes.
 
-    The GPU runner asks the model after loading it. In vLLM 0.32 and 0.33, the CPU runner loads models in a different way and does
-    not ask, so that even vLLM's own pruning fails on the CPU.
+    The GPU runner reads this from the model after loading it. The CPU runner of vLLM 0.32 and 0.33 loads models in a different way
+    and does not read it, so even vLLM's own pruning fails on the CPU.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -321,17 +321,17 @@ def _let_cpu_runner_prune() -> None:
 
 @MULTIMODAL_REGISTRY.register_processor(Processor25, info=Qwen2_5_VLProcessingInfo, dummy_inputs=DummyInputs25)
 class EvoPruneQwen2_5_VLForConditionalGeneration(_Pruned, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
-    """Qwen2.5-VL."""
+    """Qwen2.5-VL with evoprune's vision encoder."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor2, info=Qwen2VLProcessingInfo, dummy_inputs=DummyInputs2)
 class EvoPruneQwen2VLForConditionalGeneration(_Pruned, Qwen2VLForConditionalGeneration):
-    """Qwen2-VL."""
+    """Qwen2-VL with evoprune's vision encoder."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3VLForConditionalGeneration(_Timed, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL."""
+    """Qwen3-VL with evoprune's vision encoder."""
 
     def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
         text = config.with_hf_config(self.config.text_config, architectures=["Qwen3ForCausalLM"])
@@ -340,7 +340,7 @@ class EvoPruneQwen3VLForConditionalGeneration(_Timed, Qwen3VLForConditionalGener
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLMoeProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3VLMoeForConditionalGeneration(_Timed, Qwen3VLMoeForConditionalGeneration):
-    """Qwen3-VL mixture-of-experts models."""
+    """Qwen3-VL mixture-of-experts models with evoprune's vision encoder."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -354,7 +354,7 @@ class EvoPruneQwen3VLMoeForConditionalGeneration(_Timed, Qwen3VLMoeForConditiona
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5ProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3_5ForConditionalGeneration(_Timed, Qwen3_5ForConditionalGeneration):  # noqa: N801
-    """Qwen3.5."""
+    """Qwen3.5 with evoprune's vision encoder."""
 
     def _language(self, config: VllmConfig, prefix: str) -> nn.Module:
         return Qwen3_5ForCausalLM(vllm_config=config, prefix=prefix)
@@ -362,7 +362,7 @@ class EvoPruneQwen3_5ForConditionalGeneration(_Timed, Qwen3_5ForConditionalGener
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5MoeProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3_5MoeForConditionalGeneration(_Timed, Qwen3_5MoeForConditionalGeneration):  # noqa: N801
-    """Qwen3.5 mixture-of-experts models."""
+    """Qwen3.5 mixture-of-experts models with evoprune's vision encoder."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)

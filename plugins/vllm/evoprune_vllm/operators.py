@@ -2,8 +2,8 @@
 
 The torchvision on PyPI is built for CUDA. With a CPU build of torch, importing it fails ("operator torchvision::nms does not
 exist"), and so does importing any module that needs it. Because models do not call the missing operators, it is enough to declare
-them. This script writes a .pth file, which declares them whenever Python starts. If torchvision can already be imported or is not
-installed, the script writes nothing.
+these operators. This script writes a .pth file, which makes Python declare them at startup. If torchvision can already be imported
+or is not installed, the script writes nothing.
 """
 
 import sysconfig
@@ -21,10 +21,10 @@ for name in ("nms", "qnms"):
 
 
 def declare() -> bool:
-    """Write the .pth file if operators are missing, and return whether any were missing.
+    """Write the .pth file if importing torchvision fails because of missing operators. Return True if the file was written.
 
     Raises:
-        RuntimeError: torchvision fails to import for another reason.
+        RuntimeError: If importing torchvision fails for another reason.
     """
     if find_spec("torchvision") is None:
         return False

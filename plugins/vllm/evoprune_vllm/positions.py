@@ -1,7 +1,7 @@
 """Computes the M-RoPE positions of a prompt that contains pruned videos. Does not import vLLM.
 
-In Qwen's models, the text after a video starts where the complete video would end, no matter which tokens are kept (see
-`language.prompt`). All positions are therefore known before anything is encoded, except those inside pruned videos.
+In Qwen's models, the text after a video starts at the position where the complete video would end, no matter which tokens are kept
+(see `language.prompt`). All positions except those inside pruned videos are therefore known before anything is encoded.
 
 Until a pruned video is encoded, its placeholders have the position `-1 - start`, where `start` is the video's own position. The
 encoder appends each token's position, relative to `start`, to the token's features. The position is split into digits below 256,
@@ -17,7 +17,7 @@ import torch
 
 from evoprune.methods import arange_on
 
-DIGITS = (3, 3, 3, 4)  # number of digits for the time, height, width, and bits of the bias
+DIGITS = (3, 3, 3, 4)  # numbers of digits for the time, the height, the width, and the bits of the bias
 COLUMNS = sum(DIGITS)  # number of columns that are appended to a token's features
 # Number of bits of a position. A positive int32 has 11 more bits, which are free for other data.
 BITS = 20
@@ -26,7 +26,7 @@ FREE = 2**11 - 1
 
 
 def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None) -> int:
-    """Return the number of positions from the start of a video to the start of the text after it."""
+    """Return the number of M-RoPE positions from the start of a video to the start of the text that follows it."""
     clock = 1.0 if tokens_per_second is None else seconds_per_pair * tokens_per_second
     return max(int((grid[0] - 1) * clock) + 1, *grid[1:])
 
@@ -34,16 +34,16 @@ def extent(grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_secon
 def known_positions(
     length: int, items: Sequence[tuple[int, int, int, torch.Tensor | None]]
 ) -> tuple[torch.Tensor, int]:
-    """Return a prompt's positions before its videos are encoded.
+    """Return the positions of a prompt that are known before its videos are encoded.
 
     Args:
-        items: one tuple for each video and picture, in order. It contains the index of the first placeholder, the number of
+        items: A tuple for each video and picture, in order. It contains the index of the first placeholder, the number of
             placeholders, the `extent`, and the positions of the tokens relative to the start, int64 `[3, n]`, or None if they are
             not known yet.
 
     Returns:
-        Positions, int64 `[3, length]`, which are negative at the placeholders of pruned videos, and the offset that must be added
-        to the index of a generated token to get its position.
+        The positions, int64 `[3, length]`, which are negative at the placeholders of pruned videos, and the offset that must be
+        added to the index of a generated token to get its position.
     """
     pieces = []
     at = 0
@@ -62,7 +62,7 @@ def known_positions(
 
 
 def generated_offset(positions: torch.Tensor) -> int:
-    """Return the offset of generated tokens, as in `known_positions`, given a prompt's positions, `[3, length]`.
+    """Return the offset from the index of a generated token to its position, given the positions of the prompt (`[3, length]`).
 
     The prompt must not end with a pruned video.
     """
@@ -70,14 +70,14 @@ def generated_offset(positions: torch.Tensor) -> int:
 
 
 def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Encode positions and biases as columns, which can be appended to a video's features.
+    """Encode the positions and biases of tokens as additional columns for a video's features.
 
     Args:
         positions: int64 `[3, K]`, below 2**24, relative to the video's own position.
         bias: float32 `[K]`.
 
     Returns:
-        Integers below 256, `[K, COLUMNS]`, in `dtype`, which is the dtype of the features.
+        Integers below 256, `[K, COLUMNS]`, in the dtype of the features, `dtype`.
     """
     numbers = [*positions, bias.float().view(torch.int32).long()]
     columns = [(row >> 8 * i) & 255 for row, digits in zip(numbers, DIGITS, strict=True) for i in range(digits)]
@@ -85,7 +85,7 @@ def as_columns(positions: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) 
 
 
 def from_columns(columns: torch.Tensor) -> torch.Tensor:
-    """Decode the columns from `as_columns`. Return positions with the bias in their upper bits, int64 `[3, K]`."""
+    """Decode the columns that `as_columns` returns into positions with the bias in their upper bits, int64 `[3, K]`."""
     parts = columns.T.long().split(DIGITS)
     *rows, bits = (sum(digit << 8 * i for i, digit in enumerate(part)) for part in parts)
     return torch.stack([row + ((bits >> 11 * i) & FREE) * LIMIT for i, row in enumerate(rows)])
@@ -106,8 +106,8 @@ def with_videos(positions: torch.Tensor, places: torch.Tensor, found: torch.Tens
 
     Args:
         positions: int64 `[3, length]`.
-        places: indices of video placeholders in the prompt, `[n]`.
-        found: the positions at these indices from `from_columns`, `[3, n]`, relative to each video's own position.
+        places: Indices of video placeholders in the prompt, `[n]`.
+        found: The positions at these indices, as returned by `from_columns`, `[3, n]`, relative to each video's own position.
     """
     before = positions[:, places]
     made = positions.clone()

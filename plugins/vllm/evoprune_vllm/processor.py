@@ -1,7 +1,7 @@
-"""Subclasses of vLLM's processors that put exactly K placeholders into the prompt for each video.
+"""Subclasses of vLLM's processors that insert exactly K placeholders into the prompt for each video.
 
-In models whose frame pairs have timestamps (Qwen3-VL and Qwen3.5), the number of tokens after each timestamp is unknown until the
-video has been encoded. Timestamps and markers are therefore replaced by placeholders, too, and the encoder delivers their
+In models that put a timestamp before each frame pair (Qwen3-VL and Qwen3.5), the number of tokens after each timestamp is unknown
+until the video has been encoded. Timestamps and markers are therefore replaced by placeholders, too, and the encoder returns their
 embeddings. As in vLLM's own pruning, a frame pair keeps its timestamp and markers even if it has no tokens left.
 
 The processors store K and the number of seconds per frame pair along with a video's patches. They do not use the seconds that vLLM
@@ -41,7 +41,7 @@ def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
 
 
 def without_own(options: Mapping) -> dict:
-    """Return the options for Hugging Face's processor, leaving out the options of this package."""
+    """Return the options without the options of this package, which Hugging Face's processor does not know."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
@@ -54,14 +54,14 @@ class DummyInputs:
 
 
 class Processor:
-    """Mixin for vLLM's processors. If a request has an invalid option, they raise a ValueError that vLLM shows to the client."""
+    """Mixin for vLLM's processors. For an invalid option in a request, it raises a ValueError that vLLM shows to the client."""
 
     def apply(self, inputs, timing_ctx):
-        """Return the prompt with placeholders.
+        """Run vLLM's processor, and check that the prompt does not end with a video.
 
         Raises:
-            ValueError: the prompt ends with a video. The positions of generated tokens would then be unknown, because they cannot
-                be derived from the last token of a pruned video.
+            ValueError: If the prompt ends with a video. The positions of generated tokens would then be unknown, because they
+                cannot be derived from the last token of a pruned video.
         """
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
@@ -70,7 +70,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """Return the result of vLLM's processor, after adding K and the seconds per frame pair of every video."""
+        """Run vLLM's processor, and add K and the number of seconds per frame pair to the result for every video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
@@ -96,10 +96,10 @@ class Processor:
     def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
         """Return the number of seconds per frame pair for each video.
 
-        The number is 1 if the model's positions do not depend on time, or if the video has no frame rate.
+        This is 1.0 if the model's positions do not depend on time, or if the frame rate of the video is unknown.
 
         Raises:
-            ValueError: a video needs more positions than the model has.
+            ValueError: If a video needs more positions than the model has.
         """
         text = self.info.get_hf_config().get_text_config()
         found = []
@@ -138,7 +138,7 @@ class Processor:
 
 
 class TimedProcessor(Processor):
-    """Mixin for the processors of model families whose frame pairs have timestamps."""
+    """Mixin for the processors of model families that put a timestamp before each frame pair."""
 
     def _placeholders(self, update, item: int, keep: int):
         stock = update.replacement(item)

@@ -36,12 +36,12 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 
 def served_method(additional: Any) -> MethodChain:
-    """Return the method that `--additional-config` names, or the default method.
+    """Return the pruning method that is set in `--additional-config`, or the default method.
 
-    Settings of the method may follow its name, as in `NAME:SETTING=VALUE`.
+    The name of the method may be followed by its settings, as in `NAME:SETTING=VALUE`.
 
     Raises:
-        UsageError: a key is unknown, or the method does not exist or cannot be used in vLLM.
+        UsageError: If a key is unknown, or the method does not exist or cannot be used in vLLM.
     """
     section = additional.get("evoprune", {}) if isinstance(additional, Mapping) else {}
     unknown = sorted(set(section) - {"method"}) if isinstance(section, Mapping) else [str(section)]
@@ -65,10 +65,10 @@ def served_method(additional: Any) -> MethodChain:
 
 
 def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
-    """Return the share of visual tokens to keep in a request, from its `mm_processor_kwargs` and the server's rate.
+    """Return the share of visual tokens to keep for a request, given its `mm_processor_kwargs` and the server's pruning rate.
 
     Raises:
-        UsageError: an option is unknown or invalid, or the server does not prune.
+        UsageError: If an option is unknown or invalid, or the server does not prune.
     """
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
@@ -84,7 +84,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
-    """Convert the mean and standard deviation of levels from 0 to 255 times `scale` to levels from 0 to 1."""
+    """Convert the mean and standard deviation of colors from levels of 0 to 255, multiplied by `scale`, to levels of 0 to 1."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
@@ -95,8 +95,8 @@ def encoded(
     """Encode an image or video to exactly `keep` tokens.
 
     Raises:
-        ModelError: the tower's output contains NaN or infinite values.
-        PluginError: a method from another package failed, or kept a different number of tokens.
+        ModelError: If the tower's output contains NaN or infinite values.
+        PluginError: If a method from another package fails, or keeps a different number of tokens.
     """
     plan = method.plan(TowerShape.of_tower(visual), grid, keep)
     found = encode_rows(visual, [patches], plan, normal=normal).select_tokens()
@@ -127,12 +127,12 @@ def with_columns(
 ) -> torch.Tensor:
     """Return the rows of `tokens_of` with `COLUMNS` additional columns.
 
-    They encode each token's position relative to the video's own position, and the logarithm of its cluster size.
+    These columns encode each token's position relative to the video's own position, and the logarithm of its cluster size.
 
     Args:
-        words: the number of `text` embeddings before the tokens of each frame pair, if frame pairs have timestamps. One more
+        words: The number of `text` embeddings before the tokens of each frame pair, if frame pairs have timestamps. One more
             embedding follows the tokens of each frame pair.
-        text: embeddings of the timestamps and markers, `[n, D]`. If given, the result also has a row for each of them.
+        text: Embeddings of the timestamps and markers, `[n, D]`, or None. Each embedding becomes an additional row of the result.
     """
     grid = found.grids[0]
     place = Place((range(prod(grid)),))
@@ -149,10 +149,10 @@ def with_columns(
 
 
 def try_out(visual, method: MethodChain) -> None:
-    """Encode a small clip of noise, so that a broken method fails at startup instead of at the first request.
+    """Encode a small clip of random noise, so that a broken method fails at startup instead of at the first request.
 
     Raises:
-        UsageError: the method weighs tokens without declaring it.
+        UsageError: If the method assigns weights to tokens without declaring it.
 
     For the other exceptions, see `encoded`.
     """
