@@ -31,7 +31,7 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 @dataclass(frozen=True)
 class QuestionType:
     make: Maker
-    group: str  # the finer group
+    group: str  # name of the group, which is finer than picture or video
     weight: float = 1.0  # relative frequency
 
 
