@@ -31,7 +31,10 @@ LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
 
 class Moving:
-    """Base class for objects in both worlds, which start at (x, y) and move at `speed` pixels per second toward `motion`."""
+    """Base class for objects in both worlds.
+
+    An object starts at (x, y) and moves at `speed` pixels per second in the direction `motion`.
+    """
 
     def centre(self, t: float) -> tuple[float, float]:
         dx, dy = MOTIONS[self.motion]

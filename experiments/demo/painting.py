@@ -83,7 +83,7 @@ def _white_noise() -> np.ndarray:
 
 
 def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, out: np.ndarray) -> None:
-    """Add sensor noise to the canvas and write the result to `out` as uint8. The noise is a random crop of a precomputed bank."""
+    """Add sensor noise to the canvas and write the result to `out` as uint8. The noise is a random slice of a precomputed bank."""
     bank = _white_noise()
     pixels = canvas.size
     start = 0

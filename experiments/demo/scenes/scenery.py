@@ -187,7 +187,7 @@ def _layer(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def _strew(
     canvas: np.ndarray, cover: np.ndarray | None, rng: np.random.Generator, density: float, tint: np.ndarray
 ) -> None:
-    """Scatter leaves on the canvas, each on top of the previous ones, until they cover about a share `density` of it."""
+    """Scatter leaves on the canvas, each on top of the previous ones, so that they cover about the share `density` of it."""
     bank, (height, width, _) = leaves(), canvas.shape
     # Approximate mean area of a leaf, given the squeezed and clipped shapes.
     count = int(density * height * width / 190)
