@@ -1,4 +1,4 @@
-"""Compare evoprune with what else a user with a CPU could run: llama.cpp and OpenVINO GenAI.
+"""Compare evoprune with llama.cpp, which a user with only a CPU could run instead.
 
     python -m experiments.speed.checkpoint CKPT                       # 3B dimensions, random weights
     python -m experiments.speed.peers CKPT -o DIR --llama ENV/bin/python --gguf model-q8.gguf,model-q4.gguf --mmproj mmproj.gguf
