@@ -2,7 +2,7 @@
 
 
 def progress_line(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:
-    """Return a log line for the arguments with which `Evaluation.run` calls its `progress`."""
+    """Format the arguments of the `progress` callback of `Evaluation.run` as a log line."""
     if not total:
         return what
     return f"{what} {done} of {total}: {detail}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
-# The colors of figures, which are the same as in evoprune's charts. Color-blind readers can distinguish `COLOURS`.
+# Colors of the figures, the same as in evoprune's charts. `COLOURS` can be distinguished by color-blind readers.
 INK = "#222222"
 SOFT = "#5F5F5F"
 COLOURS = ("#0072B2", "#D55E00")

@@ -8,7 +8,7 @@ from statistics import median
 def medians(runs: Sequence[Callable[[], object]], repeat: int) -> list[float]:
     """Return each function's median time in milliseconds.
 
-    The functions take turns, so that noise affects all of them equally. The first round is a warm-up.
+    The functions take turns, so that noise affects all of them equally. The first round is a warm-up and is not counted.
     """
     spent = [[] for _ in runs]
     for _ in range(repeat + 1):

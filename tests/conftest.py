@@ -107,7 +107,7 @@ def pytest_sessionstart(session):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keep n evenly spread cases of tests marked `few(n)` in the default run, and mark the other cases `full`.
+    """Keep n evenly spaced cases of each test marked `few(n)` in the default run, and mark its other cases `full`.
 
     All tests of experiments, which users never run, are marked `full` too. Tests marked `cuda` are skipped without a visible GPU.
     """

@@ -1,5 +1,7 @@
-"""Video and picture decoders available here: decord has no wheels for some systems, an older Pillow lacks AVIF, and HEIC is an
-extra."""
+"""Find out which video and picture decoders are installed.
+
+Some systems have no decord wheels, older versions of Pillow lack AVIF, and HEIC needs an extra.
+"""
 
 from importlib.util import find_spec
 

@@ -4,9 +4,9 @@
     python -m tests.faults rotation stop # some of them
     python -m tests.faults --list
 
-Each fault is a mistake that changes a user's result but keeps the program running. The tool plants it in a temporary copy of the
-tracked files. There it runs the tests that should find the fault and, if they pass, the whole default suite. The exit code is 1 if
-a fault was not found. Run the suite without faults first, because a test that always fails finds every fault.
+Each fault is a mistake that changes a user's result but keeps the program running. The tool plants the fault in a temporary copy of
+the tracked files. In this copy, it runs the tests that should find the fault and, if they pass, the whole default suite. The exit
+code is 1 if a fault was not found. Run the suite without faults first, because a test that always fails finds every fault.
 """
 
 import argparse

@@ -12,13 +12,13 @@ TIME, TIME_TOKENS = 201, 4
 
 
 def processed(model, *rows: Sequence, side: str = "left", seed: int = 0, seconds: float = 0.7, steps: int = 2) -> dict:
-    """Return a batch of prompts.
+    """Return the model inputs for a batch of prompts with videos and images.
 
     Args:
         rows: the prompts as lists of pieces: a number of text tokens, or ("video", T, H, W) or ("image", H, W) in patches.
         side: padding side.
         seconds: duration of a frame pair in the first video. Video number i has i times this duration.
-        steps: number of distinct frame pairs of a video; the remaining ones repeat the previous pair with a little noise.
+        steps: number of distinct frame pairs in a video. All other frame pairs repeat the previous one with a little noise.
     """
     config, random = model.config, torch.Generator().manual_seed(seed)
     width, apart = 6 * config.vision_config.patch_size**2, FAMILIES[config.model_type].timestamps

@@ -33,11 +33,11 @@ def encode_sounding(
     sound_from_s: float = 0.0,
     gap: tuple[float, float] | None = None,
 ) -> None:
-    """Encode a video that is silent except for tones. All times are of the file's clock.
+    """Encode a video that is silent except for tones. All times are on the file's clock.
 
     Args:
-        video_from_s, sound_from_s: where the two tracks begin.
-        gap: a span without packets of sound.
+        video_from_s, sound_from_s: start times of the two tracks.
+        gap: a time span for which the file has no audio packets.
     """
     with av.open(path, "w") as out:
         video = out.add_stream("libx264", rate=fps, options={"bf": "0"})

@@ -1,4 +1,4 @@
-"""Each package has one door: other packages import its public names from its `__init__.py`, and nothing from the files inside."""
+"""Test that other packages import the public names of a package from its `__init__.py`, and nothing from the files inside it."""
 
 import ast
 import re

@@ -1,8 +1,9 @@
-"""Every name in backticks in documents, docstrings and comments exists in the code.
+"""Check that every name in backticks in documents, docstrings and comments exists in the code.
 
-A path must exist. `Class.member`, `module.name` and a name before its file ("`name` (path.py)") must be defined there. Every other
-name must occur in the code as a function, class, attribute, parameter or field, or as a whole string, such as a JSON field, an
-option or a method. Names of torch and transformers are looked up there. `OTHERS` lists names of other programs.
+A path must exist. `Class.member`, `module.name` and a name before its file ("`name` (path.py)") must be defined in that class or
+file. Every other name must occur in the code as a function, class, attribute, parameter or field, or as a whole string, such as a
+JSON field, an option or a method. Names of torch and transformers are looked up in these libraries, and `OTHERS` lists names of
+other programs.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Reports as several lines of text, and in one line."""
+"""Test reports that are formatted as several lines of text, or as a single line."""
 
 import pytest
 

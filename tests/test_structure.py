@@ -1,4 +1,4 @@
-"""The layout of the code: allowed imports, and what each module must state explicitly."""
+"""Test the structure of the code: which imports are allowed, and which arguments each module must specify."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Strict JSON."""
+"""Test that JSON is parsed strictly."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Short texts: time estimates, and times that users type."""
+"""Test the formatting of time estimates, and the parsing of times that users type."""
 
 import pytest
 

@@ -35,9 +35,9 @@ THINKING = {
 
 
 def thinking_tokenizer(template: str = "unless off", special: bool | None = False) -> Tokenizer:
-    """Return the tokenizer of `tests.tiny` with `<think>` and `</think>`.
+    """Return the tokenizer of `tests.tiny` with the thought tags `<think>` and `</think>`.
 
-    They are ordinary tokens (False, as in Qwen), special tokens (True), or only text (None).
+    The tags are ordinary tokens (False, as in Qwen), special tokens (True), or only text (None).
     """
     hf = tiny_tokenizer()
     backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())

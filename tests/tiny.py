@@ -102,7 +102,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
-    """Return a config with two text and two vision layers, hidden size 64 and head dimension 16.
+    """Return a config with two language layers and two vision layers, hidden size 64 and head dimension 16.
 
     Qwen2.5-VL gets both window and full attention. Later families have a few more layers. With two heads, the head dimension of the
     language model is 32, the smallest that vLLM has kernels for.

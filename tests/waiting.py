@@ -31,7 +31,7 @@ class Waiting(TorchDispatchMode):
     """Records the places at which a program waits.
 
     Attributes:
-        places: the operator and the line of this package that called it, for each wait.
+        places: for each wait, the operator and the line of this package that called it.
     """
 
     def __init__(self):

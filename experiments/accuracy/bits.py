@@ -2,8 +2,8 @@
 
     python -m experiments.accuracy.bits --block 53 --clips 300 --processes 2
 
-The table has a row per budget for each world and each set of weights in `experiments.accuracy.frontier`. Agreement is the share of
-tokens in the float32 answer at which both models consider the same token most probable. KL is KL(float32 || 8 bits) at these
+The table has one row per budget for each world and each set of weights in `experiments.accuracy.frontier`. Agreement is the share
+of tokens in the float32 answer for which both models predict the same token. KL is the divergence KL(float32 || 8 bits) at these
 tokens.
 """
 
@@ -40,13 +40,13 @@ COLUMNS = (
 
 
 def start(model: str, kind: str, folder: str) -> Callable[[ClipName], list[dict]]:
-    """Load the float32 and the quantized model in a worker process. Return a function that answers the questions about a clip."""
+    """Load the float32 and the quantized model in a worker process, and return a function that asks both about a clip."""
     loaded = [load_model(ModelOptions(model, dtype="fp32", threads=1, quantize=bits)) for bits in ("none", kind)]
     return partial(answers_about, loaded, Path(folder))
 
 
 def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
-    """Return both models' answers to each question at each budget."""
+    """Ask both models all questions about a clip at each budget, and return their answers and how well they agree."""
     made = []
     with demo_video(clip, folder) as video:
         for budget in BUDGETS if video.rows else ():
@@ -55,7 +55,7 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
                 said = exact.ask(row.prompt, max_new_tokens=TOKENS)
                 given = Reference.of(exact, row.prompt, said.ids, said.report.finish_reason == "stop")
                 found = given.agreement(bits)
-                # If both models make the same choice at every token, the answers are equal.
+                # If both models predict the same tokens throughout, their answers are equal.
                 other = said if found.agrees.all() else bits.ask(row.prompt, max_new_tokens=TOKENS)
                 made.append(
                     {"video": str(clip), "id": row.id, "budget": budget, "agrees": found.agrees.tolist()}
@@ -66,7 +66,7 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
 
 
 def table_row(name: str, budget: float, answers: list[dict]) -> list[object]:
-    """Return the cells of one row of the table."""
+    """Return the table row that compares both models' accuracy and predictions at one budget."""
     bits, exact = ([answer | {"right": answer[side]} for answer in answers] for side in ("bits", "exact"))
     right = [np.mean([answer["right"] for answer in side]) for side in (exact, bits)]
     agrees, kl = (np.concatenate([answer[what] for answer in answers]) for what in ("agrees", "kl"))

@@ -1,13 +1,13 @@
-"""Compare all methods with `evoprune`: how much accuracy each one keeps, what it costs, and which is better in the same time.
+"""Compare all methods with `evoprune`: how much accuracy each method keeps, what it costs, and which is better at equal speed.
 
     python -m experiments.accuracy.equal_time results/frontier.md --presets DIR --rivals DIR DIR -o tables.md --chart FILE.svg
 
 The folders are written by `experiments.accuracy.frontier`. The folder for `--presets` contains the presets on many clips and is
-used for the chart. The folders for `--rivals` contain the rows to compare, of which only the clips that all rows share are used.
+used for the chart. The folders for `--rivals` contain the methods to compare, using only the clips that all of them have in common.
 
-The page contains speeds from `evoprune profile` in two kinds of tables: those with budgets as columns (`| | -b 0.25 |`), and those
-with rows named `METHOD -b BUDGET`. If a row was measured more than once, the slowest run is used. A method that selects after the
-encoder gets the speed of the bound, which does not include the time for the method's selection.
+The page contains speeds from `evoprune profile` in two kinds of tables: some have budgets as columns (`| | -b 0.25 |`), and others
+have rows named `METHOD -b BUDGET`. If a setting was measured more than once, the slowest run is used. A method that selects after
+the encoder gets the speed of the bound, which does not include the time for the method's selection.
 
 To draw only the chart, from existing tables:
 
@@ -31,8 +31,8 @@ from experiments.accuracy.paired import in_points, paired_difference
 from experiments.svg import COLOURS, INK, SOFT
 
 OURS = "evoprune"
-ALIKE = 1.03  # times count as equal if their ratio is at most this
-# Names that are used in the page.
+ALIKE = 1.03  # two times are considered equal if their ratio is at most this
+# Row and column titles in the page with the measured speeds.
 BOUND = "bound of all methods after the encoder"
 FULL_ROW = "budget 1.0"
 RATIO = "times as fast as Hugging Face"
@@ -43,7 +43,7 @@ NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
-    """Return the rows in all folders, restricted to the questions that every row of a set has answered."""
+    """Load the rows in all folders, keeping only the questions that every row of a set has answered."""
     found: Samples = {}
     for name in SETS:
         rows: dict[Key, dict] = {}
@@ -60,9 +60,9 @@ def read(folders: Sequence[Path]) -> Samples:
 
 
 def speeds(page: str) -> dict[Key, float]:
-    """Return how many times as fast as with Hugging Face the first token arrives, by method and video budget.
+    """Return the first-token speedups over Hugging Face that the page lists, by method and video budget.
 
-    If the page has more than one value, the lowest one is used.
+    If the page lists a method and budget more than once, the lowest speedup is used.
     """
     found: dict[Key, float] = {}
 
@@ -85,7 +85,10 @@ def speeds(page: str) -> dict[Key, float]:
 
 
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
-    """Return a row's speed, or None if it is unknown. Methods that select after the encoder have the speed of the bound."""
+    """Return the speedup of a method at a budget, or None if it was not measured.
+
+    Methods that select after the encoder get the speedup of the bound.
+    """
     name, budget = key
     if MethodChain.parse(name).acts == "after":
         name = BOUND
@@ -93,17 +96,17 @@ def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
 
 
 def worst(samples: Samples, key: Key) -> float:
-    """Return the accuracy that a row keeps in its worst set, in percent."""
+    """Return the percentage of the full accuracy that a method keeps at a budget in its worst set."""
     return min(kept(rows[key], rows[NONE]) for rows in samples.values())
 
 
 def rows_of(samples: Samples) -> set[Key]:
-    """Return the rows that every set has."""
+    """Return the methods and budgets that were evaluated in every set."""
     return set.intersection(*(set(rows) for rows in samples.values()))
 
 
 def summary_table(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
-    """Return a table of the accuracy that each method keeps in each set of a world, its share of operations and its speed."""
+    """Return a table of one world's methods: the accuracy each keeps per set, its share of operations, and its speed."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [
         budget for budget in Budget.PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))
@@ -127,7 +130,7 @@ def summary_table(samples: Samples, world: str, fast: dict[Key, float]) -> list[
 
 
 def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
-    """Return, for each set, a verdict and how many percentage points the row `ours` is better than the row `key`."""
+    """Return a verdict for each set: whether the row `ours` beats the row `key`, and by how many percentage points."""
     made = []
     for rows in samples.values():
         mean, low, high = paired_difference(rows[ours], rows[key])
@@ -141,7 +144,7 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
 
 
 def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
-    """Return a table that compares each other method with the most accurate `evoprune` row that is at least as fast."""
+    """Return a table that compares every other method with the most accurate `evoprune` setting that is at least as fast."""
     rows = rows_of(samples)
     ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
@@ -173,26 +176,26 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
 
 
 def worst_of(samples: Samples) -> dict[Key, float]:
-    """Return the accuracy that each row keeps in its worst set, in percent."""
+    """Return, for each method and budget, the percentage of the full accuracy kept in the worst set."""
     return {key: worst(samples, key) for key in rows_of(samples)}
 
 
 def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Read the accuracy that the presets keep from the tables in `page`, and that the other methods keep from those in `compared`.
+    """Read the accuracy kept from existing tables: that of the presets from `page`, that of other methods from `compared`.
 
     Returns:
-        Two dicts with the accuracy in the worst set, in percent.
+        Two dicts, for the presets and for the other methods, with the percentage kept in the worst set.
     """
     presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
     others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
     ours = {
         (OURS, preset): float(kept) for preset, kept in reversed(presets)
-    }  # if there are several tables, the first one is used
+    }  # reversed, so that the first of several tables wins
     return ours, {(name, budget): float(kept) for name, budget, kept in others}
 
 
 def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, float]) -> str:
-    """Return an SVG chart that plots the accuracy kept against the speed.
+    """Return an SVG chart that plots the accuracy kept against the speed of the first token.
 
     Args:
         presets: the accuracy that each preset keeps in its worst set, in percent.
@@ -227,7 +230,7 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
 
 
 def page(samples: Samples, fast: dict[Key, float]) -> str:
-    """Return all tables in Markdown."""
+    """Return the tables of each world, at equal time, and by kind of question, in Markdown."""
     blocks = []
     for world in dict.fromkeys(name.split(",")[0] for name in SETS):
         about = len({s["video"] for s in samples[world][NONE]})

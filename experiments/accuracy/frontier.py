@@ -1,8 +1,8 @@
 """Measure the accuracy that presets keep: `python -m experiments.accuracy.frontier OUT --split heldout --seed N --limit N`.
 
-Evaluates both worlds, each with two sets of weights. Every combination is a set with its own folder in OUT. If the folder already
-contains a run, the run is resumed. For each row, the table shows the percentage of accuracy that is kept, the 95% interval of the
-difference from the full model in percentage points, and the worst set.
+Evaluates both worlds, each with two sets of weights. Every combination of a world and weights is called a set and has its own
+folder in OUT. If the folder already contains a run, the run is resumed. For each method and budget, the table shows the percentage
+of the full accuracy that is kept, the difference from the full model in percentage points with its 95% interval, and the worst set.
 """
 
 import argparse
@@ -35,12 +35,12 @@ GROUPS = ("picture", "video", "text", "events")  # only the world of scenes has 
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Return the folder in `out` for a set's run."""
+    """Return the folder inside `out` that stores the evaluation of one set."""
     return out / name.replace(", ", "-")
 
 
 def samples_of(out: Path, name: str) -> list[dict]:
-    """Return the samples that a set's run has stored, except those with errors."""
+    """Load the samples stored by the evaluation of one set, except those that failed."""
     with open(folder_of(out, name) / "samples.jsonl", encoding="utf-8") as file:
         return [sample for sample in map(json.loads, file) if "error" not in sample]
 

@@ -10,7 +10,7 @@ DRAWS = 4000
 
 
 def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
-    """Return how much higher the first row's accuracy is, and the difference's 95% interval over videos, all as shares.
+    """Return how much more accurate the first row is, with a 95% confidence interval over videos. All values are fractions.
 
     Both rows must have answered the same questions, in any order. If there are fewer than `LEAST_VIDEOS` videos, the interval is
     infinite.
@@ -30,7 +30,7 @@ def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[
 
 
 def in_points(mean: float, low: float, high: float) -> str:
-    """Format a difference between shares and its interval in percentage points."""
+    """Format an accuracy difference and its confidence interval, given as fractions, in percentage points."""
     if math.isinf(low):
         return f"{100 * mean:+.1f} (too few videos for an interval)"
     return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

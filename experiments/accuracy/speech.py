@@ -62,7 +62,7 @@ def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
 
 
 def speak(folder: Path) -> tuple[Path, list[str]]:
-    """Write a video in which every voice says every sentence at every speed. Returns the video's path and the spoken words."""
+    """Write a video in which every voice reads every sentence at every speed. Returns the video's path and the spoken words."""
     said = []
     raw = folder / "said.raw"
     with raw.open("wb") as sound:

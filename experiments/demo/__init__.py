@@ -1,1 +1,1 @@
-"""The worlds of the bundled demo models: generators of clips and questions (`write`), `samples/`, and the training (`train`)."""
+"""Synthetic worlds for the bundled demo models: generators of clips and questions (`write`), `samples/`, and training (`train`)."""

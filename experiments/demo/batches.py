@@ -15,8 +15,8 @@ from experiments.demo.lessons import ask_all
 from experiments.demo.questions import Question
 from experiments.demo.training_clips import dense_grid, through_codec
 
-# Number of classes per attribute that the auxiliary head predicts for the thing whose center is in a unit. The last class of
-# "shape" means that no thing is there.
+# Number of classes of each attribute that the auxiliary head predicts for the object whose center lies in a unit. The last class
+# of "shape" means that the unit contains no object's center.
 ATTRIBUTES = {
     "shape": len(SHAPES) + 1,  # digits count as one more shape
     "colour": len(COLOURS),
@@ -31,14 +31,14 @@ COLUMNS = 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training settings. Together with the code, they determine the result."""
+    """Hyperparameters of a training run. Training is seeded, so they and the code determine the resulting weights."""
 
     seed: int = 0
     vision_steps: int = 1500
     steps: int = 3000
     short_steps: int = 300  # steps of the second stage that use only short clips and small frames
     small_steps: int = 1700  # steps of the second stage that do not use the largest frames
-    vision_batch: int = 64  # number of grids in a batch if they have 4x6 units
+    vision_batch: int = 64  # batch size of the first stage, as a number of grids with 4x6 units
     units: int = 2304  # approximate number of merge units in a batch of clips
     questions: int = 10  # number of questions about a clip per step, doubled if a batch has only a few clips
     packs: int = 2  # number of training steps per batch of clips, each with different questions
@@ -48,7 +48,7 @@ class Recipe:
     decay: float = 0.5  # share of a stage during which the learning rate decays
 
 
-# Frame sizes as ((height, width) in units, weight): those for early training, and those after larger frames have been added.
+# Frame sizes as ((height, width) in units, weight). SMALL is for early training; LARGE also has larger frames and is used later.
 SMALL = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5), ((6, 8), 2.0))
 LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.8))
 SHORT = 3  # maximum number of grids in a clip during `short_steps`, which also use only the first three frame sizes
@@ -61,7 +61,7 @@ def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> 
     """Return the labels of every unit in every grid, int64 `[T * height * width, attributes]`. -100 means no label."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
-    labels[..., 0] = ATTRIBUTES["shape"]  # the class after all shapes and digits, which means that no thing is there
+    labels[..., 0] = ATTRIBUTES["shape"]  # the class after all shapes and digits, which means "no object"
     for g in range(grids):
         middle = (times[2 * g] + times[2 * g + 1]) / 2
         for thing in clip.things:
@@ -108,7 +108,7 @@ def vision_batches(recipe: Recipe, first: int):
 
 
 def draw(rng: np.random.Generator, choices):
-    """Draw a value from `((value, weight), ...)`."""
+    """Draw a random value from `((value, weight), ...)`, with probabilities in proportion to the weights."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
@@ -116,7 +116,7 @@ def draw(rng: np.random.Generator, choices):
 def question_batches(recipe: Recipe, tokenizer, first: int):
     """Yield an infinite sequence of batches for stage 2, as dicts of tensors.
 
-    All clips of a batch have the same shape. Each batch has several packs of questions.
+    All clips in a batch have the same shape, and each batch comes with several packs of questions about them.
     """
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
@@ -159,7 +159,7 @@ ROW = 64  # number of tokens in a row of questions, or more if a single question
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
-    """Pack each prompt's questions and answers into rows. If they fit, several questions share a row.
+    """Pack each prompt's questions and answers into rows, with several questions per row if they fit.
 
     Returns:
         Four int64 tensors `[prompts, rows, L]`. `tokens` contains the tokens. `place` contains their positions, which restart at
@@ -197,7 +197,7 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
 
 
 def _in_rows(parts: list[tuple], longest: int) -> list[list[tuple]]:
-    """Pack the parts into rows of at most `longest` tokens: longest part first, each into the first row with enough room."""
+    """Pack the parts into rows of at most `longest` tokens by first-fit decreasing: longest first, into the first row with room."""
     rows = []
     room = []
     for part in sorted(parts, key=lambda part: -len(part[0])):

@@ -49,7 +49,7 @@ def build_config():
 
 
 def shapes_texts() -> Iterator[str]:
-    """Yield questions and answers about shapes on which to train the tokenizer."""
+    """Yield questions and answers about shapes as training text for the tokenizer."""
     for seed in range(1500):
         for q in ask_all(make_clip("train", seed), np.random.default_rng(seed), 20):
             yield from (q.question, q.answer)
@@ -93,7 +93,7 @@ def build_tokenizer(texts: Iterable[str] | None = None):
 
 
 def init_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw weights with standard deviation 1/sqrt(fan in), or half of that in layers that add to the residual stream."""
+    """Initialize weights with standard deviation 1/sqrt(fan in), or half of that in layers that add to the residual stream."""
     for name, p in model.named_parameters():
         if p.ndim == 1:
             p.data.fill_(1.0 if "norm" in name or "ln_q" in name else 0.0)

@@ -3,10 +3,10 @@
 A clip is determined by its split, seed, frame size and length. It is defined in continuous time, so it can be drawn at any frame
 rate.
 
-Each feature exposes a weakness that a pruning method may have. Things as small as one or two merge units, digits of ten pixels and
-similar colors require spatial detail. Flashes and arrivals require temporal detail. Counts and places require that the whole frame
-is covered. Clutter misleads methods that keep whatever stands out, a panning background misleads methods that keep whatever
-changes, and noise misleads methods that reuse only identical pixels.
+Each feature exposes a weakness that a pruning method may have. Objects as small as one or two merge units, digits of ten pixels and
+similar colors require spatial detail. Flashes and arrivals require temporal detail. Questions about counts and places require that
+tokens cover the whole frame. Clutter misleads methods that keep whatever stands out, a panning background misleads methods that
+keep whatever changes, and noise misleads methods that reuse only identical pixels.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,10 @@ LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
 
 class Moving:
-    """A thing in either world. It starts at (x, y) and moves at `speed` pixels per second in the direction `motion`."""
+    """Base class for objects in both worlds.
+
+    An object starts at (x, y) and moves at `speed` pixels per second in the direction `motion`.
+    """
 
     def centre(self, t: float) -> tuple[float, float]:
         dx, dy = MOTIONS[self.motion]
@@ -39,7 +42,7 @@ class Moving:
 
 
 def event_of(start: float, end: float, seconds: float) -> str:
-    """Return what a thing that is present in [start, end) does in a clip: it stays, appears, vanishes or flashes."""
+    """Classify an object that is visible during [start, end) by what it does in the clip: stay, appear, vanish or flash."""
     comes = start > 0
     goes = end < seconds
     if comes and goes:
@@ -77,7 +80,7 @@ class Thing(Moving):
         return self.start <= t < self.end
 
     def box(self, seconds: float) -> tuple[float, float, float, float]:
-        """Return the bounding box (x0, y0, x1, y1) of the thing's whole path."""
+        """Return the bounding box (x0, y0, x1, y1) of the object's whole path."""
         (xa, ya), (xb, yb) = self.centre(0), self.centre(seconds)
         r = self.radius
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
@@ -88,7 +91,7 @@ class Thing(Moving):
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene that lasts `seconds`, on a frame of height x width pixels. `seed` also determines the background and the noise."""
+    """A scene of `seconds` seconds on a frame of height x width pixels. `seed` also determines the background and the noise."""
 
     seed: tuple[int, ...]
     height: int
@@ -96,7 +99,7 @@ class Clip:
     seconds: float
     things: tuple[Thing, ...]
     noise: float
-    pan: tuple[float, float] = (0.0, 0.0)  # speed of the camera in pixels per second; it does not move the things
+    pan: tuple[float, float] = (0.0, 0.0)  # speed of the camera in pixels per second; it does not move the objects
     clutter: float = 0.0  # number of grey blots and strokes per million pixels of background
 
     @property
@@ -124,8 +127,8 @@ def make_clip(
 ) -> Clip:
     """Make clip number `seed` of a split. No two splits share a clip.
 
-    The size in pixels and the length are determined by the seed unless they are given. A grid, which is two sampled frames, lasts
-    `seconds` / `grids`. No flash is shorter than that.
+    The seed determines the size in pixels and the length unless they are given. A grid consists of two sampled frames and lasts
+    `seconds` / `grids`. No flash is shorter than one grid.
     """
     drawn = setting(split, seed)
     height = height or drawn[0]
@@ -139,7 +142,7 @@ def make_clip(
     most = 6
     if height * width < 30_000:
         most = 4
-    # In some clips, many things appear or many things vanish, so that "which comes first?" can be asked often enough.
+    # In some clips, many objects appear or many objects vanish, so that "which comes first?" can be asked often enough.
     plots = (0.35, 0.22, 0.22, 0.21), (0.1, 0.8, 0.05, 0.05), (0.1, 0.05, 0.8, 0.05)
     fates = plots[rng.choice(3, p=[0.6, 0.2, 0.2])]
     names = set()
@@ -165,7 +168,7 @@ def make_clip(
 
 
 def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
-    """Add a thing whose path stays on the frame and does not meet other things. Add none if 30 attempts fail."""
+    """Add an object whose path stays on the frame and clear of other objects. Gives up after 30 attempts."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
     radius = DIGITS[size]

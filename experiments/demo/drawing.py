@@ -44,7 +44,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _litter(scenery: np.ndarray, density: float, rng: np.random.Generator) -> None:
-    """Draw grey blots and strokes that have as much contrast as things, but not their colors and sharp edges."""
+    """Draw gray blots and strokes with as much contrast as the objects, but without their colors and sharp edges."""
     height, width, _ = scenery.shape
     for _ in range(int(rng.poisson(density * height * width / 1e6))):
         long, thin = (rng.uniform(6, 16), rng.uniform(1.0, 2.5)) if rng.random() < 0.5 else rng.uniform(4, 12, 2)
@@ -70,7 +70,7 @@ def _stretch(length: int, cell: int) -> np.ndarray:
 
 
 def thing_mask(kind: str, radius: int) -> np.ndarray:
-    """Return how much of each pixel a shape or a digit covers. The width of a digit is five sevenths of its height."""
+    """Return the share of each pixel that a shape or a digit covers. The width of a digit is five sevenths of its height."""
     return glyph_mask(kind, 2 * radius) if kind.isdigit() else outline_mask(kind, radius, bar=0.33, hole=0.55)
 
 

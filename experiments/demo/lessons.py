@@ -1,7 +1,7 @@
-"""Questions that are used only in training. Each one asks for one step of a harder question type.
+"""Lessons: questions that are used only in training. Each one asks for a single step of a harder question type.
 
-For example, lessons ask for the position of one thing, because other questions ask for the relation between two things, and for the
-time of one event, because other questions ask for the order of events. Imported by `experiments.demo.batches` and
+For example, lessons ask for the position of one object, because other questions ask for the relation between two objects, and for
+the time of one event, because other questions ask for the order of events. Imported by `experiments.demo.batches` and
 `experiments.demo.build`; not run by itself.
 """
 
@@ -78,5 +78,5 @@ LESSONS = {
 
 
 def ask_all(clip: Clip, rng: np.random.Generator, count: int) -> list[Question]:
-    """Ask questions like `ask`, but include lessons."""
+    """Ask questions about a clip like `questions.ask`, but also include lessons."""
     return ask(clip, rng, count, MAKERS | LESSONS, WEIGHTS | {"when": 1.5})

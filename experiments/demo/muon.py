@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of matrices `[N, rows, columns]` close to 1 with five Newton-Schulz iterations."""
+    """Push the singular values of matrices `[N, rows, columns]` close to 1 with five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT.contiguous() if tall else matrices

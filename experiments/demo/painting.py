@@ -25,7 +25,7 @@ CHARACTERS = "".join(_DOTS)
 
 @lru_cache(maxsize=1024)
 def glyph_mask(character: str, height: int) -> np.ndarray:
-    """Return which share of each pixel a character covers: float32 `[height, round(height * 5 / 7)]` in [0, 1]."""
+    """Return the share of each pixel that a character covers, float32 `[height, round(height * 5 / 7)]` in [0, 1]."""
     rows = [int(row, 16) for row in _DOTS[character].split()]
     dots = np.array([[row >> (4 - i) & 1 for i in range(5)] for row in rows], np.float32)
     width = round(height * 5 / 7)
@@ -35,7 +35,7 @@ def glyph_mask(character: str, height: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5) -> np.ndarray:
-    """Return which share of each pixel an outline covers: float32 `[2 * radius, 2 * radius]` in [0, 1].
+    """Return the share of each pixel that an outline covers, float32 `[2 * radius, 2 * radius]` in [0, 1].
 
     Each pixel is sampled at 4x4 points. `bar`, which is half the thickness of a cross, and `hole`, which is the inner radius of a
     ring, are relative to `radius`.
@@ -83,7 +83,7 @@ def _white_noise() -> np.ndarray:
 
 
 def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, out: np.ndarray) -> None:
-    """Add sensor noise to the canvas and write the result to `out` as uint8. The noise is a random piece of a precomputed bank."""
+    """Add sensor noise to the canvas and write the result to `out` as uint8. The noise is a random slice of a precomputed bank."""
     bank = _white_noise()
     pixels = canvas.size
     start = 0
@@ -93,7 +93,7 @@ def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, ou
     out[:] = np.clip(canvas + np.float32(deviation) * grain, 0, 255)
 
 
-LOSSLESS = 0  # x264 rate factor that keeps every pixel exactly
+LOSSLESS = 0  # x264 rate factor for lossless encoding
 
 
 def write_frames(

@@ -5,7 +5,7 @@ questions correctly both without pruning and with the default settings. Its answ
 measurement.
 
 The clip from the second world, in `samples/scenes/`, has no questions. It was chosen by looking at its frames and its overlay,
-because its things move at different times in front of a static camera.
+because its objects move at different times in front of a static camera.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.compose import SPLITS, compose
 from experiments.demo.worlds import SCENES
 
-# name -> seed, height, width, seconds, codec, and question types with the words that each question must contain
+# name -> seed, height, width, seconds, codec, and question types, each with words that the question must contain
 CLIPS = {
     "square.mp4": (
         198,
@@ -80,7 +80,7 @@ def render(folder: Path) -> None:
 
 
 def questions() -> list[dict[str, str]]:
-    """Return the lines of `questions.jsonl`."""
+    """Return the records of `questions.jsonl`, one per question."""
     rows = []
     for name, (seed, *_, wanted) in CLIPS.items():
         clip = drawn(name, seed)
@@ -92,13 +92,13 @@ def questions() -> list[dict[str, str]]:
 
 
 def drawn(name: str, seed: int) -> Shapes:
-    """Return the clip with the given seed for a file in `samples/`."""
+    """Generate the clip for a file in `samples/` from its seed."""
     _, height, width, seconds, *_ = CLIPS[name]
     return make_clip("samples", seed, height, width, float(seconds), seconds)
 
 
 def scene(name: str) -> Clip:
-    """Return the clip for a file in `samples/scenes/`, with one frame pair per second."""
+    """Generate the clip for a file in `samples/scenes/`, with one frame pair per second."""
     seed, height, width, seconds = SCENE_CLIPS[name]
     return compose((SPLITS["samples"], seed), height, width, seconds, float(seconds))
 

@@ -28,7 +28,7 @@ VIDEO = 7
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Training settings. Together with the code, they determine the result. Steps of stage 2 are counted from the stage's start."""
+    """Hyperparameters of a training run. Steps of stage 2 are counted from the start of that stage."""
 
     seed: int = 0
     reader: str = ""  # folder of a trained model whose language model is used as the starting point; "" means a new one
@@ -69,13 +69,13 @@ LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
 MOST = 1200  # maximum number of units in one clip
 PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds per frame pair
-UNITS_PER_QUESTION = 6  # a question's text costs about as much as this many units
+UNITS_PER_QUESTION = 6  # the text of a question costs about as much computation as this many units
 NEVER_OPEN = ("extreme", "there", "missing")
 OFFSET = 16_000  # maximum offset that is added to the positions of a prompt's inputs
 
 
 def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Draw a clip. One time in five, the frames have the artifacts of a video codec.
+    """Render a clip for training. One time in five, the frames have the artifacts of a video codec.
 
     Returns:
         The frames, the labels of patches and units (see `dense_labels`), and the labels of units over time (see `story_labels`).
@@ -91,11 +91,11 @@ def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
     """Yield an infinite sequence of batches for stage 1, which consist of crowded frame pairs.
 
     Each batch is `(frames uint8 [2 * G, H, W, 3], labels of patches, labels of units, (height, width))`. Every second batch has
-    clips of two frame pairs in which things and cameras move.
+    clips of two frame pairs in which objects and cameras move.
     """
     step = first
     while True:
-        rng = np.random.default_rng((recipe.seed, 1, step))  # for the shape, the same in all processes
+        rng = np.random.default_rng((recipe.seed, 1, step))  # draws the shape, which must be the same in all processes
         sizes = SMALL
         if step >= recipe.vision_steps * 0.8:
             sizes = (*SMALL, ((8, 12), 3.0))
@@ -123,7 +123,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     step = first
     while True:
-        rng = np.random.default_rng((recipe.seed, 2, step))  # for the shape, the same in all processes
+        rng = np.random.default_rng((recipe.seed, 2, step))  # draws the shape, which must be the same in all processes
         height, width, pairs = _shape(recipe, step, rng)
         pace = 1.0
         if pairs > 1:
@@ -174,7 +174,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
 
 
 def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Choose the height and the width in units, and the number of frame pairs."""
+    """Choose a random height and width in units, and a number of frame pairs, that suit the training step."""
     if step < recipe.still_steps:
         return *draw(rng, TINY), 1
     while True:
@@ -203,7 +203,7 @@ def _questions(units: int, plain: bool) -> int:
 def _asked(
     clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool, taught: float
 ) -> list[Question]:
-    """Ask questions about the clips in one prompt. They have the texts that the model gets, and are in packing order.
+    """Ask questions about the clips in one prompt. They are worded as the model gets them, and sorted in packing order.
 
     Args:
         clips: one or two clips.

@@ -16,9 +16,9 @@ NOTHING = len(LOOKS)
 BLANK = len(CHARACTERS)
 PATCH = 14
 SLOT = 7
-# How a unit has changed since the previous frame pair. The thing that it shows was already there, has arrived in one of the
-# MOTIONS, is new, or has changed. If it shows no thing, its previous thing has disappeared or moved away, or it did not show one
-# before.
+# How a unit has changed since the previous frame pair. If it shows an object, the object was already there, has moved in along
+# one of the MOTIONS, is new, or has changed. If it shows no object, the previous object has disappeared or moved away, or there was
+# no object before either.
 STILL = 0
 CAME = 1
 NEW = 5
@@ -27,8 +27,9 @@ GONE = 7
 LEFT = 8
 EMPTY = 9
 STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
-# The labels of a patch are the outline, the texture and the color of the thing at its center, the characters in its left and right
-# half, and the thing's motion between the two frames of the pair. The label of a unit is whether it contains the center of a thing.
+# The labels of a patch are the outline, the texture and the color of the object at its center, the characters in its left and
+# right half, and the object's motion between the two frames of the pair. The label of a unit tells whether it contains the center
+# of an object.
 PATCH_CLASSES = {
     "outline": NOTHING + 1, "texture": len(TEXTURES), "colour": len(COLOURS), "left": BLANK + 1, "right": BLANK + 1,
     "motion": 1 + len(MOTIONS),
@@ -41,7 +42,7 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 
     Args:
         times: two times for each frame pair, in seconds.
-        maps: index of the thing that each pixel shows, `[len(times), height, width]`.
+        maps: index of the object that each pixel shows, `[len(times), height, width]`.
 
     Returns:
         int64 `[pairs, units, 4, 6]` for patches, and int64 `[pairs, units]` for units.
@@ -80,7 +81,7 @@ def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.nda
     pairs = len(times) // 2
     height = clip.height // 28
     width = clip.width // 28
-    # A unit shows the thing with the highest number among the centers of its patches, so things take precedence over the
+    # A unit shows the object with the highest number among the centers of its patches, so objects take precedence over the
     # background.
     shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
     shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
@@ -108,7 +109,7 @@ def _story(clip: Clip, thing, before: float, now: float) -> int:
 
 
 def _looks(thing, t: float) -> tuple[int, int, int]:
-    """Return the labels of a thing's outline, texture and color at time t."""
+    """Return the labels of an object's outline, texture and color at time t."""
     outline = LOOKS.index(thing.outline)
     colours = list(COLOURS)
     if thing.is_sign:
@@ -118,10 +119,10 @@ def _looks(thing, t: float) -> tuple[int, int, int]:
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
-    """Return the label of a thing's motion on the frame between the times `t` and `then`, including the motion of the camera.
+    """Return the label of an object's motion on the frame between the times `t` and `then`, including the motion of the camera.
 
-    0 means that the thing moves by less than half of `least` pixels, 1 + i means the direction i of MOTIONS, and IGNORED means that
-    the motion is unclear.
+    0 means that the object moves by less than half of `least` pixels, 1 + i stands for direction i of MOTIONS, and IGNORED means
+    that the motion is unclear.
     """
     dx, dy = (b - a for a, b in zip(_on_frame(clip, thing, t), _on_frame(clip, thing, then), strict=True))
     far, less = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
@@ -139,7 +140,7 @@ def _on_frame(clip: Clip, thing, t: float, dx: float = 0.0) -> tuple[float, floa
 
 
 def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarray) -> None:
-    """Label each slot that contains the centre of a visible character."""
+    """Label each slot that contains the center of a visible character of a sign."""
     thing = clip.things[number]
     text = thing.after if thing.is_sign and t >= thing.turn else thing.text
     for at, character in enumerate(text):
@@ -158,7 +159,7 @@ class Head(nn.Module):
         self.story = nn.Linear(text_hidden, len(STORY_WEIGHT))
 
     def forward(self, flat: torch.Tensor, patches: torch.Tensor, units: torch.Tensor, height: int, width: int):
-        """Return the loss, and the accuracies for the log.
+        """Return the loss, and the accuracy of each label for the log.
 
         Args:
             flat: states in the last layer, `[G, units, 4 * hidden]`.
@@ -195,7 +196,7 @@ class Head(nn.Module):
         return loss, right
 
     def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the loss and the accuracies for visual tokens inside the language model.
+        """Return the loss and the accuracies when labels are predicted from visual tokens inside the language model.
 
         Args:
             states: states of the visual tokens, `[..., D]`.

@@ -1,6 +1,6 @@
-"""Questions about scenes that are used only in training. Each one asks for one step of a harder question type.
+"""Lessons: questions about scenes that are used only in training. Each one asks for a single step of a harder question type.
 
-For example, a lesson asks for the position of one thing, because another question asks which thing is "furthest to the left".
+For example, a lesson asks for the position of one object, because another question asks which object is "furthest to the left".
 Another lesson asks for the time of one event, because another question asks "which happens first". Imported by `scenes_batches`.
 """
 
@@ -16,7 +16,7 @@ VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
 
 def _cells(clip, rng):
-    """Ask for the row or the column of a thing, in units."""
+    """Ask for the row or the column of an object, in units."""
     drafts = []
     for when, t in times_asked(clip).items():
         for thing, x, y in placed(clip, t):
@@ -28,7 +28,7 @@ def _cells(clip, rng):
 
 
 def _beside(clip, rng):
-    """Ask about the relative position of two things that do not move."""
+    """Ask about the relative position of two objects that do not move."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = [t for t in clip.things if not t.speed]
@@ -44,7 +44,7 @@ def _beside(clip, rng):
 
 
 def _lists(clip, rng):
-    """Ask to list everything, or all things with one attribute, from left to right."""
+    """Ask to list everything, or all objects with one attribute, from left to right."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = sorted((t for t in clip.things if not t.speed and not t.after), key=lambda t: t.x)
@@ -87,7 +87,7 @@ HAPPENING = {"when": QuestionType(_when, "lesson", 1.5)}
 
 
 def lessons(clip: Clip, share: float, of: dict[str, QuestionType]) -> dict[str, QuestionType]:
-    """Return the lessons that fit a clip, weighted to make up about `share` of the questions, including the types in `of`."""
+    """Return the lessons that fit a clip, weighted to make up about `share` of all questions when mixed with the types in `of`."""
     fitting = LOOKING if clip.is_still else LOOKING | HAPPENING
     weight = sum(kind.weight for kind in of.values()) * share / (1 - share) / sum(k.weight for k in fitting.values())
     return {key: QuestionType(kind.make, kind.group, kind.weight * weight) for key, kind in fitting.items()}

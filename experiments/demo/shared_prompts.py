@@ -1,7 +1,7 @@
 """The language model's forward pass for training on a CPU, in which many questions share a prompt. Logits equal Hugging Face's.
 
-A prompt is read once, and each row of questions attends to the prompt and to itself. This needs far less attention than one long
-sequence in which the questions are masked from each other.
+A prompt is processed once, and each row of questions attends to the prompt and to itself. This needs far less computation than one
+long sequence in which the questions are masked from each other.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from experiments.demo.forward import attend, rotate
 
-CHUNK = 256  # number of a prompt's queries per step; most of the causally masked scores are thus never computed
+CHUNK = 256  # number of prompt queries processed at a time, so that most causally masked scores are never computed
 BARRED = -1e4
 
 

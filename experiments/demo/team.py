@@ -15,7 +15,7 @@ from torch import multiprocessing
 
 
 class Team:
-    """The processes of a run, seen from one of them. Rank 0 writes the log and the checkpoints."""
+    """The group of processes in a training run, as seen by one of them. Rank 0 writes the log and the checkpoints."""
 
     def __init__(self, rank: int, size: int):
         self.rank = rank
@@ -32,7 +32,7 @@ class Team:
             tensor.copy_(part.view_as(tensor))
 
     def complete(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Set a zero gradient for parameters that have a gradient only in other processes."""
+        """Give parameters a zero gradient if they have a gradient only in other processes."""
         if self.size == 1:
             return
         has = [p.grad is not None for p in parameters]

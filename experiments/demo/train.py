@@ -41,7 +41,7 @@ class Head(nn.Module):
     def __init__(self, features: int):
         super().__init__()
         self.sizes = [*ATTRIBUTES.values(), ROWS, COLUMNS]
-        self.sizes[0] += 1  # one more class, for units without a thing
+        self.sizes[0] += 1  # one more class, for units that show no object
         self.linear = nn.Linear(features, sum(self.sizes))
 
     def forward(self, flat: torch.Tensor, labels: torch.Tensor, height: int, width: int):
@@ -122,7 +122,7 @@ def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict 
 
 
 def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
-    """Train one step of stage 1."""
+    """Run one training step of stage 1, in which the vision tower learns to predict labels."""
     frames, labels, (height, width) = batch
     with half_precision():
         _, flat = tower(visual, normalised(pixel_patches(frames)), height, width)
@@ -134,7 +134,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> Non
 
 
 def question_steps(model, batch: dict, learn: Learn, log: Log) -> None:
-    """Train stage 2 on one batch, with one step for each pack of questions."""
+    """Train on one batch of stage 2, with one optimizer step for each pack of questions."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:

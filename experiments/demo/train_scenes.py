@@ -155,7 +155,7 @@ def tower_share(step: int, recipe: ScenesRecipe) -> float:
 
 
 def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
-    """Train one step of stage 1."""
+    """Run one training step of stage 1, in which the vision tower learns to predict labels."""
     frames, patches, units, (height, width) = batch
     with half_precision():
         _, flat = tower(model.model.visual, normalised(pixel_patches(frames)), height, width)
@@ -181,7 +181,7 @@ def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
 
 
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """Train one step of stage 2. `labels` is the weight of the auxiliary loss. If it is 0, the tower is frozen."""
+    """Run one training step of stage 2. `labels` is the weight of the auxiliary loss. If it is 0, the tower is frozen."""
     _, height, width = batch["grid"]
     with half_precision():
         with torch.set_grad_enabled(labels > 0):

@@ -95,7 +95,7 @@ def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) ->
 
 
 def rate(step: int, steps: int, recipe) -> float:
-    """Return the learning rate factor at a step. It warms up, stays constant, and then follows a cosine decay to a fiftieth."""
+    """Return the learning rate factor at a step: warm-up, then constant at 1, then a cosine decay to a fiftieth."""
     start = steps * (1 - recipe.decay)
     if step < start:
         return min(1.0, (step + 1) / recipe.warmup)
@@ -105,7 +105,7 @@ def rate(step: int, steps: int, recipe) -> float:
 def learn_from(
     loss: torch.Tensor, opts: list[torch.optim.Optimizer], parameters: list[nn.Parameter], team: Team
 ) -> None:
-    """Run one step of all optimizers with the mean gradients of the `team`."""
+    """Backpropagate the loss, average the gradients over the `team`, and run one step of all optimizers."""
     for optimizer in opts:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -158,7 +158,7 @@ class Run:
 
 
 class Log:
-    """The means of the losses and accuracies since the last log line."""
+    """Running means of the losses and accuracies since the last log line."""
 
     def __init__(self, run: Run, stage: int | str):
         self.run = run
@@ -175,7 +175,7 @@ class Log:
         self.sums[name] = old[0] + total, old[1] + count
 
     def write(self, step: int, last: bool = False) -> None:
-        """Write a log line if it is time for one. `step` is the number of finished steps."""
+        """Write a log line if enough time has passed since the last one. `step` is the number of finished steps."""
         self.steps += 1
         passed = time.monotonic() - self.clock
         if passed < LOG_EVERY and not last:

@@ -8,7 +8,7 @@ from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, place
 
 
 def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:
-    """Return a one-second scene that is crowded with up to `count` things, on which the tower is trained."""
+    """Return a one-second scene that is crowded with up to `count` objects, on which the tower is trained."""
     things: list[Thing] = []
     for _ in range(count):
         kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))

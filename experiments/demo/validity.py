@@ -27,8 +27,8 @@ PICTURE = "picture"
 VIDEO = "video"
 SIXTH = 1 / 6
 LONGEST = 12  # maximum number of tokens in an answer; no answer about scenes is longer
-# A cell is near its figure within this many points of accuracy kept. The world is close enough with this many near cells and this
-# rank correlation.
+# A cell is near its published figure if the two differ by at most this many percentage points of accuracy kept. The world is close
+# enough if at least this many cells are near and all rank correlations reach this value.
 NEAR, ENOUGH, AGREED = 6.0, 8, 0.7
 
 
@@ -36,8 +36,8 @@ NEAR, ENOUGH, AGREED = 6.0, 8, 0.7
 class Cell:
     """A published figure: the percentage of the full accuracy that a method keeps in a group of questions at a budget.
 
-    `counted` is True for the twelve cells that are counted. `ranked` is True if the cell is part of the rank correlation for its
-    group and budget. `within` restricts the questions to a finer group.
+    `counted` is True for the twelve cells that decide whether the world is close enough. `ranked` is True if the cell is part of
+    the rank correlation for its group and budget. `within` restricts the questions to a finer group.
     """
 
     group: str
@@ -75,9 +75,9 @@ CELLS = (
 def kept(
     model: str, limit: int, seed: int, split: str, processes: int
 ) -> tuple[dict[Cell, float], list[str], list[dict]]:
-    """Return how much accuracy the method of each cell keeps, as a percentage of the full accuracy.
+    """Measure how much accuracy the method of each cell keeps, as a percentage of the full accuracy.
 
-    Also return a line about each group, with its full and blind accuracy, and all answers.
+    Also returns one line per group with its full and blind accuracy, and all answers.
     """
     found = {}
     facts = []
@@ -132,7 +132,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
-    """Return a table of published and measured figures, the rank correlations, and whether the world is close enough."""
+    """Return the table of published and measured figures, the number of cells that are near, and the rank correlations."""
     rows = []
     for counted in (True, False):
         for cell in (cell for cell in CELLS if cell.counted == counted):

@@ -1,4 +1,4 @@
-"""Gives the worlds a common interface for making a clip from a split and a seed, asking about it, and writing it to a file."""
+"""Common interface of the worlds: make a clip from a split and a seed, ask questions about it, and write it to a file."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class World:
-    """A generator of clips and questions."""
+    """A generator of synthetic clips and of questions about them."""
 
     name: str
     splits: tuple[str, ...]  # a split to report on, a split to tune on, and possibly a family that is never tuned on

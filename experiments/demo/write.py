@@ -58,7 +58,7 @@ def clips_asked(world: str, split: str, block: int, limit: int, groups: Collecti
 
 
 def data_text(world: str, split: str, block: int) -> str:
-    """Return the name of a set of clips in the results of an evaluation."""
+    """Return the name by which the results of an evaluation refer to a set of clips."""
     return f"{world} ({split}, block {block})"
 
 
@@ -87,7 +87,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
     )  # fmt: skip
     try:
         world.write(clip, path, crf)
-        os.utime(path, (0, 0))  # use a fixed time, so that a resumed run recognizes the file
+        os.utime(path, (0, 0))  # a fixed modification time, so that a resumed run recognizes the file
     except OSError as problem:
         reason = problem.strerror or problem
         raise UsageError(
@@ -100,7 +100,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
 def demo_video(
     name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
 ) -> Iterator[VideoQuestions]:
-    """Write a clip like `write_clip`, but remove the file when the context ends."""
+    """Context manager that writes a clip like `write_clip` and removes the file at the end."""
     video = write_clip(name, folder, crf, groups)
     try:
         yield video

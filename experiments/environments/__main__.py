@@ -1,4 +1,4 @@
-"""Create an environment for tests that cannot run in the usual one, and run them there.
+"""Create a virtual environment for tests that cannot run in the usual one, and run the tests there.
 
     python -m experiments.environments NAME [--into DIR] [-- OPTIONS OF PYTEST]
 
@@ -36,7 +36,7 @@ OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # lets PyPI's torchvision
 
 @dataclass(frozen=True)
 class Recipe:
-    """The commands for one environment, as arguments for its Python. `main` replaces the words in braces.
+    """The commands for one environment, as arguments for its Python. `main` replaces the placeholders in braces.
 
     Attributes:
         make: the commands that install what the tests need.
@@ -135,12 +135,12 @@ def run_block(text: str, python: Path) -> None:
 
 
 def filled(arguments: str, words: dict) -> list[str]:
-    """Split the arguments and replace the words in braces."""
+    """Split a command into arguments and replace the placeholders in braces."""
     return [argument.format(**words) for argument in shlex.split(arguments)]
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return this script's options, and the options for pytest that follow `--`."""
+    """Parse the command line into this script's options and the pytest options that follow `--`."""
     own = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.environments",

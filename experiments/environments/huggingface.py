@@ -67,7 +67,7 @@ def compare(before: Outcomes, after: Outcomes) -> tuple[Counter, list[dict]]:
     """Compare the outcomes of the tests that passed without the patch.
 
     Returns:
-        How often evoprune raised each of its own errors, by message, and the records of all other failures.
+        The number of times that evoprune raised each of its own errors, by message, and the records of all other failures.
     """
     passed = [name for name, record in before.items() if record["outcome"] == "passed"]
     missing = {"outcome": "failed", "refused": False, "message": "did not run"}
@@ -149,7 +149,7 @@ def pytest_sessionfinish(session) -> None:
 
 
 def _adapt_inputs(cls, videos: bool) -> None:
-    """Patch the test class `cls` so that its common inputs have this plugin's changes."""
+    """Patch the test class `cls` so that its common inputs have 2x2 patches per unit and, if `videos`, videos instead of images."""
     set_up = cls.setUp
 
     @functools.wraps(set_up)
@@ -171,7 +171,7 @@ def _adapt_inputs(cls, videos: bool) -> None:
             for_generate = self.prepare_config_and_inputs_for_generate
 
             def fewer(*args, **kwargs) -> tuple:
-                """Return inputs with fewer prompts. Patches are added afterwards, because the tests slice their own tensors."""
+                """Return inputs with fewer prompts. Patches are added last, because the tests slice their own tensors first."""
                 adapted_inputs = tester.prepare_config_and_inputs_for_common
                 tester.prepare_config_and_inputs_for_common = make_inputs
                 try:
@@ -192,7 +192,7 @@ def _config(tester, make_config, rope: dict | None):
 
 
 def _with_units(config):
-    """Return the config with 2x2 patches per unit, published models' activation and rotation, and valid full-attention layers."""
+    """Set 2x2 patches per unit, the activation and rotation of published models, and a valid full-attention layer in a config."""
     vision = config.vision_config
     if getattr(vision, "rope_parameters", None):
         vision.rope_parameters["rope_theta"] = 10000.0

@@ -55,9 +55,9 @@ def run(*arguments: str) -> tuple[str, str]:
 
 
 def filled(shape: Any, real: Any) -> Any:
-    """Return the fields of `shape`, in the same order, with the values from `real`.
+    """Fill the JSON structure of `shape` with values from `real`, keeping the fields of `shape` and their order.
 
-    An object in a list gets the values of the object in the other list that has the same name, or of the first object if none has.
+    Objects in lists are matched by name. An object without a match gets the values of the first object in the other list.
     """
     if isinstance(shape, dict):
         return {name: filled(each, real[name]) for name, each in shape.items()}
@@ -72,7 +72,7 @@ def _name(row: dict) -> tuple:
 
 
 def counts(text: str) -> list[list[str]]:
-    """Return the words of a transcript that are the same in every run, which excludes times, bars, memory and the processor."""
+    """Return the words of a transcript that do not change between runs, leaving out times, bars, memory and the processor."""
     lines = [line for line in text.splitlines() if line and not line.startswith(MEASURED)]
     return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
@@ -88,7 +88,7 @@ def examples(page: str) -> dict[str, str]:
 
 
 def wrapped(content: Any) -> str:
-    """Return JSON with lines of at most `WIDTH` characters. Lines are never broken inside a string."""
+    """Format data as JSON with lines of at most `WIDTH` characters, without breaking a line inside a string."""
     words = re.sub(r'"(?:[^"\\]|\\.)*"(: )?', lambda text: text[0].replace(" ", "\0"), json.dumps(content)).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -100,7 +100,7 @@ def wrapped(content: Any) -> str:
 
 
 def overlay_facts(record: dict) -> str:
-    """Return the facts that are stored in the overlay's PNG file: the numbers of units, the method and the budget."""
+    """Return the JSON metadata that the overlay's PNG file stores: the numbers of units, the method and the budget."""
     return json.dumps({name: value for name, value in record["overlay"].items() if name != "file"}, sort_keys=True)
 
 
@@ -185,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="python -m experiments.pictures.examples", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=MAKERS, help="make these alone")
-    os.chdir(ROOT)  # so that the transcript shows the same path to its clip as README
+    os.chdir(ROOT)  # so that the transcript shows the clip's path as README does
     for name in parser.parse_args(args).only:
         print(name, flush=True)
         MAKERS[name]()

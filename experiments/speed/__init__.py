@@ -1,1 +1,1 @@
-"""Measure how fast evoprune and its parts are, compared with other programs. Produces the times and token rates in `results/`."""
+"""Measure the speed of evoprune and its components, and compare it with other programs. Produces the times in `results/`."""

@@ -7,10 +7,11 @@
     python -m experiments.speed.first_word -o DIR --readme --also GPU    # measures nothing, writes the results into the documents
     python -m experiments.speed.first_word -o DIR --tiny             # trial run with small clips and the demo model
 
-| part | measures | |---|---| | reading | time to read each kind of clip, with sparse and dense frames: evoprune, torchcodec,
-decord, OpenCV, PyAV | | loaded | time from the path to the first and the last word if the model is already loaded: evoprune at each
-budget, and transformers | | start | the same times from the start of a process, as well as CPU time, memory, and the stats that
-`evoprune ask` prints |
+| part | measures |
+|---|---|
+| reading | time to read each kind of clip, with sparse and dense frames: evoprune, torchcodec, decord, OpenCV, PyAV |
+| loaded | time from the path to the first and the last word with a loaded model: evoprune at each budget, and transformers |
+| start | the same times from the start of a process, CPU time, memory, and the stats that `evoprune ask` prints |
 
 First, the script creates the clips (10 and 60 minutes; 3 GB), a checkpoint with 3B dimensions and random weights (7 GB), and an
 environment with the other readers. It keeps all of them in DIR. Each side (evoprune, transformers or a reader) runs in its own
@@ -74,7 +75,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames to read from a clip, which are in the middle of `count` consecutive parts that last `part_s` seconds each."""
+    """The frames to read from a clip: the middle frames of `count` consecutive parts that last `part_s` seconds each."""
 
     clip: Clip
     count: int
@@ -115,7 +116,7 @@ class Run:
 
     @property
     def questions(self) -> list[tuple[Clip, int | None]]:
-        """Clips to ask about, each with its number of frames. None means that the model's frame rate and limits determine it."""
+        """Clips to ask about, each with a number of frames, or None if the model's frame rate and limits determine it."""
         hd = [clip for clip in self.clips if clip.kind == "hd"]
         return [(hd[-1], SPARSE), (hd[0], None)] if self.on_gpu else [(hd[0], None)]
 
@@ -139,7 +140,7 @@ class Run:
         return Side([str(python), "-m", module, *arguments], self.folder / "logs" / f"{name}.txt")
 
     def part(self, name: str, measure: Callable[["Run", float], None]) -> None:
-        """Run a part within its time limit, then write the tables."""
+        """Run one part of the measurements within its time limit, and then write the tables."""
         from experiments.speed.first_word_tables import write_tables
 
         self.record[name] = []
@@ -159,7 +160,7 @@ def say(words: str) -> None:
 
 
 def cached(path: Path) -> None:
-    """Read a file once, so that all sides find it in the page cache."""
+    """Read a file once to bring it into the page cache, so that no side has to read it from disk."""
     if path.exists():
         with path.open("rb") as file:
             while file.read(2**24):
@@ -186,9 +187,9 @@ def prepare(run: Run, until: float) -> None:
 
 
 def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
-    """Run a module that creates the file or folder `path`, unless it exists. A failure is only logged.
+    """Run a module that creates the file or folder `path`, unless it exists.
 
-    The parts that need the file or folder then report that it is missing.
+    A failure is only logged. The parts that need the file or folder then report that it is missing.
     """
     if not path.exists():
         log = run.folder / "logs" / f"{path.stem}.txt"
@@ -308,7 +309,7 @@ def loaded(run: Run, until: float) -> None:
 
 
 def start(run: Run, until: float) -> None:
-    """Measure the times of whole processes, from their start."""
+    """Measure the times to the first and the last word from the start of a process, including imports and loading."""
     warm_files(run)
     clip, frames = run.questions[0]
     video = str(clip.path.absolute())
@@ -432,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = [folder / "first_word.json" for folder in (args.output, *args.also)]
         write_documents([json.loads(file.read_text(encoding="utf-8")) for file in files], ROOT)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running side is terminated
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a side that is running is terminated as well
     run = Run(args)
     for part, measure in MEASURES.items():
         if part == PREPARE or part in args.parts:

@@ -27,7 +27,7 @@ Word = Callable[[str], None]  # called with each piece of the answer
 
 
 class Ours:
-    """`VideoQA` at one budget."""
+    """Answers questions with evoprune's `VideoQA` at one budget."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()
@@ -67,7 +67,7 @@ class Ours:
 
 
 class Transformers:
-    """The `generate` method of transformers, with the same weights and dtype and a KV cache."""
+    """Answers questions with the `generate` method of transformers, using the same weights and dtype, and a KV cache."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()
@@ -203,7 +203,7 @@ def first_feed() -> str:
 
 
 class _Words:
-    """A streamer for `generate`. `moments` holds the time at which each token was generated, not counting the prompt."""
+    """A streamer for `generate` that records in `moments` when each token was generated, without the prompt."""
 
     def __init__(self, clock: Callable[[], float], tokenizer, word: Word):
         self.moments: list[float] = []

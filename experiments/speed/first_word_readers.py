@@ -102,7 +102,7 @@ def pyav_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def blocks(times_s: Sequence[float]) -> Iterator[Sequence[float]]:
-    """Return the times in blocks of `BLOCK`."""
+    """Split the times into blocks of at most `BLOCK`."""
     return (times_s[first : first + BLOCK] for first in range(0, len(times_s), BLOCK))
 
 

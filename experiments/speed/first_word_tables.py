@@ -16,7 +16,7 @@ END = "<!-- end of first word -->"
 PAGE = "first_word.md"
 CHART = "first_word.svg"
 STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
-RIGHT_S = 0.02  # a frame that is more than this many seconds away counts as a wrong frame
+RIGHT_S = 0.02  # a frame is counted as wrong if it is more than this many seconds from the requested one
 Row = dict[str, Any]
 
 
@@ -68,14 +68,14 @@ def middle_row(rows: Sequence[Row]) -> Row | None:
 
 
 def ratio(others: Sequence[Row], rows: Sequence[Row], name: str) -> float | None:
-    """Return how many times as long the others take, as the median ratio over the rounds that both sides have."""
+    """Return the median ratio of the other side's value to this side's, over the rounds that both sides finished."""
     theirs = {row["round"]: row[name] for row in others if name in row}
     found = [theirs[row["round"]] / row[name] for row in rows if name in row and row["round"] in theirs]
     return median(found) if found else None
 
 
 def error_of(rows: Sequence[Row]) -> str:
-    """Return the reason why a side has no result."""
+    """Return the error message of a side without results."""
     return next((row["error"] for row in rows if "error" in row), "not measured").replace("|", "/")
 
 
@@ -93,9 +93,9 @@ def title_of(side: str, rows: Sequence[Row] = ()) -> str:
 
 
 def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
-    """Return the turns of the `loaded` part, by case and side.
+    """Return the turns of the `loaded` part, grouped by case and side.
 
-    If any question after the first one in a process succeeded, only such questions are used, and otherwise only first questions.
+    The first question of a process is used only if no later question of the case succeeded.
     """
     found = {}
     for case, rows in grouped(record.get("loaded", []), lambda row: (row["clip"], row["asked_frames"])).items():
@@ -163,7 +163,7 @@ def loaded_tables(record: Row) -> list[str]:
 
 
 def start_table(record: Row) -> list[str]:
-    """Return the table with the times of whole processes."""
+    """Return the table of the times from the start of a process."""
     rows = record.get("start", [])
     if not rows:
         return []

@@ -5,9 +5,11 @@
     python -m experiments.speed.gpu -o DIR --seconds table=300        # more time for one part
     python -m experiments.speed.gpu -o DIR --dry                      # check that everything runs, with the demo's size on a CPU
 
-| part | measures | |---|---| | table | first token, time per token and memory: transformers (HF), transformers with a varlen kernel
-in its tower (HF+), evoprune | | decoding | milliseconds per token, optimized and with EVOPRUNE_PLAIN=1, compared to transformers'
-`generate` | | first | the first question of a process after loading, and the same question again |
+| part | measures |
+|---|---|
+| table | first token, time per token and memory: transformers (HF), transformers with a varlen kernel (HF+), evoprune |
+| decoding | milliseconds per token, optimized and with EVOPRUNE_PLAIN=1, compared with transformers' `generate` |
+| first | the first question of a process after loading, and the same question again |
 
 Each step runs in its own process with a time limit. Its results (JSON) and its output are written to DIR. The tables are written
 after each part.
@@ -28,7 +30,7 @@ from experiments.tables import table
 
 SECONDS = {"table": 190, "decoding": 55, "first": 85}  # time limit for all steps of a part together
 DRY_SECONDS = 120
-SPARE = 6.0  # a step starts no turn in the last seconds before its time limit
+SPARE = 6.0  # seconds before its time limit in which a step starts no further turn
 QWEN = "Qwen/Qwen{}-Instruct"
 M3, M7, Q4, Q35 = *(QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B")), "Qwen/Qwen3.5-4B"
 SMALL = "8x224x336"
@@ -41,7 +43,7 @@ PLAIN = {"EVOPRUNE_PLAIN": "1"}
 
 @dataclass(frozen=True)
 class Step:
-    """A process to run. It is stopped at the time `until`, which is given as a share of the part's time limit."""
+    """A measurement that runs in its own process, which is stopped at `until`, given as a share of the part's time limit."""
 
     part: str
     name: str
@@ -51,7 +53,7 @@ class Step:
 
 
 def steps(settings: str) -> list[Step]:
-    """Return all steps in order.
+    """Return the steps of all parts, in the order in which they run.
 
     `settings` is a folder with the 3B model's settings but without weights, which the `first` part uses.
     """
@@ -72,7 +74,7 @@ def steps(settings: str) -> list[Step]:
 
 
 def dry_steps() -> list[Step]:
-    """Return one step of each kind that runs at the demo's size on a CPU."""
+    """Return small versions of the steps that run with the demo model on a CPU, to check that every part works."""
     small = ("-m", "demo", "--device", "cpu", "--rounds", "1", "--tokens", "6", "--cases", "4x56x84")
     return [
         Step("table", "demo", (*small, "8x84x84", "-b", "0.25", "0.1")),
@@ -125,7 +127,7 @@ def shown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def document(done: Sequence[dict[str, Any]]) -> str:
-    """Return the tables for all parts."""
+    """Return the tables of all parts as Markdown."""
     env = next((each["found"]["env"] for each in done if each["found"]), {})
     lines = [", ".join(f"{name} {value}" for name, value in env.items() if value)]
     for part, make in TABLES.items():

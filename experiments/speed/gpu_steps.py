@@ -25,7 +25,7 @@ INSIDE = "evoprune:inner=always"  # the setting that a GPU uses for larger input
 
 
 class Record:
-    """The results of a step so far, in `found`. `save` writes them to the step's file. `left` is the remaining time in seconds."""
+    """Results of a step so far, in `found`. `save` writes them to the step's file, and `left` is the remaining time in seconds."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -197,7 +197,7 @@ def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], st
 
 
 def decoding(record: Record) -> None:
-    """Measure the time per token, and record the process's first turn separately.
+    """Measure the time per token after the prompt. The first turn of each row is recorded separately.
 
     With `--hf`, transformers' forward pass in a loop and its `generate` are measured as well.
     """
@@ -223,7 +223,7 @@ def decoding(record: Record) -> None:
 
 
 def forced(bench, row) -> tuple[float, list[int]]:
-    """Run a turn, and return the milliseconds per token and the tokens."""
+    """Run one turn of a row, and return the milliseconds per generated token and the tokens."""
     turn = bench.run(row)
     if isinstance(turn, str):
         raise RuntimeError(turn)

@@ -52,7 +52,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def times(ms: Sequence[float]) -> list[tuple[str, str]]:
-    """Format each number of milliseconds, and its ratio to the first one."""
+    """Format times in milliseconds, each with its ratio to the first time."""
     return [(f"{each:,.0f}" if each >= 100 else f"{each:.3g}", f"{each / ms[0]:.2f}x") for each in ms]
 
 
@@ -93,7 +93,7 @@ def converted(layers: Sequence[nn.Linear], convert: Callable[[nn.Module], None])
     """
     copies = nn.ModuleList(map(shared_copy, layers))
     module = tree(model=tree(language_model=copies))
-    module.dtype = DTYPE  # a whole model takes it from its norms
+    module.dtype = DTYPE  # a complete model derives its dtype from its norms
     convert(module)
     return [*copies]
 
@@ -118,7 +118,7 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
 
 
 def memory(sizes: Sizes, repeat: int) -> None:
-    """Print how fast all threads together can read memory."""
+    """Print the rate at which all threads together read memory."""
     numbers = torch.ones(sizes.read_bytes // 4)
     (ms,) = medians([numbers.sum], repeat)
     print(f"\nMemory: {sizes.read_bytes / 2**20:,.0f} MiB summed at {numbers.nbytes / ms / 1e6:.1f} GB/s")
@@ -128,13 +128,13 @@ def memory(sizes: Sizes, repeat: int) -> None:
 
 
 def call_layers(module: nn.Module) -> None:
-    """Call every linear layer with one row."""
+    """Call every linear layer of a module with one row of zeros."""
     for layer in [each for each in module.modules() if hasattr(each, "in_features")]:
         layer(torch.zeros(1, layer.in_features, dtype=DTYPE))
 
 
 def tree(**children: nn.Module) -> nn.Module:
-    """Return a module with these children."""
+    """Return an empty module with the given children."""
     module = nn.Module()
     for name, child in children.items():
         module.add_module(name, child)
@@ -156,7 +156,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
             pieces["a tower layer"] = vision.depth, tree(block=fresh.model.visual.blocks[0])
         total = 0.0
         for name, (count, module) in pieces.items():
-            module.dtype = DTYPE  # a whole model takes it from its norms
+            module.dtype = DTYPE  # a complete model derives its dtype from its norms
             start = time.perf_counter()
             Packing.now(module) if kind == "packed" else Quantization(kind).apply(module, call_layers)
             spent = time.perf_counter() - start
@@ -168,7 +168,7 @@ def conversions(model: QwenVL, sizes: Sizes) -> None:
 
 @torch.no_grad()
 def measure(sizes: Sizes, repeat: int) -> None:
-    """Run all measurements."""
+    """Run all measurements and print their tables."""
     single_rows(sizes, repeat)
     memory(sizes, repeat)
     small = replace(

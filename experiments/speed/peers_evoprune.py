@@ -11,7 +11,7 @@ QUESTION = "What happens in this video?"
 
 
 class Model:
-    """A loaded model that answers with any budget."""
+    """A loaded evoprune model that answers requests at any budget."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()

@@ -86,7 +86,7 @@ class Side:
 
 
 def _forward(lines, into: queue.Queue) -> None:
-    """Put lines into a queue as they arrive, followed by None at end of file."""
+    """Put lines into a queue as they arrive, and None at the end of the file."""
     for line in lines:
         into.put(line)
     into.put(None)

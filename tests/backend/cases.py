@@ -9,8 +9,8 @@ import torch
 class Shape:
     """The size of a test case in which points are divided into tubes.
 
-    There are `rows` rows with `wide` numbers each. The fraction `same` of the rows are copies, and the fraction `dropped` of the
-    points have no row. `tubes` contains the maximum number of points in each tube.
+    There are `rows` rows of `wide` numbers each. A fraction `same` of the rows are copies of others, and a fraction `dropped` of
+    the points have no row. `tubes` contains the maximum number of points in each tube.
     """
 
     points: int

@@ -1,7 +1,7 @@
 """Compare a decoder layer's fused kernels, and layers that use them, with the plain operations.
 
-Without a GPU, the kernels run in Triton's interpreter. It truncates numbers when it converts them to bf16, so the tests use fp16,
-which shows just as well at which points a kernel rounds.
+Without a GPU, the kernels run in Triton's interpreter. The interpreter truncates numbers when it converts them to bf16, so the
+tests use fp16, which reveals the points at which a kernel rounds just as well.
 """
 
 import pytest

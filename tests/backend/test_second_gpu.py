@@ -1,4 +1,4 @@
-"""If a model is on `cuda:1` while `cuda:0` is the current device, launches, captures and queries must use `cuda:1`.
+"""Test that a model on `cuda:1` uses `cuda:1` for launches, captures and queries while `cuda:0` is the current device.
 
 The tests need neither a GPU nor Triton. CPU tensors claim to be on `cuda:1`, and every launch records the current device.
 """

@@ -1,4 +1,4 @@
-"""The output file of a batch: whole lines whatever happens, and one writer at a time."""
+"""Test that the output file of a batch always has complete lines and only one writer at a time."""
 
 import errno
 import json

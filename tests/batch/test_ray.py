@@ -1,6 +1,6 @@
-"""A batch on a local Ray cluster of two nodes gives the same records as without Ray, even if workers are killed.
+"""Test that a batch on a local Ray cluster of two nodes gives the same records as without Ray, even if workers are killed.
 
-Slow, and skipped unless Ray is installed (`pip install 'evoprune[ray]'`).
+The tests are slow, and they are skipped unless Ray is installed (`pip install 'evoprune[ray]'`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The rows of a batch: from files and from the command line, and how they are grouped."""
+"""Test how the rows of a batch are read from files and from the command line, and how they are grouped."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Many questions about many videos: which rows remain, and that every row gets a record, whatever happens to the others."""
+"""Test batches of questions: which rows remain, and that every row gets a record, whatever happens to the other rows."""
 
 import json
 import pkgutil

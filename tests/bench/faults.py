@@ -10,12 +10,12 @@ import pytest
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault to plant.
+    """A fault to plant in the code, which one of the checks must then detect.
 
     Attributes:
         found_by: the check that must find the fault.
         of: "module:function" or "module:Class.method", in the module that calls it.
-        old: the expression to replace, which occurs once.
+        old: the expression to replace, which occurs only once in the function.
         new: its replacement.
     """
 

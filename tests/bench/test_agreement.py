@@ -1,4 +1,4 @@
-"""Agreement along the unpruned model's answers, against distributions computed in full."""
+"""Test the agreement along the unpruned model's answers against distributions that are computed in full."""
 
 from dataclasses import replace
 

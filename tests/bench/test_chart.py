@@ -1,4 +1,4 @@
-"""Charts as XML: elements, positions and words."""
+"""Test the elements, positions and words of charts by parsing them as XML."""
 
 from xml.etree import ElementTree
 

@@ -138,9 +138,10 @@ def test_a_method_that_reads_the_question(loaded):
 
 
 def painted() -> TracedVideo:
-    """Return two grey frame pairs of 1x3 units.
+    """Return the trace of a clip with two gray frame pairs of 1x3 units.
 
-    0 is read, 1 merges into 4, 2 and 4 are dropped, 3 is read with the row of 0, and 5 is reused from 2.
+    Unit 0 is read, unit 1 merges into unit 4, units 2 and 4 are dropped, unit 3 is read with the row of unit 0, and unit 5 is
+    reused from unit 2.
     """
     chosen = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool)
     source, owner = torch.tensor([0, 1, 2, 0, 4, 2]), torch.tensor([0, 4, 2, 0, 4, 2])

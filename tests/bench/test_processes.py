@@ -1,4 +1,4 @@
-"""Jobs distributed over processes."""
+"""Test jobs that are distributed over several processes."""
 
 import errno
 import multiprocessing

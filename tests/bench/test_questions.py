@@ -1,4 +1,4 @@
-"""Which answers count as right."""
+"""Test which answers are graded as right."""
 
 import json
 import time

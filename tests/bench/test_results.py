@@ -1,4 +1,4 @@
-"""Tables as text: their columns, and how words are wrapped."""
+"""Test tables that are formatted as text: their columns, and how words are wrapped."""
 
 from itertools import pairwise
 

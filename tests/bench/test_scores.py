@@ -1,4 +1,4 @@
-"""The table, checked against counts made by hand."""
+"""Check the table of scores against counts made by hand."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A contact sheet: a panel per moment, in order of time, each showing the best frame."""
+"""Test the contact sheet, which has one panel per moment, in order of time, showing the moment's best frame."""
 
 import io
 

@@ -85,9 +85,10 @@ def the_process_is_restored():
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """`cli("ask", ..., stdin="text")`: exit code, stdout, stderr. Without `stdin`, reading it fails the test.
+    """A function that runs a command, as in `cli("ask", ..., stdin="text")`, and returns exit code, stdout and stderr.
 
-    `terminal`: stdin is a terminal. `columns`: stderr is a terminal of that width. `encoding`: encoding of stdout and stderr.
+    Without `stdin`, a command that reads stdin fails the test. If `terminal` is True, stdin is a terminal. If `columns` is given,
+    stderr is a terminal of that width. `encoding` is the encoding of stdout and stderr.
     """
     for name in ("EVOPRUNE_MODEL", "EVOPRUNE_BUDGET", "EVOPRUNE_DEBUG", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)

@@ -399,9 +399,9 @@ def long_clip(tmp_path_factory):
 
 @pytest.fixture
 def notes(cli, tiny_folder, monkeypatch):
-    """`notes(clip, flags...)`: the lines on stderr before the first frame is read. The default model is not the demo.
+    """A function that returns the lines that `ask` prints on stderr before it reads the first frame, as in `notes(clip, flags...)`.
 
-    The command stops there.
+    The command is stopped at that point. Its default model is not the demo model.
     """
 
     def call(clip, *flags: str, model=tiny_folder) -> list[str]:

@@ -528,7 +528,7 @@ def table(path: Path) -> list[dict]:
 
 
 def test_a_table_has_the_rows_as_they_came_and_their_answers(run, tmp_path):
-    """Also if cells contain commas, quotes, line breaks or a column of the same name."""
+    """This also works if cells contain commas, quotes or line breaks, or if a column of the same name exists."""
     odd = 'Is it "red",\nor blue; which?'
     clip = str(ROOT / CLIPS[0])
     with open(tmp_path / "rows.csv", "w", encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""The documents are right: commands run or parse, links have targets, and docs/cli.md is up to date."""
+"""Test the documents: commands run or parse, links have targets, and docs/cli.md is up to date."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_the_guide_explains_every_line_of_the_stats(cli):
 
 @pytest.mark.full
 def test_shell_blocks_run_one_after_the_other(tmp_path):
-    """In one folder that looks like an installed clone. Each block prints one line per clip."""
+    """The blocks run in one folder that looks like an installed clone. Each block prints one line per clip."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     script = tmp_path / ".venv" / "bin" / "evoprune"
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m evoprune_cli "$@"\n')

@@ -1,7 +1,7 @@
-"""Ctrl-C while reading a video hangs: every command, and Python, exits at once, silently and without leftovers.
+"""Test Ctrl-C while a video read hangs: every command, and Python, exits immediately and silently, and leaves nothing behind.
 
-`python -m tests.cli.test_interrupts FOLDER NAME...` makes the runs. Each is a fork of that process, which has imported everything
-before. Prints one JSON object per run.
+`python -m tests.cli.test_interrupts FOLDER NAME...` performs the runs. Each run is a fork of that process, which has already
+imported everything. The process prints one JSON object per run.
 """
 
 import atexit

@@ -37,16 +37,16 @@ class Case:
     Attributes:
         args: the command line.
         code: the exit code.
-        says: text that stderr must contain; if the command fails, within its two lines. "" means that stderr is empty.
-        out: expected stdout if the command succeeds; None for anything.
-        stdin: piped input; None if stdin must not be read.
-        at_terminal: whether stdin is a terminal instead.
-        env: variables to set.
+        says: text that stderr must contain; if the command fails, one of the two lines must contain it. "" means an empty stderr.
+        out: expected stdout if the command succeeds, or None to accept anything.
+        stdin: piped input, or None if the command must not read stdin.
+        at_terminal: whether stdin is a terminal instead of a pipe.
+        env: environment variables to set.
         encoding: encoding of stdout and stderr.
-        breaks: a function, and the exception it raises instead of doing its work.
+        breaks: a function to patch, and the exception that it raises instead of doing its work.
         stage: the stage in the JSON error.
         lines: number of JSON lines, in JSON mode.
-        ways: ways to run it, of `pipe`, `terminal` (stderr is one), `narrow` (with 50 columns) and `json` (with --json).
+        ways: ways to run the command: `pipe`, `terminal` (stderr is a terminal), `narrow` (50 columns) and `json` (with --json).
     """
 
     args: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Output files of commands: which existing files are replaced, and which never are."""
+"""Test which existing files are replaced by the output files of commands, and which never are."""
 
 import json
 import os

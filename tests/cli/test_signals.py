@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM at many moments of `ask`, `batch` and `eval`: right exit codes, no processes left, whole files.
+"""Send SIGINT and SIGTERM at many moments of `ask`, `batch` and `eval`, and check exit codes, leftover processes and files.
 
-`python -m tests.cli.test_signals ask|batch|eval FOLDER COUNT` makes the runs. A moment is a call of a function of this program in
-the main thread. The first run counts the moments. The others get a signal at one of COUNT moments spread over them; the last of
-these runs is then resumed, if the command can resume. Every run is a fork of this process, which has imported everything before.
-Prints one JSON object per run.
+`python -m tests.cli.test_signals ask|batch|eval FOLDER COUNT` performs the runs. A moment is a call of one of this program's
+functions in the main thread. The first run counts the moments, and every other run gets a signal at one of COUNT evenly spread
+moments. If the command can resume, the last of these runs is then resumed. Every run is a fork of this process, which has already
+imported everything. The process prints one JSON object per run.
 """
 
 import atexit

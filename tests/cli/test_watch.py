@@ -1,4 +1,4 @@
-"""`evoprune watch`: live video on the command line, questions while it runs, and how it ends."""
+"""Test `evoprune watch`: live video on the command line, questions while it runs, and how it ends."""
 
 import json
 import os

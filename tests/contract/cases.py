@@ -1,11 +1,11 @@
-"""The cases, by name. Each returns the values to record as JSON, field by field.
+"""The recorded cases, by name. Each case returns the values to record as JSON, field by field.
 
-Field names, also of nested fields, determine the comparison: `units ...` are sequences of integers, and a few of them may differ on
-another processor; `exact ...` counts only with EVOPRUNE_CONTRACT=exact. In all other fields, floats may differ slightly and
-everything else must be equal.
+The name of a field, nested or not, determines how its value is compared. `units ...` are sequences of integers, a few of which may
+differ on another processor. `exact ...` is compared only with EVOPRUNE_CONTRACT=exact. In all other fields, floats may differ
+slightly and everything else must be equal.
 
-This file has the commands and calls of users. Files next to it have the cases for methods, held models, streams, the plugin for
-vLLM, and other devices.
+This file contains the commands and calls of users. The cases for methods, models that the caller holds, streams, the vLLM plugin
+and other devices are in the files next to it.
 """
 
 import json
@@ -65,9 +65,9 @@ def brief_pruning(pruning: dict) -> dict:
 
 
 def said(*steps: tuple[str, ...], stdin: str = "", files: tuple[str, ...] = (), kept: bool = True, run=command) -> Held:
-    """Run commands one after the other. Returns exit codes, texts, JSON records, and the files written.
+    """Run commands one after another. Returns their exit codes, texts, JSON records, and the files that they wrote.
 
-    `kept`: if False, records are reduced to their main fields and a hash.
+    If `kept` is False, records are reduced to their main fields and a hash.
     """
     held: Held = {}
     for number, args in enumerate(steps):

@@ -1,4 +1,4 @@
-"""The code paths of a GPU, in separate processes: `python -m tests.contract.devices NAME` prints the recorded values as JSON.
+"""Run the code paths of a GPU in separate processes: `python -m tests.contract.devices NAME` prints the recorded values as JSON.
 
 far      the second device of tests/second_device, whose tensors the CPU cannot read
 triton   a CPU that takes the code paths of a GPU, with Triton's kernels in its interpreter

@@ -1,6 +1,6 @@
 """Run the public API in a separate folder, and mask everything in its output that differs from run to run.
 
-Nothing here uses inner modules: commands run through `evoprune_cli.main.run`, everything else through the names of `evoprune`.
+Nothing here uses internal modules. Commands run through `evoprune_cli.main.run`, everything else uses public names of `evoprune`.
 """
 
 import base64
@@ -247,9 +247,9 @@ def unpacked(text: str) -> list[int]:
 
 
 def tokens_of(encoded) -> dict:
-    """Return the kept units of an `Encoded`, and for each unit the first unit with the same row.
+    """Return the kept units of an `Encoded`, and for each unit the first unit that shares its row.
 
-    If there are many units, the latter is a hash.
+    If there are many units, the second value is replaced by a hash.
     """
     first: dict[int, int] = {-1: -1}
     owner = [first.setdefault(row, unit) for unit, row in enumerate(encoded.unit_to_row.tolist())]

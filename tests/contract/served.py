@@ -1,4 +1,4 @@
-"""The plugin for vLLM, without vLLM: placeholders, features, positions, biases, and refused requests.
+"""Record what the vLLM plugin computes, without vLLM: placeholders, features, positions, biases, and rejected requests.
 
 The tests call the same functions with the same arguments as `evoprune_vllm.model` and `evoprune_vllm.processor`, which use vLLM's
 classes.

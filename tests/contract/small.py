@@ -56,10 +56,10 @@ def demo(name: str = "demo"):
 
 
 def sums(rows: torch.Tensor, at: torch.Tensor | Sequence[int] | None = None) -> list[float]:
-    """Return four weighted sums of the numbers in `rows`, `[n]` or `[n, D]`, divided by the Euclidean length.
+    """Return four weighted sums of the numbers in `rows`, `[n]` or `[n, D]`, divided by the Euclidean norm.
 
-    The weight of a number depends on its column and on `at`, the position of its row (int64 `[n]`; default: 0, 1, 2, ...). A sum
-    therefore changes if rows change places, and hardly with the last bits of a number.
+    The weight of a number depends on its column and on `at`, the position of its row (int64 `[n]`; default: 0, 1, 2, ...). The
+    sums therefore change if rows are swapped, but hardly if only the last bits of a number change.
     """
     if not rows.numel():
         return []

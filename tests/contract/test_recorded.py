@@ -1,6 +1,6 @@
-"""Results are the same as when `python -m tests.contract.record` wrote recorded.json, case by case.
+"""Compare current results, case by case, with those that `python -m tests.contract.record` wrote to recorded.json.
 
-With EVOPRUNE_CONTRACT=exact everything must be identical. Otherwise another processor may differ in the last bits: see `cases`.
+With EVOPRUNE_CONTRACT=exact, everything must be identical. Otherwise, results may differ in the last bits (see `cases`).
 """
 
 import difflib

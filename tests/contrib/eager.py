@@ -1,6 +1,7 @@
-"""A language model written out in float64 that never removes a column: a mask hides dropped visual tokens.
+"""A reference language model in float64 that never removes a column. Dropped visual tokens are hidden by a mask.
 
-Rules of methods are functions from an `EagerLayer` to the columns that stay. They follow their specifications line by line.
+The rule of a method is a function that takes an `EagerLayer` and returns the columns that stay. It follows the method's
+specification line by line.
 """
 
 import math

@@ -21,7 +21,7 @@ def _random(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
 
 
 def _clustered(random: np.random.Generator, pairs: int, places: int) -> np.ndarray:
-    """Return features of twelve things at random places."""
+    """Return features of twelve objects at random places."""
     things, which = nearly_normal(random, 12, WIDTH), random.integers(0, 12, (pairs, places))
     return things[which] + np.float32(0.5) * nearly_normal(random, pairs, places, WIDTH)
 

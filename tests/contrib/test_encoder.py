@@ -191,7 +191,7 @@ def test_earlytom_the_whole_encoder_line_by_line(grid, full_layers, settings_, s
 @pytest.mark.few(2)
 @pytest.mark.parametrize("keep", [1, 5, 90, 130, 179])
 def test_earlytom_exactly_the_budget_comes_out(keep):
-    """Also if the budget exceeds the remaining tokens: 80 of 180."""
+    """This also holds if the budget exceeds the number of remaining tokens, which are 80 of 180."""
     grid, method = (9, 4, 5), methods.get("earlytom:threshold=-1:window=20")
     for patches in (random_patches(grid), torch.zeros(720, 1176)):
         whole, cut = (encoded(method, patches, grid, keep, piece_units=size) for size in (10**6, 1))

@@ -1,4 +1,4 @@
-"""Methods inside the language model: rules token by token, in float64, on a model that removes nothing; and their plans."""
+"""Test methods inside the language model, token by token, on a float64 model that removes nothing, and test their plans."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Operation pruning: on a float64 model that removes nothing; and the search for a recipe, also against the public code."""
+"""Test operation pruning against a float64 model that removes nothing, and the search for a recipe against the public code."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def some(seed: int, count: int) -> tuple:
 
 
 def by_the_book(eager: Eager, removed) -> torch.Tensor:
-    """Return the last column's logits. Everything is computed, and a mask hides what the method removes."""
+    """Return the last column's logits from a model that computes everything and masks the operations that the method removes."""
     x, columns, eager.cached = eager.embeds, list(range(len(eager.embeds))), []
     rest: list[int] = []
     for layer in range(eager.config.num_hidden_layers):
@@ -79,7 +79,7 @@ CASES = {
 @pytest.mark.parametrize("sizes", [None, sizes_of()])
 @pytest.mark.parametrize("name", CASES)
 def test_the_prompt_and_the_answer_read_as_if_a_mask_barred_what_is_removed(name, sizes):
-    """Also for columns decoded in portions: in each layer, they see the keys that the layer computed."""
+    """This also holds for columns that are decoded in portions, which see the keys that each layer computed."""
     method, (embeds, positions) = Operations(recipe=recipe_of(CASES[name])), a_prompt()
     eager = Eager(deep_model(), embeds, positions, sizes)
     expected = by_the_book(eager, CASES[name])

@@ -1,12 +1,12 @@
-"""Methods of other authors, compared with the units that their public code keeps of the same tokens.
+"""Compare methods by other authors with the units that the authors' public code keeps, given the same tokens.
 
-Each fixture names the repository, the commit and the function that was run, and has the kept units. If the authors' code returns
-another count, or adds noise, `note` says so. `counts`, if their shares are rounded differently, has the number of tokens per group,
-which replaces ours. `sums`, if tokens are means, has the channel sum per token.
+Each fixture specifies the repository, the commit and the function that was run, and contains the kept units. If the authors' code
+returns another number of tokens, or adds noise, `note` says so. If their shares are rounded differently, `counts` contains the
+number of tokens per group, which replaces ours. If tokens are means, `sums` contains the sum of each token's channels.
 
-Inside the language model: PruneVid's code got groups of one frame each; SparseVLM's counts exclude the means that it adds, and the
-noise. For SparseVLM, `sums` has only the means, in ascending order. ViTCoP's code got a cut-off distance per frame pair, and
-its merged tokens are halved. The code of D2Pruner's authors was not available.
+For methods inside the language model, PruneVid's code was given groups of one frame each. SparseVLM's counts do not include the
+means that it adds, its noise was removed, and its `sums` contain only the means, in ascending order. ViTCoP's code was given a
+cut-off distance per frame pair, and its merged tokens are halved. The code of D2Pruner's authors was not available.
 """
 
 import json

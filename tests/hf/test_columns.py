@@ -1,4 +1,4 @@
-"""The remaining columns of a batch, against lists."""
+"""Compare the remaining columns of a batch with a reference implementation that uses lists."""
 
 import pytest
 import torch

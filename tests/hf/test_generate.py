@@ -1,4 +1,4 @@
-"""`generate` and `forward` of a Hugging Face model that prunes, on a processor's inputs.
+"""Test `generate` and `forward` of a Hugging Face model that prunes, with inputs from a processor.
 
 The reference is the stock model on the whole prompt, with the dropped columns masked. Attention sees the same columns in both
 cases, and the stock model uses none of evoprune's bookkeeping.
@@ -344,7 +344,7 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
 
 
 def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):
-    """Before the last words, which are given again or replaced; or before the video."""
+    """The cache is cut before the last words, which are given again or replaced, or before the video."""
     inputs = processed(model, (5, ("video", 4, 8, 12), 7))
     ids, other = inputs["input_ids"], torch.tensor([[50, 51, 52, 53, 54]])
 

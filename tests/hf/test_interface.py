@@ -80,14 +80,14 @@ def test_signatures_of_the_other_families_differ_in_the_seconds(known, name, oth
 
 
 def test_every_argument_for_vision_is_known():
-    """A new one would reach the model in addition to the features encoded here."""
+    """A new argument would reach the model in addition to the features that evoprune has encoded."""
     vision = [name for name in FORWARD if name.startswith(("pixel", "image", "video", "second"))]
     assert sorted(vision) == sorted(interface.VISION_INPUTS)
     assert set(interface.PER_COLUMN) - {"shift_labels"} < set(FORWARD)
 
 
 def test_generate_takes_encoded_videos_and_positions_as_they_are():
-    """Also with fewer features than video_grid_thw says, and with positions in four rows."""
+    """This also holds with fewer features than video_grid_thw implies, and with positions in four rows."""
     model = tiny_model()
     inputs = processed(model, (5, ("video", 1, 4, 4), 3))
     seen = []

@@ -1,4 +1,4 @@
-"""Pruning next to other code in the same model: assistants, hooks, compiled functions, accelerate, and extra arguments."""
+"""Test pruning next to other code in the same model: assistants, hooks, compiled functions, accelerate, and extra arguments."""
 
 import copy
 import functools
@@ -224,7 +224,7 @@ def test_the_compiled_steps_of_generate_are_one_graph(model):
 @pytest.mark.skipif(not TAKES_ENCODED, reason="Qwen3-VL needs a later transformers")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_a_forward_of_other_code_may_pass_encoded_videos_on_without_naming_them(family, monkeypatch):
-    """Liger and subclasses do this."""
+    """Liger and subclasses of a model do this."""
     model = tiny_model(family=family)
     inputs, kind = processed(model, ONE), type(model)
     results = []

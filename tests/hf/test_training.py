@@ -1,7 +1,7 @@
-"""Values and gradients of a model that prunes, for every training setup.
+"""Test the values and gradients of a Hugging Face model that prunes, in every training setup.
 
 Without pruning, the reference is the stock model. Below budget 1.0, it is the pruned model in its simplest setup: one prompt at a
-time (so no padding), eager attention, fp32, no checkpointing.
+time (and thus no padding), eager attention, fp32, and no checkpointing.
 """
 
 from functools import cache

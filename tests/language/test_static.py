@@ -327,10 +327,10 @@ DEVICE = "cuda"
 
 @contextmanager
 def decoding(how: str):
-    """Choose how tokens are decoded.
+    """Choose the way in which tokens are decoded.
 
-    "graph" uses a graph, "step" runs the same steps without a graph, "plain" uses the decoder for prompts, and "old" uses the
-    latter without fused kernels.
+    "graph" uses a graph, "step" runs the same steps without a graph, "plain" uses the decoder that also reads prompts, and "old"
+    uses this decoder without fused kernels.
     """
     with pytest.MonkeyPatch.context() as patch:
         if how == "old":

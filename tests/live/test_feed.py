@@ -1,4 +1,4 @@
-"""Frames that wait for the encoder, on a simulated clock: which ones are skipped, and how large the lag grows."""
+"""Test on a simulated clock which frames are skipped while they wait for the encoder, and how large the lag grows."""
 
 import threading
 
@@ -16,7 +16,8 @@ def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=Tr
 
     Args:
         busy: seconds that something else occupies the encoder, as a function of the time.
-        at_once: encode a window right after its last frame, if that frame was taken; otherwise before the first frame of the next.
+        at_once: whether to encode a window right after its last frame, if that frame was taken. Otherwise, the window is encoded
+            before the first frame of the next one.
 
     Returns:
         The backlog, and (time, lag, stride) for each frame that the encoder took.

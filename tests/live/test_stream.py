@@ -1,4 +1,4 @@
-"""Streams: one window equals a file, memory stays bounded, windows are thinned, and questions leave no trace."""
+"""Test streams: one window equals a file, memory stays bounded, windows are thinned, and questions leave no trace."""
 
 import threading
 import time

@@ -25,7 +25,7 @@ CASES = {
 def video(seed, grid, share=0.4, wide=16, dropped=0.0, signs=False):
     """Return rows of a video in which `share` of the units change per frame pair, and every unit's row index.
 
-    With `signs`, features are plus or minus 1, so cosines are exact and many are equal.
+    If `signs` is True, features are plus or minus 1, so cosines are exact and many of them are equal.
     """
     random = torch.Generator().manual_seed(seed)
     t, units = grid[0], grid[1] * grid[2]

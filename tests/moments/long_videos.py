@@ -37,7 +37,7 @@ def scene(seed: int) -> scenes_clip.Clip:
 
 
 def scene_shown(clip: scenes_clip.Clip) -> Iterator[tuple[str, float, float]]:
-    """Yield (name, start, end). A thing that changes has one name before and one after. Signs are left out."""
+    """Yield (name, start, end) for each object. An object that changes has one name before and one after. Signs are left out."""
     for thing in clip.things:
         looks = [(thing.colour, 0.0, thing.turn)]
         if thing.after:
@@ -61,7 +61,7 @@ WORLDS = {
 
 
 def write_long_video(path: Path, world: str, minutes: float) -> dict[str, list[Span]]:
-    """Write a video of at least `minutes` minutes. Returns the moments of each thing of the world."""
+    """Write a video of at least `minutes` minutes. Returns the moments at which each of the world's objects is visible."""
     tag, make, render, shown, colours, outlines = WORLDS[world]
     made = []
     spans: dict[str, list[Span]] = {f"{colour} {outline}": [] for colour in colours for outline in outlines}

@@ -28,7 +28,7 @@ def searched(qa, path, sampling=None, **options):
 
 @pytest.mark.full
 def test_ten_hours(demo, tmp_path):
-    """A keyframe every five minutes. The token limit determines the number of segments."""
+    """The video has a keyframe every five minutes, and the token limit determines the number of segments."""
     frames = numbered_frames(120, 56, 56)
     path = write_video(tmp_path / "long.mp4", frames, pts=[300.0 * n for n in range(120)], gop=1)
     search = searched(demo, path, total_tokens=600)

@@ -1,4 +1,4 @@
-"""Finding moments with the demo models in videos of a few minutes, with known things and times."""
+"""Find moments with the demo models in videos of a few minutes, with known objects and times."""
 
 import gc
 
@@ -32,7 +32,7 @@ def demo():
 
 
 def there_and_absent(times):
-    """Return the names of things in exactly one moment longer than two seconds, and of things that never appear."""
+    """Return the names of objects with exactly one moment that lasts over two seconds, and of objects that never appear."""
     absent = [name for name, spans in times.items() if not spans]
     lasting = [name for name, spans in times.items() if len(spans) == 1 and spans[0][1] - spans[0][0] > 2]
     return lasting, absent
@@ -231,7 +231,7 @@ SPANS = [(60.0 * n + 28.0, 60.0 * n + 34.0) for n in range(18)]
 
 @pytest.mark.parametrize("segment_s", [None, 30.0, 60.0])
 def test_moments_a_minute_apart_are_not_joined(segment_s, searched):
-    """Holds for any segment length. Consecutive segments show the query."""
+    """This holds for any segment length, although consecutive segments show the query."""
     search = searched(SPANS, segment_s=segment_s, top=20)
     found = sorted(search.moments(), key=lambda moment: moment.start_s)
     assert len(found) == 18 and search.more("a red ring") == 0

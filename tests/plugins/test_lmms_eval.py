@@ -1,6 +1,6 @@
-"""The model for lmms-eval: with a stand-in for the parts of lmms-eval that it uses, and in lmms-eval itself if installed.
+"""Test the lmms-eval model with a stand-in for the parts of lmms-eval that it uses, and in lmms-eval itself if installed.
 
-`python -m experiments.environments lmms-eval` makes an environment for lmms-eval, which needs an older PyAV than the other tests.
+lmms-eval needs an older PyAV than the other tests. `python -m experiments.environments lmms-eval` creates an environment for it.
 """
 
 import importlib

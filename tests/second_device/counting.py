@@ -1,7 +1,7 @@
-"""Exact counts of the device operations of an encode or a question: `python -m tests.second_device.counting`.
+"""Count the device operations of an encode or a question exactly: `python -m tests.second_device.counting`.
 
-Operations are the calls that reach torch's dispatcher, including views; an evoprune operator counts as one. Copies are tensor
-copies to the host.
+Operations are calls that reach torch's dispatcher, including views. An evoprune operator is counted as a single operation. Copies
+are copies of tensors to the host.
 """
 
 import argparse
@@ -17,7 +17,7 @@ ITEM = "_local_scalar_dense"
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations and copies.
+    """Counts the operations that reach the dispatcher, and the copies to the host.
 
     Attributes:
         operations: number of calls, by operator and, if `lines`, by the calling line of this package.

@@ -144,7 +144,7 @@ class Event:
         self._at = time.perf_counter()
 
     def synchronize(self) -> None:
-        """Do nothing, because all work is synchronous."""
+        """Do nothing, because the device executes all operations synchronously."""
 
     def elapsed_time(self, end: "Event") -> float:
         return (end._at - self._at) * 1000

@@ -1,7 +1,7 @@
-"""A pytest plug-in that registers the device `far` and makes it the default device of models.
+"""A pytest plugin that registers the device `far` and makes it the default device of models.
 
-Inference-mode tensors cannot be wrapped, so `torch.inference_mode` is replaced by `torch.no_grad`. Functions use it as a
-decorator at definition, so this plug-in must be imported before evoprune.
+Inference-mode tensors cannot be wrapped, so `torch.inference_mode` is replaced by `torch.no_grad`. Functions are decorated with it
+when they are defined, so this plugin must be imported before evoprune.
 """
 
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A second device gets the CPU's results, and raises if an operation mixes devices as on a GPU."""
+"""Test that a second device produces the CPU's results and, like a GPU, raises an error if an operation mixes devices."""
 
 from functools import cache
 from types import SimpleNamespace

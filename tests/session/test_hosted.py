@@ -1,4 +1,4 @@
-"""Test language models that run in transformers: Qwen3.5 with recurrent states, mixtures of experts, and quantized models.
+"""Test language models that run inside transformers: Qwen3.5 with recurrent states, mixtures of experts, and quantized models.
 
 tests/session/test_qwen3.py compares their answers with transformers at full budget, and with hand-written prompts below it.
 """

@@ -1,6 +1,6 @@
-"""The reported stages add up to the time to the first token.
+"""Test that the reported stages add up to the time to the first token.
 
-The clock advances only by the delays that a test adds, so the machine's speed does not matter and sums are exact.
+The clock advances only by the delays that a test adds, so the speed of the machine does not matter and sums are exact.
 """
 
 import threading

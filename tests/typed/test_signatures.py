@@ -168,7 +168,7 @@ def mypy(folder: Path, python: Path) -> list[tuple[str, int, str]]:
 
 
 def pyright(folder: Path, python: Path) -> list[tuple[str, int, str]]:
-    """Return the same for Pyright in strict mode."""
+    """Return the file, line and text of each error that Pyright finds in strict mode."""
     (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', encoding="utf-8")
     command = [sys.executable, "-m", "basedpyright", "--pythonpath", python, "--outputjson", *FILES]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

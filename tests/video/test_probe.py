@@ -142,9 +142,9 @@ GAPS = {  # for each file name: the times of the frames, and encoder options
 
 @pytest.mark.parametrize("name", GAPS)
 def test_a_gap_in_time_does_not_make_a_video_longer(name, tmp_path):
-    """In an MP4, the stated durations of reordered frames are only differences between decoding times.
+    """In an MP4 with reordered frames, the durations in the header are only differences between decoding times.
 
-    If such a file is copied to another container, the new header includes a wrong duration for a frame in the middle.
+    If such a file is copied to another container, a frame in the middle gets a wrong duration in the new header.
     """
     (times, options), path = GAPS[name], tmp_path / name
     written = tmp_path / name.replace("_copy.mkv", ".mp4")

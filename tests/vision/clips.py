@@ -8,9 +8,9 @@ from tests.vision.tower import PATCH_WIDTH
 def clip(
     grid: tuple[int, int, int], changed: torch.Tensor, seed: int = 0, drift: float = 0.02, width: int = PATCH_WIDTH
 ) -> torch.Tensor:
-    """Return patches `[rows, width]`: units in `changed` (bool `[T, H*W]`) are new noise, all others keep their content.
+    """Return patches `[rows, width]`. Units in `changed` (bool `[T, H*W]`) get new noise, and all others keep their content.
 
-    New noise differs by at least 15 levels somewhere; unchanged units drift by less than one level.
+    New noise differs from the old content by at least 15 levels somewhere. Unchanged units drift by less than one level.
     """
     t, h, w = grid
     random = torch.Generator().manual_seed(seed)

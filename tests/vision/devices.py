@@ -49,9 +49,9 @@ def varlen_by_hand(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale):
 
 
 def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
-    """Make the encoder treat the CPU as a GPU, with or without the kernel. Enter the result around the encoder.
+    """Make the encoder treat the CPU as a GPU, with or without the kernel. The result is a context manager for the encoder's calls.
 
-    Two operations may wait: selecting rows, which reads whether a clip stands still, and reading the checks at the end.
+    Only two operations may wait for the device: the selection of rows, which checks for a still clip, and the checks at the end.
     """
     mode = NoWaiting()
 

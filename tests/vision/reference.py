@@ -1,7 +1,7 @@
-"""A slow reference of the pruned encoder: Python loops over rows and groups, dense mathematics in float64.
+"""A slow reference implementation of the pruned encoder: Python loops over rows and groups, with dense math in float64.
 
-It follows the docstrings of the encoder and the methods, and shares only the plan's row counts, the selector, and the weights with
-them. It encodes all frame pairs at once, without chunks or carried state.
+It follows the docstrings of the encoder and the methods, and shares only the plan's row counts, the selector and the weights with
+the real encoder. It encodes all frame pairs at once, without chunks and without state carried between them.
 """
 
 import math
@@ -37,8 +37,8 @@ def encode_slowly(visual, patches, grid, method, keep, changed=None) -> tuple[li
     """Return the units of the last rows in ascending order, the row index of each unit, and the rows' tokens `[R, D]`.
 
     Args:
-        changed: bool `[T, H*W]`, units that differ from the last encoded unit at their place; None for all. The units of the
-            first frame pair always do.
+        changed: bool `[T, H*W]`, the units that differ from the last encoded unit at the same place, or None if all units do. In
+            the first frame pair, all units are considered changed.
     """
     rows = rows_slowly(visual, patches, grid, method, keep, changed)
     tokens = [merged_patches(visual.merger, row.x) for row in rows]
@@ -259,9 +259,9 @@ def run_layer(block, rows: list[Row], geo: Geometry, scope: str, size_bias: bool
 
 
 def largest_remainder(sizes: list[int], total: int) -> list[int]:
-    """Return integer shares in proportion to `sizes`, at least 1 each. If that floor binds, the largest excess shares shrink.
+    """Return integer shares in proportion to `sizes`, each at least 1. If this minimum raises some shares, the largest ones shrink.
 
-    Ties go by index.
+    Ties are broken by index.
     """
     exact = [Fraction(total * size, sum(sizes)) for size in sizes]
     counts = [max(1, math.floor(e)) for e in exact]

@@ -136,9 +136,9 @@ def test_reuse_waits_once_for_the_counts_of_a_piece(share, monkeypatch):
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("keep", [35, 2])
 def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypatch):
-    """PyTorch's meta tensors have shapes but no values: reading one raises, and so does mixing it with a CPU tensor.
+    """PyTorch's meta tensors have shapes but no values, so reading one or mixing it with a CPU tensor raises an error.
 
-    With reuse, the number of changed units is read once per piece (tests/second_device counts it).
+    Reuse reads the number of changed units once per piece, which tests/second_device counts.
     """
     grid, meta = (2, 5, 7), torch.device("meta")
 

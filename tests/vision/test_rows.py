@@ -101,7 +101,7 @@ def test_a_piece_may_have_nothing_new(dtype, packed):
 
 @dataclass(frozen=True)
 class Several(EncoderMethod):
-    """Drops rows before the first, the second and the last of four layers.
+    """An encoder method that drops rows before the first, the second and the last of four layers.
 
     Field: last: the selector before the last layer, which may omit the owners of dropped units.
     """

@@ -14,7 +14,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden
 
 @cache
 def tiny_tower(full_layers: tuple[int, ...] = (1, 3), depth: int = 4, seed: int = 0):
-    """Return Hugging Face's class in float32, hidden size 32, two heads. It is shared, so tests must not change it.
+    """Return a small Hugging Face tower in float32, with hidden size 32 and two heads. Tests share it and must not change it.
 
     The weights are large enough that attention is far from uniform and every layer changes its input.
     """

@@ -1,4 +1,4 @@
-"""Questions about a clip of scenes. They are drawn from all possible questions, have four options or none, and have one answer."""
+"""Draw questions about a clip of scenes. Each question has exactly one answer and offers either four options or none."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from experiments.demo.questions import Question, pick
 from experiments.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
-CHOICE = 0.75  # share of questions with options, among those that could also be open
+CHOICE = 0.75  # share of questions that offer options, among those that could also be asked without
 MOMENT = 0.1  # chance that a question about a video is about a flash, if there is one
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A possible question."""
+    """A question that can be asked about a clip, before its options are drawn."""
 
     text: str
     answer: str
@@ -31,14 +31,14 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 @dataclass(frozen=True)
 class QuestionType:
     make: Maker
-    group: str  # the finer group
+    group: str  # name of the group, which is finer than picture or video
     weight: float = 1.0  # relative frequency
 
 
 def ask(
     clip: Clip, rng: np.random.Generator, count: int, types: Mapping[str, QuestionType], choice: float = CHOICE
 ) -> list[Question]:
-    """Ask up to `count` different questions about the clip, which are drawn by weight. For `choice`, see CHOICE."""
+    """Draw up to `count` different questions about the clip, by weight. For `choice`, see CHOICE."""
     pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
@@ -71,7 +71,7 @@ def shuffled(rng, texts) -> tuple[str, ...]:
 
 
 def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
-    """Return an unambiguous name of a thing, or None if it has no such name.
+    """Return a name that identifies the object within the clip, or None if there is no such name.
 
     `hide` is an attribute (outline, texture or colour) that the name must not contain.
     """
@@ -99,7 +99,7 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
 
 
 def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str = "") -> Iterator[tuple[Thing, str]]:
-    """Yield each thing (by default all things in the clip) with its name from `refer`, skipping things without such a name."""
+    """Yield objects (by default all objects in the clip) with names from `refer`, skipping those without a unique name."""
     if things is None:
         things = clip.things
     for thing in things:
@@ -108,23 +108,23 @@ def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str =
 
 
 def name(thing: Thing) -> str:
-    """Return the name of a thing as an option or an answer: `red star`, or `sign WORD`."""
+    """Return an object's name for use in options and answers, such as `red star` or `sign WORD`."""
     return f"sign {thing.text}" if thing.is_sign else f"{thing.colour} {thing.outline}"
 
 
 def distinct(clip: Clip) -> list[Thing]:
-    """Return the shapes whose colour never changes and whose `name` is unique in the clip."""
+    """Return the shapes whose color never changes and whose `name` is unique in the clip."""
     counts = Counter((colour, t.outline) for t in clip.shapes for colour in t.colours)
     return [t for t in clip.shapes if len(t.colours) == 1 and counts[t.colour, t.outline] == 1]
 
 
 def unhurried(clip: Clip) -> list[Thing]:
-    """Return the shapes of `distinct` that do not flash."""
+    """Return the shapes that have a unique name (see `distinct`) and do not flash."""
     return [t for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
 
 
 def absent(clip: Clip, rng, count: int) -> list[str]:
-    """Return names of things that are not in the clip, preferably with colours and outlines that are."""
+    """Return names of objects that are not in the clip, preferring colors and outlines that occur in it."""
     there = {f"{colour} {t.outline}" for t in clip.shapes for colour in t.colours}
     near = {f"{a.colour} {b.outline}" for a in clip.shapes for b in clip.shapes} - there
     far = {f"{c} {o}" for c in COLOURS for o in OUTLINES} - there - near
@@ -132,9 +132,9 @@ def absent(clip: Clip, rng, count: int) -> list[str]:
 
 
 def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
-    """Ask which of four things is in `ones`, if there are three things in `others`.
+    """Ask which of four objects is in `ones`. The wrong options come from `others`, which must contain at least three objects.
 
-    If `fill` is True, one thing in `others` is enough, and things that are not in the clip are used instead of the missing ones.
+    If `fill` is True, one object in `others` is enough, and objects that are not in the clip make up the missing options.
     """
     least = 3
     if fill:

@@ -1,4 +1,4 @@
-"""Dataclasses that describe a clip of scenes: things and signs on the ground, and the camera that films them."""
+"""Dataclasses that describe a clip of scenes: objects and signs on the ground, and the camera that films them."""
 
 import math
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thing(clips.Moving):
-    """A thing or a sign. Its position is on the ground of the scene; later things of a clip lie on top of earlier ones."""
+    """An object or a sign. Its position is on the ground of the scene, and later objects lie on top of earlier ones."""
 
     outline: str  # a name from OUTLINES, or `sign`
     texture: str
     colour: str
-    rgb: tuple[int, int, int]  # the colour with jitter
+    rgb: tuple[int, int, int]  # the color in RGB, with jitter
     radius: int  # half the height and, except for signs, half the width, in pixels
     x: float
     y: float
     motion: str = "still"
     speed: float = 0.0
-    spans: tuple[Span, ...] = ((0.0, math.inf),)  # when it is present, as ascending intervals [start, end) in seconds
+    spans: tuple[Span, ...] = ((0.0, math.inf),)  # when it is visible, as ascending intervals [start, end) in seconds
     text: str = ""  # text of a sign
-    turn: float = math.inf  # when it changes to `after`, another colour or text
+    turn: float = math.inf  # time in seconds at which its color or text changes to `after`
     after: str = ""
-    under: int = -1  # index of the thing underneath, in the clip's list
+    under: int = -1  # index of the object underneath, in the clip's list
 
     @cached_property
     def is_sign(self) -> bool:
@@ -57,7 +57,7 @@ class Thing(clips.Moving):
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
     def looks(self, part: str) -> tuple[str, ...]:
-        """Return the outline, the texture, or all colours over time."""
+        """Return all values that the outline, texture or color takes over time. Only the color can change."""
         return self.colours if part == "colour" else (getattr(self, part),)
 
     def visible(self, t: float) -> bool:
@@ -83,7 +83,7 @@ class Camera:
 
     @property
     def travels(self) -> bool:
-        """Whether static things move on the frame. A shake is too small to count."""
+        """Whether the camera moves, so that static objects move on the frame. A shake is too small to matter."""
         return self.motion in ("pan", "zoom")
 
     def factor(self, t: float, seconds: float) -> float:
@@ -95,7 +95,7 @@ class Camera:
 class Clip:
     """A clip of `seconds` on a frame of height x width pixels, sampled by `pairs` frame pairs.
 
-    `seed` also determines scenery and noise.
+    `seed` also determines the scenery and the noise.
     """
 
     seed: tuple[int, ...]
@@ -105,7 +105,7 @@ class Clip:
     pairs: int
     things: tuple[Thing, ...]
     camera: Camera = Camera()
-    cut: float = math.inf  # when one scene replaces another
+    cut: float = math.inf  # time in seconds at which a second scene replaces the first one
     clutter: float = 0.5  # share of the ground that is covered by leaves
     poles: int = 0  # posts in the foreground
     noise: float = 2.0  # standard deviation of the sensor noise

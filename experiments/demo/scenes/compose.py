@@ -1,4 +1,4 @@
-"""Choose the content of a clip of scenes from a seed: size, length, things, and what happens to them.
+"""Choose the content of a clip of scenes from a seed: size, length, objects, and what happens to them.
 
 Even seeds give pictures, which are one frame pair without events. Odd seeds give videos. Each video has a plot, which is its most
 frequent kind of event, so that questions that need more than one such event can be asked often enough.
@@ -21,7 +21,7 @@ FRAMES = (((8, 12), 0.4), ((12, 8), 0.1), ((9, 16), 0.2), ((12, 18), 0.15), ((10
 LENGTHS = ((4, 0.05), (8, 0.25), (12, 0.35), (16, 0.25), (6, 0.05), (10, 0.05))
 FATES = ("stays", "appears", "vanishes", "flashes", "blinks", "turns")
 PLOTS = {
-    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # odds of the fates, and share of moving things
+    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # probabilities of the fates, and share of moving objects
     "arrivals": ((0.6, 0.28, 0.03, 0.09, 0.0, 0.0), 0.1),
     "departures": ((0.6, 0.03, 0.28, 0.09, 0.0, 0.0), 0.1),
     "blinks": ((0.65, 0.03, 0.03, 0.09, 0.2, 0.0), 0.1),
@@ -30,7 +30,7 @@ PLOTS = {
 }
 CUTS = 0.15  # share of videos with two scenes
 PAGES = 0.3  # share of pictures that consist almost only of signs
-SIGNS = 0.22, 0.85  # share of signs among things, in most clips and in such pictures
+SIGNS = 0.22, 0.85  # share of signs among objects, in most clips and in such pictures
 UNITS_PER_THING = (5.0, 12.0)
 MOST = 20
 
@@ -54,13 +54,13 @@ def make_clip(split: str, seed: int) -> Clip:
 
 
 def draw(rng: np.random.Generator, choices):
-    """Draw a value from `((value, weight), ...)`."""
+    """Draw a random value from `((value, weight), ...)`, with probabilities in proportion to the weights."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
 
 def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: float, crowd: float = 1.0) -> Clip:
-    """Make a clip with `pairs` frame pairs of height x width units, and with `crowd` times the usual number of things."""
+    """Make a clip with `pairs` frame pairs of height x width units, and with `crowd` times the usual number of objects."""
     rng = np.random.default_rng(key)
     camera = Camera()
     if pairs > 1:
@@ -115,13 +115,13 @@ def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
 
 
 class _Placer:
-    """Places things so that they can be identified: they have unique names, stay on the frame, and are never completely hidden."""
+    """Places objects so that they can be identified: they have unique names, stay on the frame, and are never completely hidden."""
 
     def __init__(self, rng, clip: Clip):
         self.rng = rng
         self.clip = clip
         self.things: list[Thing] = []
-        self.taken: list[int] = []  # the things of this scene
+        self.taken: list[int] = []  # the objects of this scene
         self.names: set[tuple] = set()
 
     def add(self, sign: bool, fate: str, moves: bool, scene: Span) -> None:
@@ -152,7 +152,7 @@ class _Placer:
         return colour, tuple(min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], jitter, strict=True))
 
     def _sign(self, turns: bool) -> Thing:
-        """Draw a sign without a position: a height from 8 to 24 pixels, mostly small, limited by the frame's width."""
+        """Draw a random sign without a position. Its height is 8 to 24 pixels, usually small, and limited by the frame's width."""
         colour = self._colour()
         text = draw_text(self.rng)
         most = min(24.0, 0.6 * self.clip.width / len(text) * 7 / 6)
@@ -176,7 +176,7 @@ class _Placer:
         return Thing(outline, texture, colour, rgb, radius, 0.0, 0.0, after=after)
 
     def _spans(self, fate: str, scene: Span) -> tuple[Span, ...]:
-        """Return the time spans during which a thing with this fate is present."""
+        """Return the time spans during which an object with this fate is visible."""
         rng = self.rng
         seconds = self.clip.seconds
         step = seconds / self.clip.pairs
@@ -197,7 +197,7 @@ class _Placer:
         return (scene,)
 
     def _somewhere(self, thing: Thing) -> Thing | None:
-        """Place a thing so that its path stays on the frame and it hides nothing permanently. Returns None after 12 attempts."""
+        """Place an object so that its path stays on the frame and it hides nothing permanently. Returns None after 12 attempts."""
         clip = self.clip
         camera = self.clip.camera
         dx, dy = MOTIONS.get(thing.motion, (0, 0))
@@ -211,7 +211,7 @@ class _Placer:
         speed = 0.0
         if dx or dy:
             speed = far / clip.seconds
-        # A zoom shows only the middle, and a pan moves things at one edge out of the frame.
+        # A zoom shows only the middle, and a pan moves objects at one edge out of the frame.
         rim = (1 - 1 / max(camera.zoom)) / 2
         for _ in range(12):
             place = []
@@ -231,7 +231,7 @@ class _Placer:
         return None
 
     def _clear(self, thing: Thing) -> int | None:
-        """Return -1 if it covers nothing, the index of the thing underneath, or None if it hides too much."""
+        """Return the index of the object that `thing` lies on, -1 if it lies on none, or None if too much would be hidden."""
         under = -1
         for number in self.taken:
             other = self.things[number]

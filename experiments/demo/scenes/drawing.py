@@ -1,4 +1,4 @@
-"""Draw frames of a clip of scenes at given times, with maps that tell which thing each pixel shows."""
+"""Draw frames of a clip of scenes at given times, optionally with maps of the object that each pixel shows."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -14,7 +14,7 @@ from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
 
 NOTHING = -1
-FINEST = 18  # lowest (best) crf of the world's clips
+FINEST = 18  # lowest x264 rate factor, and thus best quality, of the world's clips
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
@@ -47,7 +47,7 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the clip like `render`, with a map of thing indices per pixel: int8 `[len(times), height, width]`, or NOTHING."""
+    """Draw the clip like `render`, with a map of object indices per pixel: int8 `[len(times), height, width]`, or NOTHING."""
     rng = np.random.default_rng((9, *clip.seed))
     frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
     maps = np.empty(frames.shape[:3], np.int8)
@@ -62,7 +62,7 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
 
 
 def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Sprite]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the frame at time t without blur and noise, float32, and its map."""
+    """Return the float32 frame at time t before blur and noise, and its map of object indices."""
     camera = clip.camera
     shake = _shake(clip, t)
     margin = scenery.margin

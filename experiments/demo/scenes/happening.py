@@ -1,4 +1,4 @@
-"""Questions that need more than one moment: events and their order, directions, numbers, changes, and things that stay."""
+"""Questions about more than one moment of a clip: events and their order, directions, counts, changes, and objects that stay."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
@@ -11,7 +11,7 @@ EVENTS = ("stays", "appears", "vanishes", "flashes", "blinks")
 STAYS = 0.12
 FLASHES = 0.15
 STILL = 0.15
-# the same for yes/no questions
+# the same chance for yes/no questions
 THERE = 0.3
 STILL_ASKED = 0.3
 CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
@@ -49,7 +49,7 @@ def _way(clip, rng):
 
 
 def _moves(clip, rng):
-    """Ask which of four things moves, and which of four does not."""
+    """Ask which of four objects moves, and which of four does not."""
     if not clip.camera.travels and clip.is_uncut:
         named = [t for t in distinct(clip) if t.event(clip.seconds) == "stays"]
         moving = [t for t in named if t.speed]
@@ -67,7 +67,7 @@ def _often(clip, rng):
 
 
 def _turns(clip, rng):
-    """Ask what changes, and how it was before and is afterwards."""
+    """Ask what an object or a sign looks like before and after it changes, and which object changes."""
     changing = [t for t in clip.things if t.after]
     for t, x in referred(clip, rng, changing):
         for when, answer in (("start", t.text or t.colour), ("end", t.after)):
@@ -87,7 +87,7 @@ def _turns(clip, rng):
 
 
 def _lasts(clip, rng):
-    """Ask which of four things is there all the time, and which is not."""
+    """Ask which of four objects is visible all the time, and which is not."""
     if clip.is_uncut:
         events = [(t.event(clip.seconds), t) for t in distinct(clip)]
         lasting = [t for event, t in events if event == "stays"]
@@ -122,7 +122,7 @@ def _scenes(clip, rng):
 
 
 def _at(clip, rng):
-    """Ask whether a thing is there at the start or at the end."""
+    """Ask whether an object is visible at the start or at the end."""
     for thing, called in referred(clip, rng):
         if thing.event(clip.seconds) not in ("stays", "blinks") or rng.random() <= THERE:
             when, t = pick(rng, *times_asked(clip).items())
@@ -143,7 +143,7 @@ HAPPENING = {
     "camera": QuestionType(_camera, "motion", 0.9),
 }  # fmt: skip
 CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
-# Videos also get the questions for pictures. These mostly ask about things that can be seen at a glance.
+# Videos also get the questions for pictures. These mostly ask about objects that can be seen at a glance.
 GLANCE = 1.8
 CLOSER = 0.6
 GIST = {name: QuestionType(found.make, "gist", CLOSER * found.weight) for name, found in LOOKING.items()}

@@ -17,17 +17,17 @@ from experiments.demo.scenes.signs import similar_text
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 MOST_COUNTED = 4
-COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance of asking about each count; small counts occur most often
+COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance of asking about counts 1 to 4; small counts occur most often
 
 
 def times_asked(clip: Clip) -> dict[str, float]:
-    """Return the midpoint of the first and the last frame pair, by the words that refer to them; only one for a still."""
+    """Return the times that questions refer to, by their wording: the middle of the first and of the last frame pair."""
     half = clip.seconds / clip.pairs / 2
     return {"": half} if clip.is_still else {" at the start": half, " at the end": clip.seconds - half}
 
 
 def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
-    """Return the things that are on the frame at a time, each with the pixel at its center."""
+    """Return the objects that are on the frame at time `t`, each with the pixel position of its center."""
     found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
     return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
 
@@ -59,7 +59,7 @@ def _attribute(hide: str, values, *phrases: str):
     def make(clip, rng):
         for t, x in referred(clip, rng, [t for t in clip.shapes if not t.after], hide):
             right = getattr(t, hide)
-            # Looks of other things come first among the wrong answers.
+            # Half of the time, attributes of other objects in the clip come first among the wrong answers.
             others = shuffled(rng, {getattr(o, hide) for o in clip.shapes} - {right})
             rest = shuffled(rng, set(values) - {right, *others})
             wrong = (*others, *rest) if rng.random() < 0.5 else shuffled(rng, {*others, *rest})
@@ -76,7 +76,7 @@ def _where(clip, rng):
 
 
 def _top(clip, rng):
-    """Ask what lies on top of a thing; wrong answers are other things in the clip."""
+    """Ask what lies on top of an object; wrong answers are other objects in the clip."""
     named = distinct(clip)
     for t in named:
         if t.under < 0:
@@ -100,7 +100,7 @@ def _extreme(clip, rng):
 
 
 def _count(clip, rng):
-    """Ask for the number of things with one attribute, if all things stay. Frequent counts are asked less often."""
+    """Ask how many objects share an attribute, if all objects stay. Small counts are common, so they are asked about less often."""
     if any(t.event(clip.seconds) != "stays" or t.after for t in clip.things) or not clip.is_uncut:
         return
     found: dict[int, list[str]] = {}
@@ -118,7 +118,7 @@ def _count(clip, rng):
 
 
 def _there(clip, rng):
-    """Ask which of four things is in the clip."""
+    """Ask which of four objects appears in the clip."""
     if named := unhurried(clip):
         t = pick(rng, *named)
         text = pick(rng, "Which of these can be seen?", "Which of these is there?")
@@ -126,7 +126,7 @@ def _there(clip, rng):
 
 
 def _missing(clip, rng):
-    """Ask which of four things is not in the clip."""
+    """Ask which of four objects does not appear in the clip."""
     named = shuffled(rng, map(name, unhurried(clip)))
     if len(named) >= 3:
         text = pick(rng, "Which of these is missing?", "Which of these cannot be seen?")
@@ -134,7 +134,7 @@ def _missing(clip, rng):
 
 
 def _any(clip, rng):
-    """Ask whether there is any such thing."""
+    """Ask whether the clip contains an object with a given name."""
     named = [name(t) for t in unhurried(clip)]
     if named and clip.is_uncut:
         for there in (pick(rng, *named), pick(rng, *named)):

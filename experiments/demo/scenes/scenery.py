@@ -1,4 +1,4 @@
-"""The parts of a frame of scenes: sprites of things and signs, and the layers in the background and foreground.
+"""The parts of a frame of scenes: sprites of objects and signs, and the layers in the background and foreground.
 
 A layer consists of 1/f noise and of dead leaves, which are discs and polygons whose sizes follow a power law. The leaves are taken
 from a bank that is drawn once per process.
@@ -12,7 +12,7 @@ import numpy as np
 from experiments.demo.painting import blend, glyph_mask, outline_mask
 from experiments.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
 
-FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # speed per layer, relative to the camera
+FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # speed of each layer, relative to the camera
 BANK = 384
 SMALLEST = 4
 LARGEST = 60
@@ -22,7 +22,7 @@ Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage
 
 @lru_cache(maxsize=1024)
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
-    """Return how the first and the second color are mixed at each pixel of a `size` square: float32 in [0, 1].
+    """Return the share of the second color at each pixel of a `size` x `size` square, float32 in [0, 1].
 
     Args:
         period: number of pixels after which the texture repeats.
@@ -45,11 +45,11 @@ def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.nda
 
 
 def thing_sprite(thing: Thing, changed: bool) -> Sprite:
-    """Return the sprite of a thing or a sign, before or after its change."""
+    """Return the sprite of an object or a sign, before or after its change."""
     if thing.is_sign:
         return _board(thing.after if changed else thing.text, thing)
     first = np.array(COLOURS[thing.after] if changed else thing.rgb, np.float32)
-    # The second colour of a texture: darker if the first is light, lighter if it is dark.
+    # The second color of a texture is darker than a light first color, and lighter than a dark one.
     light = first.mean() > 95
     second = first * np.float32(0.3) if light else first * np.float32(0.35) + np.float32(165)
     r = thing.radius
@@ -76,13 +76,13 @@ def _board(text: str, sign: Thing) -> Sprite:
 
 @lru_cache(maxsize=2048)
 def thing_shadow(outline: str, height: int, width: int) -> np.ndarray:
-    """Return the shadow of a thing or a board, two pixels larger on each side: float32. `height` and `width` are in pixels."""
+    """Return the shadow of an object or a sign's board as float32, two pixels larger on each side. Sizes are in pixels."""
     cover = np.ones((height, width), np.float32) if outline == SIGN else outline_mask(outline, height // 2)
     return soft_shadow(cover, 2) * np.float32(0.4)
 
 
 def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
-    """Return the shadow of a coverage, `reach` pixels larger on each side: float32."""
+    """Return the soft shadow of a coverage mask as float32, `reach` pixels larger on each side."""
     shadow = np.pad(cover, reach)
     for axis in (0, 1):
         total = np.cumsum(np.pad(shadow, [(reach + 1, reach) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
@@ -107,7 +107,7 @@ def pink_noise() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return the bank of leaves, smallest first, each with coverage, mixture of two colours, and shadow."""
+    """Return the bank of leaves, smallest first. Each leaf has a coverage mask, a mixture of two colors, and a shadow."""
     rng = np.random.default_rng(12)
     # Radii with density r^-3, which makes dead leaves scale-invariant.
     u = (np.arange(BANK) + 0.5) / BANK
@@ -187,7 +187,7 @@ def _layer(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def _strew(
     canvas: np.ndarray, cover: np.ndarray | None, rng: np.random.Generator, density: float, tint: np.ndarray
 ) -> None:
-    """Cover about `density` of a canvas with leaves, bottom to top."""
+    """Scatter leaves on the canvas, each on top of the previous ones, so that they cover about the share `density` of it."""
     bank, (height, width, _) = leaves(), canvas.shape
     # Approximate mean area of a leaf, given the squeezed and clipped shapes.
     count = int(density * height * width / 190)

@@ -33,7 +33,7 @@ def draw_text(rng: np.random.Generator) -> str:
 
 
 def similar_text(text: str, rng: np.random.Generator) -> str:
-    """Return a number with one or two digits changed, or a word of the same length (perhaps the same word)."""
+    """Return a similar text: a number with one or two digits changed, or a word of the same length (perhaps the same word)."""
     if text.isdigit():
         digits = list(text)
         for at in rng.choice(len(text), min(len(text), int(rng.integers(1, 3))), replace=False):

@@ -1,4 +1,4 @@
-"""8 bits on trained weights with four channels made 100 times larger before every product, which changes nothing in float32."""
+"""Test 8 bits on trained weights with four channels made 100 times larger before every product, which changes nothing in fp32."""
 
 import pytest
 import torch

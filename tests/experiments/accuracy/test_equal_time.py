@@ -84,7 +84,7 @@ def test_the_committed_chart_is_that_of_the_tables(tmp_path):
 
 
 def test_what_is_said_of_the_chart_is_so():
-    """The line through the presets is above all other methods except `downscale -b fast`, which is faster."""
+    """In the chart, the line through the presets is above all other methods except `downscale -b fast`, which is faster."""
     times = TABLES.read_text()
     fast = speeds(times)
     ours, others = worst_in_tables(times, COMPARED.read_text())

@@ -10,7 +10,7 @@ def sample(video: int, right: bool, row: str = FULL, budget: float | str = 1.0, 
 
 
 def samples(wrong: int) -> list[dict]:
-    """Return answers to 20 clips, every fourth a picture: 16 right by the full model, `wrong` of these wrong by the pruned one."""
+    """Return answers about 20 clips, every fourth a picture. The full model gets 16 right, the pruned one `wrong` fewer."""
     groups = ["picture" if video % 4 == 0 else "video" for video in range(20)]
     full = [sample(video, video < 16, group=group) for video, group in enumerate(groups)]
     return full + [sample(v, wrong <= v < 16, METHOD, "fast", group) for v, group in enumerate(groups)]

@@ -15,7 +15,7 @@ def clips(count, split="validation", **how):
 
 
 def painted(clip: Clip, thing: Thing, t: float) -> np.ndarray:
-    """Return bool `[height, width]`: the pixels that change at time t if this thing is left out."""
+    """Return bool `[height, width]`: the pixels that change at time t if this object is left out."""
     with_it, without = (render(replace(clip, things=things), [t])[0].astype(int) for things in ((thing,), ()))
     return (with_it != without).any(-1)
 

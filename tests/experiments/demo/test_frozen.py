@@ -1,7 +1,7 @@
-"""The clip generators are frozen, because results are only comparable on the same clips.
+"""Test that the clip generators have not changed, because results are only comparable if they come from the same clips.
 
-If this fails, the drawn clips, questions or answers have changed. Everything in results/ would have to be measured again, and the
-answers derived again from the scenes.
+If one of these tests fails, the clips, the questions or the answers have changed, and everything in results/ would have to be
+measured again.
 """
 
 import hashlib

@@ -74,7 +74,7 @@ def test_labels_follow_the_camera_and_what_changes():
 
 
 def test_patches_say_which_way_a_thing_goes_on_the_frame():
-    """Includes the camera's motion. Unclear directions are ignored."""
+    """The direction includes the camera's motion, and unclear directions are ignored."""
     look = ("square", "plain", "red", (200, 50, 45), 20, 84.0, 56.0)
     for camera, thing, expected in (
         (Camera(), Thing(*look, motion="left", speed=10.0), 1),
@@ -87,7 +87,7 @@ def test_patches_say_which_way_a_thing_goes_on_the_frame():
 
 
 def test_units_are_labelled_with_what_has_become_of_them():
-    """A thing that moves down by a unit per second, one that appears, one that vanishes and a sign that changes."""
+    """The clip has an object that moves down by a unit per second, one that appears, one that vanishes, and a sign that changes."""
     look = {"texture": "plain", "colour": "red", "rgb": (200, 50, 45), "radius": 12}
     things = (
         Thing("square", **look, x=14.0, y=14.0, motion="down", speed=28.0),

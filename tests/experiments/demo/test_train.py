@@ -10,7 +10,7 @@ from experiments.demo.training import rate
 
 
 def expected_label(thing) -> list[int]:
-    """Return shape (a digit is one more), color, size, motion and digit; -100 for attributes that the thing does not have."""
+    """Return shape (a digit is one more), color, size, motion and digit; -100 for attributes that the object does not have."""
     colour, motion = list(COLOURS).index(thing.colour), list(MOTIONS).index(thing.motion)
     if thing.is_digit:
         return [len(SHAPES), colour, -100, motion, int(thing.kind)]

@@ -1,4 +1,4 @@
-"""The recipes refer to existing things. They are run by hand, because each one installs gigabytes."""
+"""Test that the recipes refer to existing files and tests. The recipes are run by hand, because each one installs gigabytes."""
 
 import shlex
 

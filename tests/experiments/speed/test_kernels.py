@@ -1,4 +1,4 @@
-"""Every part runs, at sizes that take milliseconds."""
+"""Test that every part of the kernel benchmark runs, at sizes that take milliseconds."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""All three ways encode the same video, at sizes that take milliseconds."""
+"""Test that all three variants of the tower encode the same video, at sizes that take milliseconds."""
 
 import pytest
 import torch

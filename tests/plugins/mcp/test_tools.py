@@ -17,11 +17,11 @@ WAIT_S = 60
 
 
 class Server:
-    """A running server.
+    """A running MCP server and a client that is connected to it.
 
     Attributes:
-        client: asynchronous; `portal` calls it.
-        folder: the allowed folder.
+        client: the asynchronous client, which is called through `portal`.
+        folder: the folder that the server may read.
     """
 
     def __init__(self, portal, client, folder, log):

@@ -320,7 +320,7 @@ def test_wrong_uploads_are_refused(server, form, param):
 
 
 def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
-    """With a frame rate, or with times: the same as `VideoQA` with the array."""
+    """With a frame rate or with times, the answer is the same as that of `VideoQA` with the array of frames."""
     frames = np.zeros((6, 56, 84, 3), np.uint8)
     frames[:, 14:42, 14:42] = (0, 200, 0)
     pictures = []
@@ -562,7 +562,7 @@ def test_a_client_has_half_of_the_room_for_bodies(qa, tmp_path, monkeypatch):
 
 
 def test_a_body_that_almost_stops_is_408(server, monkeypatch):
-    """No matter how much came at once before. A body that keeps coming fast enough may take long."""
+    """This does not depend on how much arrived at once before. A body that keeps arriving fast enough may take a long time."""
     from evoprune_serve import guard
 
     monkeypatch.setattr(guard, "SLOW_S", 0.5)
@@ -975,7 +975,7 @@ def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, m
 
 
 def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
-    """Also if they occupy all download threads."""
+    """This also works if the downloads occupy all download threads."""
     import httpx
 
     with serving(qa, tmp_path, most=2) as server:
@@ -1003,7 +1003,7 @@ def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
 
 
 def test_clients_take_turns(qa):
-    """Those that wait longest come next. A full queue still admits a client with fewer queued requests."""
+    """The client that has waited longest comes next. A full queue still admits a client with fewer queued requests."""
     import asyncio
 
     from evoprune_serve.errors import ApiError
@@ -1029,7 +1029,7 @@ def test_clients_take_turns(qa):
 
 
 def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
-    """After many questions, including cut, invalid and aborted ones: no threads, no jobs, no references to files."""
+    """After many questions, including truncated, invalid and aborted ones, no threads, jobs or file references remain."""
     import httpx
 
     answer(server)

@@ -358,7 +358,7 @@ def test_a_conversation_goes_on(server, browser):
 
 @in_browser
 def test_another_model_is_chosen(qa, tmp_path, browser):
-    """Only if there are several; counts, overlay and answers are then the chosen model's."""
+    """Models can be chosen only if there are several. Counts, overlay and answers then come from the chosen model."""
     other = VideoQA.load("demo-scenes", method="divprune")
     inner = VideoQA.load("demo", method="fastv")  # it has no overlay
     with serving(qa, tmp_path, {"scenes": other, "organisation/model-of-a-long-name-" * 5: inner}) as server:

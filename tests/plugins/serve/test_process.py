@@ -394,7 +394,7 @@ def picture(name: str) -> dict:
 
 
 def test_open_webui_finds_the_model(port):
-    """When a connection is verified, and when models are listed, by `id` if there is no `name`."""
+    """This happens when a connection is verified and when models are listed, by `id` if there is no `name`."""
     status, _, text = open_webui(port, "GET", "/v1/models")
     (model,) = json.loads(text)["data"]
     assert status == 200 and model["id"] == "demo" and model.get("name", "demo")

@@ -295,7 +295,7 @@ def test_schemas():
 
 
 def test_no_effort_means_no_thoughts():
-    """Also if the server was started with `--think on`. The server's own option takes precedence."""
+    """This also works if the server was started with `--think on`. The server's own option takes precedence."""
     thinking = PipelineOptions.of(think="on")
     shown = [message(COLOUR, SHOWN)]
     content = [{"type": "input_file", "file_id": "file-1"}, {"type": "input_text", "text": COLOUR}]

@@ -149,7 +149,7 @@ def test_addresses_that_cannot_be_read(store, uploads, url):
 
 
 def test_base64_is_read_as_browsers_read_it():
-    """In lines, escaped, or without padding. Wrong characters are refused."""
+    """The data may be split into lines, escaped, or lack padding. Invalid characters are refused."""
     content = bytes(range(256)) + b"a"
     text = base64.b64encode(content).decode()
     for form in (
@@ -195,7 +195,7 @@ def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads,
 
 
 def test_a_file_that_is_replaced_by_a_link_is_not_followed(store, uploads, tmp_path, monkeypatch):
-    """Neither between the check of its path and its opening, nor afterwards. The same holds for its parent folders."""
+    """This holds between checking the path and opening the file, and afterwards. It also holds for parent folders."""
     inside = tmp_path / "inside"
     (inside / "folder").mkdir(parents=True)
     for folder in (inside / "folder", tmp_path):

@@ -107,7 +107,7 @@ def test_tensor_parallel_and_compiled(start, options):
 
 @pytest.mark.slow
 def test_bfloat16(start):
-    """Unpruned: the tokens of stock vLLM. Pruned: most answers of `VideoQA`, which rounds sums differently."""
+    """Unpruned tokens equal those of stock vLLM. Most pruned answers equal those of `VideoQA`, which rounds sums differently."""
     how = {"dtype": "bf16"}
     full = [each.request() for each in samples(budget=1.0, **how)]
     stock = answers(start(ours=False, dtype="bfloat16"), full)

@@ -42,7 +42,7 @@ def said(client, *args, **options) -> str:
 
 
 def test_it_answers_as_in_process(client, start):
-    """Also with a file instead of a data URL, and with budgets per request."""
+    """This also works with a file instead of a data URL, and with a different budget for each request."""
     from vllm import SamplingParams
 
     llm, greedy = start(**pruning(0.75), media_io_kwargs=RATE), SamplingParams(temperature=0, max_tokens=NEW)

@@ -44,7 +44,7 @@ def test_it_answers_as_video_qa_does(llm, quarter):
 
 
 def test_the_default_selects_the_tokens_of_video_qa(llm, monkeypatch):
-    """First rows inside the tower, then tokens among them."""
+    """evoprune first selects rows inside the tower, and then selects tokens among them."""
     from evoprune_vllm import model
 
     found, encoded = [], model.encoded

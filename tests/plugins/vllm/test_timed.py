@@ -25,7 +25,7 @@ QUESTIONS = ("What colour is the square?", "Describe the video.")
 class Here(Asked):
     """A question about a video at 2 frames per second, in the form that `VideoQA` reads.
 
-    There are no markers around the whole video, and the frames have the times of the middles of half seconds.
+    There are no markers around the whole video, and each frame's timestamp is the middle of its half second.
     """
 
     def request(self, budget=None):
