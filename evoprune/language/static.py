@@ -332,14 +332,17 @@ def _is_even(cache: KVCache | HostedCache) -> bool:
 def can_step(model) -> bool:
     """Return True if every decoding step of a model runs the same operations, so that a graph can capture them.
 
-    Models with hooks are rejected, because a hook may do anything. Models with experts are accepted only with one of the two
-    implementations of experts that never copy the choice of experts to the host.
+    Models with hooks are rejected, because a hook may do anything. Models that also read token ids are rejected, because a step has
+    only embeddings. Models with experts are accepted only with one of the two implementations of experts that never copy the choice
+    of experts to the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
         return False
     if not isinstance(model, HostedVL):
         return True
+    if hosted.reads_ids(model):
+        return False
     text = model.model.language_model
     plain = (nn.Parameter, torch.Tensor)
     kinds = {*(getattr(text.config, "layer_types", None) or ())}

@@ -122,6 +122,10 @@ def test_experts_that_are_chosen_on_the_host_have_no_graph(graphs, hosted, monke
     assert graphs.captured == 0
 
 
+def test_models_that_read_token_ids_have_no_graph(hosted):
+    assert not static.can_step(hosted("qwen4_exp"))
+
+
 def test_quantised_weights_in_buffers_have_no_graph(hosted):
     """Some quantized layers, such as those of GPTQ and AWQ, are not torch linear layers."""
     model = hosted("qwen3_5")
