@@ -100,4 +100,4 @@ def test_what_is_said_of_the_chart_is_so():
     row = next(line for line in readme.splitlines() if "fp32, 8 frames |" in line and "against transformers" in line)
     assert re.findall(r"[\d.]+ times", row) == shown
     assert [re.search(rf"`-b {name}`.*?([\d.]+ times)", guide)[1] for name in names] == shown
-    assert f"They are {shown[0][:3]}, {shown[1][:3]} and {shown[2][:3]}" in times
+    assert f"first token {shown[0][:3]}, {shown[1][:3]} and {shown[2][:3]} times as fast as Hugging Face" in times
