@@ -181,7 +181,7 @@ class EvoPruneKeywords(TypedDict, total=False):
     """On a CPU, encode faster, with packed copies of the tower's linear layers. int8: with 8-bit copies, twice as fast
     as float32 and less exact."""
     pictures: bool
-    """Prune pictures too, each to the same share of its tokens. Otherwise they stay whole."""
+    """Prune images too, each to the same share of its tokens. Otherwise they stay whole."""
 
 
 class LoadKeywords(ModelKeywords, PruneKeywords, total=False):

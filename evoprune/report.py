@@ -49,7 +49,7 @@ DEMO_KNOWLEDGE = (
 )
 EQUAL_SCORES = "equal_scores"  # warns that all units of a video have the same score
 WARNINGS = {
-    "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and a picture has only one",
+    "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and an image has only one",
     "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
     EQUAL_SCORES: "{video} shows only flat colors, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer is meaningless; times and counts are valid for these dimensions",
@@ -73,7 +73,7 @@ WARNINGS = {
     "is, times after the jump are too early by {gap}",
     "joined_files": "{video} contains another file after the first one, as if joined with cat; everything after the first may be "
     "missing or misplaced. ffmpeg -f concat joins videos",
-    "sound_ignored": "the sound of {video} is not read, so an answer about it comes only from the pictures; --subtitles (in "
+    "sound_ignored": "the sound of {video} is not read, so an answer about it comes only from the images; --subtitles (in "
     "Python subtitles) reads a file with the spoken words, and --speech (speech) transcribes them",
     "no_sound": "{video} has no sound, so there is no speech to transcribe",
     "damaged_sound": "some of the sound of {video} cannot be decoded; what is said there is missing",
@@ -88,7 +88,7 @@ WARNINGS = {
     "demo_untold": f"{DEMO_KNOWLEDGE}; the format of {{video}} does not show whether it is one of these. If it is not, do not "
     "trust any answer about it. For other videos: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_inputs": "the demo models were trained without subtitles and on few inputs at a time (demo: one video; demo-scenes: "
-    "up to two videos or pictures); do not rely on answers about anything else",
+    "up to two videos or images); do not rely on answers about anything else",
     "demo_question": "a question contains words that the demo model was not trained on; do not rely on its answer. "
     "samples/questions.jsonl has questions for demo, and docs/demo-model.md some for demo-scenes",
     "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately "
@@ -198,7 +198,7 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """Facts about a single input of a question, which is a video or a picture.
+    """Facts about a single input of a question, which is a video or an image.
 
     `time_ms` contains the time spent on encoding the input, even if the input was encoded for an earlier question. `warnings`
     contains only the warnings about this input.
@@ -553,7 +553,7 @@ def _heading_lines(report, width: int) -> list[str]:
 
 
 def _input_line(facts, width: int) -> str:
-    """Return the line that shows the name of a video or a picture and its known properties.
+    """Return the line that shows the name of a video or an image and its known properties.
 
     Args:
         facts: One of the report's inputs, or the report itself if it has a single input.
@@ -696,7 +696,7 @@ def _stage_notes(report) -> dict[str, str]:
         notes["read"] = _frames_read(report)
         notes["preprocess"] = f"{counted(sampling.frames, 'frame')} of {width}x{height}"
         if still:
-            notes["read"] = "a picture"
+            notes["read"] = "an image"
             notes["preprocess"] = f"{width}x{height}"
     if pruning.visual_tokens_kept is not None:
         tokens = counted(pruning.visual_tokens_in, "visual token")

@@ -161,7 +161,7 @@ class VideoQA(Uncopied):
         progress: Callable[[str, int, int], None] | None = None,
         **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
-        """Read, preprocess and encode a video or a picture, or several inputs for questions about all of them together.
+        """Read, preprocess and encode a video or an image, or several inputs for questions about all of them together.
 
         Args:
             path: The path of a file or of a folder of frames; an http or https URL; the bytes of a file; a file opened in binary
@@ -180,7 +180,7 @@ class VideoQA(Uncopied):
         Raises:
             VideoError: If an input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
             UsageError: If an option is out of range, an array has the wrong shape or dtype or has neither a frame rate nor times, a
-                time span is given for a picture, one subtitle file is given for more than one video, or a URL is given after
+                time span is given for an image, one subtitle file is given for more than one video, or a URL is given after
                 `load(offline=True)`.
             OutOfMemory: If a stage needs more memory than is available.
             TypeError: If an option is unknown.
@@ -333,7 +333,7 @@ class VideoQA(Uncopied):
             options: How to find moments: the fields of `keywords.FindKeywords`.
 
         Raises:
-            UsageError: If an option or a query is invalid, or the input is a picture.
+            UsageError: If an option or a query is invalid, or the input is an image.
             VideoError: If the video is missing, unreadable or empty.
             OutOfMemory: If a stage needs more memory than is available.
             TypeError: If an option is unknown.

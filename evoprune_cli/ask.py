@@ -63,7 +63,7 @@ def ask(
     words: opt.argument(
         list[str],
         "INPUT",
-        "Videos and pictures (files, folders of frames, URLs, or - for stdin), then the question in quotes. "
+        "Videos and images (files, folders of frames, URLs, or - for stdin), then the question in quotes. "
         "Without a question or -Q, the question is read from stdin.",
     ),
     more: opt.option(
@@ -91,7 +91,7 @@ def ask(
     verbose: opt.Verbose = False,
     cache: opt.Cache = False,
 ) -> int:
-    """Ask a question about videos or pictures. The answer goes to stdout, everything else to stderr.
+    """Ask a question about videos or images. The answer goes to stdout, everything else to stderr.
 
     \b
     evoprune ask clip.mp4 "What happens?"
@@ -224,7 +224,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
     name = missing[0]
     last = inputs[-1]
     if name == inputs[0] and not PATH.fullmatch(name):
-        raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and pictures come first: {USAGE}"))
+        raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and images come first: {USAGE}"))
     if not PATH.fullmatch(name):
         words = [*missing, *filter(None, [question])]
         hint = f"quote the question: {USAGE}; for more questions: -Q"
@@ -349,7 +349,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
     sampling.check_one_file(len(infos))
     pictures = all(info.is_picture for info in infos)
     if not quiet and pictures and (sampling.sets_frames or sampling.max_frames):
-        tell("note: --fps, --frames and --max-frames have no effect on pictures")
+        tell("note: --fps, --frames and --max-frames have no effect on images")
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         wanted.check_picture(info)
         model.plan(info, wanted)
@@ -369,7 +369,7 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
         most = f"{plan.token_limit:,} tokens"
         if sampling.max_visual_tokens is None and plan.token_limit < sampling.MAX_VISUAL_TOKENS:
             most += " on a CPU"
-        seen = "a picture" if plan.is_picture else f"{plan.sampling.frames} frames"
+        seen = "an image" if plan.is_picture else f"{plan.sampling.frames} frames"
         note(f"limited to {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
 
 

@@ -57,7 +57,7 @@ def profile(
     synthetic: opt.option(
         str | None,
         "--synthetic",
-        "Clip to use without VIDEO: objects that move in front of a still background, a still picture of which a tenth changes, "
+        "Clip to use without VIDEO: objects that move in front of a still background, a still image of which a tenth changes, "
         "or noise; default: motion.",
         opt.SWEEP,
         **opt.one_of(*ProfileSettings.SYNTHETIC),
@@ -65,7 +65,7 @@ def profile(
     pictures: opt.option(
         bool,
         "--pictures",
-        "Measure pictures instead of clips: 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or --size.",
+        "Measure images instead of clips: 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or --size.",
         opt.SWEEP,
     ) = False,
     options: opt.MakeOptions,

@@ -15,7 +15,7 @@ DIFFERENCE = 7  # exit code if any check finds a difference
 def verify(
     *,
     path: opt.argument(
-        str | None, "INPUT", "Video or picture to use; default: a synthetic clip and a synthetic picture."
+        str | None, "INPUT", "Video or image to use; default: a synthetic clip and a synthetic image."
     ) = None,
     quick: opt.option(bool, "--quick", "Run only the checks that take seconds.") = False,
     time_limit: opt.option(

@@ -1,4 +1,4 @@
-"""Find out which video and picture decoders are installed.
+"""Find out which video and image decoders are installed.
 
 Some systems have no decord wheels, older versions of Pillow lack AVIF, and HEIC needs an extra.
 """

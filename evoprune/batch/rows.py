@@ -1,4 +1,4 @@
-"""Rows, which are questions about videos and pictures.
+"""Rows, which are questions about videos and images.
 
 Rows are read from a JSONL or CSV file, or created by pairing each video with each question. This module does not import torch.
 """
@@ -58,12 +58,12 @@ Line = tuple[str, int, dict[str, Any] | ValueError]
 
 @dataclass(frozen=True)
 class Row:
-    """A question about one or more videos and pictures, optionally limited to a time span of the videos."""
+    """A question about one or more videos and images, optionally limited to a time span of the videos."""
 
     LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the labels of a question's options
 
     id: str  # identifies the row in the results
-    inputs: tuple[str, ...]  # the paths of the videos and pictures as the user wrote them
+    inputs: tuple[str, ...]  # the paths of the videos and images as the user wrote them
     paths: tuple[str, ...]  # the same inputs as paths that can be opened
     question: str
     start_s: float = 0.0  # start of the time span in seconds; a negative value counts from the end
@@ -229,7 +229,7 @@ class RowReader:
             videos: The paths of videos and of folders. A folder of videos is replaced by the videos in it.
             questions: The questions to ask about every video.
             recursive: Whether to search subfolders as well.
-            pictures: Whether to include the pictures in a folder of videos. Images with the same name as a video are never
+            images: Whether to include the images in a folder of videos. Images with the same name as a video are never
                 included.
 
         Raises:
@@ -533,7 +533,7 @@ def folders_below(folder: str) -> Iterator[str]:
 
 
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
-    """Return the videos in a folder, and its pictures if `pictures` is True, in natural order of their names.
+    """Return the videos in a folder, and its images if `pictures` is True, in natural order of their names.
 
     An image with the same name as a video is skipped, because it is probably a thumbnail. HEIC and AVIF files are not skipped,
     because in a Live Photo the file is the photo itself. The video next to it is then a separate input.
@@ -616,7 +616,7 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
 
     Args:
         video: The path of the folder. For other paths, the result is an empty string.
-        pictures: Whether pictures in a folder of videos are used. See `RowReader.pairs`.
+        images: Whether images in a folder of videos are used. See `RowReader.pairs`.
         hint: Text that says how to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):
@@ -634,7 +634,7 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
         return f"{video}: {counted(len(images), 'image')} as one video; subfolders are not searched{hint}"
     if not names:
         return ""
-    counts = {"video": len(videos), "picture": len(taken) - len(videos)}
+    counts = {"video": len(videos), "image": len(taken) - len(videos)}
     counts_text = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
     return f"{video}: {counts_text}; skipped: {some(list(map(shown, names)))}"
 

@@ -12,7 +12,7 @@ zero-based indices of frames, rows, columns and color channels.
             byte(4, f, y, x, c). As a result, different units change in each grid and return to the texture in the next one.
 `motion`    Ordinary motion: texture(5) as the background, three textured discs that move steadily in front of it and wrap around at
             the edges, and sensor noise from -3 to 3. About a third of the units change visibly from one grid to the next (more if
-            the picture is only a few units wide).
+            the image is only a few units wide).
 """
 
 import sys

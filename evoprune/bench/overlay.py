@@ -283,7 +283,7 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
     """Change the brightness and tint of each pixel according to its fate.
 
     Args:
-        picture: uint8 `[H, W, 3]`, the pixels.
+        image: uint8 `[H, W, 3]`, the pixels.
         fate: int `[H, W]`, the fate of each pixel's unit, as an index into `Fates.NAMES`.
     """
     share = np.array([TINTS[name][0] for name in Fates.NAMES], np.float32)[fate]

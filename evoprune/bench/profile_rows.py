@@ -47,7 +47,7 @@ class Case:
     def __str__(self) -> str:
         size = f"{self.height}x{self.width}"
         if self.frames == 1:
-            return f"a picture of {size}"
+            return f"an image of {size}"
         return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":

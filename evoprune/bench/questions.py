@@ -439,7 +439,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
             not isinstance(groups, list) or not all(isinstance(g, str) for g in groups),
             "groups is not a list of strings",
         ),
-        (len(row.inputs) > 1, "a question in an evaluation is about one video or picture"),
+        (len(row.inputs) > 1, "a question in an evaluation is about one video or image"),
         (any(map(is_url, row.inputs)), "an evaluation does not read URLs: download the video first"),
         (bool(row.earlier), "an evaluation asks single questions, so a row needs question, not messages"),
         (row.subtitles is not None, "subtitles are not read in an evaluation"),

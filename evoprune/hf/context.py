@@ -102,7 +102,7 @@ class EvoPrune:
     )
     pictures: bool = option(
         False,
-        "Prune pictures too, each to the same share of its tokens. Otherwise they stay whole.",
+        "Prune images too, each to the same share of its tokens. Otherwise they stay whole.",
     )
 
     def __post_init__(self):

@@ -107,7 +107,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
 
     Args:
         model: A model that was prepared by `accept_features`.
-        pictures: The features of the images, or None if the model encodes the images itself.
+        images: The features of the images, or None if the model encodes the images itself.
 
     Raises:
         UsageError: If transformers is older than 5.18, and images are encoded or the call uses chunked prefill, which would ignore
@@ -115,7 +115,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
     """
     if not takes_encoded(model):
         if pictures is not None:
-            raise _too_old("encoded pictures")
+            raise _too_old("encoded images")
         videos = [features for features, _ in videos]
         if setting(model, call, "prefill_chunk_size") is not None:
             hint = f"unset it, or use {NEEDED}"

@@ -130,7 +130,7 @@ class Search:
             self._info = probe(file, folder_fps=sampling.frame_rate)
             if self._info.is_picture:
                 raise UsageError(
-                    f"{self.name} is a picture, which has no moments", "give a video; ask asks about a picture"
+                    f"{self.name} is an image, which has no moments", "give a video; ask asks about an image"
                 )
             self.duration_s = self._info.length_s
             self._fps = sampling.rate(session.loaded.video.fps)

@@ -160,7 +160,7 @@ def _request(plan: Plan) -> tuple[Any, ...]:
 
 @takes(ModelOptions, SamplingOptions)
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
-    """Start reading videos and pictures before the model is loaded. Does not import torch.
+    """Start reading videos and images before the model is loaded. Does not import torch.
 
     Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are being read:
 

@@ -285,7 +285,7 @@ class Askable(ABC, Uncopied):
 
 
 class EncodedInputs(Askable):
-    """Encoded videos and pictures that can answer any number of questions, one at a time.
+    """Encoded videos and images that can answer any number of questions, one at a time.
 
     Threads that ask at the same time wait for each other (see `Answer`). For each new question, the model reads only the part of
     the prompt that differs from earlier prompts (`PrefixCache`). Pruning methods that read the question select the tokens again for
@@ -314,7 +314,7 @@ class EncodedInputs(Askable):
         descriptions = []
         for plan, tokens in ((encoding.plan, encoding.encoded) for encoding in self._encodings):
             count, height, width = plan.grid
-            size = f"a picture of {height}x{width} units"
+            size = f"an image of {height}x{width} units"
             if not plan.is_picture:
                 size = f"{plan.sampling.frames} frames, {counted(count, 'frame pair')} of {height}x{width} units"
             descriptions.append(f"{plan.name!r}: {size}, {len(tokens.kept):,} of {plan.units:,} visual tokens kept")

@@ -1,4 +1,4 @@
-"""An encoded video or picture, ready for questions."""
+"""An encoded video or image, ready for questions."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from evoprune.vision import Encoded, EncodedRows
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An encoded video or picture, together with its stage times and warnings."""
+    """An encoded video or image, together with its stage times and warnings."""
 
     plan: Plan
     encoded: Encoded  # tokens for the language model; empty until selected, if `unselected` is set

@@ -1,4 +1,4 @@
-"""Turn video and picture files into visual tokens: probe the inputs, plan how to read them, then read, patchify and encode them.
+"""Turn video and image files into visual tokens: probe the inputs, plan how to read them, then read, patchify and encode them.
 
 If an input has already been encoded and is in the disk cache, its tokens are loaded from there instead.
 """
@@ -47,7 +47,7 @@ READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packa
 
 @dataclass(eq=False)
 class OpenInput:
-    """A video or picture that has been opened for encoding. Encode it once, and then close it.
+    """A video or image that has been opened for encoding. Encode it once, and then close it.
 
     Subclasses override methods to get their frames or encoded rows from other sources.
 
@@ -378,7 +378,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """Opened videos and pictures for questions about all of them together. Encode them once, and close them after use.
+    """Opened videos and images for questions about all of them together. Encode them once, and close them after use.
 
     Attributes:
         plans: One plan per input.
@@ -498,7 +498,7 @@ def open_inputs(
     kind: Callable[..., OpenInput] = OpenInput,
     ahead: ReadAhead | None = None,
 ) -> OpenInputs:
-    """Probe videos and pictures, and plan how to read them. No frames are read yet.
+    """Probe videos and images, and plan how to read them. No frames are read yet.
 
     URLs, bytes, open files and Pillow images are first written to temporary files, which are deleted when the inputs are closed
     (video/given.py).
@@ -514,7 +514,7 @@ def open_inputs(
 
     Raises:
         VideoError: If an input is missing, unreadable or empty.
-        UsageError: If an option is invalid, a time span is given but all inputs are pictures, one subtitle file is given for more
+        UsageError: If an option is invalid, a time span is given but all inputs are images, one subtitle file is given for more
             than one input, or a URL is given although the network is off.
     """
     sampling = sampling or SamplingOptions()

@@ -1,4 +1,4 @@
-"""Build the prompt for a question about videos and pictures, with or without subtitles."""
+"""Build the prompt for a question about videos and images, with or without subtitles."""
 
 from collections.abc import Sequence
 from dataclasses import replace

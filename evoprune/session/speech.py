@@ -102,7 +102,7 @@ def with_speech(
 ) -> Plan:
     """Return a copy of a plan whose subtitles are the transcribed speech of the video.
 
-    The plan is returned unchanged if it already has subtitles, if it is for a picture, or if `speech` is "none". See `speech_of`
+    The plan is returned unchanged if it already has subtitles, if it is for an image, or if `speech` is "none". See `speech_of`
     for the other arguments and the errors.
     """
     if sampling.speech == "none" or plan.subtitles.source is not None or plan.info.is_picture:

@@ -68,7 +68,7 @@ def cut_clip(
     if not 0 <= start_s < end_s:
         hint = "start at 0 s (the first frame) or later, and end after the start"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
-    if not info.is_picture:  # a picture has no length, and the reader will reject it
+    if not info.is_picture:  # an image has no length, and the reader will reject it
         start_s, end_s = info.span(start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)

@@ -141,6 +141,6 @@ def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"#extm3u") or (text.startswith(b"<") and b"<mpd" in text):
         hint = 'evoprune watch reads playlists: evoprune watch URL -Q "What happens?"'
-        raise VideoError(f"{name} is a playlist, not a video or a picture", hint)
+        raise VideoError(f"{name} is a playlist, not a video or an image", hint)
     if text.startswith(b"<") and ("html" in content_type.lower() or b"html" in text):
-        raise VideoError(f"{name} is a web page, not a video or a picture", DOWNLOAD_HINT)
+        raise VideoError(f"{name} is a web page, not a video or an image", DOWNLOAD_HINT)

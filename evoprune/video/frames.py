@@ -94,7 +94,7 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     if choice == "none":
         return Subtitles()
     if info.is_picture:
-        return Subtitles(note=f"{info.path} is a picture")
+        return Subtitles(note=f"{info.path} is an image")
     values = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
     return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
 

@@ -153,7 +153,7 @@ def _png(picture: Any) -> bytes:
         VideoError: The image cannot be read.
     """
     if picture.mode == "F" or (picture.mode.startswith("I") and not _fits_16_bits(picture)):
-        raise UsageError(f"a picture of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
+        raise UsageError(f"an image of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
     try:
         if picture.mode not in STORED_MODES:
             mode = "RGBA" if picture.has_transparency_data else "RGB"

@@ -56,7 +56,7 @@ class HeldVideo(Video):
             ) from problem
         shape = list(array.shape)
         if array.ndim == 3 and shape[-1] == 3:
-            hint = "for a picture: PIL.Image.fromarray(array)"
+            hint = "for an image: PIL.Image.fromarray(array)"
             if several:
                 hint = f"for frames of one video: numpy.stack(list); {hint}"
             raise UsageError(f"an array of shape {shape} is one frame", hint)

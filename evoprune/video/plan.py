@@ -149,7 +149,7 @@ class SamplingOptions:
         """Raise UsageError if a subtitle file is given for a still image."""
         if info.is_picture and self.subtitle_file:
             raise UsageError(
-                f"{info.path} is a picture, which has no subtitles", "leave out the subtitles, or give the video"
+                f"{info.path} is an image, which has no subtitles", "leave out the subtitles, or give the video"
             )
 
     @property
@@ -490,7 +490,7 @@ def plan_sampling(
 def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
     """Raise UsageError if a time span is given for a still image."""
     if start_s != 0 or end_s is not None:
-        raise UsageError(f"{picture.path} is a picture, which has no start or end", "leave out start and end")
+        raise UsageError(f"{picture.path} is an image, which has no start or end", "leave out start and end")
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:

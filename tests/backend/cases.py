@@ -65,7 +65,7 @@ def clusters(shape: Shape, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 
 def means(pairs: int, units: int, seed: int, kind: str) -> torch.Tensor:
-    """Return block means, float32 `[pairs, units, 96]`, in whole levels. They show noise, a noisy still picture, or a cut."""
+    """Return block means, float32 `[pairs, units, 96]`, in whole levels. They show noise, a noisy still image, or a cut."""
     random = torch.Generator().manual_seed(seed)
     still = torch.randint(40, 200, (1, units, 96), generator=random).expand(pairs, -1, -1)
     noise = torch.randint(40, 200, (pairs, units, 96), generator=random)

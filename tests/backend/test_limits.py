@@ -236,7 +236,7 @@ except OutOfMemory as problem:
 
 @pytest.mark.full
 def test_a_decoder_that_the_system_ends(limited, tmp_path):
-    """Decoding the picture takes 100 MiB, which is more than the control group allows."""
+    """Decoding the image takes 100 MiB, which is more than the control group allows."""
     path = tmp_path / "large.mkv"
     frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     write_video(path, [np.tile(frame, (64, 128, 1))], codec="mjpeg", pix_fmt="yuvj444p")

@@ -402,7 +402,7 @@ def test_both_files_of_a_live_photo_are_taken(tmp_path):
     (tmp_path / "IMG_2.MOV").touch()
     assert found(tmp_path) == ["IMG_1.MOV", "IMG_2.MOV"]
     assert found(tmp_path, pictures=True) == ["IMG_1.HEIC", "IMG_1.MOV", "IMG_2.HEIC", "IMG_2.MOV", "IMG_3.heif"]
-    assert left_out(str(tmp_path), pictures=True).endswith("2 videos and 3 pictures; skipped: IMG_1.JPG")
+    assert left_out(str(tmp_path), pictures=True).endswith("2 videos and 3 images; skipped: IMG_1.JPG")
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "1.heic").touch()
@@ -420,4 +420,4 @@ def test_a_photo_among_videos_is_taken(tmp_path):
     assert found == ["a.mp4", "b.mp4", "b2.png", "c.mov"]
     assert [Path(row.video).name for row in RowReader().pairs([folder], ["Why?"])] == ["a.mp4", "b.mp4", "c.mov"]
     names = ", ".join([*(f"{n}.txt" for n in range(10)), "and 3 more"])
-    assert left_out(folder, pictures=True) == f"{folder}: 3 videos and 1 picture; skipped: {names}"
+    assert left_out(folder, pictures=True) == f"{folder}: 3 videos and 1 image; skipped: {names}"

@@ -131,7 +131,7 @@ def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch
     assert made["items"] == {"answered": 4, "failed": 3}
     assert [f["message"] for f in made["failures"]] == [
         "start 200 s is after the end of the video, which is 6 s long",
-        f"{tmp_path / 'p.png'} is a picture, which has no start or end",
+        f"{tmp_path / 'p.png'} is an image, which has no start or end",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The fates that an overlay reports for units, and how pictures and files show them."""
+"""The fates that an overlay reports for units, and how images and files show them."""
 
 import io
 from itertools import combinations

@@ -115,7 +115,7 @@ def test_what_prunes_nothing_is_there_once(loaded):
     assert rows[-1].counts.tokens == rows[-2].counts.tokens  # the text after the video is the question
     quantised = profile.all_rows([CASE], ProfileSettings(budgets=(1.0,), quantize=("none", "int8")))
     assert [(row.method, row.quantize) for row in quantised[1:]] == [("none", "none"), ("none", "int8")]
-    assert (str(Case(1, 8, 9)), str(Case(2, 8, 9))) == ("a picture of 8x9", "2 frames of 8x9")
+    assert (str(Case(1, 8, 9)), str(Case(2, 8, 9))) == ("an image of 8x9", "2 frames of 8x9")
 
 
 def test_presets_are_rows_with_their_names():

@@ -363,7 +363,7 @@ def test_options_with_letters(tmp_path):
         (ROW | {"groups": [3]}, "groups is not a list"),
         (ROW | {"subtitles": "a.srt"}, "subtitles are not read"),
         ({"video": "a.mp4", "messages": SAID, "answer": "Yes"}, "asks single questions"),
-        (ROW | {"video": None, "inputs": ["a.mp4", "b.mp4"]}, "is about one video or picture"),
+        (ROW | {"video": None, "inputs": ["a.mp4", "b.mp4"]}, "is about one video or image"),
         (ROW | {"options": ["yes", "Yes."]}, "different"),
         (ROW | {"options": ["red", "green"]}, "not one of the options"),
         (ROW | {"options": ["red", "green"], "answer": "C"}, "not one of the options"),

@@ -18,7 +18,7 @@ def test_the_best_frames_are_drawn_in_order_of_time(tmp_path):
     frames = [np.full((360, 640, 3), COLOURS[second], np.uint8) for second in range(3) for _ in range(5)]
     info = probe(write_video(tmp_path / "colours.mp4", frames, fps=5))
     moments = [
-        Moment("a very long query, which takes several lines below its picture", 2.0, 3.0, 0.9, 2.5),
+        Moment("a very long query, which takes several lines below its image", 2.0, 3.0, 0.9, 2.5),
         Moment("a", 0.0, 1.0, 0.9, 0.5),
         Moment("b", 1.0, 2.0, 0.9, 1.5),
     ]

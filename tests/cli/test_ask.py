@@ -198,7 +198,7 @@ def test_the_warning_that_an_answer_means_nothing_comes_before_it(cli, foreign, 
     assert cli("ask", foreign, QUESTION, *flags).out.startswith("warning demo_model\n")
 
 
-# Pictures, and several inputs.
+# Images, and several inputs.
 
 
 OTHER, DIFFERS = "samples/arrivals.webm", "What differs?"

@@ -578,9 +578,9 @@ def test_folders_inside_folders(run, out, tmp_path):
     assert result.code == 0 and "1 image as one video; subfolders are not searched (-r)\n" in result.err
     shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "x.mp4")
     shutil.copy(ROOT / CLIPS[0], tmp_path / "all" / "y.mp4")
-    for words, found in (((), 3), (("--start", "1"), 2)):  # a picture has no time span
+    for words, found in (((), 3), (("--start", "1"), 2)):  # an image has no time span
         result = run(tmp_path / "all", "-Q", QUESTIONS[0], "--overwrite", *words)
         assert result.code == 0 and len(records(out)) == found
-        assert ("2 videos and 1 picture; skipped: b/" in result.err) == (found == 3)
+        assert ("2 videos and 1 image; skipped: b/" in result.err) == (found == 3)
     (tmp_path / "none").mkdir()
     assert run(tmp_path / "none", "-r", "-Q", QUESTIONS[0], "--overwrite").code == 2

@@ -51,7 +51,7 @@ def test_words_that_a_demo_does_not_know_are_a_warning(cli):
 def test_a_folder_of_which_one_video_fails(cli, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     (tmp_path / "b.mp4").symlink_to(SQUARE)
-    (tmp_path / "a.jpg").touch()  # a picture has no moments
+    (tmp_path / "a.jpg").touch()  # an image has no moments
     assert f"{tmp_path}: 2 videos; skipped: a.jpg" in cli("find", str(tmp_path), GREEN).err.replace("\n  ", " ")
     result = cli("find", str(tmp_path), GREEN, "-q")
     assert result.code == 6 and f"{tmp_path / 'b.mp4'}: {GREEN}" in result.out and "error:" in result.err

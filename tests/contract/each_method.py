@@ -1,4 +1,4 @@
-"""Every method of this project, and combinations of methods, on a clip with reuse, one without, and a picture."""
+"""Every method of this project, and combinations of methods, on a clip with reuse, one without, and an image."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -38,7 +38,7 @@ MASKED_FIELDS = ("time_ms", "rate", "memory", "env", "available", "versions", "d
 
 
 def materials(folder: Path) -> Path:
-    """Create everything that cases read: samples, a picture, a folder of frames, broken files, rows, subtitles."""
+    """Create everything that cases read: samples, an image, a folder of frames, broken files, rows, subtitles."""
     (folder / "samples").symlink_to(ROOT / "samples")
     y, x = np.mgrid[:112, :168]
     ground = np.stack([x, y, 255 - x], -1).astype(np.uint8)

@@ -32,7 +32,7 @@ CLOCK = {"qwen2_5_vl": 2}  # positions per second
 
 
 def request(family: str, method: str, rate: float) -> Held:
-    """Process a prompt of two videos and a picture as the plugin's encoder and processor do, then read its positions."""
+    """Process a prompt of two videos and an image as the plugin's encoder and processor do, then read its positions."""
     visual = tiny_model(family=family).model.visual
     chain = pruning.served_method({"evoprune": {"method": method}})
     budget = pruning.request_budget({}, rate)

@@ -16,7 +16,7 @@ FRAMES, HEIGHT, WIDTH = 12, 112, 140  # 6 frame pairs of 4x5 units
 
 
 def ground(seed: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Return a picture uint8 `[height, width, 3]` of squares of 14 pixels, each of one colour."""
+    """Return an image uint8 `[height, width, 3]` of squares of 14 pixels, each of one colour."""
     colours = np.random.default_rng(seed).integers(0, 256, (height // 14, width // 14, 3), dtype=np.uint8)
     return colours.repeat(14, 0).repeat(14, 1)
 
@@ -31,7 +31,7 @@ def still(frames: int = FRAMES) -> np.ndarray:
 
 
 def moving(frames: int = FRAMES) -> np.ndarray:
-    """Return a clip uint8 `[frames, H, W, 3]`: the whole picture moves with each frame, so all units change."""
+    """Return a clip uint8 `[frames, H, W, 3]`: the whole image moves with each frame, so all units change."""
     wide = ground(1, width=WIDTH + 14 * frames)
     return np.stack([wide[:, 11 * number : 11 * number + WIDTH] for number in range(frames)])
 

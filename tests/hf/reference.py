@@ -38,7 +38,7 @@ def seconds_of(inputs):
 def masked(model, inputs, videos, pictures=None):
     """Return the whole prompt, with features for kept units and a mask that excludes the columns of dropped units.
 
-    `videos` and `pictures` are results of `encoded`, or None if there are no videos or if pictures are not pruned.
+    `videos` and `pictures` are results of `encoded`, or None if there are no videos or if images are not pruned.
     """
     call = {name: value for name, value in inputs.items() if not name.startswith("pixel") and not name.endswith("_thw")}
     known = {name: value for name, value in inputs.items() if not name.startswith(("pixel", "input"))}

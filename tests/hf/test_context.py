@@ -300,7 +300,7 @@ def test_what_cannot_be_pruned_is_refused(model):
 @pytest.mark.parametrize("budget", [1.0, 0.25])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *(["qwen3_vl"] if TAKES_ENCODED else [])])
 def test_grids_that_do_not_fit_the_prompt_are_refused(family, budget):
-    """A matching total of tokens is not enough, because each run has its own grid. Unpruned pictures are checked too."""
+    """A matching total of tokens is not enough, because each run has its own grid. Unpruned images are checked too."""
     model = tiny_model(family=family)
     prompt = processed(model, (5, ("image", 8, 8), 2, ("video", 4, 8, 12), 3, ("video", 2, 4, 8), ("image", 4, 4), 1))
     grids, shapes = prompt["video_grid_thw"], prompt["image_grid_thw"]

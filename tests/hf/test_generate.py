@@ -34,7 +34,7 @@ PROMPTS = {
     "picture and video": [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7, ("image", 4, 4), 1)],
     "batch": [(5, ("video", 4, 8, 12), 7), (3, ("video", 2, 8, 8), 9, ("video", 1, 4, 4), 2)],
     "long video": [(5, ("video", 8, 4, 4), 7)],  # more frame pairs than units in a row
-    "batch with text and a picture": [(5, ("video", 4, 8, 12), 7), (12,), (3, ("image", 4, 8), 4)],
+    "batch with text and an image": [(5, ("video", 4, 8, 12), 7), (12,), (3, ("image", 4, 8), 4)],
 }
 SETTINGS = {
     "greedy": {},

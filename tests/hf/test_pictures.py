@@ -12,10 +12,10 @@ from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
 from tests.prompts import processed
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded pictures")
+pytestmark = pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded images")
 PROMPTS = {
-    "a picture": [(5, ("image", 8, 12), 7)],
-    "two pictures": [(5, ("image", 8, 12), 2, ("image", 6, 4), 7)],
+    "an image": [(5, ("image", 8, 12), 7)],
+    "two images": [(5, ("image", 8, 12), 2, ("image", 6, 4), 7)],
     "picture and video": [(5, ("image", 8, 8), 2, ("video", 4, 8, 12), 7, ("image", 4, 4), 1)],
     "batch": [(5, ("video", 4, 8, 12), 7, ("image", 6, 6), 2), (3, ("image", 8, 8), 9, ("video", 1, 4, 4), 2), (9,)],
 }
@@ -79,11 +79,11 @@ def test_a_cache_goes_on_and_positions_of_qwen_are_possible(model):
 
 @pytest.mark.few(2)
 def test_pictures_stay_whole_unless_asked_for(model):
-    inputs = processed(model, *PROMPTS["a picture"])
+    inputs = processed(model, *PROMPTS["an image"])
     expected = generated(model, inputs)
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         assert torch.equal(generated(model, inputs), expected)
-    assert str(run.report) == "<Report: empty: pictures are not pruned without pictures=True>"
+    assert str(run.report) == "<Report: empty: images are not pruned without pictures=True>"
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         generated(model, processed(model, *PROMPTS["picture and video"]))
     assert run.report.pruning.visual_tokens_kept < run.report.tokens.visual
@@ -91,7 +91,7 @@ def test_pictures_stay_whole_unless_asked_for(model):
 
 
 def test_pictures_that_do_not_fit_the_prompt_are_refused(model):
-    inputs = processed(model, *PROMPTS["two pictures"])
+    inputs = processed(model, *PROMPTS["two images"])
     inputs["image_grid_thw"] = inputs["image_grid_thw"][:1]
     with evoprune.EvoPrune(budget=0.5, pictures=True)(model), pytest.raises(UsageError, match="image tokens"):
         generated(model, inputs)

@@ -502,7 +502,7 @@ def test_ids_of_placeholders_are_those_that_the_tokenizer_has_by_name():
 def test_positions_of_frame_pairs_with_times_are_those_of_transformers(family):
     from transformers import AutoModelForImageTextToText
 
-    grids = [(3, 2, 4), (1, 5, 2)]  # a video, and a picture
+    grids = [(3, 2, 4), (1, 5, 2)]  # a video, and an image
     tokenizer, times = own(tiny_tokenizer()), [("<0.3 seconds>", "<1.3 seconds>", "<2.3 seconds>"), ()]
     prompt = Prompt.build(tokenizer, "Why?", [(VIDEO, 24), (PICTURE, 10)], times=times)
     videos = [run for place, grid in zip(prompt.places, grids, strict=True) for run in place.positions(grid, 1.0, None)]

@@ -281,7 +281,7 @@ HEADER = (
     "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
     "`-b auto`", "`-b auto:inflection`",
 )  # fmt: skip
-WHOLE = ("subsample", "evs")  # they keep at least a frame pair, and a picture has one (tests/session/test_pictures.py)
+WHOLE = ("subsample", "evs")  # they keep at least a frame pair, and an image has one (tests/session/test_pictures.py)
 
 
 def works(call, *args, **more) -> str:

@@ -144,7 +144,7 @@ def test_questions_about_the_same_pictures_share_their_encoding(model_class, mon
     asked = [(q, [CLIPS[0], each]) for each in (picture, picture.copy(), *palettes) for q in QUESTIONS]
     model = model_class(pretrained="demo", pictures="true", budget=0.5, frames=4)
     results = model.generate_until([request(model, q, shown, max_new_tokens=4) for q, shown in asked])
-    assert len(encoded) == 3  # equal pictures are the same input, and pictures with another palette are not
+    assert len(encoded) == 3  # equal images are the same input, and images with another palette are not
     anew = [r.token_counts.measured["time_ms"]["encode"] > 0 for r in results]
     assert anew == [True, *[False] * 3, True, False, True, False]
 

@@ -167,7 +167,7 @@ def test_answers_are_the_same_and_nothing_is_read_twice(demo, tmp_path, read_ane
 
 @pytest.mark.parametrize("method", ["subsample", "downscale"])
 def test_a_method_that_makes_an_input_smaller_reads_what_it_wants(demo, tmp_path, read_anew, method):
-    """These methods resize pictures and read fewer frames of a video."""
+    """These methods resize images and read fewer frames of a video."""
     path = SQUARE if method == "subsample" else picture(tmp_path)
     without, with_it = both(demo, [path], SamplingOptions(), method=method, budget=0.25)
     assert without == with_it and read_anew == [path]  # by the session without reading ahead

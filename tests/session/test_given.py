@@ -1,4 +1,4 @@
-"""Test inputs that a Python program has in memory: arrays of frames, Pillow pictures, bytes and open files."""
+"""Test inputs that a Python program has in memory: arrays of frames, Pillow images, bytes and open files."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Questions about pictures, or about multiple inputs, agree with transformers at full budget and have exact counts below it."""
+"""Questions about images, or about multiple inputs, agree with transformers at full budget and have exact counts below it."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def test_several_inputs_take_the_time_of_all_and_are_told_one_by_one(loaded, tmp
     assert answer.text is not None
     assert answer.report.time_ms.ttft_wall > sum(encoded.report.time_ms.total for encoded in apart)
     assert [told for told in done if told[0] == "input"] == [("input", 1, 2), ("input", 2, 2)]
-    assert "a picture of 7x11 units, 77 of 77 visual tokens kept, 'samples/square.mp4': 12 frames" in repr(both)
+    assert "an image of 7x11 units, 77 of 77 visual tokens kept, 'samples/square.mp4': 12 frames" in repr(both)
 
 
 def test_each_input_is_cached_by_itself(tmp_path):
@@ -109,7 +109,7 @@ def test_times_are_those_of_the_videos_among_the_inputs(loaded, tmp_path):
     assert (first.sampling.start_s, first.sampling.end_s) == (1.0, 3.0)
     assert (second.sampling.start_s, second.sampling.timestamps_s, second.sampling.frames) == (None, None, 1)
     for inputs in (picture, [picture, picture]):
-        with pytest.raises(UsageError, match="is a picture, which has no start"):
+        with pytest.raises(UsageError, match="is an image, which has no start"):
             qa.encode(inputs, start_s=1.0)
 
 

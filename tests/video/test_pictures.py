@@ -151,7 +151,7 @@ REFUSED = {
     "pages.tiff": (animation, "has several pages"),
     "raw.tiff": (raw, "only the preview"),
     "float.tiff": (plain(RGB[..., 0].astype(np.float32)), "floating-point"),
-    **{f"truncated.{end}": (truncated, "cannot read the picture") for end in ("jpg", "png", "webp", "bmp", "tiff")},
+    **{f"truncated.{end}": (truncated, "cannot read the image") for end in ("jpg", "png", "webp", "bmp", "tiff")},
     "picture.ppm": (plain(RGB), "picture in an unsupported format"),
     "picture.jp2": (plain(RGB), "picture in an unsupported format"),
 }

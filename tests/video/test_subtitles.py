@@ -139,7 +139,7 @@ def test_auto_takes_a_file_beside_the_video_or_its_track(tmp_path, beside, taken
         ([SRT, ASS], 1, "track 2 (eng)", None),
         ([pictures(), SRT], 0, "track 2 (eng)", None),
         ([SRT, ASS], None, None, "2 text tracks, none of them marked as default"),
-        ([pictures()], 0, None, "are pictures"),
+        ([pictures()], 0, None, "are images"),
         ([], None, None, "no file next to the video"),
     ],
 )

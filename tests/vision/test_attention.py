@@ -148,7 +148,7 @@ def test_groups_of_much_different_length_do_not_pad_each_other():
 
 @pytest.mark.parametrize("scope", ["window", "pair"])
 def test_groups_with_few_queries_do_not_pad_to_those_with_many(scope):
-    """A still picture: all rows are in the first of ten frame pairs, and each later frame pair has one new row."""
+    """A still image: all rows are in the first of ten frame pairs, and each later frame pair has one new row."""
     source = torch.zeros(10, 64, dtype=torch.int64)
     for pair in range(1, 10):
         source[pair:, pair] = pair

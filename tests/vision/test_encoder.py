@@ -91,7 +91,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(name):
 
 
 def still_frames(grid, scene: str) -> torch.Tensor:
-    """Return a still video: black, one noise picture, or noise next to a plain area."""
+    """Return a still video: black, one noise image, or noise next to a plain area."""
     t, h, w = grid
     random = torch.Generator().manual_seed(0)
     picture = torch.randint(0, 256, (1, h * 28, w * 28, 3), dtype=torch.uint8, generator=random)

@@ -239,7 +239,7 @@ def encoded_units(source: torch.Tensor) -> list[int]:
 
 
 def picture(seed=0, pairs=1):
-    """Return a textured picture repeated in every frame: uint8 `[2 * pairs, 56, 84, 3]`."""
+    """Return a textured image repeated in every frame: uint8 `[2 * pairs, 56, 84, 3]`."""
     frame = np.random.default_rng(seed).integers(40, 180, (1, HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8)
     return torch.from_numpy(frame.repeat(4, 1).repeat(4, 2).repeat(2 * pairs, 0).copy())
 

@@ -91,7 +91,7 @@ def positions(subject: Subject) -> Outcome:
             first = int((ours != expected).any(0).nonzero()[0])
             says = f"{counted(wrong, 'position')} of {ours.shape[1]} differ, first {ours[:, first].tolist()}, expected "
             return Outcome(DIFFERS, says + str(expected[:, first].tolist()), {"wrong": wrong, "wrong_limit": 0})
-    return Outcome(HELD, f"all {ours.shape[1]} equal for a picture and a video", {"wrong": 0, "wrong_limit": 0})
+    return Outcome(HELD, f"all {ours.shape[1]} equal for an image and a video", {"wrong": 0, "wrong_limit": 0})
 
 
 def logits(subject: Subject) -> Outcome:

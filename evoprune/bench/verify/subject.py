@@ -266,7 +266,7 @@ class Subject:
     Attributes:
         loaded: The model, without its minimum frame size. Its weights are not packed, and the transformers model shares them.
         video: The video or image on which the two models are compared.
-        picture: An image to ask about together with the video.
+        image: An image to ask about together with the video.
         differing: The names of tensors that transformers reads differently from the same files. Filled when `transformers` is first
             used.
         not_read: The reason why transformers does not read the files, or None if it does.

@@ -196,7 +196,7 @@ class ModelDescription:
         pruning: "PruneConfig | PruneOptions | None" = None,
         name: str | None = None,
     ) -> Plan:
-        """Plan which frames of a video to sample, or at which size to read a picture, and how to encode the result.
+        """Plan which frames of a video to sample, or at which size to read an image, and how to encode the result.
 
         The plan is final, even though the model has not been loaded yet. Torch is imported only if the pruning method may downscale
         inputs.
@@ -210,7 +210,7 @@ class ModelDescription:
 
         Raises:
             VideoError: If the duration is unknown, the time span is empty, or the input cannot be resized to a valid shape.
-            UsageError: If a time span is given for a picture, or the decoder is unknown or not installed.
+            UsageError: If a time span is given for an image, or the decoder is unknown or not installed.
         """
         limits = self.limits[info.kind]
         decoder = choose_decoder(sampling.decoder, info)
@@ -427,10 +427,10 @@ def read_json(path: Path) -> dict:
 
 
 def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Return the input limits for videos and pictures, based on the processor's settings and the patch sizes in config.json.
+    """Return the input limits for videos and images, based on the processor's settings and the patch sizes in config.json.
 
     `preprocessor_config.json` belongs to the image processor, so for videos only its mean and standard deviation are used. Its
-    limit of 12.8 million pixels is meant for a single picture, whereas Qwen's own code limits video frames to far fewer pixels.
+    limit of 12.8 million pixels is meant for a single image, whereas Qwen's own code limits video frames to far fewer pixels.
     Those lower limits are the defaults for videos here.
     """
     traits = vision_config.traits

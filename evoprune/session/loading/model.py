@@ -256,7 +256,7 @@ class LoadedModel:
 
     @property
     def video(self) -> InputLimits:
-        """Limits for videos. Their patch sizes apply to pictures as well."""
+        """Limits for videos. Their patch sizes apply to images as well."""
         return self.limits["video"]
 
     def facts(self) -> ModelFacts:

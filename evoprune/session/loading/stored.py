@@ -1,6 +1,6 @@
 """Quantize a model's weights and store the result on disk for later runs.
 
-A single calibration run finds the input channels with large values. Its input is always the same: a synthetic picture with flat,
+A single calibration run finds the input channels with large values. Its input is always the same: a synthetic image with flat,
 smooth, striped and noisy areas, and tokens from the whole vocabulary.
 """
 
@@ -182,7 +182,7 @@ def calibrate_tower(visual) -> torch.Tensor:
 
 
 def _patches(visual) -> torch.Tensor:
-    """Return the synthetic calibration picture as normalized patches.
+    """Return the synthetic calibration image as normalized patches.
 
     The patches are float32 `[patches, values]`, with values between about -2 and 2, in the same order as in Hugging Face.
     """

@@ -76,7 +76,7 @@ SAMPLE_AES = "/ 0x00DB)"  # the part of `stream_log` that shows that an H.264 st
 # milliseconds.
 TOLERANCE_S = 0.0006
 FORMATS = (
-    "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, pictures, and folders of images"
+    "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, images, and folders of images"
 )
 OTHERS = {
     b"#EXTM3U": "a playlist", b"ffconcat version": "a playlist", b"%PDF-": "a PDF document",

@@ -112,7 +112,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
                 if info.fitted(width, height) != (info.width, info.height):
                     shapes = f"{images[i]} is {width}x{height}, the first is {info.width}x{info.height}"
                     hint = (
-                        "a folder is one video, with frames of one shape; to ask about pictures, list them: a.jpg b.jpg"
+                        "a folder is one video, with frames of one shape; to ask about images, list them: a.jpg b.jpg"
                     )
                     raise VideoError(f"images of different shapes: {shapes}", hint)
                 current = i

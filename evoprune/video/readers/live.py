@@ -155,7 +155,7 @@ class LiveReader:
                 from evoprune.video.readers import picture  # imports Pillow
 
                 if picture.is_picture(path):
-                    raise VideoError(f"{path} is a picture, not a video", "evoprune ask answers questions about it")
+                    raise VideoError(f"{path} is an image, not a video", "evoprune ask answers questions about it")
                 from evoprune.video.readers import animation
 
                 if animation.is_read_here(path):

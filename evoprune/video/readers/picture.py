@@ -78,7 +78,7 @@ def check_size(path: str) -> None:
 
 
 def too_large(path: str) -> VideoError:
-    message = f"the picture {path} is too large: evoprune reads at most {ffmpeg.MAX_PIXELS // 10**6} megapixels"
+    message = f"the image {path} is too large: evoprune reads at most {ffmpeg.MAX_PIXELS // 10**6} megapixels"
     return VideoError(message, "make it smaller; the model sees at most a few megapixels of it")
 
 
@@ -148,7 +148,7 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
     """
     name = ffmpeg.picture_format(path)
     if name is None:
-        raise VideoError(f"{path} is no longer a picture", CONVERT_HINT)
+        raise VideoError(f"{path} is no longer an image", CONVERT_HINT)
     if name == "AVIF" and not features.check("avif"):
         raise VideoError(f"{path} is in AVIF, which this version of Pillow does not support", CONVERT_HINT)
     try:
@@ -171,8 +171,8 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
     except (VideoError, MemoryError):
         raise
     except Exception as problem:  # a damaged file may raise any exception
-        hint = f"is it complete? supported picture formats: {', '.join(ffmpeg.PICTURES)}"
-        raise VideoError(f"cannot read the picture {path}: {str(problem) or type(problem).__name__}", hint) from problem
+        hint = f"is it complete? supported image formats: {', '.join(ffmpeg.PICTURES)}"
+        raise VideoError(f"cannot read the image {path}: {str(problem) or type(problem).__name__}", hint) from problem
 
 
 def converted(image: Image.Image, path: str) -> Image.Image:

@@ -47,7 +47,7 @@ def _probe(path: str, container: InputContainer) -> Video:
     # FFmpeg's names for the formats of single images have this suffix, for example jpegxl_pipe.
     if container.format.name.endswith("_pipe"):
         hint = f"convert it to JPEG or PNG; supported formats: {', '.join(ffmpeg.PICTURES)}"
-        raise VideoError(f"{path} is a picture in an unsupported format ({stream.codec_context.codec.name})", hint)
+        raise VideoError(f"{path} is an image in an unsupported format ({stream.codec_context.codec.name})", hint)
     log = ffmpeg.stream_log(stream)
     ffmpeg.check_encryption(stream, log, path)
     if container.format.name == ffmpeg.MOV and _has_encrypted_track(path):

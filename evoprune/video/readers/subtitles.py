@@ -190,7 +190,7 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
             note = "no file next to the video, and no text track in it"
             if tracks:
                 note = (
-                    "its subtitles are pictures, which are not supported; convert them to text, e.g. with Subtitle Edit"
+                    "its subtitles are images, which are not supported; convert them to text, e.g. with Subtitle Edit"
                 )
             if texts:
                 note = f"{len(texts)} text tracks, none of them marked as default; extract one, e.g. with ffmpeg"

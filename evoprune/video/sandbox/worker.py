@@ -86,7 +86,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     began = time.perf_counter()
     info = probe(path, folder_fps)
     if info.is_picture:
-        raise VideoError(f"{path} is a picture, which has nothing to scan", "leave out --scan")
+        raise VideoError(f"{path} is an image, which has nothing to scan", "leave out --scan")
     reader = _reader(info)
     damage = set()
     frames = 0

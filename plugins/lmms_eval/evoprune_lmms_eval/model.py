@@ -3,7 +3,7 @@
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Consecutive questions about the same videos and pictures share an encoding. Evoprune's measurements are added to the `token_counts`
+Consecutive questions about the same videos and images share an encoding. Evoprune's measurements are added to the `token_counts`
 of each sample.
 """
 
@@ -44,7 +44,7 @@ class EvoPruneQwen25VL(lmms):
     Args:
         pretrained: Hub ID, local folder, or `demo`.
         system_prompt: Replaces the model's own system prompt.
-        pictures: Whether questions may have pictures, or more than one input. Pictures are pruned like videos.
+        images: Whether questions may have images, or more than one input. Images are pruned like videos.
         batch_size: Must be 1.
         max_batch_size: Ignored.
         options: Options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method` and `fps`. The settings of a task
@@ -141,17 +141,17 @@ def _only_video(visuals: list) -> str:
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
-        raise UsageError(f"this task shows {kinds}, not one video file", f"{HINT}; pictures=true allows pictures")
+        raise UsageError(f"this task shows {kinds}, not one video file", f"{HINT}; pictures=true allows images")
     return os.fspath(visuals[0])
 
 
 def _files(visuals: list, folder: str) -> list[str]:
-    """Return the paths of a question's videos and pictures.
+    """Return the paths of a question's videos and images.
 
-    Pictures in memory are written to files in `folder`, whose names are hashes of the pictures' contents.
+    Images in memory are written to files in `folder`, whose names are hashes of the images' contents.
 
     Raises:
-        UsageError: If an input is neither a video nor a picture, or there are no inputs.
+        UsageError: If an input is neither a video nor an image, or there are no inputs.
     """
     paths = []
     for visual in visuals:
@@ -165,7 +165,7 @@ def _files(visuals: list, folder: str) -> list[str]:
             paths.append(os.path.join(folder, f"{hashlib.sha256(content.getvalue()).hexdigest()}.tiff"))
             Path(paths[-1]).write_bytes(content.getvalue())
         else:
-            raise UsageError(f"this task shows {type(visual).__name__}, not a video or a picture", HINT)
+            raise UsageError(f"this task shows {type(visual).__name__}, not a video or an image", HINT)
     if not paths:
         raise UsageError("this task shows nothing", HINT)
     return paths

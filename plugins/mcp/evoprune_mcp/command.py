@@ -27,7 +27,7 @@ from evoprune_mcp.worker import Worker
 def mcp(
     *,
     allow_dir: opt.option(
-        list[str] | None, "--allow-dir DIR", "Read videos and pictures below this folder; repeatable.", "Access"
+        list[str] | None, "--allow-dir DIR", "Read videos and images below this folder; repeatable.", "Access"
     ) = None,
     options: opt.MakeOptions,
     cache: opt.Cache = False,

@@ -53,7 +53,7 @@ class Folders:
 
 
 def _read_with(real: Path) -> Iterator[Path]:
-    """Return all files that reading a path may involve: the pictures in a folder, or a video and the subtitles next to it."""
+    """Return all files that reading a path may involve: the images in a folder, or a video and the subtitles next to it."""
     if real.is_dir():
         return real.iterdir()
     return (file for file in real.parent.iterdir() if file.name.startswith(real.stem))

@@ -24,7 +24,7 @@ TICK_S = 0.2  # minimum time between two progress notifications
 
 # The arguments of the tools, with the descriptions that agents read.
 Path = Annotated[str, Field(description="A file, or a folder of frames: absolute, or relative to an allowed folder.")]
-Paths = Annotated[list[Path], Field(description="Videos and pictures to ask about together.", min_length=1)]
+Paths = Annotated[list[Path], Field(description="Videos and images to ask about together.", min_length=1)]
 Time = Annotated[float | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
 Budget = Annotated[
     float | str | None, Field(description="Share of visual tokens to keep: 0.25, or high, balanced, fast.")
@@ -52,7 +52,7 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
     server = MCPServer(
         "evoprune",
         version=evoprune.__version__,
-        instructions=f"Answers questions about videos and pictures below {videos.folders}.",
+        instructions=f"Answers questions about videos and images below {videos.folders}.",
         log_level="CRITICAL",
         lifespan=start,
     )
@@ -77,7 +77,7 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
 
     @server.tool(annotations=reads)
     async def describe_file(context: Context, path: Path) -> dict[str, Any]:
-        """Say how long and how large a video or picture is, and whether it has sound. Does not look at the frames."""
+        """Say how long and how large a video or image is, and whether it has sound. Does not look at the frames."""
         return await _result(context, prober, lambda report: videos.describe(path))
 
     return server

@@ -77,7 +77,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         if role != due:
             raise refused(f"{place}.role is {json_text(role)}, not {json_text(due)}: these alternate", f"{place}.role")
         if shown and role == "assistant":
-            raise refused(f"{place} is an answer, which has no videos or pictures", place)
+            raise refused(f"{place} is an answer, which has no videos or images", place)
         if role == "user" and not text.strip():
             raise refused(f"{place} contains no question: it has no text", place)
         said.append({"role": role, "content": str(text)})
@@ -86,9 +86,9 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
     if len(said) % 2 == 0:
         raise refused("the last message is not from the user", field)
     if not sources:
-        raise refused("the messages have no video or picture to ask about", field)
+        raise refused("the messages have no video or image to ask about", field)
     if len(sources) > MOST_SOURCES:
-        raise refused(f"the messages have more than {MOST_SOURCES} videos and pictures", field)
+        raise refused(f"the messages have more than {MOST_SOURCES} videos and images", field)
     if any(part is not None for parts in contents for part in parts[:-1]):
         said = [each | {"content": Placed(parts)} for each, parts in zip(said, contents, strict=True)]
     return "\n".join(system) if system else None, said, sources
@@ -237,7 +237,7 @@ def _without_detail(fields: Fields) -> Fields:
     detail = fields.take("detail", str, "auto")
     if detail not in ("auto", "high", "original"):
         fields.refuse(
-            "detail", f"is {json_text(detail)}: pictures are read in full detail; limit them with the server's options"
+            "detail", f"is {json_text(detail)}: images are read in full detail; limit them with the server's options"
         )
     return fields
 

@@ -49,7 +49,7 @@ PAGE_TEXTS = {
     "other_tracks": "the video has several video tracks: the default one is read, or else the largest",
     "guessed_rate": "the video does not state its frame rate and is read at 25 frames per second; if that is wrong, "
     "so are all times",
-    "sound_ignored": "the sound of the video is not read, so an answer about it comes only from the pictures",
+    "sound_ignored": "the sound of the video is not read, so an answer about it comes only from the images",
     "limited": "the server read fewer or smaller frames than usual, because the video is long or large",
     "answer_cut": "the answer may be incomplete: it reached the server's token limit",
     "thoughts_cut": "the model was still thinking when it reached the server's token limit, so there is no answer",

@@ -100,7 +100,7 @@ class LocalFrames:
         for file in self.files:
             info = probe(file.path)
             if not info.is_picture:
-                raise refused(f"{file.name} is not a picture")
+                raise refused(f"{file.name} is not an image")
             if size not in (None, (info.height, info.width)):
                 raise refused(f"{file.name} has a different size than the frames before it")
             size = info.height, info.width

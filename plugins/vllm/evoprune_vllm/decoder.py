@@ -26,7 +26,7 @@ def decode_evoprune(
         frames that were read, which contain neither duplicates nor indices beyond the last frame.
 
     Raises:
-        ValueError: If the file cannot be read, is a picture, or is so short that the loader selects no frame, or if the number of
+        ValueError: If the file cannot be read, is an image, or is so short that the loader selects no frame, or if the number of
             threads is invalid.
         OutOfMemory: If the frames do not fit into memory.
     """
@@ -36,7 +36,7 @@ def decode_evoprune(
         with temporary_file([data], "the video") as path:
             info = probe(path)
             if info.is_picture:
-                raise VideoError("a picture was sent as a video", "send it as image_url")
+                raise VideoError("an image was sent as a video", "send it as image_url")
             check_frame_pixel_limit(info.width, info.height)
             times = frame_times(info)
             source = loader_cls._prepare_source(described(info, len(times.times_s), times.stated))

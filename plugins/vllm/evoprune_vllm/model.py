@@ -139,7 +139,7 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Encode pictures and videos, and return a tensor of features for each input, `[tokens, hidden]`.
+        """Encode images and videos, and return a tensor of features for each input, `[tokens, hidden]`.
 
         The features of pruned videos have `positions.COLUMNS` additional columns.
         """
@@ -231,7 +231,7 @@ class _Pruned(SupportsMultiModalPruning):
         """Fill in the positions of pruned videos, which arrive in the extra columns of the videos' features.
 
         Args:
-            multimodal_embeddings: Features of the pictures and videos, starting with the first input that is not computed yet.
+            multimodal_embeddings: Features of the images and videos, starting with the first input that is not computed yet.
             mrope_positions: int64 `[3, prompt]`.
 
         Returns:

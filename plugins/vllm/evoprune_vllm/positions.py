@@ -37,7 +37,7 @@ def known_positions(
     """Return the positions of a prompt that are known before its videos are encoded.
 
     Args:
-        items: A tuple for each video and picture, in order. It contains the index of the first placeholder, the number of
+        items: A tuple for each video and image, in order. It contains the index of the first placeholder, the number of
             placeholders, the `extent`, and the positions of the tokens relative to the start, int64 `[3, n]`, or None if they are
             not known yet.
 

@@ -340,7 +340,7 @@ def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
         assert reply["usage"]["evoprune"]["frames"] == [right.report.sampling.frames]
     wrong = {"type": "video", "video": [shown[0], file_url()], "fps": 2}
     response = server.client.post(CHAT, json={"messages": [message(COLOUR, wrong)]})
-    assert "is not a picture" in response.json()["error"]["message"]
+    assert "is not an image" in response.json()["error"]["message"]
 
 
 def test_several_inputs_are_asked_about_together(server, qa):

@@ -346,7 +346,7 @@ def test_openai_has_responses_that_follow_a_schema(client):
 
 @pytest.mark.skipif(find_spec("llm") is None, reason="llm is not installed")
 def test_llm_asks_about_a_picture(port, tmp_path):
-    """Uses llm's OpenAI-compatible models. Its attachments are pictures."""
+    """Uses llm's OpenAI-compatible models. Its attachments are images."""
     pictures = tmp_path / "picture.png"
     from PIL import Image
 
@@ -363,7 +363,7 @@ def test_llm_asks_about_a_picture(port, tmp_path):
 
 # Open WebUI 0.12.4, as in its source: `send_get_request` and `generate_chat_completion` in open_webui/routers/openai.py, after
 # `chat_completion` in open_webui/main.py has removed its own fields (metadata, features, files, session, ids, `params`), with the
-# headers of open_webui/utils/headers.py. Pictures in a message are `image_url` parts with data URLs
+# headers of open_webui/utils/headers.py. Images in a message are `image_url` parts with data URLs
 # (`convert_url_images_to_base64` in open_webui/utils/middleware.py).
 USER = {"Name": "Ann%20B", "Id": "a1", "Email": "ann@example.org", "Role": "admin"}
 OPEN_WEBUI = {
@@ -426,7 +426,7 @@ def test_open_webui_is_told_what_is_not_supported(port):
     task = {"model": "demo", "messages": [{"role": "user", "content": "### Task: Generate a title"}], "stream": False}
     tool = {"type": "function", "function": {"name": "search_web", "parameters": {"type": "object", "properties": {}}}}
     asked = {"stream": True, "model": "demo", "messages": [message("What happens?", picture("vanish.webm"))]}
-    for given, says in ((task, "no video or picture"), (asked | {"tools": [tool]}, "tools")):
+    for given, says in ((task, "no video or image"), (asked | {"tools": [tool]}, "tools")):
         status, kind, text = open_webui(port, "POST", CHAT, given)
         assert status == 400 and kind == "application/json" and says in json.loads(text)["error"]["message"]
 

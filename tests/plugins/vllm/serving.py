@@ -46,7 +46,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about videos and pictures, the right answer, and a single video as `VideoQA` encoded it."""
+    """A question about videos and images, the right answer, and a single video as `VideoQA` encoded it."""
 
     media: tuple
     question: str

@@ -1,4 +1,4 @@
-"""Prompts that vLLM reads in chunks, some of which end inside a video; other methods; several videos and pictures."""
+"""Prompts that vLLM reads in chunks, some of which end inside a video; other methods; several videos and images."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def whole_model_answers(asked: list[Asked], budget: float) -> list[str]:
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Return questions about two videos with different frame rates, and about pictures with a video."""
+    """Return questions about two videos with different frame rates, and about images with a video."""
     clips = {name: samples(fps, (name,), budget=1.0)[0].media[0] for name, fps in (("square.mp4", 2), ("pan.mp4", 3))}
     first, second = clips.values()
     pictures = [Image.fromarray(clip.frames[0]) for clip in clips.values()]

@@ -83,7 +83,7 @@ def said(llm, requests):
 
 
 def requests():
-    """Return requests about one video, two videos, pictures, both, and neither."""
+    """Return requests about one video, two videos, images, both, and neither."""
     qa = VideoQA.load("demo", budget=1.0)
     clips = [clip_of(qa, SAMPLES / name, fps)[1] for name, fps in (("square.mp4", 2), ("pan.mp4", 3))]
     pictures = [Image.fromarray(clip.frames[0]) for clip in clips]

@@ -12,11 +12,11 @@ from tests.plugins.vllm.serving import Asked, answers, outputs, pruning, same, s
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.vllm
-HALVES = "What is in the picture? Describe it."
+HALVES = "What is in the image? Describe it."
 
 
 def requests(asked):
-    """Return the questions, and some about two videos, pictures, and both."""
+    """Return the questions, and some about two videos, images, and both."""
     clips = list(dict.fromkeys(id(each.media[0]) for each in asked))
     videos = [next(each.media[0] for each in asked if id(each.media[0]) == name) for name in clips]
     pictures = [Image.fromarray(video.frames[0]) for video in videos]
