@@ -1,4 +1,4 @@
-"""Reads frames into a single NumPy array, for programs that use evoprune only as a video reader. torch is not imported."""
+"""Reads frames into a single NumPy array without importing torch, for programs that only need evoprune's video reader."""
 
 import math
 import os
@@ -29,33 +29,33 @@ def read_frames(
     decoder: Decoder = "auto",
     frame_rate: float = FOLDER_FPS,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read frames from a video file, a folder of images or a still image. On Linux, decoding runs in a separate process.
+    """Read frames from a video file, a folder of images, or a still image. On Linux, decoding runs in a separate process.
 
         frames, times_s = evoprune.read_frames("clip.mp4", [0.5, 3.0, 9.25])
         frames, times_s = evoprune.read_frames("clip.mp4", frames=64)
 
-    For each requested time, the result contains the frame that is on screen at that moment. Times before the start of the video
-    yield the first frame, and times after its end yield the last frame.
+    For each requested time, the result contains the frame on screen at that moment. Times before the start of the video yield the
+    first frame, and times after its end yield the last frame.
 
     Args:
-        times_s: Times in seconds from the first frame, in ascending order. The same time may appear more than once.
+        times_s: Timestamps in seconds from the first frame, in ascending order. Duplicates are allowed.
         frames, fps: Number of frames or frames per second, as an alternative to `times_s`. The span from `start_s` to `end_s` is
-            divided into equal parts, one per frame, and the frame in the middle of a part is read. The result has at least one
-            frame, and exactly one for a still image.
+            divided into equal parts, and the frame in the middle of each part is read. The result contains at least one frame, or
+            exactly one for a still image.
         start_s, end_s: Start and end of the span in seconds. Negative values count from the end of the video.
-        seek: How to choose the frame for each part: "exact", "keyframes" or "auto". See `--seek` in docs/video.md.
-        decoder: "auto", "pyav" or "decord".
+        seek: How to choose the frame for each part: "exact", "keyframes", or "auto". See `--seek` in docs/video.md.
+        decoder: "auto", "pyav", or "decord".
         frame_rate: Frame rate of a folder of images, in images per second of video.
 
     Returns:
-        The frames as uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, and the frames' own times in seconds as float64
-        `[n]`. A frame's own time equals the requested time or is slightly earlier. With "keyframes" or "auto", it may be earlier or
-        later than the requested time by up to half the length of a part.
+        The frames as uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, and their actual timestamps in seconds as float64
+        `[n]`. An actual timestamp is equal to the requested time or slightly earlier. With "keyframes" or "auto", it may differ
+        from the requested time by up to half the length of a part in either direction.
 
     Raises:
         UsageError: The arguments are invalid or conflict with each other, or decord is requested but not installed.
-        VideoError: The file is missing, cannot be read, is not a video, or has no frames in the span; or the process that reads the
-            file crashed or hung.
+        VideoError: The file is missing, cannot be read, is not a video, or has no frames in the span; or the decoder process
+            crashed or hung.
         OutOfMemory: The frames do not fit in memory.
     """
     _check_path(path)
@@ -76,7 +76,7 @@ def read_frames(
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read frames with `video.frames.read_chunks` and copy them into a single array. For the result and errors, see `read_frames`.
+    """Read frames using `video.frames.read_chunks` and copy them into a single array. For the result and errors, see `read_frames`.
 
     Args:
         how: Additional keyword arguments to pass to `read_chunks`.
@@ -94,7 +94,7 @@ def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uin
 
 
 def check_room(info: Video, count: int) -> None:
-    """Raise OutOfMemory if `count` full-size frames of a video do not fit in the available memory."""
+    """Raise OutOfMemory if `count` full-size video frames do not fit in the available memory."""
     needed = 3 * count * info.height * info.width
     available = Host().available_memory()
     if available is not None and needed > available:
@@ -117,7 +117,7 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
-    """Divide the sampled span into equal parts. Returns the parts' midpoints and the length of a part, both in seconds."""
+    """Divide the sampled span into equal parts. Returns the midpoints and the length of the parts, both in seconds."""
     if info.is_picture:
         check_no_span(info, sampling.start_s, sampling.end_s)
         return (0.0,), 0.0

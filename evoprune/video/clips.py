@@ -15,15 +15,15 @@ from evoprune.util import is_url, long_clock
 from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
-UNFINISHED = ".part"  # extension of a clip that is still being written, added after eight hexadecimal digits
+UNFINISHED = ".part"  # file extension of an unfinished clip, preceded by eight hexadecimal digits
 NO_SOUND_REASON = "the file consists of several joined files, or FFmpeg has no decoder for its sound"
-# Maximum number of characters of the video's name in a clip's name. A character may take up to four bytes.
+# Maximum number of characters to copy from the video's name into a clip's name. Each character may take up to four bytes.
 LONGEST_STEM = 50
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that has been cut from a video and saved to a file."""
+    """A video clip that has been saved to a file."""
 
     path: str
     start_s: float  # start of the clip, in seconds from the video's first frame
@@ -41,13 +41,13 @@ def cut_clip(
 ) -> Clip:
     """Save part of a video to a new file whose name includes the start time, such as film-00-01-02.500.mp4.
 
-    If a file with this name already exists, a number is appended to the name, starting with -2. If writing fails, no incomplete
-    file is left behind.
+    If a file with this name already exists, a number is appended to the name, starting with -2. If writing fails, the incomplete
+    file is deleted.
 
-    By default, packets are copied without re-encoding, starting at the last keyframe that is displayed at or before `start_s`.
-    Sound is copied as well, or converted to AAC if the clip's container does not support its codec. The clip is an MP4 unless
-    players do not expect the video's codecs in an MP4, in which case it is a Matroska file. An `EvopruneWarning` is issued if the
-    sound has to be dropped.
+    By default, packets are copied without re-encoding, starting at the last keyframe displayed at or before `start_s`. The audio is
+    copied as well, or converted to AAC if the clip's container does not support its codec. The clip is saved as an MP4 file, or as
+    a Matroska file if the video uses a codec that players do not expect in an MP4. An `EvopruneWarning` is issued if the audio has
+    to be dropped.
 
     Args:
         info: The result of `probe` for a video file.
@@ -55,13 +55,13 @@ def cut_clip(
             video, the clip ends with the video.
         folder: Folder to write the clip to. The folder and its parents are created if they do not exist.
         exact: If True, re-encode the video so that the clip begins and ends exactly at these times. The result is an MP4 with
-            frames as a model sees them (upright and in SDR), encoded as H.264, or as MPEG-4 if PyAV has no H.264 encoder. Sound is
-            converted to AAC if players do not expect its codec in an MP4.
+            frames as a model sees them (upright and in SDR), encoded as H.264, or as MPEG-4 if PyAV has no H.264 encoder. The audio
+            is converted to AAC if players do not expect its codec in an MP4.
         title: Title to store in the clip's metadata.
-        named_after: Path or URL from which to derive the clip's file name, instead of the video's path.
+        named_after: Path or URL from which to derive the clip's file name. Defaults to the video's path.
 
     Raises:
-        UsageError: The start is negative or not before the end, or the clip cannot be written.
+        UsageError: The start time is negative or not before the end time, or the clip cannot be written.
         VideoError: The input is a still image or a folder, the clip would start after the end of the video, or the video's packets
             cannot be copied. See also `isolation.run_task`.
     """
@@ -90,7 +90,7 @@ def cut_clip(
 
 
 def clip_name(video: str, start_s: float) -> str:
-    """Return a clip's file name without extension: the video's name followed by the start time in hours, minutes and seconds."""
+    """Return a clip's file name without its extension: the video's name plus the start time in hours, minutes, and seconds."""
     name = os.path.basename(os.path.normpath(video))
     if is_url(video):
         name = os.path.basename(urlsplit(video).path)
@@ -100,7 +100,7 @@ def clip_name(video: str, start_s: float) -> str:
 
 @contextmanager
 def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
-    """Create a temporary file to write a clip to, and yield it. The file is deleted on exit unless it has been renamed."""
+    """Create and yield a temporary file for a clip. The file is deleted on exit unless it has been renamed."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{name}.{secrets.token_hex(4)}{UNFINISHED}")
     with open(path, "xb") as file:
@@ -115,7 +115,7 @@ def _write(info: Video, how: dict[str, Any], file: BinaryIO) -> dict[str, Any]:
     """Cut a clip and write it to a file piece by piece. Returns facts about the clip (see the `facts` of `cutting.ClipReader`)."""
     with closing(stream_clip(info, how)) as pieces:
         facts = next(pieces)
-        if facts["ending"] not in CLIP_ENDINGS:  # must be checked, because it becomes part of a file name
+        if facts["ending"] not in CLIP_ENDINGS:  # must be validated, because it becomes part of a file name
             raise Crash(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
         for at, content in pieces:
             file.seek(at)

@@ -1,8 +1,7 @@
 """Downloads a video or image from an http or https URL to a temporary file.
 
-URLs are assumed to be trusted, because they come from the user. To download URLs that come from other people, pass a transport that
-restricts which hosts may be contacted, and a `progress` callback that raises an exception if the download becomes too large or
-takes too long.
+URLs are assumed to be trusted, because they come from the user. To download untrusted URLs, pass a transport that restricts which
+hosts may be contacted, and a `progress` callback that raises an exception if the download becomes too large or takes too long.
 """
 
 import re
@@ -17,7 +16,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.util import DOWNLOAD_HINT, size, without_password
 from evoprune.video.temporary import temporary_file
 
-TIMEOUT_S = 20.0  # timeout for connecting, and for each read
+TIMEOUT_S = 20.0  # timeout for connecting and for each read
 MAX_BYTES = 8 * 2**30
 MAX_REDIRECTS = 10
 MAX_S = 3_600.0  # time limit for the whole download
@@ -44,13 +43,13 @@ def downloaded(
     Args:
         offline: If True, raise UsageError instead of using the network.
         progress: Callback that receives the number of bytes downloaded so far and the total number of bytes (0 if unknown). It is
-            called before and after every read of the response body, and can raise an exception to abort the download.
-        transport: The httpx2 transport to send requests with. By default, the proxies configured in the environment (`https_proxy`,
-            `no_proxy`) are used.
+            called before and after each read of the response body and can abort the download by raising an exception.
+        transport: The httpx2 transport for sending requests. The default transport uses the proxies configured in the environment
+            (`https_proxy`, `no_proxy`).
 
     Raises:
         UsageError: `offline` is True.
-        VideoError: The server cannot be reached, rejects the request, sends nothing for `TIMEOUT_S` or disconnects; the file is
+        VideoError: The server cannot be reached, rejects the request, sends nothing for `TIMEOUT_S`, or disconnects; the file is
             empty, a web page, a playlist, or larger than `MAX_BYTES`; the download takes longer than `MAX_S`; or the copy cannot be
             stored.
     """
@@ -65,7 +64,7 @@ def downloaded(
 def _chunks(
     url: str, name: str, progress: Callable[[int, int], None] | None, transport: httpx2.BaseTransport | None
 ) -> Generator[bytes, None, None]:
-    """Yield the response body in chunks. Network errors are raised as VideoError, so an OSError can only be a disk error."""
+    """Yield the response body in chunks. Network errors are raised as VideoError, so any OSError is a disk error."""
     done = 0
     start = time.monotonic()
     try:
@@ -121,7 +120,7 @@ def _chunks(
 
 
 def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] | None, name: str) -> httpx2.Response:
-    """Send a GET request and follow redirects, without reading the redirects' response bodies, which could be endless."""
+    """Send a GET request and follow redirects. Redirect bodies are not read, because they could be endless."""
     request = client.build_request("GET", address)
     for _ in range(1 + MAX_REDIRECTS):
         response = client.send(request, auth=auth, stream=True)

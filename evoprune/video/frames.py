@@ -1,7 +1,7 @@
-"""Reads a video's metadata (`probe`, `scan`), subtitles (`read_subtitles`) and frames (`read_chunks`).
+"""Reads a video's metadata (`probe`, `scan`), subtitles (`read_subtitles`), and frames (`read_chunks`).
 
 Frames are decoded to RGB at full size and yielded in chunks of bounded size, so the cost depends on the number of requested frames
-rather than on the size of the file. To read from standard input or a URL, save it to a temporary file with `local_file` first.
+rather than on the file size. To read from standard input or a URL, save it to a temporary file with `local_file` first.
 """
 
 import math
@@ -32,7 +32,7 @@ CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
 def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDER_FPS) -> Video:
-    """Read the metadata of a video file, a still image, or a folder of images that is read as a video.
+    """Read the metadata of a video file, a still image, or a folder of images treated as a video.
 
     To keep this fast, only the first frame is decoded, and the duration is measured from the packets of the last few seconds. If
     FFmpeg cannot seek to the end of the file, all packets are read instead, but still without decoding them.
@@ -44,8 +44,8 @@ def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDE
 
     Raises:
         UsageError: `folder_fps` is not positive.
-        VideoError: The file does not exist, is not a video, has no video stream, or has no frame that can be decoded; or the folder
-            contains no images. See also `isolation.run_task`.
+        VideoError: The file does not exist, is not a video, has no video stream, or has no decodable frames; or the folder contains
+            no images. See also `isolation.run_task`.
     """
     if isinstance(path, HeldVideo):
         return path
@@ -55,25 +55,25 @@ def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDE
 def scan(
     path: str | os.PathLike[str], *, folder_fps: float = FOLDER_FPS, on_frames: Callable[[int], None] | None = None
 ) -> ScanResult:
-    """Decode a whole video to find damage, measure its actual length, and see how regularly its frames and keyframes are spaced.
+    """Decode an entire video to find damage, measure its actual length, and determine the spacing of its frames and keyframes.
 
-    Memory use does not grow with the length of the video, because only a few frames and a histogram of frame intervals are kept.
+    Memory usage does not grow with the video length, because only a few frames and a histogram of frame intervals are kept.
 
     Args:
         path, folder_fps: See `probe`.
         on_frames: Called about once a second with the number of frames decoded so far.
 
     Raises:
-        UsageError, VideoError: See `probe`. VideoError is also raised for a still image, which cannot be scanned.
+        UsageError, VideoError: See `probe`. VideoError is also raised for still images, which cannot be scanned.
     """
     return ScanResult(**_run("scan", path, on_frames, folder_fps=folder_fps))
 
 
 def frame_times(info: Video) -> FrameTimes:
-    """Return the display time of every frame of a video file, for callers that address frames by number.
+    """Return the display time of every frame in a video file, for callers that address frames by number.
 
-    The times are taken from the packets if these contain display times, as they usually do in MP4, MOV, Matroska, WebM and MPEG-TS.
-    Otherwise, the whole video has to be decoded. Raises the same errors as `probe`.
+    The times are taken from the packets if these contain display times, as they usually do in MP4, MOV, Matroska, WebM, and
+    MPEG-TS. Otherwise, the entire video has to be decoded. Raises the same errors as `probe`.
     """
     return FrameTimes(**run_task("frame_times", info.path, {"info": asdict(info)}))
 
@@ -82,9 +82,9 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
     """Return the subtitles that overlap a span of a video.
 
     Args:
-        choice: Path of a subtitle file (SRT, WebVTT, ASS or SSA), or of a video with a text track. "auto" uses the subtitle file
-            next to the video if there is one, then the video's default text track, and then its only text track. "none" returns no
-            subtitles. Still images never have subtitles, so this argument is ignored for them.
+        choice: Path of a subtitle file (SRT, WebVTT, ASS, or SSA) or of a video with a text track. "auto" uses the subtitle file
+            next to the video, if any; otherwise, the video's default text track; and otherwise, its only text track. "none" returns
+            no subtitles. Still images never have subtitles, so this argument is ignored for them.
         start_s, end_s: Start and end of the span, in seconds from the first frame.
 
     Raises:
@@ -107,14 +107,14 @@ def _run(
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """A chunk of frames that were read for consecutive requested times."""
+    """A chunk of frames for consecutive requested times."""
 
-    first: int  # index of the first frame among the requested times
+    first: int  # index of the first frame's requested time
     pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, C-contiguous
-    times_s: tuple[float, ...]  # each frame's own time from the first frame; may be earlier than the requested time
+    times_s: tuple[float, ...]  # actual frame timestamps from the first frame; may be earlier than the requested times
     damaged: int = 0  # number of damaged packets (or images, in a folder) found since the previous chunk
-    other_size: bool = False  # whether a frame differed in size from the video and was scaled
-    moved: bool = False  # whether a frame is a nearby keyframe instead of the frame on screen
+    other_size: bool = False  # whether any frame differed in size from the video and was scaled
+    moved: bool = False  # whether any frame is a nearby keyframe instead of the frame on screen
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +137,7 @@ def read_chunks(
     cores: int | None = None,
     on_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[FrameChunk]:
-    """Yield the frame that is on screen at each requested time, in chunks.
+    """Yield the frame on screen at each requested time, in chunks.
 
     Times before the start of the video yield the first frame, and times after its end yield the last frame. All frames have the
     size given in `info`; if a frame was stored at a different size, it is scaled, with black borders if its aspect ratio differs.
@@ -145,22 +145,22 @@ def read_chunks(
     silently conceals it.) To stop early, close the iterator.
 
     Args:
-        times_s: Times in seconds from the video's first frame, in ascending order. The same time may appear more than once.
+        times_s: Timestamps in seconds from the video's first frame, in ascending order. Duplicates are allowed.
         decoder: See `choose_decoder`.
-        chunk_bytes: Maximum size of a chunk in bytes. A chunk holds at least two frames, even if they exceed this size. Every chunk
-            except the last holds an even number of frames, so that no frame pair is split.
+        chunk_bytes: Maximum chunk size in bytes. Each chunk contains at least two frames, even if they exceed this size. Every
+            chunk except the last contains an even number of frames, so that frame pairs are never split.
         seek: "exact" reads the frame on screen. "keyframes" reads the nearest keyframe instead if there is one within half of
-            `part_s`, because a keyframe can be decoded without any other frames. A keyframe on the border between two parts belongs
-            to the later part. "auto" uses keyframes only if that saves a lot of time (see readers/pyav.py), a decision that depends
-            only on the file and the times. Only PyAV supports "keyframes" and "auto".
+            `part_s`, because a keyframe can be decoded without any other frames. A keyframe on the boundary between two parts
+            belongs to the later part. "auto" uses keyframes only if that saves a lot of time (see readers/pyav.py); this decision
+            depends only on the file and the times. Only PyAV supports "keyframes" and "auto".
         part_s: Length of a part in seconds, if the times are the midpoints of equal parts of the video.
-        cores: Number of CPU cores to use, or None for all cores available to this process. The decoded frames do not depend on it.
+        cores: Number of CPU cores to use, or None for all cores available to this process. It does not affect the decoded frames.
         on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
             far.
 
     Raises:
         UsageError: The times are not in ascending order, `seek` is unknown, or `choose_decoder` raised UsageError.
-        VideoError: `choose_decoder` raised VideoError; or, during iteration, the file can no longer be read or no frame can be
+        VideoError: `choose_decoder` raised VideoError; or, during iteration, the file becomes unreadable or no frame can be
             decoded. See also `isolation.run_task`.
     """
     times = tuple(float(t) for t in times_s)
@@ -188,11 +188,11 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """Return the decoder to use (`pyav`, `decord`, `pillow` or `none`), after checking that it works.
+    """Return the decoder to use (`pyav`, `decord`, `pillow`, or `none`) after checking that it works.
 
-    Still images and some animations are always read with `pillow`, and an array needs no decoder (`none`). For all other inputs,
-    `auto` means PyAV. Note that decord decodes every frame up to the last requested one (see readers/decord.py), does not support
-    AV1, and gives up on damaged files.
+    Still images and some animations are always read with `pillow`. Arrays need no decoder (`none`). For all other inputs, `auto`
+    means PyAV. Note that decord decodes every frame up to the last requested one (see readers/decord.py), does not support AV1, and
+    gives up on damaged files.
 
     Raises:
         UsageError: The decoder is unknown, or decord is requested but not installed.
@@ -221,15 +221,15 @@ def local_file(
     offline: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[str]:
-    """Yield a local path for an input, which may be a path, a URL or standard input.
+    """Yield a local path for an input, which may be a path, a URL, or standard input.
 
     For `-`, standard input is copied to a temporary file, because readers need to seek. For an http or https URL, the file is
-    downloaded. A path such as `/dev/stdin` refers to a file that is open in this process, so it is resolved to the file's own path
-    for the process that reads the video. Any other path is yielded unchanged.
+    downloaded. A path such as `/dev/stdin` refers to a file that is open in this process, so it is resolved to the file's real
+    path, which the decoder process can open. All other paths are yielded unchanged.
 
     Args:
         source: A path, a URL, or `-` for standard input. To read a file named `-`, pass `./-`.
-        stdin: The file to read as standard input. The default is `sys.stdin.buffer`.
+        stdin: The file to read as standard input. Defaults to `sys.stdin.buffer`.
         offline, progress: See `download.downloaded`.
 
     Raises:

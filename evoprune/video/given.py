@@ -1,4 +1,4 @@
-"""Handles inputs that Python callers may pass instead of a path: arrays of frames, Pillow images, bytes, open files, and URLs."""
+"""Handles inputs that Python callers can pass instead of a path: arrays of frames, Pillow images, bytes, open files, and URLs."""
 
 import io
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Bytes = bytes | bytearray | memoryview
-# Types that Python callers may pass as an input.
+# Input types that Python callers can pass.
 Input = Union[str, os.PathLike[str], NDArray[np.uint8], "Tensor", "Image", Bytes, BinaryIO, HeldVideo]
 CHUNK_BYTES = 2**20  # chunk size for copying an open file
 MOST_LEVELS = 65535  # highest gray level in 16 bits
@@ -28,7 +28,7 @@ STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes
 
 
 class GivenInput:
-    """Wrapper around an input that a Python caller has passed, which may have any of the types in `Input`."""
+    """Wrapper around an input passed by a Python caller, which can have any of the types in `Input`."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -40,7 +40,7 @@ class GivenInput:
 
     @property
     def has_content(self) -> bool:
-        """True if the input contains the data itself (an image, bytes, an open file or a `HeldVideo`) instead of a path or URL."""
+        """True if the input contains the data itself (an image, bytes, an open file, or a `HeldVideo`) instead of a path or URL."""
         return isinstance(self._value, Bytes | HeldVideo) or is_picture(self._value) or hasattr(self._value, "read")
 
     @property
@@ -50,7 +50,7 @@ class GivenInput:
 
     @property
     def name(self) -> str:
-        """Name of the input for use in reports and error messages. A URL is shown without its password."""
+        """Input name for reports and error messages. Passwords are removed from URLs."""
         return name_of(self._value)
 
     @contextmanager
@@ -65,8 +65,8 @@ class GivenInput:
             offline, progress: See `download.downloaded`.
 
         Raises:
-            UsageError: The input is a file opened in text mode, an image that cannot be stored as a PNG, or a URL when `offline` is
-                True.
+            UsageError: The input is a file opened in text mode, an image that cannot be stored as a PNG, or a URL while `offline`
+                is True.
             VideoError: The input cannot be read or stored, or the download fails.
         """
         if not self.is_temporary:
@@ -82,13 +82,13 @@ class GivenInput:
 
 
 def is_picture(value: Any) -> bool:
-    """Return True if the value is a Pillow image. The check works without importing Pillow."""
+    """Return True if a value is a Pillow image, without importing Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 
 
 def name_of(source: Any) -> str:
-    """Return the name of an input for use in reports and error messages, as described at `GivenInput.name`."""
+    """Return an input's name for reports and error messages. See `GivenInput.name`."""
     if isinstance(source, HeldVideo):
         return source.path
     if is_picture(source):
@@ -138,7 +138,7 @@ def _read(file: Any) -> Iterator[bytes]:
 
 
 def _position(file: Any) -> int:
-    """Return the current position in an open file in bytes, or 0 for a pipe and other files that have no position."""
+    """Return the current position in an open file in bytes, or 0 for pipes and other non-seekable files."""
     try:
         return file.tell()
     except (AttributeError, OSError, ValueError):

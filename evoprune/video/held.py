@@ -1,4 +1,4 @@
-"""Wraps an array of frames so that it can be used like a video file. NumPy is imported only if an array is passed."""
+"""Wraps an array of frames so that it can be used like a video file. NumPy is imported only when an array is passed."""
 
 import math
 from bisect import bisect_right
@@ -14,7 +14,7 @@ from evoprune.video.info import Video
 if TYPE_CHECKING:
     import numpy as np
 
-# Tolerance in seconds. A frame that begins this little after the requested time is already considered to be on screen.
+# Tolerance in seconds. A frame that begins up to this long after the requested time is considered to be on screen.
 TOLERANCE_S = 1e-4
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
@@ -24,7 +24,7 @@ class HeldVideo(Video):
     """A video whose frames are already in memory as an array. Instances are compared by identity."""
 
     held: "np.ndarray" = field(kw_only=True, repr=False)  # the frames: uint8 `[T, H, W, 3]`, RGB as displayed
-    # The frames' start times in seconds from the first frame, ascending.
+    # Start times of the frames in seconds from the first frame, in ascending order.
     frames_s: tuple[float, ...] = field(kw_only=True, repr=False)
 
     @classmethod
@@ -34,11 +34,11 @@ class HeldVideo(Video):
         """Wrap an array of frames as a video.
 
         Args:
-            frames: An array, or anything else that `numpy.asarray` accepts. It must be uint8 `[T, H, W, 3]` and RGB.
+            frames: An RGB array of shape `[T, H, W, 3]` and dtype uint8, or anything that `numpy.asarray` converts to one.
             frame_rate: Frames per second, or None if `times_s` is given.
-            times_s: The frames' start times in seconds, in ascending order, or None if `frame_rate` is given. The video begins at
+            times_s: Start times of the frames in seconds, in ascending order, or None if `frame_rate` is given. The video begins at
                 the first of these times.
-            several: True if the call has more than one input. This affects only the hints in error messages.
+            several: True if the call has multiple inputs. This affects only the hints in error messages.
 
         Raises:
             UsageError: The shape, dtype, frame rate or times are invalid; or `frame_rate` and `times_s` are both given or both
@@ -49,7 +49,7 @@ class HeldVideo(Video):
         try:
             array = np.asarray(frames)
         except Exception as problem:
-            # Array classes of other packages may raise anything, such as TypeError for a tensor on a GPU.
+            # Array classes from other packages may raise any exception, such as TypeError for a tensor on a GPU.
             hint = "give a NumPy array; for a tensor: tensor.cpu().numpy()"
             raise UsageError(
                 f"frames of class {type(frames).__name__} cannot become an array: {problem}", hint
@@ -78,7 +78,7 @@ class HeldVideo(Video):
         times = _checked_times(times_s, len(array))
         first = times[0]
         lasted = times[-1] - first
-        rate = (len(times) - 1) / lasted if lasted else 1.0  # a single frame lasts for a second
+        rate = (len(times) - 1) / lasted if lasted else 1.0  # a single frame lasts one second
         return _as_video(array, tuple(time - first for time in times), rate, first)
 
     @property

@@ -15,16 +15,16 @@ from evoprune.util import clock
 if TYPE_CHECKING:
     pass
 
-# If a file states a pixel aspect ratio above this value or below its inverse, the ratio is ignored, and the pixels are treated as
-# square.
+# If a file specifies a pixel aspect ratio above this value or below its inverse, the ratio is ignored, and the pixels are treated
+# as square.
 WIDEST_PIXEL = 10.0
-SAME_SHAPE = 0.02  # two aspect ratios are treated as equal if their relative difference is at most this
-# Animations that are read with Pillow (readers/animation.py): Pillow's format name, and the value of `Video.container`.
+SAME_SHAPE = 0.02  # maximum relative difference at which two aspect ratios are treated as equal
+# Animation formats that are read with Pillow (readers/animation.py), as a mapping from Pillow's format name to `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
-Kind = Literal["video", "picture"]  # kinds of input, which models treat differently
+Kind = Literal["video", "picture"]  # input types that models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
 FOLDER_FPS = 2.0
-# HDR formats: two transfer curves, and Dolby Vision's own format (profile 5), which is not supported.
+# HDR formats: two transfer curves, and Dolby Vision's proprietary format (profile 5), which is not supported.
 PQ = "PQ"
 HLG = "HLG"
 IPT = "IPTPQc2"
@@ -34,7 +34,7 @@ Seek = Literal["auto", "exact", "keyframes"]
 SEEKS = get_args(Seek)
 # Libraries that can decode videos. With "auto", evoprune chooses one.
 Decoder = Literal["auto", "pyav", "decord"]
-# File extensions of clips. Matroska is used if players do not expect the clip's codecs in an MP4.
+# File extensions of clips. Matroska is used for codecs that players do not expect in an MP4.
 CLIP_ENDINGS = (".mp4", ".mkv")
 
 SubtitleLine = tuple[float, float, str]  # start and end in seconds from the first frame, and text
@@ -42,51 +42,50 @@ SubtitleLine = tuple[float, float, str]  # start and end in seconds from the fir
 
 @dataclass(frozen=True)
 class Video:
-    """Metadata of a video file, a folder of images that is read as a video, or a still image.
+    """Metadata of a video file, a folder of images treated as a video, or a still image.
 
-    A field is None if the file does not specify its value, if only a scan of the whole video could determine it, or if the field
-    does not apply to still images. Times are in seconds from the first frame.
+    A field is None if the file does not specify its value, if only a scan of the entire video could determine it, or if the input
+    is a still image and the field does not apply. Times are in seconds from the first frame.
     """
 
     path: str
-    duration_s: float | None  # time at which the last frame ends
+    duration_s: float | None  # end time of the last frame
     width: int  # in pixels, as displayed: after rotation, and with square pixels
     height: int
-    rotation_deg: int  # clockwise rotation from stored to displayed frames: 0, 90, 180 or 270
+    rotation_deg: int  # clockwise rotation from stored to displayed frames: 0, 90, 180, or 270
     codec: str  # codec name, such as `h264`; for a folder, the codec of its first image
     pix_fmt: str | None  # pixel format, such as `yuv420p`
-    # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture` or `array`.
+    # FFmpeg's name for the file format, such as `matroska,webm`; otherwise `folder`, `picture`, or `array`.
     container: str
     fps: float | None = None  # average frame rate
     variable_rate: bool | None = None  # whether the time between consecutive frames varies
     frames_total: int | None = None
     start_s: float = 0.0  # the file's own timestamp of the first frame
     tags: dict[str, str] = field(default_factory=dict)  # the container's tags, or a still image's comment
-    # Number of pixels to crop from the left, right, top and bottom of a stored frame, before it is rotated.
+    # Number of pixels to crop from the left, right, top, and bottom of a stored frame, before rotation.
     crop: Sequence[int] | None = None
     mirrored: bool = False  # whether to flip stored frames left to right, before rotation
-    # The video track's duration as stated in the file; longer than `duration_s` if the file was cut off.
+    # Duration of the video track according to the file header; longer than `duration_s` if the file is truncated.
     stated_s: float | None = None
-    # Whether `fps` is a guess, because the file (a raw stream) does not state its frame rate.
+    # Whether `fps` is a guess, because the file is a raw stream without a specified frame rate.
     rate_guessed: bool = False
-    # Number of times that the file's clock restarts, which happens in concatenated files. Times in evoprune continue across
-    # restarts.
+    # Number of times that the file's clock restarts, as it does in concatenated files. Times in evoprune continue across restarts.
     clock_restarts: int = 0
     # Whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read.
     joined: bool = False
     clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was interpreted as a restart of the clock
-    hdr: bool = False  # whether frames are mapped from HDR to SDR when they are read
+    hdr: bool = False  # whether frames are converted from HDR to SDR when they are read
     hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
-    # Whether the first frame is interlaced; every interlaced frame is deinterlaced when it is read.
+    # Whether the first frame is interlaced. All interlaced frames are deinterlaced when they are read.
     interlaced: bool = False
     # Width of a stored pixel divided by its height, before rotation. None means square pixels. Ignored if beyond `WIDEST_PIXEL`.
     pixel_aspect: float | None = None
-    other_tracks: int = 0  # number of additional video tracks, which are not read
-    has_sound: bool = False  # whether there is a sound track
+    other_tracks: int = 0  # number of additional video tracks, which are ignored
+    has_sound: bool = False  # whether there is an audio track
 
     @property
     def warnings(self) -> list[str]:
-        """Names of warnings about ways in which the model may see this video differently from a media player."""
+        """Names of warnings about ways in which the frames that the model sees may differ from a media player's display."""
         flags = {
             "hdr_video": self.hdr,
             "interlaced_video": self.interlaced,
@@ -108,7 +107,7 @@ class Video:
 
     @property
     def is_animation(self) -> bool:
-        """True for an animation that has to be read with Pillow. FFmpeg reads all other animations as ordinary videos."""
+        """True for an animation that has to be read with Pillow. All other animations are read with FFmpeg as ordinary videos."""
         return self.container in ANIMATIONS.values()
 
     @property
@@ -124,7 +123,7 @@ class Video:
         return self.duration_s
 
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-        """Resolve a time span specified by the user to start and end times in seconds from the first frame.
+        """Resolve a user-specified time span to start and end times in seconds from the first frame.
 
         Args:
             start_s, end_s: Start and end as specified by the user. See `SamplingOptions` for the meaning of negative values and
@@ -140,14 +139,14 @@ class Video:
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) to which a frame of another size must be scaled to fit inside this video's frames."""
+        """Return the (width, height) to which a frame of a different size must be scaled to fit inside this video's frames."""
         return fitted((width, height), (self.width, self.height))
 
     @property
     def cut_short(self) -> bool:
         """True if the file appears to be truncated.
 
-        That is the case if the duration stated in the file exceeds the actual duration by more than 0.5 s and by more than 2%.
+        This is the case if the duration specified in the file exceeds the actual duration by more than 0.5 s and by more than 2%.
         """
         if self.stated_s is None or self.duration_s is None:
             return False
@@ -155,7 +154,7 @@ class Video:
 
 
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-    """Resolve a time span specified by the user to start and end times in seconds from the first frame.
+    """Resolve a user-specified time span to start and end times in seconds from the first frame.
 
     Args:
         duration_s: Length of the video in seconds.
@@ -196,17 +195,17 @@ def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Results of decoding a whole video. `duration_s` and `stated_s` have the same meaning as in `Video`.
+    """Results of decoding an entire video. `duration_s` and `stated_s` have the same meanings as in `Video`.
 
-    Some containers, such as Matroska, give no indication that packets are damaged. In that case, the only sign of damage is that
-    `duration_s` is shorter than `stated_s`.
+    Some containers, such as Matroska, do not indicate damaged packets. In that case, the only sign of damage is that `duration_s`
+    is shorter than `stated_s`.
     """
 
     frames: int
-    damaged: int  # number of packets (or images, in a folder) that were skipped or patched up
+    damaged: int  # number of packets (or images, in a folder) that were skipped or repaired
     duration_s: float
     stated_s: float | None
-    variable_rate: bool  # whether more frame intervals are irregular than the damage can explain
+    variable_rate: bool  # whether there are more irregular frame intervals than the damage can explain
     largest_gap_s: float  # longest interval between two frames; 0 if there is only one frame
     # Median interval between keyframes, including the interval from the last keyframe to the end.
     keyframe_median_s: float
@@ -219,36 +218,36 @@ class FrameTimes:
     """Display times of all frames in a video."""
 
     times_s: list[float]  # seconds from the first frame, ascending
-    stated: int  # number of frames according to the header, or 0 if the header does not specify it
+    stated: int  # number of frames according to the header, or 0 if not specified
 
 
 @dataclass(frozen=True)
 class Subtitles:
     """Subtitles of a video, or its transcribed speech.
 
-    `warnings` may contain "subtitles_encoding" if the file's encoding is unknown and was assumed to be cp1252, and
+    `warnings` contains "subtitles_encoding" if the file has an unknown encoding that was assumed to be cp1252, and
     "damaged_subtitles" if lines may be missing.
     """
 
-    source: str | None = None  # name of the subtitle file or of the video's track; None if there are no subtitles
+    source: str | None = None  # name of the subtitle file or text track; None if there are no subtitles
     lines: list[SubtitleLine] = field(default_factory=list)  # sorted by start time, with markup and line breaks removed
     warnings: list[str] = field(default_factory=list)
-    note: str | None = None  # why there are no subtitles
-    speech: str | None = None  # speech model that transcribed the lines; None if they come from subtitles
-    language: str | None = None  # code of the spoken language, such as `en`; None if nothing was transcribed
+    note: str | None = None  # reason why there are no subtitles
+    speech: str | None = None  # speech model that transcribed the lines; None for existing subtitles
+    language: str | None = None  # spoken language code, such as `en`; None if nothing was transcribed
 
     def fitted(self, max_tokens: int, count_tokens: Callable[[str], int]) -> "PromptSubtitles":
         """Select as many lines for the prompt as fit in `max_tokens`, spread evenly over all lines.
 
-        Lines are never truncated, so a line that exceeds the limit by itself is left out.
+        Lines are never truncated, so a single line that exceeds the limit is left out.
 
         Args:
-            max_tokens: Maximum number of tokens for all chosen lines together.
-            count_tokens: Function that returns the number of tokens in a string.
+            max_tokens: Maximum total number of tokens in the selected lines.
+            count_tokens: Function that counts the tokens in a string.
         """
-        longest = 16 * max_tokens  # in characters; tokenizing a longer text could take minutes
+        longest = 16 * max_tokens  # in characters; tokenizing longer text could take minutes
         lines = [line for line in self.lines if len(line[2]) <= longest]
-        # Find the number of lines by bisection. Each line takes more than one token, so `max_tokens + 1` lines cannot fit.
+        # Find the number of lines by bisection. Every line takes more than one token, so `max_tokens + 1` lines cannot fit.
         fits = 0
         too_many = min(len(lines), max_tokens) + 1
         text = ""
@@ -273,11 +272,11 @@ class Subtitles:
 
 @dataclass(frozen=True)
 class PromptSubtitles:
-    """The subtitles of a video that were selected for the prompt, along with facts about the selection."""
+    """The subtitle lines selected for the prompt, along with statistics about the selection."""
 
     text: str = ""  # placed before the question; empty if there are no subtitles
     source: str | None = None
-    lines: int = 0  # number of lines in the span of the video that was sampled
+    lines: int = 0  # number of lines in the sampled span of the video
     lines_in_prompt: int = 0
     tokens: int = 0  # number of tokens in `text`
     warnings: tuple[str, ...] = ()
@@ -291,14 +290,14 @@ class PromptSubtitles:
         return {name: getattr(self, name) for name in RECORDED}
 
 
-# Fields of `PromptSubtitles` that are included in records.
+# `PromptSubtitles` fields to include in records.
 RECORDED = ("source", "lines", "lines_in_prompt", "tokens", "speech", "language")
 
 
 def as_text(lines: Sequence[SubtitleLine]) -> str:
-    """Format subtitle lines as a block of text with the heading "Subtitles:" and an empty line at the end.
+    """Format subtitle lines as a block of text with the heading "Subtitles:" and a trailing blank line.
 
-    Every line is preceded by its start time, rounded down to a whole second.
+    Each line is preceded by its start time, rounded down to a whole second.
     """
     times = [clock(max(0, int(start))).removesuffix(".0") for start, _, _ in lines]
     return "\n".join(

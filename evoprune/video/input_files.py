@@ -8,24 +8,24 @@ from typing import Any, ClassVar
 from evoprune.files import in_natural_order
 from evoprune.util import file_state
 
-SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # extensions of subtitle files, in order of preference
-# Matches a language tag before the extension of a subtitle file, such as .en or .pt-BR.
+SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # subtitle file extensions, in order of preference
+# Matches a language tag before a subtitle file extension, such as .en or .pt-BR.
 LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 class Folder:
-    """The videos and images directly inside a folder, recognized by their file extensions.
+    """The videos and images directly inside a folder, identified by their file extensions.
 
-    Everything else is skipped silently, including hidden files, broken symbolic links, and subfolders (even if a subfolder's name
-    ends with a video extension).
+    Everything else is silently skipped, including hidden files, broken symbolic links, and subfolders (even if their names end with
+    a video extension).
 
     Attributes:
-        files: Paths of all videos, images and photos, in natural order (clip2 before clip10). Each path includes the folder. Photos
-            are images in formats that evoprune does not accept as frames of a video (`PHOTOS`).
+        files: Paths of all videos, images, and photos, in natural order (clip2 before clip10), including the folder. Photos are
+            images in formats that are not supported as video frames (`PHOTOS`).
 
     Raises:
-        OSError: The folder does not exist or cannot be read. Callers convert this error to a `VideoError` or `UsageError` before it
-            reaches the user.
+        OSError: The folder does not exist or cannot be read. Callers convert this error to a user-facing `VideoError` or
+            `UsageError`.
         ValueError: The path contains a null byte.
     """
 
@@ -61,11 +61,11 @@ def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[li
     """Find the subtitle files next to a video.
 
     Args:
-        listdir: Function that lists a folder, either `os.listdir` or a version of it that caches results.
+        listdir: Function that lists a folder: either `os.listdir` or a caching variant.
 
     Returns:
-        Two lists of paths. The first list contains the subtitle files with the same name as the video, in order of preference. The
-        second list contains the subtitle files with a language tag after the video's name, such as film.en.srt.
+        Two lists of paths. The first list contains subtitle files with the same name as the video, in order of preference. The
+        second list contains subtitle files with a language tag after the video's name, such as film.en.srt.
 
     Raises:
         OSError: The folder cannot be read.
@@ -91,14 +91,14 @@ def input_state(
 ) -> dict[str, Any] | None:
     """Return the state of all files that an input depends on (see `file_state`), without reading the files.
 
-    These files are the video, the still image or the images in the folder, plus any subtitle files.
+    These files are the video, the still image, or the images in the folder, plus any subtitle files.
 
     Args:
         subtitles: Path of a subtitle file, "none", or "auto" for all subtitle files next to the input.
         listdir: See `subtitles_beside`.
 
     Returns:
-        The state, or None if any of the files is missing or cannot be read.
+        The state, or None if any file is missing or cannot be read.
     """
     try:
         own = Folder(path).images if os.path.isdir(path) else [path]

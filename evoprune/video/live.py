@@ -1,4 +1,4 @@
-"""Reads frames from a live source in a worker process as they arrive, and reconnects if the source stops."""
+"""Reads frames from a live source as they arrive, using a worker process, and reconnects if the source stops."""
 
 import os
 import stat
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 PACES = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
-LONGEST_S = 20.0  # maximum timeout, because a worker that is silent for longer is considered hung
+LONGEST_S = 20.0  # maximum timeout; a worker that is silent for longer is considered to be hung
 TimedFrame = tuple[float, "np.ndarray"]  # seconds since the first frame; and uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
 
 
 class LiveSource:
-    """A live source of frames, such as a stream or a camera. If it stops, evoprune tries to reconnect.
+    """A live source of frames, such as a stream or a camera. If the source stops, evoprune tries to reconnect.
 
     Attributes:
-        name: The source without its password.
-        facts: A dict with fields of `Video`, which is filled in once the source is open.
-        waits: True if frames stay available until they are read, as with a file or a download of known length. False if frames that
-            are not read in time are lost.
+        name: The source URL or path, with any password removed.
+        facts: A dict with some of the fields of `Video`, filled in once the source is open.
+        waits: True if frames remain available until they are read, as with a file or a download of known length. False if unread
+            frames are lost.
 
     Args:
         source: A URL with a scheme from `SCHEMES`, a camera such as /dev/video0, a file, or `-` for standard input (a pipe).
-        pace: "source" yields frames as they arrive. If the source is a file, frames that are appended to it later are yielded too.
-            "file" yields frames in real time, according to their timestamps.
-        timeout_s: Number of seconds after which a source that sends no data is considered failed, and a file that no longer grows
-            is considered complete.
-        reconnects: Maximum number of consecutive attempts to reopen a URL or a camera that ended or failed.
+        pace: "source" yields frames as they arrive, including any frames that are appended to a file while it is being read. "file"
+            yields frames in real time, according to their timestamps.
+        timeout_s: Timeout in seconds. A source that sends no data for this long is considered to have failed, and a file that stops
+            growing for this long is considered complete.
+        reconnects: Maximum number of consecutive attempts to reopen a URL or camera that has ended or failed.
         tell: Called before each reconnection attempt with a message to show to the user.
 
     Raises:
@@ -90,14 +90,13 @@ class LiveSource:
     def frames(self, due: Due) -> Iterator[TimedFrame]:
         """Yield frames until the source ends.
 
-        After a reconnect, timestamps continue from the last frame's timestamp plus the wall time that has passed since that frame
-        arrived.
+        After a reconnect, timestamps continue from the last frame's timestamp plus the wall time elapsed since that frame arrived.
 
         Args:
-            due: Function that returns the earliest timestamp that the next frame should have. Frames before that time are skipped.
+            due: Function that returns the minimum timestamp of the next frame. Earlier frames are skipped.
 
         Raises:
-            VideoError: The source cannot be read, was interrupted, or could not be reopened.
+            VideoError: The source cannot be read, was interrupted, or cannot be reopened.
         """
         tries = 0
         base = 0.0
@@ -135,7 +134,7 @@ class LiveSource:
             base = last[0] + time.monotonic() - last[1]
 
     def close(self) -> None:
-        """Stop reading from the source. This method may be called from any thread."""
+        """Stop reading from the source. Can be called from any thread."""
         self._closing.set()
         if worker := self._worker:
             worker.kill()
@@ -168,13 +167,13 @@ class LiveSource:
                 self._worker, worker.busy = None, True
 
     def _update_facts(self, header: dict) -> None:
-        """Update `facts` with the HDR format of a frame, which some sources do not state in the stream's header."""
+        """Update `facts` with a frame's HDR format, because some sources do not specify the format in the stream header."""
         if header["hdr_format"]:
             self.facts |= {"hdr": True, "hdr_format": header["hdr_format"]}
 
 
 def _check(source: str) -> None:
-    """Raise UsageError or VideoError if a source clearly cannot be read, for example because the file does not exist."""
+    """Raise UsageError or VideoError if a source is clearly unreadable, for example because the file does not exist."""
     if source == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("- means standard input, which is a terminal", "pipe a video into it")

@@ -1,4 +1,4 @@
-"""Plans which frames of a video the model sees and at what size, within the limits set by the model and the options.
+"""Plans which video frames the model sees and at what size, within the limits set by the model and the options.
 
 Planning only does arithmetic and never opens a file. All times are in seconds from the video's first frame.
 """
@@ -20,9 +20,9 @@ from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek
 from evoprune.video.sound import check_speech
 
 # Maximum number of units in a single frame, for models that limit only the total over all frames. Without this limit, a video with
-# only four frames could use up the whole total with huge frames. Qwen's own processor has the same limit.
+# only four frames could use up the entire budget with huge frames. Qwen's own processor applies the same limit.
 MAX_FRAME_TOKENS = 768
-# Maximum size of a chunk of decoded or resized frames; a chunk is larger only if it holds two very large frames.
+# Maximum size of a chunk of decoded or resized frames, in bytes. A chunk exceeds it only if two frames do not fit.
 CHUNK_BYTES = 8 * 2**20
 
 Area = Annotated[int, Rule.whole(1, 2**31)]
@@ -37,10 +37,10 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Options for sampling frames from a video. Raises UsageError if a value is invalid, or if both fps and frames are set."""
+    """Options for sampling video frames. Raises UsageError if a value is invalid or if both `fps` and `frames` are set."""
 
     PANEL: ClassVar[str] = "Sampling"
-    MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's own limit for a video, before pruning
+    MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's default limit per video, before pruning
 
     fps: float | None = option(None, "Frames per second to sample; default: the model's rate.")
     frames: int | None = option(
@@ -56,7 +56,7 @@ class SamplingOptions:
         typed=str,
         unless_typed="0",
         parse=parse_time,
-        changes_answers=False,  # each row of a batch result contains its own span
+        changes_answers=False,  # each row in a batch result contains its own span
     )
     end_s: float | None = option(
         None,
@@ -126,7 +126,7 @@ class SamplingOptions:
 
     @property
     def subtitle_file(self) -> str | None:
-        """Path of the subtitle file to use, or None if `subtitles` is "none" or "auto" and therefore does not specify a file."""
+        """Path of the subtitle file to use, or None if `subtitles` is "none" or "auto"."""
         return None if self.subtitles in ("none", "auto") else self.subtitles
 
     @property
@@ -138,7 +138,7 @@ class SamplingOptions:
         return "auto" if (self.subtitles, self.speech) == ("none", "auto") else self.subtitles
 
     def check_one_file(self, inputs: int) -> None:
-        """Raise UsageError if a subtitle file is given but there is more than one input."""
+        """Raise UsageError if a subtitle file is combined with multiple inputs."""
         if inputs > 1 and self.subtitle_file:
             hint = "auto uses the subtitles next to each video or in it"
             raise UsageError(
@@ -158,7 +158,7 @@ class SamplingOptions:
         return self.fps is not None or self.frames is not None
 
     def rate(self, usual: float) -> float:
-        """Return the requested frame rate, or `usual` if none is set. Callers ignore it if a number of frames is set instead."""
+        """Return the requested frame rate, or `usual` if not set. Callers ignore the result if a number of frames is set."""
         return usual if self.fps is None else self.fps
 
     def with_overrides(self, **own) -> "SamplingOptions":
@@ -176,7 +176,7 @@ class SamplingOptions:
         """Return the options to use for each input, in the same order.
 
         If the inputs include both videos and still images, the time span applies only to the videos. If all inputs are still
-        images, they keep the time span, so that it is reported as an error.
+        images, the time span is kept so that it can be reported as an error.
         """
         if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
@@ -188,10 +188,10 @@ DEFAULT_SAMPLING = SamplingOptions()
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The times at which frames are sampled from a span of a video.
+    """The times at which to sample frames from a span of a video.
 
-    The span is divided into equal parts, and `times_s` contains the midpoints of these parts in ascending order. `wanted` is the
-    number of frames that would have been sampled without the limit `max_frames`.
+    The span is divided into equal parts, and `times_s` contains their midpoints in ascending order. `wanted` is the number of
+    frames that would have been sampled without the `max_frames` limit.
     """
 
     start_s: float
@@ -201,13 +201,13 @@ class SamplingPlan:
 
     @classmethod
     def even(cls, start_s: float, end_s: float, frames: int, wanted: int | None = None) -> "SamplingPlan":
-        """Plan to sample `frames` evenly spaced frames, one in the middle of each part of a span. `wanted` defaults to `frames`."""
+        """Plan to sample `frames` evenly spaced frames, one at the midpoint of each part. `wanted` defaults to `frames`."""
         times_s = tuple(start_s + (i + 0.5) * (end_s - start_s) / frames for i in range(frames))
         return cls(start_s, end_s, times_s, frames if wanted is None else wanted)
 
     @property
     def frames(self) -> int:
-        """Number of frames to sample, which is even for a video and 1 for a still image."""
+        """Number of frames to sample: an even number for a video, 1 for a still image."""
         return len(self.times_s)
 
     @property
@@ -219,7 +219,7 @@ class SamplingPlan:
         return temporal_patch * self.seconds_per_frame
 
 
-# The sampling plan for a still image. Its only frame lasts 0.5 s, because models expect a pair of frames to last one second.
+# The sampling plan for a still image. Its only frame lasts 0.5 s, because models expect a frame pair to last one second.
 ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 
@@ -227,10 +227,10 @@ ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 class InputLimits:
     """A model's requirements for the size, normalization and frame rate of videos or of still images.
 
-    The defaults are Qwen2.5-VL's values for video. Fields that are annotated with a rule can be overridden by a model's files.
+    The defaults are Qwen2.5-VL's values for video. Fields annotated with a rule can be overridden by a model's configuration files.
     `min_pixels` and `max_pixels` limit the area of a single frame after resizing or, if `of_all_frames` is True, the total area of
-    all of a video's frames. `merge_size` is the side length of a unit, measured in patches. `image_mean` and `image_std` contain a
-    value for each of the red, green and blue channels, and apply to pixel values between 0 and 1.
+    all of a video's frames. `merge_size` is the side length of a unit in patches. `image_mean` and `image_std` contain one value
+    each for the red, green, and blue channels, for pixel values between 0 and 1.
     """
 
     min_pixels: Area = 128 * 28 * 28
@@ -251,15 +251,15 @@ class InputLimits:
 
     @property
     def unit(self) -> int:
-        """Side length in pixels of a unit, which is a square of patches that are merged into one visual token."""
+        """Side length of a unit in pixels. A unit is a square of patches that are merged into one visual token."""
         return self.patch_size * self.merge_size
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that the model sees.
 
-        Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio is kept as closely as possible. If
-        the aspect ratio cannot be kept within the area limits, the limits take precedence. This is the "naive dynamic resolution"
-        of Qwen2-VL (arXiv 2409.12191). The limits must apply to a single frame (see `of_each`).
+        Both sides are multiples of `unit`, the area is within the limits, and the aspect ratio is preserved as closely as possible.
+        If these requirements conflict, the area limits take precedence over the aspect ratio. This is the "naive dynamic
+        resolution" of Qwen2-VL (arXiv 2409.12191). The limits must apply to a single frame (see `of_each`).
 
         Raises:
             ValueError: A side is not positive, or one side is more than 200 times the other.
@@ -289,47 +289,47 @@ class InputLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that determines which frames to read from a video and how to encode them. A still image is treated as a single frame.
+    """A plan of which frames to read from a video and how to encode them. A still image is treated as a single frame.
 
     `Plan.of` chooses the frames. `ModelDescription.plan` (session/loading/description.py) adds `tower` and `pruning`, which
     determine `encoder`.
 
     `limited` is True if the options request more frames or a higher frame rate than a limit allows, or if frames were made smaller
-    so that the requested number of frames fits. It remains False if the frames exceed only a frame limit that was set in the
-    options, or if only the model's default frame rate had to be reduced.
+    to fit the requested number of frames. It remains False if the only limit exceeded is a frame limit set in the options, or if
+    only the model's default frame rate had to be reduced.
     """
 
     info: Video
     sampling: SamplingPlan
-    height: int  # size of a frame in pixels after resizing
+    height: int  # frame height in pixels after resizing
     width: int
     grid: Grid  # (T, H, W): numbers of frame pairs, rows of units, and columns of units
     frame_limit: int  # maximum number of frames, set by the model or the caller; `sampling.wanted` may exceed it
     token_limit: int  # maximum number of visual tokens before pruning
-    token_capped: bool  # whether frames are smaller or fewer because of `token_limit`
+    token_capped: bool  # whether `token_limit` resulted in smaller or fewer frames
     limited: bool = False
-    tower: TowerShape | None = None  # shape of the vision tower that encodes the input
+    tower: TowerShape | None = None  # shape of the vision tower that will encode the input
     pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None disables pruning
-    unshrunk: "Plan | None" = None  # the plan without pruning, if the pruning method reduces the size of the input
+    unshrunk: "Plan | None" = None  # the plan without pruning, if the pruning method reduces the input size
     name: str = ""
     decoder: str = ""  # "pyav" or "decord"; "pillow" for still images and some animations, "none" for a `HeldVideo`
     seek: str = "exact"  # one of `info.SEEKS`
-    read_s: tuple[float, ...] = ()  # the frames' own times, set after they have been read
-    moved: bool = False  # whether some frames were replaced with nearby keyframes
+    read_s: tuple[float, ...] = ()  # actual frame timestamps, set after the frames have been read
+    moved: bool = False  # whether any frames were replaced with nearby keyframes
     subtitles: PromptSubtitles = field(default_factory=PromptSubtitles)
 
     @classmethod
     def of(cls, info: Video, limits: InputLimits, options: SamplingOptions = DEFAULT_SAMPLING) -> "Plan":
-        """Plan the sampling times and frame size for a video, or the size of a still image.
+        """Plan the sampling times and frame size for a video, or the image size for a still image.
 
         If the input would exceed `max_visual_tokens`, frames are first made smaller, down to the model's minimum size. If that is
-        not enough, fewer frames are sampled. If even a single frame pair is too large, its frames are made smaller than the model's
-        minimum.
+        not enough, fewer frames are sampled. If even a single frame pair is too large, its frames are reduced below the model's
+        minimum size.
 
         Args:
             limits: The model's limits for this kind of input (video or still image).
-            options: Sampling options. If a limit is None, the model's value is used, except that None means 24,576 for
-                `max_visual_tokens`.
+            options: Sampling options. If a limit is None, the model's value is used, except for `max_visual_tokens`, which defaults
+                to 24,576.
 
         Raises:
             VideoError: The duration is unknown, the span is empty, or frames of this shape cannot be resized.
@@ -364,7 +364,7 @@ class Plan:
 
     @cached_property
     def encoder(self) -> EncoderPlan:
-        """The plan for the vision encoder. It is computed on first use, because loading a pruning method imports torch."""
+        """The plan for the vision encoder, computed on first use because loading a pruning method imports torch."""
         if self.pruning is None:
             return EncoderPlan.full(self.tower, self.grid)
         return self.pruning.plan(self.tower, self.full.grid)
@@ -379,7 +379,7 @@ class Plan:
 
     @property
     def source(self) -> Video:
-        """Metadata of the input, with the frame size to read, which is a video's own size or the model's size for a still image."""
+        """Input metadata with the frame size to read: a video's original size, or the model's input size for a still image."""
         if self.is_picture:
             return replace(self.info, width=self.width, height=self.height)
         return self.info
@@ -391,13 +391,13 @@ class Plan:
 
     @property
     def chunk_bytes(self) -> int:
-        """Maximum size of a chunk of decoded frames in bytes, chosen so that its resized frames fit in `CHUNK_BYTES` as well."""
+        """Maximum size in bytes of a chunk of decoded frames, chosen so that the resized frames also fit in `CHUNK_BYTES`."""
         pixels = self.source.width * self.source.height
         return CHUNK_BYTES * pixels // max(pixels, self.width * self.height)
 
     @property
     def of_pixels(self) -> "Plan":
-        """A copy for use in cache keys, without the path and all other fields that do not affect the input's patches."""
+        """A copy for use in cache keys, without the path and other fields that do not affect the input's patches."""
         return replace(
             self,
             info=replace(self.info, path=""),
@@ -419,25 +419,25 @@ class Plan:
 
     @property
     def shown_s(self) -> tuple[float, ...]:
-        """Frame times to tell the model.
+        """Frame timestamps to pass to the model.
 
-        These are the requested times, or the frames' own times if some frames were replaced with nearby keyframes.
+        These are the requested times, or the actual timestamps if any frames were replaced with nearby keyframes.
         """
         return self.read_s if self.moved else self.sampling.times_s
 
     @property
     def units(self) -> int:
-        """Number of visual tokens that the input would have without pruning."""
+        """Number of visual tokens without pruning."""
         return self.full.visual_tokens
 
     @property
     def cut_short(self) -> bool:
-        """True if the file is truncated and the sampled span extends to the last frame that is left."""
+        """True if the file is truncated and the sampled span extends to the last available frame."""
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
     def capped(self) -> bool:
-        """True if the token limit or the frame limit resulted in smaller frames, or in fewer frames than requested."""
+        """True if the token limit or the frame limit resulted in smaller frames or fewer frames than requested."""
         return self.token_capped or self.sampling.wanted > self.frame_limit
 
     @property
@@ -445,7 +445,7 @@ class Plan:
         return math.prod(self.grid)
 
     def shrunk(self, grid: Grid, limits: InputLimits) -> "Plan":
-        """Return a plan that samples T frame pairs from the same span and resizes frames to H x W units. `grid` is (T, H, W)."""
+        """Return a plan with T frame pairs from the same span and a frame size of H x W units. `grid` is (T, H, W)."""
         pairs, height, width = grid
         sampling = self.sampling
         if pairs != self.grid[0]:
@@ -467,10 +467,10 @@ def plan_sampling(
     Frame i of n is sampled at t_i = start + (i + 0.5) * span / n.
 
     Args:
-        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number and is
+        options: The span, and the frame rate or the number of frames. The number of frames is rounded up to an even number and
             limited only by `max_frames`.
-        fps: Frame rate to use if the options specify neither a frame rate nor a number of frames. A frame rate is converted to the
-            nearest even number of frames, at least 2, which is then adjusted to both `min_frames` and `max_frames`.
+        fps: Default frame rate if the options specify neither a frame rate nor a number of frames. A frame rate is converted to the
+            nearest even number of frames, at least 2, which is then limited by both `min_frames` and `max_frames`.
         min_frames, max_frames: Limits on the number of frames. An odd `min_frames` is rounded up, and an odd `max_frames` is
             rounded down. If the two limits conflict, `max_frames` takes precedence.
 
@@ -517,7 +517,7 @@ def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[
     if pairs * rows * cols > max_units:
         rows, cols = units(min_pixels, max(min_pixels, max_units * area // pairs))
         pairs = min(pairs, max(1, max_units // (rows * cols)))
-    if rows * cols > max_units:  # if a frame is very elongated, its longer side must be shortened further
+    if rows * cols > max_units:  # the longer side of very elongated frames must be shortened further
         rows, cols = units(1, max_units * area)
         if rows <= cols:
             cols = min(cols, max_units // rows)

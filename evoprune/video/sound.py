@@ -1,4 +1,4 @@
-"""Reads a video's sound for speech recognition. The file is decoded in a worker process."""
+"""Reads a video's audio track for speech recognition. The file is decoded in a worker process."""
 
 import math
 import os
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 RATE = 16_000  # samples per second
 PIECE_S = 30.0
 SPEECH_MODELS = ("tiny", "base", "small", "large-v3-turbo")
-SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # files that a speech model's folder must contain
+SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # required files in a speech model's folder
 
 
 def check_speech(speech: str) -> None:
-    """Validate the `speech` option as far as this is possible without loading a model.
+    """Validate the `speech` option as far as possible without loading a model.
 
     Raises:
-        UsageError: The option is neither a known word nor a folder with a CTranslate2 model, or faster-whisper is not installed.
+        UsageError: The option is neither a known name nor a folder containing a CTranslate2 model, or faster-whisper is not
+            installed.
     """
     if speech == "none":
         return
@@ -41,11 +42,11 @@ def check_speech(speech: str) -> None:
 
 @dataclass(frozen=True)
 class SoundPiece:
-    """A piece of a video's sound, as consecutive audio samples."""
+    """A block of consecutive samples from a video's audio track."""
 
-    start_s: float  # time of the first sample, in seconds from the first video frame
+    start_s: float  # timestamp of the first sample, in seconds from the first video frame
     samples: "np.ndarray"  # float32 `[n]` between -1 and 1, mono, 16 kHz
-    damaged: int  # number of packets so far that could not be decoded
+    damaged: int  # number of undecodable packets so far
 
     @property
     def end_s(self) -> float:
@@ -53,16 +54,16 @@ class SoundPiece:
 
 
 def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece]:
-    """Yield a span of a video's sound in pieces of at most `PIECE_S` seconds. Yields nothing if the video has no sound.
+    """Yield a span of a video's audio in pieces of at most `PIECE_S` seconds. Yields nothing if there is no audio track.
 
-    If part of the span has no sound in the file, that part is left out, so the next piece starts later than the previous one ends.
-    Packets that cannot be decoded are skipped and counted. To stop early, close the iterator.
+    If the audio track has a gap, the next piece starts later than the previous piece ends. Undecodable packets are skipped and
+    counted. To stop early, close the iterator.
 
     Args:
         start_s, end_s: Start and end of the span, in seconds from the first video frame.
 
     Raises:
-        VideoError: The file can no longer be read, or the worker process crashed. See also `isolation.run_task`.
+        VideoError: The file has become unreadable, or the worker process crashed. See also `isolation.run_task`.
     """
     if not info.has_sound:
         return
@@ -72,7 +73,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     from evoprune.video.sandbox.isolation import HINT, borrow
 
     size = 4 * round(PIECE_S * RATE)
-    # Declare twice the actual size, so that every piece gets its own memory, which the worker releases after use.
+    # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
     with borrow(info.path) as worker:
         message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})

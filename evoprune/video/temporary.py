@@ -1,4 +1,4 @@
-"""Saves inputs that are not files to temporary files, because the readers run in a separate process and need to seek."""
+"""Saves non-file inputs to temporary files, because the readers run in a separate process and need to seek."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from evoprune.errors import VideoError, named
 
 PREFIX = "evoprune-"
-LOCK = ".evoprune-lock"  # file in each temporary folder, which is kept locked by the process that uses the folder
+LOCK = ".evoprune-lock"  # lock file in each temporary folder, held by the process that uses the folder
 
 
 @contextmanager
@@ -35,19 +35,19 @@ def temporary_file(chunks: Iterable[bytes], name: str, file_name: str = "input")
 
 @contextmanager
 def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
-    """Create a temporary folder that only the current user can read, yield its path, and delete the folder on exit.
+    """Create a temporary folder that only the current user can access, yield its path, and delete the folder on exit.
 
     The folder is locked while it is in use. If this process is killed, the operating system releases the lock, and the next process
-    that calls this function deletes the unlocked folder. On Windows, which has no such locks, the folder remains.
+    that calls this function deletes the unlocked folder. On Windows, where this kind of lock is not available, the folder remains.
 
     Args:
-        prefix: Prefix for the folder's name. It must begin with `PREFIX`.
+        prefix: Prefix for the folder name. It must begin with `PREFIX`.
     """
     _delete_abandoned(Path(tempfile.gettempdir()))
     while True:
         folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
         with folder, open(os.path.join(folder.name, LOCK), "wb") as lock:
-            with suppress(ImportError, OSError):  # on Windows, or if the file system does not support locks
+            with suppress(ImportError, OSError):  # on Windows, or if the file system does not support locking
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
 
 
 def _delete_abandoned(parent: Path) -> None:
-    """Delete temporary folders of the current user that were left behind by processes that have exited."""
+    """Delete the current user's temporary folders that were left behind by terminated processes."""
     for folder in parent.glob(f"{PREFIX}*"):
         # Skip the folder if it has no lock file, is in use by another process, or has just been deleted.
         with suppress(ImportError, OSError):

@@ -17,13 +17,13 @@ from evoprune.video.info import ANIMATIONS, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
 
 WEBP, AVIF = ANIMATIONS.values()
-SHORTEST_S = 0.01  # if a frame states a duration of at most this, browsers show it for `INSTEAD_S` instead
+SHORTEST_S = 0.01  # browsers display frames with this duration or less for `INSTEAD_S` instead
 INSTEAD_S = 0.1
-CHUNK_BYTES = 8  # size of a WebP chunk's header, which contains the chunk's type and length
+CHUNK_BYTES = 8  # size of a WebP chunk header, which contains the chunk's type and length
 
 
 def is_read_here(path: str) -> bool:
-    """Return True if a file is an animation that this module can read. Callers must first check that it is not a still image."""
+    """Return True if a file is an animation supported by this module. Callers must first rule out still images."""
     name = ffmpeg.picture_format(path)
     if name not in ANIMATIONS:
         return False
@@ -37,7 +37,7 @@ def is_read_here(path: str) -> bool:
 
 
 def probe(path: str) -> Video:
-    """Read an animation's metadata. WebP files are not decoded for this. Raises VideoError if the animation cannot be read."""
+    """Read an animation's metadata, without decoding any frames of a WebP. Raises VideoError if the animation cannot be read."""
     with picture.opened(path, animated=True) as image:
         width, height = image.size
         if width * height > ffmpeg.MAX_VIDEO_PIXELS:
@@ -74,11 +74,11 @@ def frame_times(info: Video) -> list[float]:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at each requested time, as described in the docstring of the `readers` package."""
+    """Yield the frame on screen at each requested time. See the docstring of the `readers` package."""
     begins = frame_times(info)
     size = ffmpeg.turned_size((info.width, info.height), info.rotation_deg)
     with picture.opened(info.path, animated=True) as image:
-        done = shown = -1  # if a frame is damaged, the frame before it stays on screen
+        done = shown = -1  # if a frame is damaged, the previous frame stays on screen
         rgb = None
         for time in times_s:
             wanted = max(0, bisect_right(begins, time + ffmpeg.TOLERANCE_S) - 1)
@@ -97,7 +97,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames and yield their time, duration and keyframe flag. Only the first frame is treated as a keyframe."""
+    """Decode all frames and yield their timestamp, duration, and keyframe flag. Only the first frame is treated as a keyframe."""
     begins = frame_times(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
@@ -106,7 +106,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.Image | None:
-    """Decode a frame and return a copy of it, or None if it is damaged. Frames must be requested in order."""
+    """Decode a frame and return a copy, or None if the frame is damaged. Frames must be requested in order."""
     ffmpeg.alive()
     try:
         image.seek(number)
@@ -120,7 +120,7 @@ def _decoded(image: Image.Image, number: int, damaged: ffmpeg.Damage) -> Image.I
 
 
 def _lengths(path: str) -> list[float]:
-    """Read the frame durations of an animated WebP in seconds from its chunk headers. Raises VideoError if it has no frames."""
+    """Read an animated WebP's frame durations in seconds from its chunk headers. Raises VideoError if there are no frames."""
     lengths = []
     size = os.path.getsize(path)
     with open(path, "rb") as file:

@@ -1,10 +1,10 @@
-"""Converts decoded frames of any pixel format, range, matrix, primaries and transfer curve to 8-bit BT.709 RGB.
+"""Converts decoded frames of any pixel format, range, matrix, primaries, and transfer curve to 8-bit BT.709 RGB.
 
-libswscale does most of the conversion, and this module rejects formats that libswscale does not support. HDR is mapped to SDR in
-this module, with the same result as FFmpeg's filters `zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709`
-for displays of 1000 cd/m2. These filters cannot be used directly, because PyAV does not include zscale, and libswscale's own
-mapping is too slow, because it spends many seconds computing a table before the first frame. Matrices, primaries and curves are
-numbered as in ITU-T H.273, FFmpeg and PyAV.
+libswscale performs most of the conversion, and this module rejects formats that libswscale does not support. HDR is converted to
+SDR in this module, with the same result as FFmpeg's filters
+`zscale=t=linear:npl=100,zscale=p=bt709,tonemap=mobius:desat=0,zscale=t=bt709` for displays of 1000 cd/m2. These filters cannot be
+used directly, because PyAV does not include zscale, and libswscale's own conversion is too slow: it spends many seconds computing a
+table before the first frame. Matrices, primaries, and curves are numbered as in ITU-T H.273, FFmpeg, and PyAV.
 """
 
 import re
@@ -28,34 +28,34 @@ from evoprune.errors import VideoError
 from evoprune.video.info import HLG, IPT, PQ
 
 CURVES = {ColorTrc.SMPTE2084: PQ, ColorTrc.ARIB_STD_B67: HLG}
-UNSTATED = (0, 2, 3)  # values that mean that the transfer curve is not specified
+UNSTATED = (0, 2, 3)  # values for an unspecified transfer curve
 HDR_METADATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS")
-# FFmpeg's numbers for the side data types that PyAV 18 has no name for: LCEVC, the view and the displays of 3D video, and EXIF.
+# FFmpeg's numbers for side data types not named in PyAV 18: LCEVC, the view and the displays of 3D video, and EXIF.
 NAMELESS_SIDE_DATA = (28, 29, 30, 31)
 # Dolby Vision consists of a base layer, which FFmpeg decodes, and metadata, which is not applied here. The "compatibility id" in
-# the Dolby Vision record describes the base layer. For example, 2 means SDR. In some profiles, 0 means Dolby's own format, while in
-# other profiles it says nothing about the format.
+# the Dolby Vision record describes the base layer; for example, 2 means SDR. In some profiles, 0 means Dolby's proprietary format,
+# while in others it doesn't identify the format.
 DOLBY_RECORD = re.compile(r"DOVI configuration record:.* profile: (\d+),.* compatibility id: (\d+)")
 DOLBY_BASES = {1: PQ, 4: HLG, 6: PQ}
-DOLBY_OWN = (5, 10, 20)  # profiles in which compatibility id 0 means Dolby's own format
-# MP4 codec tags that indicate Dolby's own format, unless the record or the curve says otherwise.
+DOLBY_OWN = (5, 10, 20)  # profiles in which compatibility id 0 means Dolby's proprietary format
+# MP4 codec tags that indicate Dolby's proprietary format, unless the record or the curve says otherwise.
 DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")
 
 # Matrices that convert linear BT.2020 (as in BT.2087) or linear Display P3 to linear BT.709.
 FROM_BT2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])
 FROM_P3 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
 
-# Tone mapping parameters in units of 100 cd/m2. Light below the knee stays unchanged, and light at the peak becomes white.
+# Tone mapping parameters in units of 100 cd/m2. Light below the knee is left unchanged, and light at the peak becomes white.
 KNEE = 0.3
 PEAK = 10.0
 WHITE = 2**16 - 1  # white in 16-bit channels
-STRIP = 2**16  # number of pixels to compute at a time, small enough to fit in a core's cache
-# Pixel formats that are rejected, because libswscale swaps their bytes by mistake or aborts the process.
+STRIP = 2**16  # number of pixels to process at a time, small enough to fit in a core's cache
+# Rejected pixel formats, for which libswscale incorrectly swaps bytes or aborts the process.
 UNREAD = ("rgb565be", "bgr565be", "rgb555be", "bgr555be", "yaf32le", "yaf32be")
 
 
 class Matrix(IntEnum):
-    """Matrix coefficients, numbered as in ITU-T H.273. Converted to lower case, the names are the same as in FFmpeg."""
+    """Matrix coefficients, numbered as in ITU-T H.273. In lower case, the names are the same as FFmpeg's."""
 
     GBR = 0
     BT709 = 1
@@ -81,7 +81,7 @@ SUPPORTED_MATRICES = tuple(Matrix(number) for number in (0, 1, 2, 4, 5, 6, 7, 9)
 
 
 def stated(stream: VideoStream, log: str) -> str | None:
-    """Return the HDR format stated in a stream's header, in the form of `Video.hdr_format`.
+    """Return the HDR format specified in a stream's header, as in `Video.hdr_format`.
 
     Call this function before decoding the first frame, because decoders overwrite the transfer curve from the header.
 
@@ -97,7 +97,7 @@ def stated(stream: VideoStream, log: str) -> str | None:
         return curve or DOLBY_BASES.get(base)
     if curve or context.color_trc not in UNSTATED:
         return curve
-    # Read the tag from the log, because PyAV fails on codec tags that are not ASCII.
+    # Read the tag from the log, because PyAV fails on non-ASCII codec tags.
     if any(f"({tag} / 0x" in log.partition("\n")[0] for tag in DOLBY_TAGS):
         return IPT
     if "Mastering Display Metadata" in log or "Content Light Level Metadata" in log:
@@ -106,7 +106,7 @@ def stated(stream: VideoStream, log: str) -> str | None:
 
 
 def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
-    """Return a frame's side data by type name. Types that PyAV 18 has no name for are left out, because PyAV fails on them."""
+    """Return a frame's side data by type name. Types not named in PyAV 18 are omitted, because PyAV fails on them."""
     # `frame.side_data` would create a reference cycle that keeps the pixels in memory until the garbage collector runs.
     try:
         return SideDataContainer(frame)
@@ -116,7 +116,7 @@ def side_data(frame: VideoFrame) -> Mapping[str, SideData]:
 
 
 def filtered(frame: VideoFrame, *filters: tuple[str, str]) -> VideoFrame:
-    """Apply a chain of FFmpeg filters to a frame. Every filter is specified as (name, options)."""
+    """Apply a chain of FFmpeg filters to a frame. Each filter is a tuple (name, options)."""
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(
@@ -131,8 +131,8 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
     """Return a frame's HDR format, as in `Video.hdr_format`.
 
     Args:
-        header: The HDR format stated in the stream's header. It applies to frames that do not state a format themselves. If it is
-            Dolby's own format, it applies to all frames.
+        header: The HDR format specified in the stream's header. It applies to frames that do not specify a format themselves, or to
+            all frames if it is Dolby's proprietary format.
     """
     data = side_data(frame)
     if header == IPT or _is_dolby_own(data.get("DOVI_METADATA")):
@@ -149,7 +149,7 @@ def hdr_format(frame: VideoFrame, header: str | None = None) -> str | None:
 
 
 def _is_dolby_own(metadata: Buffer | None) -> bool:
-    """Return True if Dolby Vision metadata (FFmpeg's `AVDOVIMetadata`) says that the base layer is in Dolby's own format."""
+    """Return True if Dolby Vision metadata (FFmpeg's `AVDOVIMetadata`) describes a base layer in Dolby's proprietary format."""
     if metadata is None:
         return False
     metadata = bytes(metadata)
@@ -164,10 +164,10 @@ def may_be_transparent(form: VideoFormat) -> bool:
 
 
 class Converter:
-    """Converts the frames of a single video or image to RGB.
+    """Converts frames of a single video or image to RGB.
 
     Args:
-        name: Name of the source for error messages.
+        name: Source name for error messages.
         header: See `hdr_format`.
     """
 
@@ -180,7 +180,7 @@ class Converter:
         """Convert a frame to RGB at the given size, as uint8 `[height, width, 3]`. Transparent areas become white.
 
         Raises:
-            VideoError: The frame's pixel format, matrix or HDR format is not supported.
+            VideoError: The frame's pixel format, matrix, or HDR format is not supported.
             MemoryError: There is not enough memory for the conversion.
         """
         hdr = hdr_format(frame, self._header)
@@ -189,7 +189,7 @@ class Converter:
             raise VideoError(problem, "export it as HDR10 or SDR first")
         try:
             return self._rgb(frame, width, height, hdr)
-        except MemoryError as error:  # FFmpeg's subclass of MemoryError would be mistaken for damage to the file
+        except MemoryError as error:  # FFmpeg's subclass of MemoryError would be mistaken for file damage
             raise MemoryError(str(error)) from error
         except (av.error.FFmpegError, ValueError) as error:
             hint = "export it as 8-bit 4:2:0 video in BT.709, as most programs do"
@@ -210,10 +210,10 @@ class Converter:
         return self._computed(frame, width, height, hdr)
 
     def _computed(self, frame: VideoFrame, width: int, height: int, hdr: str | None) -> np.ndarray:
-        """Convert an HDR frame or a limited-range gray frame to RGB, mapping its levels in this module instead of in libswscale."""
+        """Convert an HDR frame or a limited-range gray frame to RGB, mapping the levels here instead of in libswscale."""
         stored = self._reformat(frame, "gbrp16", width, height)
         planes = [np.frombuffer(plane, np.uint16).reshape(height, -1)[:, :width] for plane in stored.planes]
-        planes = [planes[2], *planes[:2]]  # red, green and blue
+        planes = [planes[2], *planes[:2]]  # red, green, and blue
         black, white = _levels(frame)
         to_bt709 = _to_bt709(frame)
         rgb = np.empty((height, width, 3), np.uint8)
@@ -234,7 +234,7 @@ class Converter:
 
 
 def _over_white(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend RGB pixels over a white background. `rgb` is uint8 `[h, w, 3]`, and the opacity `alpha` is uint8 `[h, w, 1]`."""
+    """Blend RGB pixels with a white background. `rgb` is uint8 `[h, w, 3]`, and the opacity `alpha` is uint8 `[h, w, 1]`."""
     mixed = np.empty(rgb.shape, np.uint8)
     rows = max(1, STRIP // rgb.shape[1])
     for top in range(0, len(rgb), rows):
@@ -254,7 +254,7 @@ def _is_limited_grey(frame: VideoFrame) -> bool:
 
 
 def _levels(frame: VideoFrame) -> tuple[int, int]:
-    """Return the levels of black and white in libswscale's 16-bit channels, which pad shorter values with zero bits."""
+    """Return the black and white levels in libswscale's 16-bit channels, in which shorter values are padded with zero bits."""
     if _is_limited_grey(frame):
         return 16 << 8, 235 << 8
     if _is_yuv(frame.format) and frame.color_range != ColorRange.JPEG:
@@ -284,7 +284,7 @@ def _mapped(channels: np.ndarray, hdr: str, to_bt709: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(hdr: str) -> np.ndarray:
-    """Return the light that a display emits for each 16-bit signal value (BT.2100), as float32 `[65536]` in units of 100 cd/m2.
+    """Return the light emitted by a display for each 16-bit signal value (BT.2100), as float32 `[65536]` in units of 100 cd/m2.
 
     The display has a peak of 1000 cd/m2. HLG's system gamma of 1.2 is applied to each channel separately, as in zimg.
     """

@@ -1,9 +1,9 @@
-"""Cuts a clip out of a video, either by copying packets from a keyframe onward or by re-encoding frames. The sound is kept.
+"""Cuts a clip out of a video, either by copying packets from a keyframe onward or by re-encoding frames. The audio is kept.
 
-Sound packets are also copied, and re-encoded only if the clip's container does not support their codec.
+Audio packets are also copied, and re-encoded only if the clip's container does not support their codec.
 
 FFmpeg writes the clip to memory, and `ClipReader.fill` returns its bytes together with their offset in the clip, so that the
-process that opens the untrusted video needs no permission to write files. The offsets are needed because FFmpeg goes back to the
+process that opens the untrusted video does not need write permission. The offsets are needed because FFmpeg returns to the
 beginning of an MP4 to complete it.
 """
 
@@ -42,17 +42,17 @@ from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
 MP4, MATROSKA = CLIP_ENDINGS
 FORMATS = {MP4: "mp4", MATROSKA: "matroska"}
-# Codecs that players expect in an MP4. A clip with any other codec is written as a Matroska file.
+# Codecs that players expect in an MP4. Clips with other codecs are written as Matroska files.
 IN_MP4 = ("h264", "hevc", "av1", "mpeg4", "aac", "mp3", "ac3", "eac3", "alac")
 # Video encoders in order of preference, with settings that look nearly lossless. B-frames are disabled (bf), because an MP4 stores
-# the last frame's exact duration only if frames are not reordered.
+# the exact duration of the last frame only if frames are not reordered.
 ENCODERS = {"libx264": {"crf": "18", "preset": "veryfast", "bf": "0"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
-SOUND_ENCODER = "aac"  # every FFmpeg build includes it
-SOUND_BITS = 96_000  # bits per second for each channel
+SOUND_ENCODER = "aac"  # included in every FFmpeg build
+SOUND_BITS = 96_000  # bits per second per channel
 CLOCK = Fraction(1, 60_000)  # time base for re-encoded frames; MPEG-4 allows denominators up to 65,535
-BT709 = 1  # FFmpeg's number for the primaries, transfer curve and matrix of BT.709
+BT709 = 1  # FFmpeg's number for the primaries, transfer curve, and matrix of BT.709
 LIMITED_RANGE = 1  # FFmpeg's number for limited color range, the usual one
-REORDERED_S = 2.0  # a frame that is stored before a keyframe is displayed at most this long after the keyframe
+REORDERED_S = 2.0  # maximum time by which a frame stored before a keyframe is displayed after the keyframe
 REENCODE_HINT = "re-encode the clip instead: --exact, in Python exact=True"
 
 # Packets with their decoding times, and frames (uint8 `[H, W, 3]`) with their display times. Times are in ascending order and in
@@ -62,11 +62,11 @@ Pictures = Iterator[tuple[float, np.ndarray]]
 
 
 class ClipReader:
-    """Cuts a clip out of a video and returns its bytes piece by piece. For the arguments, see `evoprune.video.clips.cut_clip`.
+    """Cuts a clip out of a video and returns its bytes in pieces. For the arguments, see `evoprune.video.clips.cut_clip`.
 
     Attributes:
-        facts: A dict with "ending", the clip's file extension; "start_s", the time at which the clip starts, in seconds from the
-            video's first frame; and "loses_sound", which is True if the video has sound but the clip does not.
+        facts: A dict with "ending", the clip's file extension; "start_s", the clip's start time in seconds from the video's first
+            frame; and "loses_sound", which is True if the video has audio but the clip does not.
 
     Raises:
         VideoError: The input is not a video file, or its packets cannot be copied. `fill` also raises this error if the file turns
@@ -105,7 +105,7 @@ class ClipReader:
 
 
 class _MemoryFile:
-    """An in-memory file object that FFmpeg writes to. It keeps the bytes and their offsets until `take` removes them."""
+    """An in-memory file object for FFmpeg's output. It stores the bytes and their offsets until `take` removes them."""
 
     def __init__(self):
         self._pieces: deque[tuple[int, bytes]] = deque()
@@ -129,7 +129,7 @@ class _MemoryFile:
         return self._at
 
     def take(self, most: int) -> tuple[int, bytes]:
-        """Remove up to `most` contiguous bytes, starting with the oldest, and return their offset in the file and the bytes."""
+        """Remove up to `most` contiguous bytes, oldest first, and return their offset in the file and the bytes."""
         at = self._pieces[0][0] if self._pieces else 0
         taken = bytearray()
         while self._pieces and len(taken) < most and self._pieces[0][0] == at + len(taken):
@@ -145,7 +145,7 @@ class _MemoryFile:
 def _cut(
     info: Video, start_s: float, end_s: float, exact: bool, title: str, file: _MemoryFile
 ) -> Iterator[dict[str, Any]]:
-    """Write a clip to `file`. Yields the `facts` for `ClipReader` first, and then an empty dict after every packet."""
+    """Write a clip to `file`. Yields the `facts` for `ClipReader` first, and then an empty dict after each packet."""
     joined = info.clock_restarts > 0
     if joined and not exact:
         raise VideoError(
@@ -184,7 +184,7 @@ def _cut(
 
 @contextmanager
 def _writing(info: Video, exact: bool) -> Iterator[None]:
-    """Convert FFmpeg errors in a `with` block to VideoError. Only writing can cause them, because reading raises no such errors."""
+    """Convert FFmpeg errors in a `with` block to VideoError. These are always write errors, because reading never raises them."""
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
@@ -203,13 +203,13 @@ def _add_copied_stream(out: OutputContainer, stream: Stream) -> Stream:
 
 
 def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet | None]]:
-    """Find the last keyframe that is displayed at or before a time.
+    """Find the last keyframe displayed at or before a given time.
 
     Returns:
         The keyframe's display time in seconds from the video's first frame, and the packets from that keyframe onward.
 
     Raises:
-        VideoError: The packets have no timestamps, or there is no such keyframe.
+        VideoError: The packets have no timestamps, or no keyframe was found.
     """
     path = track.info.path
     timeless = VideoError(f"{path} has no display times for its packets, so they cannot be copied", REENCODE_HINT)
@@ -230,7 +230,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         with suppress(Unreachable):
             packets = track.packets(keyframe)
             first = next(packets)
-            if shown_s(first) <= latest_s:  # checked again, because the index may hold decoding times
+            if shown_s(first) <= latest_s:  # checked again, because the index may contain decoding times
                 return shown_s(first), chain([first], packets)
     place = None  # index of the keyframe among all packets, for files that FFmpeg cannot seek
     begin_s = 0.0
@@ -248,7 +248,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
 
 
 def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
-    """Return a sound track's packets from about `origin_s` seconds onward, or all of its packets if the container cannot seek."""
+    """Return an audio track's packets from about `origin_s` seconds onward, or all packets if the container is not seekable."""
     with suppress(av.error.FFmpegError):
         sound.container.seek(math.floor(origin_s / sound.time_base), stream=sound)
     return ffmpeg.packets(sound.container, sound)
@@ -257,10 +257,10 @@ def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:
 def _sound(
     out: OutputContainer, path: str, sound: AudioStream, copied: bool, origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Add a sound stream to a clip and return its packets, re-encoded as AAC if `copied` is False or if copying fails."""
+    """Add an audio stream to a clip and return its packets, re-encoded as AAC if `copied` is False or copying fails."""
     packets = _sound_packets(sound, origin_s)
     if copied:
-        with suppress(ValueError):  # raised if the file format cannot hold the codec, such as WMA
+        with suppress(ValueError):  # raised if the file format does not support the codec, such as WMA
             return _copied(_add_copied_stream(out, sound), path, packets, origin_s, length_s)
     rates = Codec(SOUND_ENCODER, "w").audio_rates or ()
     target = out.add_stream(SOUND_ENCODER, rate=sound.rate if sound.rate in rates else 48_000)
@@ -272,7 +272,7 @@ def _sound(
 def _encoded_sound(
     target: AudioStream, sound: AudioStream, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Re-encode a clip's sound and yield the resulting packets. Damaged packets are skipped."""
+    """Re-encode a clip's audio and yield the resulting packets. Damaged packets are skipped."""
     part = Graph()
     ends = part.add_abuffer(template=sound), part.add("atrim", f"0:{length_s}"), part.add("abuffersink")
     part.link_nodes(*ends).configure()
@@ -310,13 +310,13 @@ def _ordered(packets: list[Packet]) -> TimedPackets:
 def _copied(
     target: Stream, path: str, packets: Iterator[Packet | None], origin_s: float, length_s: float
 ) -> TimedPackets:
-    """Yield the packets to copy to a clip, with times counted from the beginning of the clip.
+    """Yield the packets to copy to a clip, with times relative to the start of the clip.
 
-    All packets that are decoded before the end of the clip are copied. Some of their frames may be displayed after the end, because
-    a frame can depend on frames that are displayed later.
+    All packets decoded before the end of the clip are copied. Some of their frames may be displayed after the end, because a frame
+    can depend on frames that are displayed later.
 
     Args:
-        origin_s: The time on the file's own clock at which the clip begins, in seconds.
+        origin_s: Start time of the clip on the file's own clock, in seconds.
         length_s: Length of the clip in seconds.
 
     Raises:
@@ -324,7 +324,7 @@ def _copied(
     """
     left = os.path.getsize(path)
     latest = None  # decoding time of the previous packet
-    until_s = length_s  # end of the clip, or a later display time of a frame that is decoded before the end
+    until_s = length_s  # end of the clip, or a later display time of a frame decoded before the end
     for packet in packets:
         if packet is None or not packet.size or packet.pts is None:
             continue
@@ -334,7 +334,7 @@ def _copied(
             packet.dts -= shift
         elif latest is None:
             packet.dts = packet.pts
-        else:  # Matroska files store no decoding times
+        else:  # Matroska does not store decoding times
             packet.dts = latest + 1
         if latest is not None:
             packet.dts = max(packet.dts, latest + 1)
@@ -344,7 +344,7 @@ def _copied(
             until_s = max(until_s, shown_s)
         elif decoded_s >= until_s - ffmpeg.TOLERANCE_S:
             return
-        # A frame that is displayed before the clip begins depends on packets outside the clip.
+        # Frames displayed before the clip begins depend on packets outside the clip.
         if not -ffmpeg.TOLERANCE_S <= shown_s <= until_s:
             continue
         latest = packet.dts
@@ -356,7 +356,7 @@ def _copied(
 
 
 def _encoder(out: OutputContainer, info: Video) -> VideoStream:
-    """Add an encoder for a video's frames to a clip. If the height or width is odd, the last row or column is dropped."""
+    """Add a video encoder to a clip. If the height or width is odd, the last row or column is dropped."""
     name = next(name for name in ENCODERS if name in av.codecs_available)
     rate = Fraction(info.fps or ffmpeg.FALLBACK_FPS).limit_denominator(1001)
     stream = out.add_stream(name, rate=rate, options=ENCODERS[name])
@@ -373,9 +373,9 @@ def _encoder(out: OutputContainer, info: Video) -> VideoStream:
 
 
 def _encoded(stream: VideoStream, pictures: Pictures, length_s: float) -> TimedPackets:
-    """Encode frames and yield their packets. Every frame lasts until the next frame begins, and the last one until `length_s`."""
+    """Encode frames and yield their packets. Each frame lasts until the next frame begins, and the last frame until `length_s`."""
     colours = VideoReformatter()
-    # Durations in ticks of the frames that are still in the encoder, keyed by display time.
+    # Durations in ticks of the frames still in the encoder, keyed by display time.
     lengths: dict[int, int] = {}
     for (time_s, rgb), (end_s, _) in pairwise(chain(pictures, [(length_s, None)])):
         whole = np.ascontiguousarray(rgb[: stream.height, : stream.width])
@@ -410,7 +410,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown_s = -math.inf
     picture = Picture(info)
     for time_s, frame in deinterlacing(_decoded(info, start_s)):
-        # If a frame's timestamp is not later than the previous frame's, it is wrong.
+        # A frame's timestamp is wrong unless it is later than the previous frame's timestamp.
         if time_s < shown_s + ffmpeg.TOLERANCE_S:
             continue
         if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
@@ -425,7 +425,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
-    """Yield decoded frames, starting at a keyframe at or before `start_s` if possible, or else at the beginning of the file."""
+    """Yield decoded frames, starting at a keyframe at or before `start_s` if possible; otherwise, at the beginning of the file."""
     (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         frames = None

@@ -1,8 +1,8 @@
-"""Reads frames with decord, always sequentially. Files that decord is known to decode incorrectly are rejected.
+"""Reads frames sequentially using decord. Files that decord is known to decode incorrectly are rejected.
 
-decord addresses frames by number. After a seek (with `get_batch`, `seek_accurate` or `skip_frames`), its frame numbers are wrong
-for files with open groups of pictures (x265's default), gradual refresh, or frames stored out of order in AVI. Only sequential
-reading yields the correct frames, so every frame up to the last requested frame is decoded and converted.
+decord addresses frames by number. After a seek (with `get_batch`, `seek_accurate`, or `skip_frames`), its frame numbers are wrong
+for files with open groups of pictures (x265's default), gradual refresh, or AVI frames stored out of order. Only sequential reading
+yields the correct frames, so every frame up to the last requested frame is decoded and converted.
 """
 
 import os
@@ -18,10 +18,11 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg, pyav
 
-# Containers to read with decord. decord cannot return to the beginning of an MPEG-TS file, and cannot open any other containers.
+# Containers to read with decord. decord cannot return to the beginning of an MPEG-TS file and does not support any other
+# containers.
 CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
-# If decord's and PyAV's first frames differ by more than this on average, in levels from 0 to 255, they are considered different
-# frames. In 10-bit video and with odd frame sizes, the same frame may differ by up to 2.
+# Maximum mean difference between decord's and PyAV's first frames, in levels from 0 to 255. A larger difference means that they are
+# different frames. In 10-bit video and with odd frame sizes, the same frame may differ by up to 2.
 OTHER_FRAME = 8
 
 
@@ -37,7 +38,7 @@ def load() -> ModuleType:
 
 
 def check(info: Video) -> None:
-    """Raise VideoError if a video's metadata shows that decord cannot read it or would decode it incorrectly."""
+    """Raise VideoError if the metadata shows that decord cannot read a video or would decode it incorrectly."""
     if info.codec == "av1":
         raise _refusal(info, "its FFmpeg has no decoder for AV1")
     if info.container not in CONTAINERS:
@@ -59,7 +60,7 @@ def check(info: Video) -> None:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the frame on screen at each requested time, as described in the docstring of the `readers` package.
+    """Yield the frame on screen at each requested time. See the docstring of the `readers` package.
 
     decord does not report damage, so `damaged` is never called. VideoError is raised if decord stops at damaged data or starts with
     the wrong frame.
@@ -72,7 +73,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         if matrix not in colour.SUPPORTED_MATRICES:
             raise _refusal(info, "it uses the wrong color matrix")
         # If possible, open the file through its descriptor, because decord's FFmpeg interprets some file names as patterns.
-        # Otherwise, use the absolute path, because FFmpeg would take the part of a relative path before a colon for a protocol.
+        # Otherwise, use the absolute path, because FFmpeg would interpret the part of a relative path before a colon as a protocol.
         name = f"/dev/fd/{file.fileno()}"
         if not os.path.exists(name):
             name = os.path.abspath(info.path)
@@ -108,24 +109,24 @@ def _refusing(info: Video) -> Iterator[None]:
         yield
     except (VideoError, MemoryError):
         raise
-    except Exception as error:  # decord raises its own errors, AssertionError, StopIteration and others
+    except Exception as error:  # decord raises its own errors, AssertionError, StopIteration, and others
         raise _refusal(info, "it cannot open the file, or stops at damaged data") from error
 
 
 def _stamps(info: Video, reader) -> np.ndarray:
-    """Return the times of all frames in seconds from the first frame, in display order, as float32 `[frames]`."""
+    """Return all frame timestamps in seconds from the first frame, in display order, as float32 `[frames]`."""
     stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
     if len(stamps) == 1:
         return np.zeros_like(stamps)
-    # decord's first displayed frame has the time 0, unless decord also lists frames that are never displayed. If decord does not
-    # know the times, as in AVI and in very short Matroska files, it reports huge numbers.
+    # decord's first displayed frame has the timestamp 0, unless decord also lists frames that are never displayed. If the
+    # timestamps are unknown, as in AVI and very short Matroska files, decord reports huge numbers.
     if abs(stamps[0]) > ffmpeg.TOLERANCE_S or np.any(np.diff(stamps) < 0):
         raise _refusal(info, "it does not report the times of the frames")
     return stamps
 
 
 def _pixels(info: Video, frame) -> np.ndarray:
-    # With a decord bridge, which the calling program may have set, a frame is a tensor instead of decord's own array.
+    # If the calling program has set a decord bridge, frames are tensors instead of decord's own arrays.
     rows = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
     # decord itself has already rotated the frames if the container is MP4 or MOV.
     turn = 0 if info.container == ffmpeg.MOV else info.rotation_deg

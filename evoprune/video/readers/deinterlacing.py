@@ -1,7 +1,7 @@
 """Deinterlaces frames with FFmpeg's `bwdif` filter, one requested frame at a time.
 
-The filter uses the frame and both of its neighbors. The result depends only on these three frames, but not on the number of threads
-or on the position at which decoding started. For the first frame of a video, or if the frame before it is unknown, missing rows are
+The filter uses the frame and both of its neighbors. The result depends only on these three frames, not on the number of threads or
+the position at which decoding started. For the first frame of a video, or if the previous frame is unknown, missing rows are
 interpolated from the frame's own rows.
 """
 
@@ -50,10 +50,10 @@ def _shape(frame: VideoFrame) -> tuple[int, int, str]:
 
 
 def deinterlacing(frames: Iterator[tuple[float, VideoFrame]]) -> Iterator[tuple[float, Callable[[], VideoFrame]]]:
-    """Yield the time of each frame with a function that deinterlaces it, for readers that need only some of the frames.
+    """Yield each frame's timestamp along with a function that deinterlaces the frame, for readers that need only some frames.
 
-    Because deinterlacing needs the next frame, an interlaced frame is yielded only after that frame has arrived. Progressive frames
-    are yielded immediately.
+    Because deinterlacing requires the next frame, an interlaced frame is yielded only after the next frame has arrived. Progressive
+    frames are yielded immediately.
     """
     before = None
     waiting = None
