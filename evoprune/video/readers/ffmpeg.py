@@ -29,50 +29,49 @@ from evoprune.util import LONGEST, missing_hint, shorten, shown
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.readers import colour
 
-# A callback for damaged data, which is called for each damaged packet or image with a mark that identifies it. The same damage
+# A callback for damaged data. It is called for each damaged packet or image with a mark that identifies the damage. The same damage
 # always has the same mark.
 Damage = Callable[[object], None]
-Crop = Sequence[int]  # number of pixels to crop from a stored frame on the left, right, top and bottom
+Crop = Sequence[int]  # number of pixels to crop from the left, right, top, and bottom of a stored frame
 Decode = Callable[[Packet | None], list[VideoFrame]]
 
-FALLBACK_FPS = 25.0  # frame rate to assume for a stream that does not state its rate, as in FFmpeg
+FALLBACK_FPS = 25.0  # assumed frame rate for streams without a specified rate, as in FFmpeg
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
-# Files in these containers are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock may
-# restart.
+# Files in these containers are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock may restart
+# partway through.
 PROGRAM_STREAM = "mpeg"
 AVI = "avi"
 JOINED = ("mpegts", PROGRAM_STREAM)
-# If timestamps jump backward by more than this, the clock has restarted. In the containers in `JOINED`, a forward jump of more than
-# `LONGEST_GAP_S` also means that the clock has restarted.
+# A backward jump in the timestamps by more than this means that the clock has restarted. For the containers in `JOINED`, so does a
+# forward jump by more than `LONGEST_GAP_S`.
 BACK_S = 0.1
 LONGEST_GAP_S = 600.0
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a format flag
-# A frame rate of at least this value is ignored if it equals the frequency of the file's clock, such as Matroska's 1000 Hz.
+# Frame rates of at least this value are ignored if they equal the frequency of the file's clock, such as Matroska's 1000 Hz.
 LEAST_CLOCK_HZ = 1000
-TAG_CHARACTERS = 4000  # longer tags are dropped, because every copy of a `Video` contains the tags
-# Arguments for `av.open` that let it read files whose tags are not UTF-8. PyAV 19 no longer has or needs this argument.
+TAG_CHARACTERS = 4000  # longer tags are dropped, because every copy of a `Video` includes the tags
+# Arguments for `av.open` that allow non-UTF-8 tags. PyAV 19 no longer has or needs this argument.
 ANY_TAGS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**27  # limit for still images, enough for photographs of 100 megapixels
-MAX_VIDEO_PIXELS = 2**26  # limit for video frames, enough for 8K video and for 360-degree video in 11K
-# Limits that protect against decompression bombs. A video is rejected if its frames exceed both the limit on the total number of
-# pixels and the limit on the number of pixels per byte of the file. Recordings of a static screen have up to 2**17 pixels per byte.
+MAX_PIXELS = 2**27  # limit for still images, sufficient for 100-megapixel photos
+MAX_VIDEO_PIXELS = 2**26  # limit for video frames, sufficient for 8K video and 11K 360-degree video
+# Limits that protect against decompression bombs. A video is rejected if its frames exceed the limits on both the total number of
+# pixels and the number of pixels per byte of file size. Static screen recordings have up to 2**17 pixels per byte.
 MAX_DECODED_PIXELS = 2**33
 MAX_PIXELS_PER_BYTE = 2**18
 INCOMPLETE = (
     "is it a complete video file? An MP4 or MOV that is cut off before its index (usually at the end) cannot be read"
 )
-# Containers that have no gaps between packets. If there is a gap anyway, FFmpeg has skipped damaged bytes without reporting an
-# error.
+# Containers without gaps between packets. A gap means that FFmpeg has skipped damaged bytes without reporting an error.
 DENSE = (MATROSKA, "flv")
-# Codecs to decode with a single thread, because with multiple threads, one in four runs on a test clip produced different pixels
-# (FFmpeg 8).
+# Codecs to decode with a single thread, because multi-threaded decoding of a test clip produced different pixels in one in four
+# runs (FFmpeg 8).
 UNTHREADED = ("theora", "vp3", "vp4")
-STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover images that are not marked as cover images
-WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders to use for streams that declare transparency
+STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover images without a cover image flag
+WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams with transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
-SAMPLE_AES = "/ 0x00DB)"  # the part of `stream_log` that shows that an H.264 stream in MPEG-TS was encrypted for HLS
-# A frame is considered to be on screen even if it starts this long after the requested time, because Matroska rounds timestamps to
+SAMPLE_AES = "/ 0x00DB)"  # appears in the `stream_log` of an H.264 stream in MPEG-TS that was encrypted for HLS
+# A frame that starts up to this long after the requested time is considered to be on screen, because Matroska rounds timestamps to
 # milliseconds.
 TOLERANCE_S = 0.0006
 FORMATS = (
@@ -95,8 +94,8 @@ BOXES = (
     b"wide",
     b"styp",
     b"moof",
-)  # every MP4 or MOV has one of these at byte 4
-# Pillow's names for the image formats that can be read without an optional package.
+)  # every MP4 or MOV contains one of these at byte 4
+# Pillow's names for image formats that don't require an optional package.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
 PICTURE_HEADS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
@@ -106,9 +105,9 @@ PICTURE_BRANDS = {
     b"avif": "AVIF", b"avis": "AVIF",
     b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
 }  # fmt: skip
-of_thread = threading.local()  # in threads other than the first, its `alive` attribute replaces `report_alive`
-CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that do not occur in text
-# The clockwise rotation in degrees for each EXIF orientation, and whether a left-right flip precedes it (see `orientation`).
+of_thread = threading.local()  # in all threads except the first, its `alive` attribute replaces `report_alive`
+CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that never occur in text
+# Clockwise rotation in degrees for each EXIF orientation, and whether to flip left to right before rotating (see `orientation`).
 ORIENTATION_TAG = 0x0112
 ORIENTATIONS = {
     1: (0, False), 2: (0, True), 3: (180, False), 4: (180, True),
@@ -117,9 +116,9 @@ ORIENTATIONS = {
 
 
 class Shown(NamedTuple):
-    """A frame that a reader has found for a requested time."""
+    """The frame that a reader found for a requested time."""
 
-    time_s: float  # the frame's own time in seconds from the first frame
+    time_s: float  # actual frame timestamp in seconds from the first frame
     rgb: np.ndarray  # uint8 `[H, W, 3]`, as displayed
     other_size: bool = False  # whether the stored frame differed in size from the video and was scaled
     moved: bool = False  # whether this is a nearby keyframe instead of the frame on screen
@@ -138,14 +137,14 @@ def report_alive() -> None:
 
 
 def picture_size(pixels: int, decoders: int = 1) -> None:
-    """Announce the size of an image in pixels before decoding it, and the number of decoders that will run in parallel.
+    """Announce an image's size in pixels before it is decoded, and the number of decoders that will run in parallel.
 
     This placeholder does nothing. Worker processes replace it with a function that raises the memory limit accordingly.
     """
 
 
 class Encrypted(ValueError):
-    """Raised when a packet is encrypted. `reading` converts it to a VideoError with the name of the file."""
+    """Raised when a packet is encrypted. `reading` converts it to a VideoError that includes the file name."""
 
 
 def encrypted(path: str) -> VideoError:
@@ -160,7 +159,7 @@ def reason(error: Exception) -> str:
 
 
 def picture_format(path: str) -> str | None:
-    """Return Pillow's name for the format of an image file, or None if the file does not begin like an image."""
+    """Return Pillow's name for an image file's format, or None if the file does not start with an image signature."""
     head = _head(path)
     if head[4:8] == b"ftyp":
         brand = PICTURE_BRANDS.get(head[8:12])
@@ -170,12 +169,12 @@ def picture_format(path: str) -> str | None:
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
-        return "BMP"  # the header's size is checked too, because the signature is short
+        return "BMP"  # the header size is also checked, because the signature is short
     return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
 
 
 def is_sequence(path: str) -> bool:
-    """Return True if the header of an AVIF file declares an animation."""
+    """Return True if an AVIF file's header declares an animation."""
     head = _head(path)
     return b"avis" in head[8 : head[3]]
 
@@ -184,8 +183,8 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     """Return an error that explains why an unreadable file is not a video, or None if it may be a damaged video.
 
     Args:
-        unrecognised: True if FFmpeg did not recognize the file's format. In that case, any file that does not begin like a video is
-            assumed not to be one.
+        unrecognised: True if FFmpeg did not recognize the file format. In this case, a file without a video signature is assumed
+            not to be a video.
     """
     head = _head(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
@@ -204,7 +203,7 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
 
 def _head(path: str) -> bytes:
     try:
-        # A file of size 0, such as /proc/kmsg, may block when it is read.
+        # Reading a file of size 0, such as /proc/kmsg, may block.
         if not os.path.isfile(path) or not os.path.getsize(path):
             return b""
         with open(path, "rb") as file:
@@ -215,10 +214,10 @@ def _head(path: str) -> bytes:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Convert errors from PyAV and the file system to `VideoError`, whose message says so if the file is clearly not a video.
+    """Convert PyAV and file system errors to `VideoError`. The message points out if the file is clearly not a video.
 
-    FFmpeg's out-of-memory error is converted too, because a damaged file may request any amount of memory. `MemoryError` from other
-    sources, such as numpy, is not converted.
+    FFmpeg's out-of-memory error is also converted, because a damaged file may request any amount of memory. A `MemoryError` from
+    another source, such as NumPy, is not converted.
     """
     try:
         yield
@@ -233,7 +232,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 def check_file(path: str) -> None:
-    """Raise VideoError if the path is a URL, does not exist, is not a regular file, or is an empty file."""
+    """Raise VideoError if a path is a URL, does not exist, is not a regular file, or is an empty file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -282,7 +281,7 @@ def open_bytes(file: BinaryIO, format_name: str | None = None, max_pixels: int =
 
 
 def moving(container: InputContainer) -> list[VideoStream]:
-    """Return the video tracks except for cover images. Other still images are also left out, unless there are no other tracks."""
+    """Return the video tracks, excluding cover images. Other still images are also excluded unless there are no other tracks."""
     tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     return [track for track in tracks if track.frames != 1] or tracks
 
@@ -290,11 +289,11 @@ def moving(container: InputContainer) -> list[VideoStream]:
 def video_stream(
     container: InputContainer, path: str, *, threads: int = 1, max_pixels: int = MAX_VIDEO_PIXELS
 ) -> VideoStream:
-    """Return the video stream to show, configured to decode with `threads` threads.
+    """Return the video stream to display, configured for decoding with `threads` threads.
 
     Raises:
-        VideoError: The file has no video, or only a cover image; this build of FFmpeg has no decoder for the video; or its frames
-            have more than `max_pixels` pixels.
+        VideoError: The file has no video or only a cover image, this build of FFmpeg has no decoder for the video, or a frame has
+            more than `max_pixels` pixels.
     """
     tracks = moving(container)
     if not tracks:
@@ -309,7 +308,7 @@ def video_stream(
     if width * height > max_pixels:
         hint = f"the limit is {max_pixels // 10**6} megapixels; is the file damaged?"
         raise VideoError(f"{path} states a frame size of {width:,} x {height:,} pixels", hint)
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a frame may be larger than the header states
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}  # frames may be larger than specified in the header
     picture_size(width * height)
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
@@ -319,7 +318,7 @@ def video_stream(
 
 
 def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
-    """Choose the track that a player would show. This is the default track, or the largest one if that is ambiguous."""
+    """Choose the track that a player would show, which is the default track or, if that is ambiguous, the largest track."""
 
     def rank(track: VideoStream) -> tuple[bool, bool, bool, int]:
         if (context := track.codec_context) is None:
@@ -332,7 +331,7 @@ def chosen(tracks: Sequence[VideoStream]) -> VideoStream:
 
 
 def tags(container: InputContainer) -> dict[str, str]:
-    """Return a container's tags, up to 200 and without very long ones. Bytes that are not valid UTF-8 are replaced with U+FFFD."""
+    """Return up to 200 of a container's tags, excluding very long tags. Invalid UTF-8 bytes are replaced with U+FFFD."""
     short = ((key, text) for key, text in container.metadata.items() if len(key) + len(text) <= TAG_CHARACTERS)
     return {_valid_text(key): _valid_text(text) for key, text in islice(short, 200)}
 
@@ -342,10 +341,10 @@ def _valid_text(tag: str) -> str:
 
 
 def thread_count(cores: int) -> int:
-    """Return the number of decoder threads to use on the given number of cores.
+    """Return the number of decoder threads for the given number of cores.
 
-    On a single core, one thread is used. Otherwise, the number of threads is one more than the number of cores, but at most 16,
-    because every thread keeps a frame in memory.
+    A single core uses one thread. Otherwise, the number of threads is the number of cores plus one, up to a maximum of 16, because
+    each thread keeps a frame in memory.
     """
     if cores <= 1:
         return 1
@@ -362,13 +361,13 @@ def nothing_decoded(path: str) -> VideoError:
 def packets(
     container: InputContainer, stream: Stream, damaged: Damage = ignore_damage, *, every_stream: bool = False
 ) -> Iterator[Packet | None]:
-    """Yield a stream's packets. If the file is cut off, None is yielded at the end to flush the decoder.
+    """Yield a stream's packets. If the file is truncated, None is yielded at the end to flush the decoder.
 
     Args:
-        damaged: Callback for damaged data. It is called if FFmpeg skipped bytes, which can be detected only in the containers in
+        damaged: Callback for damaged data. It is called if FFmpeg skipped bytes, which is detectable only in the containers in
             `DENSE`.
-        every_stream: If True, read the packets of all streams but yield only those of `stream`, so that progress is reported even
-            while no packets of `stream` arrive.
+        every_stream: If True, read the packets of all streams but yield only packets from `stream`, so that progress is reported
+            even while no packets from `stream` arrive.
     """
     dense = container.format.name in DENSE
     end = None
@@ -377,7 +376,7 @@ def packets(
         read = container.demux() if dense or every_stream else container.demux(stream)
         for count, packet in enumerate(read):
             alive()
-            if count > container.size:  # more packets than bytes, so the index contains a loop
+            if count > container.size:  # more packets than bytes means that the index contains a loop
                 raise av.error.InvalidDataError(0, "endless")
             if dense and packet.pos is not None:
                 if end is not None and packet.pos - end > slack:
@@ -395,15 +394,16 @@ def packets(
 def shown_otherwise(
     stream: VideoStream, hdr: str | None, first: VideoFrame | None = None
 ) -> dict[str, bool | float | str | None]:
-    """Return the fields of `Video` that determine how frames are adapted for display: HDR, interlacing and pixel aspect ratio.
+    """Return the fields of `Video` that determine how frames are adapted for display: HDR, interlacing, and pixel aspect ratio.
 
     Args:
         hdr: The stream's HDR format, as in `Video.hdr_format`.
-        first: The first decoded frame, or None to use only the header.
+        first: The first decoded frame, or None if only the header is available.
     """
     context = stream.codec_context
     interlaced = bool(first.interlaced_frame) if first else context.field_order > 1  # 1 is progressive
-    # FFmpeg prefers the container's ratio. If neither the container nor the header states a ratio, the first frame may do so.
+    # FFmpeg prefers the container's ratio. If neither the container nor the header specifies a ratio, the first frame may contain
+    # one.
     aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio
     return {
         "hdr": hdr is not None,
@@ -414,7 +414,7 @@ def shown_otherwise(
 
 
 def stream_log(stream: Stream) -> str:
-    """Return FFmpeg's textual description of a stream, which contains facts that PyAV does not provide as attributes."""
+    """Return FFmpeg's textual description of a stream, which includes properties not available as PyAV attributes."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
@@ -437,10 +437,10 @@ def check_encryption(stream: VideoStream, log: str, path: str) -> None:
 
 
 def cropping(log: str) -> Crop | None:
-    """Return the number of pixels that the container crops on each side, or None if it crops nothing.
+    """Return the number of pixels cropped by the container on each side, or None if there is no cropping.
 
-    An MP4 stores the cropping in a clap box, and a Matroska file in PixelCrop elements. Cropping that is specified by the codec
-    itself is not included, because the decoder applies it.
+    MP4 stores the cropping in a clap box, and Matroska in PixelCrop elements. Cropping specified by the codec itself is not
+    included, because the decoder applies it.
 
     Args:
         log: The result of `stream_log`.
@@ -450,7 +450,7 @@ def cropping(log: str) -> Crop | None:
 
 
 def cropped(frame: VideoFrame, crop: Crop | None) -> VideoFrame:
-    """Crop a frame before rotation. A frame that is too small to be cropped is returned unchanged."""
+    """Crop a frame before rotation. Frames that are too small to be cropped are returned unchanged."""
     left, right, top, bottom = crop or (0, 0, 0, 0)
     width = frame.width - left - right
     height = frame.height - top - bottom
@@ -486,12 +486,12 @@ def decoded_frames(
 ) -> Iterator[VideoFrame]:
     """Decode packets and yield cropped frames in display order.
 
-    Packets that cannot be decoded are skipped. Damaged frames that the decoder was able to patch up are yielded.
+    Undecodable packets are skipped. Damaged frames that the decoder was able to repair are yielded.
 
     Args:
-        packets: The packets, as yielded by the function `packets`.
-        damaged: Callback for damaged data. It is called for each skipped packet and each patched-up frame, and if the file is cut
-            off.
+        packets: Packets as yielded by the `packets` function.
+        damaged: Callback for damaged data. It is called for each skipped packet and each repaired frame, and if the file is
+            truncated.
     """
     decode = decoder(stream, crop)
     for packet in packets:
@@ -515,14 +515,14 @@ def decoded_frames(
 
 
 def _stamp(data: Packet | VideoFrame | None) -> int | None:
-    """Return the display time of a packet or frame in ticks, or else its decoding time, or None if there is neither."""
+    """Return the display time of a packet or frame in ticks; otherwise, its decoding time, or None if it has neither."""
     if data is None:
         return None
     return data.dts if data.pts is None else data.pts
 
 
 def incomplete_joints(info: Video) -> int:
-    """Return the number of packets that may be incomplete without being damaged, because another file was appended after them."""
+    """Return the number of packets that may be incomplete, but not damaged, because another file was appended after them."""
     if info.container not in JOINED:
         return 0
     return info.clock_restarts
@@ -534,11 +534,11 @@ def restarts(passed_s: float, container: str) -> bool:
 
 
 def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
-    """Return the average frame rate in frames per second (None if it is unknown), and whether the rate is a guess.
+    """Return the average frame rate in frames per second (None if unknown) and whether the rate is a guess.
 
-    The rate is a guess only if a raw stream, which has no timestamps, does not state its rate. In that case, FFmpeg assumes
-    `FALLBACK_FPS`. If a container does not state the rate, FFmpeg may report the frequency of the file's clock as the average rate,
-    which is therefore ignored.
+    The rate is a guess only for a raw stream, which has no timestamps, without a specified rate. In this case, FFmpeg assumes
+    `FALLBACK_FPS`. If a container does not specify the rate, FFmpeg may report the frequency of the file's clock as the average
+    rate. Such a rate is ignored.
     """
     if stream.container.format.flags & NO_TIMESTAMPS:
         stated = stream.codec_context.framerate
@@ -549,10 +549,10 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:
-    """Return the number of frames according to a file's header.
+    """Return the number of frames according to a file header.
 
-    If the header does not state the number, it is estimated from the duration and the frame rate. If these are missing as well, the
-    result is 0.
+    If the header does not specify the number, it is estimated from the duration and the frame rate. If these are missing as well,
+    the result is 0.
     """
     length_s = float((stream.duration or 0) * stream.time_base)
     if container.duration:
@@ -561,7 +561,7 @@ def stated_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
-    """Return a frame's timestamp in seconds on the file's own clock, or None if it has no timestamps, as in a raw stream."""
+    """Return a frame's timestamp in seconds on the file's own clock, or None if there are no timestamps, as in a raw stream."""
     # AVI stores only decoding times. FFmpeg derives display times from them, but the display times are wrong if frames are stored
     # out of order. The decoding times are correct except for a constant offset.
     stamp = frame.dts if stream.container.format.name == AVI else frame.pts
@@ -571,7 +571,7 @@ def frame_time(frame: VideoFrame, stream: VideoStream) -> float | None:
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
-    """Return a frame's clockwise rotation in degrees (0, 90, 180 or 270), and whether to flip it left to right before that."""
+    """Return a frame's clockwise rotation in degrees (0, 90, 180, or 270) and whether to flip it left to right before rotating."""
     matrix = colour.side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
@@ -592,7 +592,7 @@ def turned_size(size: tuple[int, int], rotation_deg: int) -> tuple[int, int]:
 def displayed_size(frame: VideoFrame, pixel_aspect: float | None, rotation_deg: int) -> tuple[int, int]:
     """Return the (width, height) at which a frame is displayed, after conversion to square pixels and rotation.
 
-    To make the pixels square, one side is enlarged to an even number of pixels, as in most players. If the frame would then have
+    To make the pixels square, one side is enlarged to an even number of pixels, as most players do. If the frame would then have
     more than `MAX_VIDEO_PIXELS`, the other side is reduced instead. A `pixel_aspect` beyond `WIDEST_PIXEL` is ignored.
     """
     sides = [frame.width, frame.height]
@@ -617,9 +617,9 @@ def to_rgb(
     converter: colour.Converter,
     pixel_aspect: float | None = None,
 ) -> np.ndarray:
-    """Convert a frame to rotated and scaled RGB, as uint8 `[height, width, 3]`. For the color conversion, see `Converter.rgb`.
+    """Convert a frame to RGB, rotated and scaled, as uint8 `[height, width, 3]`. For the color conversion, see `Converter.rgb`.
 
-    If the frame's aspect ratio as displayed differs from the ratio of `width` to `height`, black borders are added.
+    If the displayed aspect ratio differs from the ratio of `width` to `height`, black borders are added.
     """
     inner = fitted(displayed_size(frame, pixel_aspect, rotation_deg), (width, height))
     rgb = rotated(converter.rgb(frame, *turned_size(inner, rotation_deg)), rotation_deg, mirrored)

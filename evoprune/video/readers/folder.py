@@ -1,4 +1,4 @@
-"""Reads a folder of images as a video. The images are the frames of the video, in natural order (frame2 before frame10)."""
+"""Reads a folder of images as a video. The images are treated as video frames, in natural order (frame2 before frame10)."""
 
 import io
 import math
@@ -23,9 +23,9 @@ def list_images(folder: str) -> list[str]:
     """Return the paths of the images in a folder, in display order.
 
     Raises:
-        VideoError: The folder cannot be read, contains no images, or contains file names whose order is ambiguous. Names with
-            fractions of different lengths are ambiguous, because they may contain decimals (0.25 before 0.5) or separate numbers
-            (1.9 before 1.10).
+        VideoError: The folder cannot be read, contains no images, or contains file names with an ambiguous order. Names with
+            fractions of different lengths are ambiguous, because they may be decimals (0.25 before 0.5) or separate numbers (1.9
+            before 1.10).
     """
     try:
         images = Folder(folder).images
@@ -44,7 +44,7 @@ def list_images(folder: str) -> list[str]:
 
 
 def probe(folder: str, fps: float) -> Video:
-    """Return the metadata of a folder that is read as a video. The first image that can be decoded determines the frame size.
+    """Return the metadata of a folder of images treated as a video. The first decodable image determines the frame size.
 
     Args:
         fps: Number of images per second of video.
@@ -63,7 +63,7 @@ def probe(folder: str, fps: float) -> Video:
         with open(images[0], "rb") as image:
             if image.read(len(LFS)) == LFS:
                 raise VideoError(f"{images[0]} is a git-lfs pointer", LFS_HINT)
-        # Check the size, because FFmpeg does not distinguish an oversized image from a damaged one.
+        # Check the size, because FFmpeg reports the same error for oversized and damaged images.
         check_size(images[0])
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged or not images")
     codec, frame, (rotation, _) = decoded
@@ -87,15 +87,15 @@ def probe(folder: str, fps: float) -> Video:
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
-    """Yield the image on screen at each requested time, as described in the docstring of the `readers` package.
+    """Yield the image on screen at each requested time. See the docstring of the `readers` package.
 
-    Only the images that are needed are opened, one at a time. A damaged image is replaced with the previous image or, if there is
-    none, with the first image that can be decoded. `damaged` is called with the index of each damaged image.
+    Only the required images are opened, one at a time. A damaged image is replaced with the previous image or, if there is none,
+    with the first decodable image. `damaged` is called with the index of each damaged image.
     """
     images = list_images(info.path)
     converter = colour.Converter(info.path)
     last = len(images) - 1
-    # `done` is the index of the last image that was opened, and `current` is the index of the image on screen.
+    # `done` is the index of the last opened image, and `current` is the index of the image on screen.
     done = -1
     current = -1
     rgb = None
@@ -108,7 +108,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
-                # If an image had a different aspect ratio from the first image, it would get black borders.
+                # Images with a different aspect ratio from the first image get black borders.
                 if info.fitted(width, height) != (info.width, info.height):
                     shapes = f"{images[i]} is {width}x{height}, the first is {info.width}x{info.height}"
                     hint = (
@@ -126,7 +126,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all images. Yields time and duration in seconds, and True, because every image is treated as a keyframe."""
+    """Decode all images. Yields the timestamp and duration in seconds, and True because every image is treated as a keyframe."""
     for i, image in enumerate(list_images(info.path)):
         if decode_image(image) is None:
             damaged(i)
@@ -135,7 +135,7 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
 
 
 def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
-    """Decode an image. Returns codec, pixels and orientation (see `ffmpeg.orientation`), or None if it is damaged or too large."""
+    """Decode an image. Returns the codec, pixels, and orientation (see `ffmpeg.orientation`), or None if damaged or too large."""
     try:
         content = b""
         with open(path, "rb") as file:
@@ -143,7 +143,7 @@ def decode_image(path: str) -> tuple[str, VideoFrame, tuple[int, bool]] | None:
                 content = file.read()
         with ffmpeg.open_bytes(io.BytesIO(content), max_pixels=ffmpeg.MAX_PIXELS) as container:
             stream = ffmpeg.video_stream(container, path, max_pixels=ffmpeg.MAX_PIXELS)
-            # Without "explode", FFmpeg would decode a truncated JPEG to an image whose lower part is gray.
+            # Without "explode", FFmpeg would decode a truncated JPEG to an image with a gray lower part.
             stream.codec_context.options = stream.codec_context.options | {"err_detect": "explode"}
             frame = next(ffmpeg.decoded_frames(stream, ffmpeg.packets(container, stream)), None)
             if frame is None:

@@ -1,8 +1,8 @@
 """Reads frames from live sources as they arrive: stream URLs, cameras, pipes, growing files, and ordinary files.
 
-FFmpeg opens the URL as typed by the user, but it may use only the protocols that this type of URL needs. The `file` protocol is
-never allowed, so a playlist cannot refer to files on this machine. Playlists are not accepted at all from pipes, files, and udp and
-tcp URLs.
+FFmpeg opens the URL exactly as typed by the user, but it may only use the protocols required for this type of URL. The `file`
+protocol is never allowed, so playlists cannot refer to files on this machine. Playlists are not accepted at all from pipes, files,
+and udp and tcp URLs.
 """
 
 import errno
@@ -25,7 +25,7 @@ from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
 
-# The protocols that FFmpeg needs for each URL scheme, and the formats that are allowed in addition to `FORMATS`.
+# The FFmpeg protocols required for each URL scheme, and the formats allowed in addition to `FORMATS`.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
 RTSP = "rtsp,rtsps,rtp,udp,tcp,tls", ",rtsp,rtp,sdp"
 ALLOWED = {"http": WEB, "https": WEB, "rtsp": RTSP, "rtsps": RTSP, "udp": ("udp", ""), "tcp": ("tcp", "")}
@@ -33,7 +33,8 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-# If a stream's timestamps jump forward by more than this, the source's clock has been reset. For files, see `ffmpeg.restarts`.
+# A forward jump of more than this in a stream's timestamps means that the source's clock has been reset. For files, see
+# `ffmpeg.restarts`.
 JUMP_S = 10.0
 POLL_S = 0.05  # interval at which to check whether a file has grown
 
@@ -42,14 +43,15 @@ class LiveReader:
     """Reads frames over a single connection to a source.
 
     Args:
-        source: A URL with a scheme from `ALLOWED`, a path, or a camera device. If it is None, the pipe `descriptor` is read.
-        name: Name of the source for error messages.
-        timeout_s: Number of seconds after which a source that sends nothing is considered to have failed.
-        follow: True if the source is a file that may grow. At end of file, the reader then waits up to `timeout_s` for more data.
-        descriptor: File descriptor of a pipe. `close` closes it.
+        source: A URL with a scheme from `ALLOWED`, a path, or a camera device. None means to read the pipe `descriptor`.
+        name: Source name for error messages.
+        timeout_s: Timeout in seconds. A source that sends nothing for this long is considered to have failed.
+        follow: True if the source is a file that is still being written. The reader then waits at the end of the file for up to
+            `timeout_s` for more data.
+        descriptor: File descriptor of a pipe. It is closed by `close`.
 
     Attributes:
-        facts: A dict with some fields of `Video` and "finite", which is True if the source has a known end.
+        facts: A dict with some of the fields of `Video`, plus "finite", which is True if the source has a known end.
 
     Raises:
         VideoError: The source does not exist, cannot be read, or requires a password.
@@ -68,7 +70,7 @@ class LiveReader:
         self._live = source is None or not os.path.isfile(source)  # True if frames arrive as they are recorded
         self._open = ExitStack()
         self._held = None
-        self._gap_s = 0.0  # largest forward jump that was interpreted as a reset of the source's clock
+        self._gap_s = 0.0  # largest forward jump interpreted as a reset of the source's clock
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -94,17 +96,18 @@ class LiveReader:
         self._crop = ffmpeg.cropping(log)
         self.facts |= {"fps": rate, "rate_guessed": guessed, **ffmpeg.shown_otherwise(stream, hdr)}
         if container in ffmpeg.JOINED:
-            # MPEG-TS headers do not state the HDR format, so it came from the first frames. Later frames may be from another video.
+            # MPEG-TS headers do not specify the HDR format, so it was taken from the first frames. Later frames may be from another
+            # video.
             hdr = None
         self._converter = colour.Converter(name, hdr)
         self._frames = deinterlacing(self._timed())
 
     def next(self, after_s: float) -> dict | None:
-        """Find the next frame at or after a time, in seconds from the first frame. Call `fill` to get its pixels.
+        """Find the next frame at or after a time in seconds from the first frame. Call `fill` to get the pixels.
 
         Returns:
             None at the end of the source. Otherwise, a dict with "time_s"; "height" and "width" in pixels; "hdr_format" as in
-            `Video`; and "clock_gap_s", the largest forward jump so far that was interpreted as a reset of the source's clock.
+            `Video`; and "clock_gap_s", the largest forward jump so far interpreted as a reset of the source's clock.
         """
         for time_s, shown in self._frames:
             if time_s >= after_s - ffmpeg.TOLERANCE_S:
@@ -123,7 +126,7 @@ class LiveReader:
         return None
 
     def fill(self, frames: np.ndarray) -> None:
-        """Fill `frames`, which must be uint8 `[1, H, W, 3]`, with the frame that `next` has found."""
+        """Fill `frames`, which must be uint8 `[1, H, W, 3]`, with the frame found by `next`."""
         frames[0] = ffmpeg.to_rgb(*self._held, self._converter, self.facts["pixel_aspect"])
 
     def close(self) -> None:
@@ -151,7 +154,7 @@ class LiveReader:
             if path and ffmpeg.picture_format(path) not in (
                 None,
                 "GIF",
-            ):  # a GIF is read as a video, even if it has only one frame
+            ):  # a GIF is treated as a video even if it has only one frame
                 from evoprune.video.readers import picture  # imports Pillow
 
                 if picture.is_picture(path):
@@ -166,10 +169,10 @@ class LiveReader:
             self._open.callback(file.close)
             try:
                 container = av.open(file, options=limits, **ffmpeg.ANY_TAGS)
-                # Set this only after opening, which may also read the end of the file.
+                # Set this only after opening, because opening may also read the end of the file.
                 file.waits = self._follow and path is not None
                 return container
-            except av.error.FFmpegError as problem:  # the beginning of the file may not have been written yet
+            except av.error.FFmpegError as problem:  # the start of the file may not have been written yet
                 file.close()
                 if not path:
                     raise
@@ -181,7 +184,7 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield each frame with its time in seconds from the first frame. Times keep increasing if the source's clock is reset."""
+        """Yield frames with timestamps in seconds from the first frame, which keep increasing if the source's clock is reset."""
         time_s = 0.0
         before = None
         arrived = time.monotonic()
@@ -205,8 +208,8 @@ class LiveReader:
             yield time_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
-        """Yield decoded frames, skipping damaged packets. Raises VideoError if no frame can be decoded for `timeout_s` seconds."""
-        # The time at which the first packet after the latest frame arrived. Time spent waiting for packets does not count.
+        """Yield decoded frames, skipping damaged packets. Raises VideoError if no frame is decodable for `timeout_s` seconds."""
+        # Arrival time of the first packet after the latest frame. Time spent waiting for packets is not counted.
         since = None
         decode = ffmpeg.decoder(self._stream, self._crop)
         for packet in self._packets():
@@ -235,7 +238,7 @@ class LiveReader:
                 )
 
     def _packets(self) -> Iterator[Packet | None]:
-        """Yield all packets. If the source is interrupted, yield None to flush the decoder, and then raise VideoError."""
+        """Yield all packets. If the source is interrupted, yields None to flush the decoder and then raises VideoError."""
         end = 0
         try:
             for packet in self._container.demux(self._stream):
@@ -281,10 +284,10 @@ UNREADABLE_HINT = "does it play elsewhere? The formats of files are supported, a
 
 
 class _Following:
-    """A file object that lets FFmpeg read from a pipe or a growing file as data arrives.
+    """A file object for FFmpeg that reads from a pipe or a growing file as data arrives.
 
     Attributes:
-        waits: True while the file may still grow. At end of file, `read` then waits for more data.
+        waits: True while the file may still grow. In this case, `read` waits for more data at the end of the file.
     """
 
     def __init__(self, descriptor: int, timeout_s: float):
@@ -299,14 +302,14 @@ class _Following:
             self.tell = self._file.tell
 
     def read(self, count: int) -> bytes:
-        """Return at most `count` bytes, or an empty result at end of file.
+        """Return at most `count` bytes, or an empty result at the end of the file.
 
-        After a timeout, this method never waits again, because FFmpeg keeps reading after a timeout or at end of file, up to ten
-        times in some formats. Once a file has stopped growing for `timeout_s`, its end is therefore final. For a pipe, TimeoutError
-        is raised only once, and all later calls return an empty result.
+        After a timeout, this method never waits again, because FFmpeg keeps reading after a timeout or at the end of a file, up to
+        ten times in some formats. Therefore, the end of a file is final once the file has stopped growing for `timeout_s`. For a
+        pipe, TimeoutError is raised only once, and all later calls return an empty result.
 
         Raises:
-            TimeoutError: No data arrived from the pipe for `timeout_s`.
+            TimeoutError: No data arrived from the pipe within `timeout_s`.
         """
         end = time.monotonic() + self._timeout_s
         while not self._silent:

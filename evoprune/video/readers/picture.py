@@ -1,4 +1,4 @@
-"""Reads still images with Pillow and resizes them in the same way as Hugging Face's image processors.
+"""Reads still images using Pillow and resizes them in the same way as Hugging Face's image processors.
 
 An image is rotated according to its EXIF data, as in `transformers.image_utils.load_image`. Transparent areas become white, as in
 `transformers.image_transforms.convert_to_rgb` since 5.21. Unlike transformers, which clips 16-bit gray levels, this module keeps
@@ -19,13 +19,13 @@ from evoprune.video.readers import ffmpeg
 
 MAX_BYTES = 2**29  # larger files are rejected before they are read
 CONVERT_HINT = "convert it to JPEG or PNG"
-ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats whose animations are read as videos
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats with animations that are treated as videos
 
 
 def is_picture(path: str) -> bool:
-    """Return True if a file is a still image. The file must have the signature of an image.
+    """Return True if a file is a still image. The file must have an image signature.
 
-    The result is False for animations and sequences of JPEGs, because these are read as videos.
+    Animations and JPEG sequences are not still images, because they are treated as videos.
     """
     name = ffmpeg.picture_format(path)
     if name == "AVIF" and not features.check("avif"):
@@ -36,11 +36,11 @@ def is_picture(path: str) -> bool:
         with _header(path, name) as image:
             if name in ANIMATIONS:
                 return not getattr(image, "is_animated", False)
-            if image.format != "JPEG":  # Pillow calls a JPEG "MPO" if smaller images or a brightness map follow it
+            if image.format != "JPEG":  # Pillow calls a JPEG "MPO" if it is followed by smaller images or a brightness map
                 return True
         with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"
-    except Exception:  # the file is damaged, and the reader will report it
+    except Exception:  # the file is damaged, which the reader will report
         return name != "GIF"
 
 
@@ -64,16 +64,16 @@ def _opened(path: str, name: str | None) -> Image.Image:
         raise VideoError(
             f"{path} is in HEIC, which needs pillow-heif", "pip install 'evoprune[heic]', or " + CONVERT_HINT
         ) from error
-    return HeifImageFile(path)  # not registered with Pillow, because evoprune may be running inside another program
+    return HeifImageFile(path)  # don't register it with Pillow, because evoprune may be running inside another program
 
 
 def check_size(path: str) -> None:
-    """Raise VideoError if a file is an image with more than `MAX_PIXELS` pixels. Files that are not images pass the check."""
+    """Raise VideoError if a file is an image with more than `MAX_PIXELS` pixels. Non-image files pass the check."""
     try:
         with _header(path, ffmpeg.picture_format(path)):
             pass
     except Exception as problem:
-        if isinstance(problem, VideoError):  # any other error means that the file is not an image
+        if isinstance(problem, VideoError):  # any other error means it isn't an image
             raise
 
 
@@ -87,7 +87,7 @@ def probe(path: str) -> Video:
     with opened(path) as image:
         rotation, mirrored = orientation(image)
         size = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # recent versions of Pillow have already rotated `size`
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # in recent versions of Pillow, `size` is already rotated
             size = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
         width, height = ffmpeg.turned_size(size, rotation)
         comment = image.info.get("comment", "")
@@ -116,7 +116,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     """Yield a still image once for each requested time, resized to the size in `info`. Raises the same errors as `probe`."""
     with opened(info.path) as image:
         image.load()
-        # An image in a HEIC may be larger than the header states.
+        # An image in a HEIC may be larger than specified in the header.
         if image.width * image.height > ffmpeg.MAX_PIXELS:
             raise too_large(info.path)
         upright = image if image.format == "HEIF" else ImageOps.exif_transpose(image)
@@ -129,22 +129,22 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def orientation(image: Image.Image) -> tuple[int, bool]:
-    """Return the rotation and flip specified in an image's EXIF data, in the same format as `ffmpeg.orientation`.
+    """Return the rotation and flip specified by an image's EXIF data, in the same format as `ffmpeg.orientation`.
 
     The EXIF orientation of a HEIC is ignored, as required by ISO 23008-12.
     """
-    if image.format == "HEIF":  # libheif has already rotated the image according to the file's own properties
+    if image.format == "HEIF":  # libheif has already rotated the image as specified by the file's own properties
         return 0, False
     return ffmpeg.ORIENTATIONS.get(image.getexif().get(ffmpeg.ORIENTATION_TAG), (0, False))
 
 
 @contextmanager
 def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
-    """Open an image with Pillow, reading only its header.
+    """Open an image using Pillow, reading only the header.
 
     Raises:
-        VideoError: The file cannot be read, is too large, needs a package that is not installed, has more than one page, or is an
-            animation although `animated` is False.
+        VideoError: The file cannot be read, is too large, requires a missing package, has more than one page, or is an animation
+            while `animated` is False.
     """
     name = ffmpeg.picture_format(path)
     if name is None:
@@ -160,11 +160,11 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
             tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
             if 50706 in tags or tags.get(254, 0) & 1:  # the file is a DNG, or its first image is only a reduced preview
                 raise VideoError(f"{path} is a camera raw file, of which only the preview could be read", CONVERT_HINT)
-            # Do not count the images, because counting a TIFF's pages would require reading the whole file.
+            # Don't count the images, because counting a TIFF's pages would require reading the entire file.
             several = getattr(image, "is_animated", False)
             if several and image.format == "TIFF":
                 raise VideoError(f"{path} has several pages", "save one page as a JPEG or PNG")
-            # If an MPO or a HEIC contains more than one image, Pillow opens the photograph, which is the first or primary image.
+            # If an MPO or HEIC contains multiple images, Pillow opens the actual photo, which is the first or primary image.
             if several and not animated and image.format not in ("MPO", "HEIF"):
                 raise VideoError(f"{path} is an animation", "save it as a GIF or MP4, or one frame of it as a PNG")
             yield image
@@ -176,7 +176,7 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
 
 
 def converted(image: Image.Image, path: str) -> Image.Image:
-    """Convert an image to 8-bit RGB with a white background. Raises VideoError if the pixel type is not supported."""
+    """Convert an image to 8-bit RGB with a white background. Raises VideoError for unsupported pixel types."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         levels = np.asarray(image)

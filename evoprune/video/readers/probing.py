@@ -1,4 +1,4 @@
-"""Reads a video file's metadata and measures its length, decoding only the first frame."""
+"""Reads a video file's metadata and measures its duration, decoding only the first frame."""
 
 import math
 import os
@@ -17,34 +17,34 @@ from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
 
-# Frame intervals that differ by less than this are considered constant, because Matroska rounds times to milliseconds.
+# Frame intervals that differ by less than this are considered constant, because Matroska rounds timestamps to milliseconds.
 RATE_JITTER_S = 0.0025
-# If all packets must be read to find a file's length, a file with more than `MAX_PACKETS` packets is rejected, unless its packets
-# have at least `BYTES_PER_PACKET` bytes on average.
+# If determining the duration requires reading all packets, a file with more than `MAX_PACKETS` packets is rejected unless its
+# packets have at least `BYTES_PER_PACKET` bytes on average.
 MAX_PACKETS = 2**18
 BYTES_PER_PACKET = 128
 MAX_BOXES = 2**20  # maximum number of MP4 boxes to examine, which takes about a second; each fragment has two boxes
 # First bytes of an encrypted track's entry in the sample description table (stsd) of an MP4.
 ENCRYPTED_TRACK = b"encv" + bytes(6)
 AVI_ENTRY_BYTES = 16  # size of an entry in the index at the end of an AVI
-TRAILING_BYTES = 2**20  # number of bytes after the last packet in which to look for another file
-# Signatures of Matroska, FLV and ASF, and the signatures that follow the leading length field in MP4 and AVI.
+TRAILING_BYTES = 2**20  # number of bytes after the last packet to search for another file
+# Signatures of Matroska, FLV, and ASF, and the signatures that follow the initial length field in MP4 and AVI.
 STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"ftyp", b"AVI LIST")
-# Number of bytes to compare in all other containers, where any two files begin with the same bytes. Fewer bytes would also match
-# the beginning of each partition in an MXF file.
+# Number of bytes to compare in all other containers, in which all files begin with the same bytes. Fewer bytes would also match the
+# start of each partition in an MXF file.
 START_BYTES = 14
-RATE_PACKETS = 100  # if a file does not state its frame rate, the rate is measured from this many packets
+RATE_PACKETS = 100  # number of packets from which to measure an unspecified frame rate
 
 
 def probe(path: str) -> Video:
-    """Read a video file's metadata, as described at `evoprune.video.frames.probe`."""
+    """Read a video file's metadata. See `evoprune.video.frames.probe`."""
     with ffmpeg.open_video(path) as container:
         return _probe(path, container)
 
 
 def _probe(path: str, container: InputContainer) -> Video:
     stream = ffmpeg.video_stream(container, path)
-    # FFmpeg's names for the formats of single images have this suffix, for example jpegxl_pipe.
+    # FFmpeg's names for single-image formats have this suffix, for example jpegxl_pipe.
     if container.format.name.endswith("_pipe"):
         hint = f"convert it to JPEG or PNG; supported formats: {', '.join(ffmpeg.PICTURES)}"
         raise VideoError(f"{path} is an image in an unsupported format ({stream.codec_context.codec.name})", hint)
@@ -61,12 +61,12 @@ def _probe(path: str, container: InputContainer) -> Video:
     rate, guessed = ffmpeg.frame_rate(stream)
     rate = rate or _measured_rate(path)
     step = 1 / (rate or ffmpeg.FALLBACK_FPS)
-    # If the header states more frames than the file has bytes, it is wrong.
+    # The header is wrong if it specifies more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
     start = ffmpeg.frame_time(first, stream)
     lengths = _lengths(path, stream, start, step)
     variable_rate = None
-    # Only MP4 and related containers list all frames in advance. Frames that are removed by an edit list do not count. Frames in
+    # Only MP4 and related containers list all frames in advance. Frames removed by an edit list are not counted. Frames in
     # fragments were added to the list while the packets were read.
     shown = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     if 3 <= stream.frames == len(stream.index_entries) or len(shown) < len(stream.index_entries):
@@ -104,18 +104,19 @@ def _probe(path: str, container: InputContainer) -> Video:
 
 
 def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
-    """Return True if a second file was appended to a file. FFmpeg either ignores it or reads it with the first file's header."""
+    """Return True if another file was appended to a file. FFmpeg ignores the second file or reads it with the first file's
+    header."""
     if container in ffmpeg.JOINED:
         return False
     return lengths.restarts > 0 or another_follows(path, container, lengths.end)
 
 
 def another_follows(path: str, container: str, end: int) -> bool:
-    """Return True if another file was appended to a file (`cat a.mkv b.mkv`). Only a few offsets in the file are examined.
+    """Return True if another file was appended to a file (`cat a.mkv b.mkv`). Only a few offsets in the file are checked.
 
     Args:
-        end: Offset of the first byte after the last packet that FFmpeg reads, or 0 if packets have no timestamps. The appended file
-            may begin at this offset, or an index may come first.
+        end: Offset of the first byte after the last packet read by FFmpeg, or 0 if packets have no timestamps. The appended file
+            may begin at this offset or after an index.
     """
     with open(path, "rb", buffering=0) as file:
         if container == ffmpeg.MOV:
@@ -127,14 +128,14 @@ def another_follows(path: str, container: str, end: int) -> bool:
 
 
 def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the type, start offset and end offset of each top-level box in an MP4 or MOV file."""
+    """Yield the type, start offset, and end offset of each top-level box in an MP4 or MOV file."""
     at = 0
     for _ in range(MAX_BOXES):
         head = os.pread(file.fileno(), 16, at)
         size = int.from_bytes(head[:4], "big")
         if size == 1:
             size = int.from_bytes(head[8:], "big")
-        if size < 8:  # this is not a box, or it extends to the end of the file
+        if size < 8:  # not a box, or a box that extends to the end of the file
             size = os.fstat(file.fileno()).st_size - at
         if size <= 0:
             return
@@ -143,7 +144,7 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _has_encrypted_track(path: str) -> bool:
-    """Return True if an MP4's index lists an encrypted video track. FFmpeg does not report all of these, such as tracks in PIFF."""
+    """Return True if an MP4's index lists an encrypted video track. FFmpeg does not report all of them, such as PIFF tracks."""
     with open(path, "rb", buffering=0) as file:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
@@ -152,7 +153,7 @@ def _has_encrypted_track(path: str) -> bool:
 
 
 def check_decodable(path: str, pixels: int, frames: int) -> None:
-    """Raise VideoError for a decompression bomb, which is a small file whose frames have far too many pixels for its size."""
+    """Raise VideoError for a decompression bomb, a small file with far too many pixels for its size."""
     size = os.stat(path).st_size
     decoded = pixels * min(frames, size)  # a frame takes at least one byte
     if decoded > max(ffmpeg.MAX_DECODED_PIXELS, ffmpeg.MAX_PIXELS_PER_BYTE * size):
@@ -162,32 +163,31 @@ def check_decodable(path: str, pixels: int, frames: int) -> None:
 
 @dataclass
 class _Times:
-    """Running totals over the times of packets, in seconds. A new part begins whenever the file's clock restarts."""
+    """Running totals of packet times, in seconds. A new part begins whenever the file's clock restarts."""
 
     first_s: float  # display time of the earliest frame in the current part
     last_s: float  # display time of the latest frame in the current part
-    length_s: float  # duration of the packet that was stored last
-    decoded_s: float  # decoding time of the packet that was stored last
-    claimed_s: float  # latest end time stated by any packet
+    length_s: float  # duration of the last stored packet
+    decoded_s: float  # decoding time of the last stored packet
+    claimed_s: float  # latest end time specified by any packet
     parts_s: float = 0.0  # total length of all earlier parts
     restarts: int = 0
-    gap_s: float = 0.0  # largest forward jump that was interpreted as a restart
+    gap_s: float = 0.0  # largest forward jump interpreted as a restart
     end: int = 0  # offset of the first byte after the last packet
 
     def part_s(self, step: float) -> float:
-        """Return the length of the current part in seconds, assuming that its last frame lasts `step` seconds."""
+        """Return the current part's length in seconds, assuming that its last frame lasts `step` seconds."""
         return self.last_s - self.first_s + step
 
 
 def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
-    """Summarize the times of a file's packets. Returns None if no packet has a timestamp.
+    """Summarize a file's packet times. Returns None if no packet has a timestamp.
 
     If an MP4 stores frames out of order, its packets have no real durations, and FFmpeg reports the differences between decoding
-    times instead. Only the packet that is stored last has a real duration. The frame that is displayed last is assumed to have the
-    same duration.
+    times instead. Only the last stored packet has a real duration. The last displayed frame is assumed to have the same duration.
 
     Args:
-        step: Duration in seconds for packets that do not state their duration.
+        step: Duration in seconds for packets without a specified duration.
     """
     times = None
     for packet in packets:
@@ -199,8 +199,8 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per
         length = (packet.duration or 0) * tick / per or step
-        # In containers outside `JOINED`, FFmpeg guesses the decoding times, so display times are compared instead, but only those
-        # of keyframes, because a keyframe is displayed after all frames that are stored before it.
+        # In containers outside `JOINED`, FFmpeg guesses the decoding times, so the display times of keyframes are compared instead.
+        # A keyframe is displayed after all frames stored before it.
         stored = container in ffmpeg.JOINED
         key = packet.is_keyframe
         if times is None:
@@ -222,7 +222,8 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """A video's measured and stated lengths, and facts about restarts of its clock. For the fields, see `Video` and `_Times`."""
+    """A video's measured and specified durations, and information about clock restarts. For the fields, see `Video` and
+    `_Times`."""
 
     duration_s: float | None
     stated_s: float | None = None
@@ -232,11 +233,11 @@ class _Lengths:
 
 
 def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    """Measure a video's length, and read the length stated in its header.
+    """Measure a video's duration and read the duration specified in its header.
 
-    If the packets have timestamps, the length is measured from them, because the length in the header includes the audio, may count
-    from zero instead of from the first frame, and does not show whether the file was cut off. If FFmpeg only estimates a
-    container's duration from its contents, the stated length is None.
+    If the packets have timestamps, the duration is measured from them, because the duration in the header includes the audio, may
+    count from zero instead of from the first frame, and does not show whether the file is truncated. If FFmpeg only estimates a
+    container's duration from its contents, the header duration is None.
 
     Args:
         start: Timestamp of the first frame in seconds, or None if the file has no timestamps.
@@ -263,7 +264,8 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
             stated += max(0.0, float(listed.timestamp * stream.time_base) - times.decoded_s)
     elif name in ffmpeg.DENSE and container.duration is not None and len(container.streams) == 1:
         stated = max(container.duration / av.time_base - start, duration)
-        # The stated length may be too long, because it may include a wrong frame duration copied from an MP4 (see `_measured`).
+        # The header duration may be too long, because it may include an incorrect frame duration copied from an MP4 (see
+        # `_measured`).
         if stated - duration > 0.5:
             every = _measured(_all_packets(path), name, step)
             if every and every.claimed_s - start >= stated - 1e-2:
@@ -272,12 +274,12 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
 
 
 def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    # An AVI that was written to a pipe states 2**30 frames.
+    # The header of an AVI that was written to a pipe specifies 2**30 frames.
     frames = stream.frames if stream.frames <= stream.container.size else 0
     stated = step * frames or None
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path)), stated)
-    # If the index lists fewer frames than the header states, the file was cut off. FFmpeg's own index leaves out empty frames.
+    # If the index lists fewer frames than the header specifies, the file is truncated. FFmpeg's own index omits empty frames.
     if frames and frames in (len(stream.index_entries), _listed_in_avi(path, stream.index)):
         return _Lengths(stated, stated, end=_riff_end(path))
     decoded = [float(p.dts * p.time_base) for p in _all_packets(path) if p.dts is not None]
@@ -292,7 +294,7 @@ def _riff_end(path: str) -> int:
 
 
 def _listed_in_avi(path: str, stream: int) -> int:
-    """Return the number of frames in the index at the end of an AVI, including empty frames that repeat the previous frame."""
+    """Return the number of frames in the index at the end of an AVI, including empty frames, which repeat the previous frame."""
     names = {f"{stream:02}{kind}".encode() for kind in ("dc", "db")}
     with open(path, "rb", buffering=0) as file:
         file.seek(12)
@@ -306,7 +308,7 @@ def _listed_in_avi(path: str, stream: int) -> int:
 
 
 def _measured_rate(path: str) -> float | None:
-    """Measure the frame rate in frames per second from the first packets. Returns None if they have no timestamps."""
+    """Measure the frame rate in frames per second using the first packets. Returns None if they have no timestamps."""
     stamps = [float(p.pts * p.time_base) for p in islice(_all_packets(path), RATE_PACKETS) if p.pts is not None]
     lasts_s = max(stamps, default=0.0) - min(stamps, default=0.0)
     if not lasts_s:
@@ -315,7 +317,7 @@ def _measured_rate(path: str) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Return True if the clock of a file without an index restarts. Timestamps are checked at 64 positions spread over the file."""
+    """Return True if the clock restarts in a file without an index, by checking timestamps at 64 positions throughout the file."""
     beginning = []
     places = []
     for place in range(64):
@@ -326,7 +328,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
         count = 1 if place else 250
         times = [float(p.dts * p.time_base) for p in islice(packets, count)]
-        if not times:  # there are no packets at this position, and therefore none at later positions
+        if not times:  # there are no packets at this position or at later positions
             break
         beginning = beginning or times
         places = places + times[:1]
@@ -337,7 +339,7 @@ def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Time
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """Yield the packets of the last 3 s, because the last frame may not be stored last. Yields nothing if FFmpeg cannot seek."""
+    """Yield the packets of the last 3 s, because the last frame may not be stored last. Yields nothing if FFmpeg can't seek."""
     if container.duration is None:
         return
     end = ((container.start_time or 0) + container.duration) / av.time_base
@@ -349,7 +351,7 @@ def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> 
 
 
 def _all_packets(path: str) -> Iterator[Packet]:
-    """Yield the packets of a file's video stream, including empty packets that repeat a frame. Raises the errors of `_bounded`."""
+    """Yield a file's video packets, including empty packets, which repeat a frame. Raises the same errors as `_bounded`."""
     with ffmpeg.open_video(path) as container:
         packets = _bounded(ffmpeg.packets(container, ffmpeg.video_stream(container, path)), path, container.size)
         yield from (packet for packet in packets if packet is not None and (packet.size or packet.dts is not None))

@@ -1,8 +1,8 @@
-"""Reads video files with PyAV, which supports every format that FFmpeg supports and keeps reading after damaged data.
+"""Reads video files using PyAV, which supports all FFmpeg formats and continues reading after damaged data.
 
-`planned` groups the requested times into runs. A run covers one group of pictures, which is decoded only once. Several threads
-decode the runs in parallel, each with its own decoder. Because the runs depend only on the file and the times, the result does not
-depend on the number of threads. `intervals` decodes all frames of a file.
+`planned` groups the requested times into runs. Each run covers one group of pictures, which is decoded only once. Multiple threads
+decode the runs in parallel, each with its own decoder. Because the runs depend only on the file and the times, the result is
+independent of the number of threads. `intervals` decodes all frames of a file.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,26 +21,26 @@ from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
 from evoprune.video.readers.workers import in_order
 
-# Maximum number of keyframes at which to try to start decoding, because an index may list frames that are not keyframes.
+# Maximum number of keyframes at which to try to start decoding, because an index may also list non-keyframes.
 MAX_ENTRIES = 3
-BEGINNING_S = 1.0  # if a run's keyframe comes before this time, the run is decoded from the beginning of the file
-MAX_NEAR = 3  # number of keyframes to try when a time is moved, nearest first
-# With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S` seconds, and if this
-# avoids decoding at least this many pixels, which would take two to three seconds on one core.
+BEGINNING_S = 1.0  # runs with a keyframe before this time are decoded from the start of the file
+MAX_NEAR = 3  # number of keyframes to try when moving a time, nearest first
+# With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S` seconds and if this
+# avoids decoding at least this many pixels, which would take two to three seconds on a single core.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
-# Memory for each decoder per pixel of a frame: 16 reference frames and a few others, at up to 3 bytes per pixel.
+# Memory per decoder and frame pixel: 16 reference frames and a few others, at up to 3 bytes per pixel.
 DECODER_BYTES = 64
-ROOM_BYTES = 2**29  # memory for decoded frames that are waiting for their turn
+ROOM_BYTES = 2**29  # memory for decoded frames waiting to be yielded
 
 
 @dataclass(frozen=True)
 class Run:
-    """A group of requested times whose frames are decoded in a single pass."""
+    """A group of requested times with frames that are decoded in a single pass."""
 
     times_s: tuple[float, ...]
     entries: tuple[Keyframe | None, ...]  # where to start decoding, best first; None means the beginning of the file
-    near: tuple[Keyframe, ...] = ()  # keyframes to which the run's only time may be moved, nearest first
+    near: tuple[Keyframe, ...] = ()  # keyframes to which the run's single time may be moved, nearest first
 
 
 def read(
@@ -51,12 +51,12 @@ def read(
     part_s: float = 0.0,
     cores: int | None = None,
 ) -> ffmpeg.Frames:
-    """Yield the frame on screen at each requested time, as described in the docstring of the `readers` package.
+    """Yield the frame on screen at each requested time. See the docstring of the `readers` package.
 
     Args:
         damaged: Callback for damaged data. It may be called more than once for the same damage.
         seek, part_s: See `frames.read_chunks`.
-        cores: Number of CPU cores to use. None means all cores available to this process.
+        cores: Number of CPU cores to use, or None for all cores available to this process.
     """
     cores = cores or Host().available_cores()
     with ffmpeg.reading(info.path):
@@ -74,7 +74,7 @@ def read(
             return
         except Unreachable:
             rest = Run(tuple(times_s[done:]), (None,))
-        # A multi-threaded decoder reports damage a few packets late, so the same damage would be counted twice.
+        # Multi-threaded decoders report damage a few packets late, so the same damage would be counted twice.
         threads = 1 if damage else ffmpeg.thread_count(cores)
         with closing(Track(info, threads)) as track:
             picture = Picture(info)
@@ -83,7 +83,7 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames of a video. Yields time and duration in seconds, and True for keyframes."""
+    """Decode all frames of a video. Yields each frame's timestamp and duration in seconds, and whether it is a keyframe."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
@@ -128,7 +128,7 @@ def _in_parallel(
 
 
 def _most_decoders(pixels: int) -> int:
-    """Return the number of decoders that fit in memory for frames of `pixels` pixels. The result is at least 1."""
+    """Return the number of decoders that fit in memory for frames with `pixels` pixels. Returns at least 1."""
     available = Host().available_memory()
     if available is None:
         return 1
@@ -136,13 +136,13 @@ def _most_decoders(pixels: int) -> int:
 
 
 class Picture:
-    """Converts decoded frames of a video to `ffmpeg.Shown`. Consecutive repetitions of a frame are converted only once."""
+    """Converts decoded video frames to `ffmpeg.Shown`. Consecutive duplicates of a frame are converted only once."""
 
     def __init__(self, info: Video):
         self._size = (info.width, info.height)
         self._turn = (info.rotation_deg, info.mirrored)
         self._aspect = info.pixel_aspect
-        # If the clock restarts, frames that do not state their HDR format may come from a different file than the header.
+        # If the clock restarts, frames without a specified HDR format may come from a different file than the header.
         header = None if info.clock_restarts else info.hdr_format
         self._converter = colour.Converter(info.path, header)
         self._frame = None
@@ -158,10 +158,10 @@ class Picture:
 
 
 def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
-    """Group times into runs, and choose the keyframes at which decoding of each run can start.
+    """Group times into runs, and choose the keyframes at which each run can start decoding.
 
     Args:
-        times_s: Requested times in seconds from the first frame, in ascending order. There must be at least one.
+        times_s: Requested times in seconds from the first frame, in ascending order. Must not be empty.
         seek, part_s: See `frames.read_chunks`.
     """
     with closing(Track(info)) as track:
@@ -175,7 +175,7 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
     places = [
         max(0, end - 1) for end in ends
-    ]  # for each time, the index of the last keyframe that is displayed at or before that time
+    ]  # for each time, the index of the last keyframe displayed at or before it
     moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
@@ -192,10 +192,10 @@ def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> 
     for (place, found), same in groupby(zip(places, near, times_s, strict=True), key=itemgetter(0, 1)):
         entries = keyframes[max(0, place - MAX_ENTRIES + 1) : place + 1][::-1]
         group = tuple(time for _, _, time in same)
-        for times in [(time,) for time in group] if found else [group]:  # a time that may be moved gets its own run
+        for times in [(time,) for time in group] if found else [group]:  # each time that can be moved gets its own run
             starts = entries
             if interlaced and entries[0].time_s > times[0] - 2 / (info.fps or ffmpeg.FALLBACK_FPS):
-                starts = [*entries[1:], entries[0]]  # deinterlacing also needs the frame before the requested frame
+                starts = [*entries[1:], entries[0]]  # deinterlacing also requires the frame before the requested frame
             runs.append(Run(times, tuple(key if key.time_s > BEGINNING_S else None for key in starts), found))
     return runs
 
@@ -207,7 +207,8 @@ def _time_of(keyframe: Keyframe) -> float:
 def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
     """Return up to `MAX_NEAR` keyframes within `reach_s` seconds of a time, nearest first.
 
-    A keyframe exactly at the start of this interval is included, but a keyframe exactly at its end belongs to the next interval.
+    A keyframe exactly at the start of this interval is included, whereas a keyframe exactly at its end belongs to the next
+    interval.
     """
     first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
     last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
@@ -215,10 +216,10 @@ def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: fl
 
 
 def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> Iterator[tuple[float, VideoFrame, bool]]:
-    """Yield a run's frames as (time in seconds, frame, whether the time was moved to a keyframe). May raise `Unreachable`."""
+    """Yield a run's frames as (timestamp in seconds, frame, whether the time was moved to a keyframe). May raise `Unreachable`."""
     for keyframe in run.near:
         frame = track.alone(keyframe)
-        # The index may hold decoding times, which are a few frames early, so check the frame's own time.
+        # The index may contain decoding times, which are a few frames early, so check the frame's own timestamp.
         if frame and -ffmpeg.TOLERANCE_S <= frame[0] - run.times_s[0] + part_s / 2 < part_s - ffmpeg.TOLERANCE_S:
             yield frame[0], deinterlaced(frame[1]), True
             return
@@ -238,8 +239,8 @@ def start_decoding(
     """Start decoding a run, trying its entries in order until decoding can start at one of them.
 
     Returns:
-        The entry at which decoding starts, and the frames from that entry onward. If decoding cannot start at any entry, both are
-        None.
+        The entry at which decoding starts and the frames from that entry onward, or None for both if decoding cannot start at any
+        entry.
     """
     for entry in run.entries:
         if entry is None:
@@ -252,11 +253,11 @@ def start_decoding(
 
 
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
-    """Yield the deinterlaced frame on screen at each of a run's times. Only this frame and its neighbors are kept in memory.
+    """Yield the deinterlaced frame on screen at each of a run's times, keeping only this frame and its neighbors in memory.
 
-    If `sparing` is True, the decoder skips frames that are not needed. In this case, iteration stops early, without an error, as
-    soon as skipping frames becomes unsafe: if there is damage, because the preceding frame stays on screen; if a frame is
-    interlaced; or if frames are out of order, because the frames that are needed are identified by their times.
+    If `sparing` is True, the decoder skips unneeded frames. In this case, iteration stops early, without an error, as soon as
+    skipping frames becomes unsafe: if there is damage, because the preceding frame stays on screen; if a frame is interlaced; or if
+    frames are out of order, because the required frames are identified by their timestamps.
     """
     damage: list[object] = []
     note = damage.append if sparing else damaged
@@ -276,7 +277,7 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
             if sparing and (damage or current[1].interlaced_frame or (upcoming and upcoming[0] <= current[0])):
                 return
             if upcoming and upcoming[0] < current[0] and entry:
-                raise Unreachable  # the timestamps are wrong, so the order of frames and keyframes is unknown
+                raise Unreachable  # the timestamps are wrong, so the frame and keyframe order is unknown
         if shown is None:
             shown = current[0], deinterlaced(current[1], before and before[1], upcoming and upcoming[1])
         yield shown

@@ -1,6 +1,6 @@
-"""Decodes a span of a video's sound for speech recognition, to mono float32 samples at 16 kHz.
+"""Decodes a span of a video's audio to mono float32 samples at 16 kHz for speech recognition.
 
-Memory use does not grow with the length of the sound, because `SoundReader.fill` returns one piece at a time.
+Memory usage does not grow with the length of the audio, because `SoundReader.fill` returns one piece at a time.
 """
 
 import math
@@ -20,33 +20,33 @@ from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
 RATE = 16_000  # samples per second
-GAP_S = 0.1  # a larger jump in the timestamps starts a new piece
-EARLIER_S = 0.5  # start decoding this long before the requested start, because a decoder needs a few packets to settle
-# Maximum number of decoded values over all channels, enough for 100 hours of stereo at 48 kHz.
+GAP_S = 0.1  # a larger jump in timestamps starts a new piece
+EARLIER_S = 0.5  # decoding starts this long before the requested start, because decoders need a few packets to settle
+# Maximum total number of decoded values in all channels, enough for 100 hours of 48 kHz stereo.
 MOST_VALUES = 2 * 48_000 * 100 * 3600
 
 Run = tuple[float, np.ndarray]  # start in seconds from the first video frame, and float32 `[n]`
 
 
 class SoundReader:
-    """Decodes a span of a video's sound piece by piece. For the arguments, see `evoprune.video.sound.read_audio`."""
+    """Decodes a span of a video's audio in pieces. For the arguments, see `evoprune.video.sound.read_audio`."""
 
     def __init__(self, info: Video, start_s: float, end_s: float):
         self._path = info.path
         self._damaged = 0
         self._runs = self._read(info, start_s, end_s)
-        self._next: Run | None = None  # decoded samples that have not been returned yet
+        self._next: Run | None = None  # decoded samples that haven't been returned yet
 
     def fill(self, content: np.ndarray) -> dict[str, float | int | bool]:
-        """Fill `content` with the next samples, stopping at a gap in the sound.
+        """Fill `content` with the next samples, stopping at any gap in the audio.
 
         Args:
-            content: uint8 `[4 n]`, which has room for n float32 samples.
+            content: uint8 `[4 n]`, a buffer for n float32 samples.
 
         Returns:
-            A dict with "start_s", the time of the first sample in seconds from the first video frame; "samples", the number of
-            samples written, at most n; "damaged", the number of packets so far that could not be decoded; and "done", which is True
-            if these are the last samples.
+            A dict with "start_s", the timestamp of the first sample in seconds from the first video frame; "samples", the number of
+            samples written, at most n; "damaged", the number of undecodable packets so far; and "done", which is True if these are
+            the last samples.
         """
         room = content.view(np.float32)
         start_s = 0.0
@@ -76,12 +76,12 @@ class SoundReader:
         return True
 
     def _read(self, info: Video, start_s: float, end_s: float) -> Iterator[Run]:
-        """Yield the sound between two times as runs in ascending order. A gap in the sound results in a gap between two runs."""
+        """Yield the audio between two times as runs in ascending order. A gap in the audio results in a gap between two runs."""
         with ffmpeg.open_video(info.path) as container:
             stream = container.streams.best("audio")
             if stream is None:
                 return
-            if stream.codec_context is None:  # FFmpeg has no decoder for this sound
+            if stream.codec_context is None:  # FFmpeg has no decoder for this audio codec
                 self._damaged += 1
                 return
             for at_s, samples in self._resampled(stream, info, start_s):
@@ -94,10 +94,10 @@ class SoundReader:
 
     def _resampled(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[Run]:
         resampler = None
-        begun_s = 0.0  # time of the first sample of the current run
+        begun_s = 0.0  # timestamp of the first sample in the current run
         made = 0  # number of samples in the current run so far
-        given_s = 0.0  # end time of the last frame that was passed to the resampler
-        shift_s = 0.0  # correction to add to times after the file's clock has restarted
+        given_s = 0.0  # end time of the last frame passed to the resampler
+        shift_s = 0.0  # offset to add to timestamps after the file's clock has restarted
         for frame, own_s in self._frames(stream, info, start_s):
             at_s = given_s if own_s is None else own_s + shift_s
             if resampler and ffmpeg.restarts(at_s - given_s, info.container):
@@ -112,10 +112,10 @@ class SoundReader:
                 resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
                 begun_s = given_s = at_s
                 made = 0
-            frame.pts = None  # times are computed here, not by the resampler
+            frame.pts = None  # timestamps are computed here, not by the resampler
             try:
                 pieces = resampler.resample(frame)
-            except ValueError:  # raised if the sound's format changes
+            except ValueError:  # raised if the audio format changes
                 yield begun_s + made / RATE, _joined(resampler.resample(None))
                 resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
                 begun_s = given_s
@@ -129,7 +129,7 @@ class SoundReader:
             yield begun_s + made / RATE, _joined(resampler.resample(None))
 
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
-        """Yield decoded audio frames with their times in seconds from the first video frame (None if there is no timestamp)."""
+        """Yield decoded audio frames with their timestamps in seconds from the first video frame (None if missing)."""
         container = stream.container
         # The index of an MP4 or MOV lets FFmpeg skip the packets of other tracks.
         if container.format.name == ffmpeg.MOV:
@@ -137,11 +137,11 @@ class SoundReader:
                 if other.index != stream.index:
                     other.discard = Discard.all
         if start_s > EARLIER_S and not info.clock_restarts:
-            with suppress(av.error.FFmpegError):  # the container cannot seek
+            with suppress(av.error.FFmpegError):  # the container isn't seekable
                 at = math.floor((info.start_s + start_s - EARLIER_S) / stream.time_base)
                 container.seek(at, stream=stream)
         values = 0
-        settled = start_s <= EARLIER_S  # False right after seeking, when damage is ignored
+        settled = start_s <= EARLIER_S  # False right after seeking, while damage is ignored
         for packet in ffmpeg.packets(container, stream):
             if packet is not None and not packet.size and packet.dts is not None:
                 continue

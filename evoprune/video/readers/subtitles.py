@@ -1,6 +1,6 @@
 """Reads subtitles from files next to a video and from a video's text tracks. Image subtitles are rejected.
 
-FFmpeg parses the subtitles. pysubs2 is not suitable, because it mistakes lines with word-level timestamps in YouTube's captions for
+FFmpeg parses the subtitles. pysubs2 is not suitable, because it mistakes lines with word-level timestamps in YouTube captions for
 new cues, which loses the words. It also mistakes comments and cue names in WebVTT for spoken text.
 """
 
@@ -24,18 +24,18 @@ from evoprune.video.input_files import subtitles_beside
 from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
-# Maximum size in bytes of a subtitle file, and of all text in a track. A film's subtitles have about 0.1 MB. Converting text to
-# JSON may make it six times as long.
+# Maximum size in bytes of a subtitle file, and of all text in a track. A movie's subtitles take about 0.1 MB. Converting text to
+# JSON may increase its size sixfold.
 MAX_BYTES = 10 * 2**20
 LONGEST_LINE = 4000  # in bytes; FFmpeg splits longer lines of an SRT file, even in the middle of a character
 DAMAGED = "damaged_subtitles"
 HEAD_BYTES = 4096
-# Matches runs of accented letters that are too long for Western European words, which appear if text in another script is decoded
-# as cp1252.
+# Matches runs of accented letters that are too long for Western European words. Such runs appear if text in another script is
+# decoded as cp1252.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
 # `TIMES` matches timing lines in any notation, whereas `READ` matches only timing lines that FFmpeg parses correctly. FFmpeg
-# interprets the digits after the seconds as thousandths (or as hundredths in ASS), no matter how many digits there are. If it does
-# not recognize a timing line, it treats the line as text or, in WebVTT, stops reading.
+# interprets the digits after the seconds as thousandths (hundredths in ASS), regardless of the number of digits. Unrecognized
+# timing lines are treated as text or, in WebVTT, stop the parser.
 TIMES = {
     "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
     "srt": re.compile(
@@ -56,10 +56,10 @@ HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a tex
 
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
-    """Read the subtitles of a video, as described at `evoprune.video.frames.read_subtitles`.
+    """Read a video's subtitles. See `evoprune.video.frames.read_subtitles`.
 
     Args:
-        origin_s: The time of the first video frame on the file's own clock, in seconds.
+        origin_s: Timestamp of the first video frame on the file's own clock, in seconds.
     """
     file = choice
     why = None
@@ -89,12 +89,11 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
 def _beside(path: str) -> tuple[str | None, str | None]:
     """Find the subtitle file next to a video.
 
-    A file with the same name as the video is preferred. Otherwise, if there is exactly one file with a language tag after the
-    video's name, that file is used.
+    A file with the same name as the video is preferred. Otherwise, if exactly one file has a language tag after the video's name,
+    that file is used.
 
     Returns:
-        (path, None) if a file was found, (None, reason) if it is unclear which file to use, or (None, None) if there is no subtitle
-        file.
+        (path, None) if a file was found, (None, reason) if the choice is ambiguous, or (None, None) if there is no subtitle file.
     """
     exact, others = subtitles_beside(path, os.listdir)
     if exact:
@@ -107,9 +106,9 @@ def _beside(path: str) -> tuple[str | None, str | None]:
 
 
 def _clock_start(path: str) -> float:
-    """Return the time in seconds on a video's own clock at which players start playback.
+    """Return the time on a video's own clock, in seconds, at which players start playback.
 
-    Playback begins with the stream that starts first, which may be the sound.
+    Playback begins with the earliest stream, which may be the audio.
     """
     if os.path.isdir(path):
         return 0.0
@@ -181,7 +180,8 @@ def _check_times(text: str, name: str, file: str) -> None:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Read a container's default text track, or else its only text track. If there is neither, the result's `note` explains why."""
+    """Read a container's default text track; otherwise, its only text track. If there is neither, the result's `note` explains
+    why."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]
@@ -216,13 +216,13 @@ def _codec(stream: SubtitleStream) -> str | None:
 def _cues(
     container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
 ) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield cues as (start, end, text lines), with times in seconds from the first frame.
+    """Yield cues as tuples (start, end, text lines), with times in seconds from the first frame.
 
     If a packet cannot be decoded, a warning is added to `warnings`.
     """
     hidden = _codec(stream) in ("ass", "ssa")
     size = 0
-    # Computing with Fraction would double the run time
+    # Using Fraction would double the run time
     tick, per = (
         stream.time_base.numerator,
         stream.time_base.denominator,
@@ -231,7 +231,7 @@ def _cues(
         if packet is not None and (packet.pts is None or not packet.size):
             continue
         texts = None
-        with suppress(av.error.FFmpegError):  # FFmpeg converts every format to ASS
+        with suppress(av.error.FFmpegError):  # FFmpeg converts all formats to ASS
             texts = packet and [cue.ass.split(b",", 8)[-1].decode("utf-8", "replace") for cue in packet.decode()]
         if texts is None:
             if DAMAGED not in warnings:
@@ -247,11 +247,11 @@ def _cues(
 
 
 def _plain(text: str, hidden: bool) -> list[str]:
-    """Remove markup from the text of a cue and split it into lines. If `hidden` is True, all text in braces is removed as well."""
+    """Remove markup from a cue's text and split it into lines. If `hidden` is True, all text in braces is removed as well."""
     drawing = False
     pieces = []
-    # FFmpeg writes \{{} for a literal brace. Replace it with a null character, which text never contains, until the markup has been
-    # removed.
+    # FFmpeg writes \{{} for a literal brace. Replace it with a null character, which never occurs in text, until the markup has
+    # been removed.
     for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
         if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
             # \p1 and higher switch to drawing commands, and \p0 switches back to text.
@@ -265,16 +265,15 @@ def _plain(text: str, hidden: bool) -> list[str]:
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
-    """Convert cues to lines, sorted by start time. If rolling captions repeat a line, the repetitions are merged into one line."""
+    """Convert cues to lines, sorted by start time. Repeated lines in rolling captions are merged into a single line."""
     lines: list[list] = []
-    on_screen: dict[str, list] = {}  # for each text, the last line that contained it
+    on_screen: dict[str, list] = {}  # maps text to the last line that contained it
     for start, end, texts in sorted(cues, key=lambda cue: cue[:2]):
         ffmpeg.alive()
         new = []
         for text in texts:
             before = on_screen.get(text)
-            # If the same text appears again within 50 ms, it is the same line, because editors leave at least two frames between
-            # lines.
+            # If the same text reappears within 50 ms, it is the same line, because editors leave at least two frames between lines.
             if before is None or before[1] + 0.05 < start:
                 new.append(text)
             else:

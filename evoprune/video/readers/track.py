@@ -1,4 +1,4 @@
-"""Provides `Track`, an open video file that can list its keyframes and decode from the beginning or from a keyframe."""
+"""Provides `Track`, an open video file that lists its keyframes and decodes from the beginning or from a keyframe."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -16,29 +16,28 @@ from av.video.stream import VideoStream
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
-TimedFrame = tuple[float, VideoFrame]  # time in seconds from the first frame, and the decoded frame before rotation
+TimedFrame = tuple[float, VideoFrame]  # timestamp in seconds from the first frame, and the decoded frame before rotation
 
-# Containers that store a timestamp for every frame, so that times are correct after a seek. All other containers are read
-# sequentially.
+# Containers with a timestamp for every frame, so that times are correct after a seek. All other containers are read sequentially.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")
-# Codecs whose frames indicate whether other frames depend on them. AV1 is not included: its decoder can skip frames, but not
-# exactly the frames that no other frame depends on.
+# Codecs with frames that indicate whether other frames depend on them. AV1 is not included, because its decoder cannot skip exactly
+# the frames on which no other frame depends.
 SPARING = ("h264", "hevc")
-# Number of packets to search for the frame that is displayed next. The codecs in `SPARING` reorder at most 16 frames.
+# Number of packets to search for the next displayed frame. The codecs in `SPARING` reorder at most 16 frames.
 LOOK_AHEAD = 64
 LOOK_AHEAD_BYTES = 2**25
-FIRST = 8  # never skip this many frames at the beginning, to check that frames come in the order of their times
-# A seek may land after the keyframe, because MPEG-TS has no index. Seeking is then tried again, this many seconds earlier.
+FIRST = 8  # number of initial frames that are never skipped, to check that frames arrive in timestamp order
+# A seek may land after the keyframe, because MPEG-TS has no index. The seek is then retried this many seconds earlier.
 BACK_S = (0.0, 4.0, 16.0)
 
 
 class Unreachable(Exception):
-    """Raised if decoding cannot start at a keyframe. The file must then be decoded from its beginning."""
+    """Raised if decoding cannot start at a keyframe, so the file must be decoded from the beginning."""
 
 
 @dataclass(frozen=True, order=True)
 class Keyframe:
-    """A packet that is marked as a keyframe. `time_s` is off by a few frames if the file's index contains decoding times."""
+    """A packet marked as a keyframe. `time_s` is off by a few frames if the file's index contains decoding times."""
 
     time_s: float  # time in seconds from the first frame
     stamp: int  # timestamp that identifies the packet (see `Track._stamp`), in ticks of the stream's clock
@@ -70,13 +69,13 @@ class Track:
         self._files.close()
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
-        """List the keyframes between two times, plus at least one keyframe before the first time.
+        """List the keyframes between two times, plus at least one keyframe before the start time.
 
         The keyframes are taken from the file's index if it is complete. Otherwise, the packets have to be read.
 
         Returns:
-            The keyframes in ascending order. The list is empty if the container cannot seek, if the file's clock restarts, if
-            packets have no timestamps, or if the timestamps in the index are not in ascending order.
+            The keyframes in ascending order. The list is empty if the container is not seekable, the file's clock restarts, packets
+            have no timestamps, or the index timestamps are not in ascending order.
 
         Raises:
             Unreachable: Seeking failed.
@@ -90,11 +89,11 @@ class Track:
         listed = self.info.container == ffmpeg.MATROSKA and len(entries)
         if listed or (self.info.container == ffmpeg.MOV and len(entries) == self._stream.frames > 0):
             first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
-            # In an MP4, this is the first frame's decoding time. Nearly all frames are displayed after the same delay.
+            # In an MP4, this is the first frame's decoding time. Nearly all frames are displayed with the same delay.
             begin_s = first * tick if self.info.container == ffmpeg.MOV else self.info.start_s
             stamps = [entry.timestamp for entry in entries]
             if any(later <= earlier for earlier, later in pairwise(stamps)):
-                return []  # the index is wrong, so the order of frames is unknown
+                return []  # the index is wrong, so the frame order is unknown
             return [Keyframe(e.timestamp * tick - begin_s, e.timestamp) for e in entries if e.is_keyframe]
         if start_s > BACK_S[-1]:
             self._seek(start_s - BACK_S[-1])
@@ -109,7 +108,7 @@ class Track:
         return sorted(found)
 
     def times(self) -> list[float] | None:
-        """Return the times of all frames in ascending order, without decoding, or None if timestamps are missing or repeated."""
+        """Return all frame timestamps in ascending order, without decoding, or None if timestamps are missing or duplicated."""
         if not self._has_times:
             return None
         packets = self._packets()
@@ -118,30 +117,30 @@ class Track:
             return None
         tick = float(self._stream.time_base)
         times = sorted(stamp * tick - self.info.start_s for stamp in stamps)
-        # Leave out frames before the first frame that can be decoded, because they depend on frames that are missing.
+        # Omit frames before the first decodable frame, because they depend on missing frames.
         return times[bisect_left(times, -ffmpeg.TOLERANCE_S) :]
 
     def from_beginning(
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
     ) -> Iterator[TimedFrame]:
-        """Decode the file from its beginning. For `times_s` and `sparing`, see `from_keyframe`."""
+        """Decode the file from the beginning. For `times_s` and `sparing`, see `from_keyframe`."""
         self._rewind()
         packets = self._packets(damaged)
         if sparing:
-            # For a time before the video begins, the first frame is needed.
+            # A time before the start of the video requires the first frame.
             packets = self._spared(packets, [max(0.0, time) for time in times_s])
         return self._decoded(packets, damaged)
 
     def from_keyframe(
         self, keyframe: Keyframe, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool
     ) -> Iterator[TimedFrame] | None:
-        """Decode the frames from a keyframe onward. Returns None if no intact keyframe is displayed by the first requested time.
+        """Decode frames from a keyframe onward. Returns None if no intact keyframe is displayed by the first requested time.
 
         Args:
             times_s: Requested times in seconds from the first frame, in ascending order.
-            damaged: Callback for damaged data. It is called only for damage after the intact keyframe at which decoding starts.
-            sparing: If True, the decoder may skip a frame if it is not on screen at any requested time and no other frame depends
-                on it.
+            damaged: Callback for damaged data. It is called only for damage after the keyframe at which decoding starts.
+            sparing: If True, the decoder may skip frames that are not on screen at any requested time and on which no other frame
+                depends.
 
         Raises:
             Unreachable: FFmpeg cannot seek to the keyframe.
@@ -160,7 +159,7 @@ class Track:
         for time, frame in frames:
             if time > times_s[0] + ffmpeg.TOLERANCE_S:
                 break
-            # Frames before the first real keyframe may depend on frames that are missing.
+            # Frames before the first real keyframe may depend on missing frames.
             if _is_whole(frame):
                 landed = time > latest
                 if not landed:
@@ -170,7 +169,7 @@ class Track:
         return None
 
     def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
-        """Return the packets from a keyframe onward, or all packets if it is None. Raises `Unreachable` if seeking fails."""
+        """Return the packets from a keyframe onward, or all packets if None is given. Raises `Unreachable` if seeking fails."""
         if keyframe is not None:
             return self._from(keyframe, ffmpeg.ignore_damage)
         self._rewind()
@@ -183,7 +182,7 @@ class Track:
         try:
             for packet in self._from(keyframe, ffmpeg.ignore_damage):
                 frames = decode(packet)
-                if frames or not self.info.interlaced:  # a packet of interlaced video may contain only half a frame
+                if frames or not self.info.interlaced:  # an interlaced video packet may contain only half a frame
                     break
             frames = frames or decode(None)
         except (av.error.FFmpegError, Unreachable):
@@ -196,11 +195,10 @@ class Track:
         return stamp - self.info.start_s, frames[0]
 
     def can_spare(self) -> bool:
-        """Return True if the decoder can skip frames selected by their times without changing the remaining frames.
+        """Return True if the decoder can skip frames selected by their timestamps without changing the remaining frames.
 
-        An HEVC frame may be marked as a frame that no other frame depends on, but the mark applies only within the frame's own
-        layer, so the header must state that there is only one layer. Interlaced video is excluded, because a frame may be stored in
-        two packets.
+        An HEVC frame may be marked as non-reference, but the mark applies only within the frame's own layer, so the header must
+        specify a single layer. Interlaced video is excluded, because a frame may be stored in two packets.
         """
         context = self._stream.codec_context
         name = context.codec.canonical_name
@@ -229,7 +227,7 @@ class Track:
         return ffmpeg.packets(self._container, self._stream, damaged)
 
     def _stamp(self, packet: Packet) -> int | None:
-        """Return the timestamp that identifies a packet. This is its decoding time or, in Matroska, its display time."""
+        """Return a packet's identifying timestamp, which is its decoding time or, in Matroska, its display time."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
 
     def _seek(self, time_s: float) -> None:
@@ -241,7 +239,7 @@ class Track:
             raise Unreachable from error
 
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
-        """Seek to a keyframe and return the packets from that keyframe onward. Raises `Unreachable` if seeking fails."""
+        """Seek to a keyframe and return the packets from there onward. Raises `Unreachable` if seeking fails."""
         for back_s in BACK_S:
             self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
             packets = self._packets(damaged)
@@ -299,10 +297,10 @@ class Track:
             context.skip_frame = "DEFAULT"
 
     def _decoded(self, packets: Iterator[Packet | None], damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
-        """Decode packets, and yield the frames with their times in seconds from the first frame.
+        """Decode packets, and yield the frames with their timestamps in seconds from the first frame.
 
-        If a frame has no timestamp, its time is one frame interval after the previous frame. The same is true of the first frame
-        after the file's clock has restarted, and the times of the following frames continue from there.
+        A frame without a timestamp is placed one frame interval after the previous frame. The same applies to the first frame after
+        the file's clock has restarted, and subsequent timestamps continue from there.
         """
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
@@ -322,7 +320,7 @@ class Track:
 def _is_whole(frame: VideoFrame) -> bool:
     """Return True if a frame is undamaged and depends on no other frame.
 
-    Checking whether a frame is marked as a keyframe is not enough, because it may only be the start of a gradual refresh.
+    Checking the keyframe flag is not enough, because a flagged frame may only be the start of a gradual refresh.
     """
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 

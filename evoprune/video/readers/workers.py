@@ -22,10 +22,10 @@ def in_order(jobs: Sequence[Job], tools: Tools, threads: int, room: int) -> Iter
     the iterator stops the threads.
 
     Args:
-        tools: A function that returns a context manager for a thread, which enters it before its first job. The context manager
-            yields a function that takes a job and returns the job's items.
-        threads: Maximum number of threads. If it is 1, the calling thread does the work itself whenever an item is requested.
-        room: Maximum total number of finished items that may wait for their turn.
+        tools: A function that returns a context manager, called once per thread. The thread enters the context before its first
+            job. The context manager yields a function that takes a job and returns the job's items.
+        threads: Maximum number of threads. If 1, the calling thread does the work itself whenever an item is requested.
+        room: Maximum total number of finished items waiting to be yielded.
     """
     if threads > 1 and len(jobs) > 1:
         yield from _WorkerPool(jobs, tools, room).run(min(threads, len(jobs)))
@@ -51,13 +51,13 @@ class _WorkerPool(Generic[Job, Item]):
         self._head = 0  # index of the job whose items are yielded next
         self._made: list[deque[Item]] = [
             deque() for _ in jobs
-        ]  # each job's finished items that are waiting for their turn
-        # For each job, True if it is complete, or the exception that it raised.
+        ]  # each job's finished items waiting to be yielded
+        # For each job, True if it is complete, or the exception raised by the job.
         self._ended: list[BaseException | bool] = [False] * len(jobs)
         self._waiting = 0  # total number of waiting items
         self._stopped = False
         self._busy: set[threading.Thread] = set()
-        self._silent: set[threading.Thread] = set()  # busy threads that have not made progress since the last heartbeat
+        self._silent: set[threading.Thread] = set()  # busy threads without any progress since the last heartbeat
 
     def run(self, threads: int) -> Iterator[Item]:
         members = [threading.Thread(target=self._serve, name="evoprune-read", daemon=True) for _ in range(threads)]
@@ -76,7 +76,7 @@ class _WorkerPool(Generic[Job, Item]):
                     member.join()
 
     def _next(self, job: int) -> tuple[Item] | None:
-        """Wait for the next item of a job. Returns the item as a tuple of one element, or None if the job has no more items."""
+        """Wait for a job's next item. Returns the item as a one-element tuple, or None if the job has no more items."""
         with self._changed:
             if job != self._head:
                 self._head = job
@@ -129,7 +129,7 @@ class _WorkerPool(Generic[Job, Item]):
             return self._taken - 1
 
     def _put(self, job: int, item: Item) -> None:
-        """Store a finished item. Blocks while there is no room for it, unless the consumer needs this item next."""
+        """Store a finished item. Blocks while the buffer is full, unless the consumer needs this item next."""
         me = threading.current_thread()
         with self._changed:
             self._busy.discard(me)

@@ -1,5 +1,5 @@
 """Runs the readers in a separate process, so that a malformed or malicious file cannot crash or block the current process.
 
-The interface for callers is `isolation`, which starts and manages worker processes. `worker` is the program that these processes
-run, and `channel` transfers messages and frames between the processes.
+The public interface is `isolation`, which starts and manages worker processes. These processes run `worker`, and `channel`
+transfers messages and frames between processes.
 """

@@ -1,7 +1,7 @@
 """Communication with a worker process through JSON messages, heartbeats, and shared memory for frames.
 
-A message can carry at most one file descriptor. Messages are never pickled, because a malicious video might take control of the
-worker, and unpickling messages from the worker would then let it run code in the current process.
+Each message can carry at most one file descriptor. Messages are never pickled, because a malicious video might take control of the
+worker, and unpickling the worker's messages would then allow it to run code in the current process.
 """
 
 import json
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-# Number of reusable arrays per video: the array that the caller is using, the array before it, and the array that the worker is
+# Number of reusable arrays per video: the array in use by the caller, the array before it, and the array that the worker is
 # filling.
 PIECES = 3
 LARGEST = 2**26  # maximum size of a message in bytes
 ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
-# Marks a heartbeat. It is sent in place of a message's length and is followed by the number of finished frames.
+# Heartbeat marker. It is sent instead of a message length and is followed by the number of finished frames.
 _ALIVE = _LENGTH.pack(0)
 
 
@@ -33,11 +33,10 @@ class Channel:
     """One end of a connected pair of Unix sockets. Sending and receiving may raise OSError.
 
     Args:
-        descriptors: Maximum number of file descriptors that a received message may carry.
+        descriptors: Maximum number of file descriptors in a received message.
 
     Attributes:
-        done: Number of frames that have been finished so far for the next answer. Heartbeats report this number, and `send` resets
-            it to 0.
+        done: Number of frames finished so far for the next answer. Heartbeats report this number, and `send` resets it to 0.
     """
 
     def __init__(self, end: socket.socket, descriptors: int = 0):
@@ -58,7 +57,7 @@ class Channel:
         self.done = 0
 
     def report_alive(self) -> None:
-        """Send a heartbeat with the number of finished frames, but no more often than every `ALIVE_EVERY_S` seconds."""
+        """Send a heartbeat with the number of finished frames, at most once every `ALIVE_EVERY_S` seconds."""
         now = time.monotonic()
         if now - self._reported > ALIVE_EVERY_S:
             self._reported = now
@@ -70,11 +69,11 @@ class Channel:
         """Wait for the next message.
 
         Args:
-            patience_s: Timeout in seconds, or None to wait forever. Every heartbeat restarts the timeout.
+            patience_s: Timeout in seconds, or None to wait forever. Each heartbeat restarts the timeout.
             on_alive: Called at every heartbeat with the number of finished frames.
 
         Returns:
-            The message, and the file descriptor that came with it (or None), which the caller must close.
+            The message and its file descriptor, or None if there is none. The caller must close the descriptor.
 
         Raises:
             EOFError: The other end was closed.
@@ -105,7 +104,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """Shut down the connection. A thread that is waiting in `receive` gets an EOFError."""
+        """Shut down the connection. EOFError is raised in any thread that is waiting in `receive`."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -117,11 +116,11 @@ class FrameMemory:
     """Shared memory for the arrays of a single video.
 
     A piece of memory is reused after its array and all views of the array have been garbage-collected. This saves time, because new
-    memory must be mapped page by page in both processes, which takes as long as decoding a frame. If a caller keeps more than
-    `PIECES` arrays, every additional array gets its own memory, which is not reused.
+    memory has to be mapped page by page in both processes, which takes as long as decoding a frame. If a caller keeps more than
+    `PIECES` arrays, each additional array gets its own memory, which is not reused.
 
     Args:
-        size: Size in bytes of the largest array that will be needed.
+        size: Size in bytes of the largest array that will be requested.
     """
 
     def __init__(self, size: int):
@@ -131,7 +130,7 @@ class FrameMemory:
         self._free: list[int] = []
 
     def take(self, shape: tuple[int, ...]) -> tuple["np.ndarray", int | None, int | None]:
-        """Return shared memory for an array that the worker will fill.
+        """Return shared memory for an array to be filled by the worker.
 
         Returns:
             A tuple of a uint8 array with the given shape; the index of its piece of memory, or None if the memory will not be
@@ -150,7 +149,7 @@ class FrameMemory:
         if self._free:
             number = self._free.pop()
         elif len(self._pieces) == PIECES or 2 * size <= self._size:
-            # The last array may be small, and a caller that keeps it should not occupy a large piece.
+            # The last array may be small, and a caller that keeps it shouldn't occupy a large piece.
             piece, descriptor = shared_memory(size)
             return np.frombuffer(piece, np.uint8).reshape(shape), None, descriptor
         else:

@@ -1,8 +1,8 @@
-"""Runs tasks in worker processes and streams frames from these processes, which read one video at a time.
+"""Runs tasks in worker processes and streams frames from them. Each worker process reads one video at a time.
 
 If a worker crashes or exceeds its memory limit, the request is retried once in a new process, because an earlier video may have
-caused the failure. If the retry fails as well, the error message blames the video. A worker that hangs is killed, and its request
-is not retried.
+caused the failure. If the retry also fails, the error message blames the video. A hung worker is killed, and its request is not
+retried.
 """
 
 import atexit
@@ -34,12 +34,12 @@ from evoprune.video.sandbox.channel import Channel, FrameMemory
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_IDLE = 2  # number of idle worker processes to keep for later videos
+MAX_IDLE = 2  # number of idle worker processes to keep for subsequent videos
 SILENCE_S = 25.0  # a worker that reports no progress for this long is considered to be hung
-CLIP_PIECE = 2**20  # maximum number of a clip's bytes in each answer
-POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still wanted
+CLIP_PIECE = 2**20  # maximum number of clip bytes per answer
+POLL_S = 0.1  # interval at which a waiting thread checks whether its result is still needed
 # Worker processes are used only on Linux. On other systems, everything runs in the current process, and FFmpeg has to be trusted.
-# The same is true of frozen programs, because their executable is not Python.
+# The same applies to frozen programs, because their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and the result of `worker.FrameReader.fill`
 OnFrames = Callable[[int], None]
@@ -50,7 +50,7 @@ HINT = "it is damaged or malicious; if it plays elsewhere, convert it, e.g. with
 
 
 class Crash(VideoError):
-    """Raised if a worker process has exited unexpectedly or can no longer be used."""
+    """Raised if a worker process exits unexpectedly or can no longer be used."""
 
 
 class Stopped(Exception):
@@ -62,7 +62,7 @@ class WorkerProcess:
 
     Attributes:
         path: Path of the current video, used in error messages.
-        busy: True while the process is working on a request, or if it has read only part of a video.
+        busy: True while the process is working on a request or has read only part of a video.
         stopped: True after `stop` has been called.
     """
 
@@ -76,25 +76,26 @@ class WorkerProcess:
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
         self._stderr = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
-        # An editable install is found through an import hook. The worker does not have this hook, so it needs the package's folder.
+        # Editable installs are found through an import hook. The worker doesn't have this hook, so it needs the package's parent
+        # folder.
         paths = [*map(os.path.abspath, sys.path), str(Path(evoprune.__file__).parents[1])]
         program = PROGRAM.format(paths=list(dict.fromkeys(paths)), socket=there.fileno())
         with there:
             self._process = subprocess.Popen(  # noqa: S603 (runs this Python with our own program)
-                # -S skips `site`, which would only set paths that PROGRAM sets anyway.
+                # -S skips `site`, which only sets paths that PROGRAM sets anyway.
                 [sys.executable, "-I", "-S", f"-Xutf8={sys.flags.utf8_mode}", "-c", program],
-                stdin=subprocess.PIPE,  # is closed when this process exits, which makes the worker exit
+                stdin=subprocess.PIPE,  # closed when this process exits, which causes the worker to exit
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 env=os.environ
-                | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise numpy would start threads that are not needed
+                | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise NumPy would start unneeded threads
                 pass_fds=[there.fileno()],
-                start_new_session=True,  # Ctrl-C must reach only this process
+                start_new_session=True,  # Ctrl-C must only reach this process
             )
         self.pid = self._process.pid
 
     def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the message for a task. Raises VideoError if the path is relative and the current folder no longer exists."""
+        """Build a task's message. Raises VideoError if the path is relative and the current folder no longer exists."""
         try:
             folder = None if os.path.isabs(self.path) else os.getcwd()
         except FileNotFoundError as error:
@@ -104,15 +105,15 @@ class WorkerProcess:
         return {"task": task, "folder": folder, "arguments": arguments}
 
     def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Ask the process to fill an array with the next frames of a video, or with the next bytes of a clip.
+        """Ask the process to fill an array with the next frames of a video or the next bytes of a clip.
 
         Args:
             memory: Shared memory from which to take the array.
             shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
-            more: Additional entries to include in the message.
+            more: Additional entries for the message.
 
         Returns:
-            A uint8 array in shared memory, with the given shape. Its contents are valid only after `answer` has returned.
+            A uint8 array in shared memory, with the given shape. The contents are valid only after `answer` has returned.
 
         Raises:
             VideoError: The system's file size limit is too low for the shared memory.
@@ -122,7 +123,7 @@ class WorkerProcess:
         try:
             frames, number, descriptor = memory.take(shape)
         except OSError as error:
-            self.busy = True  # the process is in the middle of a video, so it cannot serve another one
+            self.busy = True  # the process is in the middle of a video, so it cannot read another video
             if error.errno == errno.EFBIG:
                 message = "the file size limit is too low for a few frames"
                 raise VideoError(message, "raise it: ulimit -f unlimited") from error
@@ -167,7 +168,7 @@ class WorkerProcess:
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
         self._answered = True
-        # An earlier video may have used up this process's memory. Raising Crash makes `run_task` retry in a new process.
+        # An earlier video may have exhausted this process's memory. Raising Crash causes `run_task` to retry in a new process.
         if limit := message.get("memory"):
             raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         self.busy = False
@@ -212,7 +213,7 @@ class WorkerProcess:
         self.kill()
 
     def end(self) -> None:
-        """Kill the process and release the resources that were used to communicate with it."""
+        """Kill the process and release the resources used for communication."""
         self.kill()
         self._process.stdin.close()
         self._channel.close()
@@ -222,7 +223,7 @@ class WorkerProcess:
 
 
 class InProcess:
-    """A substitute for `WorkerProcess` that handles requests in the current process, as soon as `answer` is called."""
+    """A substitute for `WorkerProcess` that handles requests in the current process when `answer` is called."""
 
     def __init__(self):
         from evoprune.video.sandbox.worker import Server
@@ -251,7 +252,7 @@ class InProcess:
         return self._pending()
 
     def kill(self) -> None:
-        """Do nothing, because a request that runs in the current process cannot be killed."""
+        """Do nothing, because requests in the current process cannot be killed."""
 
     def close(self) -> None:
         self._server.close()
@@ -265,7 +266,7 @@ _max_idle = MAX_IDLE
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
-    """Raise the limit on idle processes to `count` during a `with` block that reads up to `count` videos at a time."""
+    """Raise the limit on idle processes to `count` during a `with` block that reads up to `count` videos in parallel."""
     global _max_idle
     before = _max_idle
     _max_idle = max(before, count)
@@ -287,7 +288,7 @@ class Scope:
     """
 
     def __init__(self):
-        self._outer: Scope | None = None  # enclosing scope, which the current thread had inherited before
+        self._outer: Scope | None = None  # enclosing scope inherited by the current thread
         self._stopped = False
         self._workers: set[WorkerProcess] = set()
 
@@ -302,7 +303,8 @@ class Scope:
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
-        """Stop all reading in this scope immediately. Stopped is raised in all threads that use or request a worker process."""
+        """Stop all reading in this scope immediately. Stopped is raised in any thread that is using or requests a worker
+        process."""
         with _lock:
             self._stopped = True
             for worker in list(self._workers):
@@ -320,12 +322,12 @@ class Scope:
         """Wait until another thread makes a condition true. The caller must hold the lock of `changed`.
 
         Args:
-            changed: Condition variable that other threads notify when the condition may have become true.
-            condition: Function that returns whether the condition is true. It is called with the lock held.
+            changed: Condition variable that is notified when the condition may have become true.
+            condition: Function that evaluates the condition. It is called with the lock held.
             patience_s: Timeout in seconds.
 
         Returns:
-            True if the condition is true, or False after a timeout.
+            True if the condition became true, or False after a timeout.
 
         Raises:
             Stopped: The current thread's scope has been stopped.
@@ -357,7 +359,7 @@ _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
 
 
 def warm_up() -> None:
-    """Start a process for the first video in the background, unless one is already idle. `borrow` reports any errors later."""
+    """Start a process for the first video in the background, unless an idle process exists. Any errors are reported by `borrow`."""
     if POSSIBLE and not _idle:
         with suppress(OSError), _lock:
             _idle.append(WorkerProcess())
@@ -365,11 +367,10 @@ def warm_up() -> None:
 
 @contextmanager
 def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
-    """Yield a worker process for reading one video, which is either an idle process or a new one.
+    """Yield a worker process for reading one video, reusing an idle process if possible.
 
-    On exit, the process becomes idle again. It is killed instead if a request has not been answered yet, if the process was
-    stopped, or if there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current
-    process.
+    On exit, the process becomes idle again. It is killed instead if a request is still pending, if the process was stopped, or if
+    there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current process.
     """
     if not POSSIBLE:
         with closing(InProcess()) as here:
@@ -385,7 +386,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
                 worker = WorkerProcess()
             except OSError as error:
                 raise process_error("start the process that reads videos", error, "read") from error
-        elif worker._process.poll() is not None:  # the process exited while it was idle, so this video did not cause it
+        elif worker._process.poll() is not None:  # the process exited while idle, so this video was not the cause
             worker.end()
             worker = None
     worker.path = path
@@ -405,7 +406,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
 
 @atexit.register
 def end_all() -> None:
-    """Kill all idle worker processes. Processes that are in use exit together with the current process."""
+    """Kill all idle worker processes. Processes in use exit together with the current process."""
     with _lock:
         ended = list(_idle)
         _idle.clear()
@@ -414,7 +415,7 @@ def end_all() -> None:
 
 
 def _forget() -> None:
-    """Forget all worker processes. Called in a forked child process, because the worker processes belong to its parent."""
+    """Forget all worker processes. Called in forked child processes, because the worker processes belong to the parent."""
     global _lock, _idle
     _lock = threading.RLock()
     _idle = []
@@ -427,7 +428,7 @@ if hasattr(os, "register_at_fork"):
 def run_task(
     task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
 ) -> dict[str, Any] | None:
-    """Run a task from `worker.TASKS` in a worker process and return its result as a dict, or None if it has no result.
+    """Run a task from `worker.TASKS` in a worker process and return the result as a dict, or None if there is no result.
 
     Args:
         task: Name of the task.
@@ -438,7 +439,7 @@ def run_task(
     Raises:
         VideoError: The process crashed or exceeded its memory limit twice, or reported no progress for `SILENCE_S`; or the task
             raised VideoError.
-        OutOfMemory: There was not enough memory to start a process, or the system ran out of memory and killed the process.
+        OutOfMemory: There was not enough memory to start a process, or the system killed the process because it ran out of memory.
         UsageError: No process can be started, or the task raised UsageError.
     """
     for again in (True, False):
@@ -458,13 +459,13 @@ def stream_frames(
     how: dict[str, Any],
     on_frames: OnFrames = lambda frames: None,
 ) -> Iterator[FilledArray]:
-    """Yield arrays of the frames that are on screen at the requested times (see `frames.read_chunks`).
+    """Yield arrays of the frames on screen at the requested times (see `frames.read_chunks`).
 
-    While the caller is using an array, the worker already fills the next array in shared memory. Raises the same errors as
-    `run_task`.
+    While the caller is using an array, the worker fills the next array in shared memory. Raises the same errors as `run_task`.
 
     Args:
-        sizes: Number of frames in each array. There must be at least one array, and the sizes must add up to the number of times.
+        sizes: Number of frames in each array. There must be at least one array, and the sizes must add up to the number of
+            requested times.
         how: Additional keyword arguments for `worker.FrameReader`.
         on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
             far.
@@ -487,7 +488,7 @@ def _stream_once(
 ) -> Iterator[FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
-    frames_filled = 0  # number of frames in the arrays that have been filled
+    frames_filled = 0  # total number of frames in the filled arrays
 
     def count(frames: int) -> None:
         on_frames(frames_filled + frames)
@@ -500,7 +501,7 @@ def _stream_once(
         for number, shape in enumerate(shapes[1:], 2):
             filled = next_array, worker.answer(count)
             frames_filled += len(next_array)
-            del next_array  # keep no reference here, so that the memory is reused as soon as the caller drops the array
+            del next_array  # don't keep a reference here, so that the memory is reused as soon as the caller drops the array
             next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
@@ -512,8 +513,7 @@ def _stream_once(
 def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
     """Cut a clip in a worker process. Yields the `facts` of the `cutting.ClipReader`, and then the clip's contents in pieces.
 
-    Each piece is a tuple (offset in the clip's file, bytes). Pieces may overwrite earlier bytes, but they never leave a hole in the
-    file.
+    Each piece is a tuple (file offset, bytes). Pieces may overwrite earlier bytes, but they never leave a hole in the file.
 
     Args:
         how: Additional keyword arguments for `ClipReader`.
@@ -533,7 +533,7 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
 
 
 def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
-    # Declare twice the actual size, so that every piece gets its own memory, which the worker releases after use.
+    # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * CLIP_PIECE)
     with borrow(info.path) as worker:
         worker.send(worker.request("clip", {"info": asdict(info), **how}))
@@ -543,5 +543,5 @@ def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | 
             content = worker.ask_to_fill(memory, (CLIP_PIECE,), {})
             written = worker.answer()
             done = written["done"]
-            worker.busy = not done  # makes `borrow` kill the process if the caller stops early
+            worker.busy = not done  # causes `borrow` to kill the process if the caller stops early
             yield written["at"], content.data[: written["bytes"]]

@@ -1,19 +1,18 @@
 """The program of a worker process, which runs all tasks that use FFmpeg and Pillow (`TASKS`) with limits on memory and files.
 
-It handles requests that arrive on a socket until the other end of the socket is closed. On systems without worker processes,
-`isolation` runs the tasks in the current process instead.
+It handles requests from a socket until the other end of the socket is closed. On systems without worker processes, `isolation` runs
+the tasks in the current process instead.
 
-Every message is a request, which gets exactly one answer:
+Each message is a request that receives exactly one answer:
 - `{"task", "folder", "arguments"}` runs one of `TASKS` in the working directory `folder`. The `frames` task opens a video.
 - `{"shape", "piece", "last"}` fills an array of this shape with the next frames from the open video. `piece` is the index of the
-  piece of shared memory to use, or None if the memory is used only once. If the memory is new, the message carries a file
-  descriptor for it. `last` is true for the video's last array. The first `shape` request is sent in the same message as the
-  `frames` task.
+  piece of shared memory to use, or None if the memory is used only once. If the memory is new, the message carries its file
+  descriptor. `last` is true for the video's last array. The first `shape` request is sent in the same message as the `frames` task.
 - The `live` task opens a live source. If the source is a pipe, the message carries its file descriptor. After that, the `next` task
-  finds the next frame, and a `shape` request fetches that frame.
-- The `sound` task opens a video's sound. After that, each `shape` request fetches up to this number of bytes.
-- The `clip` task begins to cut a clip. After that, each `shape` request fetches up to this number of bytes, and the answer says
-  whether these are the last bytes.
+  finds the next frame, and a `shape` request retrieves it.
+- The `sound` task opens a video's audio track. After that, each `shape` request retrieves up to this number of bytes.
+- The `clip` task starts cutting a clip. After that, each `shape` request retrieves up to this number of bytes, and the answer
+  indicates whether these are the last bytes.
 - The answer contains `result`, `error` (an error to show to the user), `memory` (the memory limit that was exceeded), or `bug` (a
   traceback).
 """
@@ -46,25 +45,24 @@ from evoprune.video.readers.live import LiveReader
 from evoprune.video.readers.sound import SoundReader
 from evoprune.video.sandbox.channel import Channel
 
-if sys.platform != "win32":  # Windows has no worker processes
+if sys.platform != "win32":  # there are no worker processes on Windows
     import fcntl
     import resource
 
-# Basic memory limit in bytes, which applies to every video. It covers libraries, thread stacks, a long file's tables, and one large
-# image.
+# Base memory limit in bytes for every video. It covers libraries, thread stacks, a long file's tables, and one large image.
 BASE_BYTES = 2**30
-# Additional memory in bytes per pixel of a frame. It covers 16 reference frames, one frame in each of 16 threads, and some queued
+# Additional memory in bytes per frame pixel. It covers 16 reference frames, one frame in each of 16 threads, and some queued
 # frames, at up to 3 bytes per pixel (10 bits, 4:2:0). Each additional decoder has one thread and needs half as much memory
 # (`pyav.DECODER_BYTES`).
 BYTES_PER_PIXEL = 128
 
 
 def counted(done: int) -> None:
-    """Report the number of frames read or scanned so far. Called after every frame; worker processes report it in heartbeats."""
+    """Report the number of frames read or scanned so far. Called after each frame; worker processes include it in heartbeats."""
 
 
 def probe(path: str, folder_fps: float) -> Video:
-    """Read the metadata of a video, a still image or a folder of images. See `evoprune.video.frames.probe`."""
+    """Read the metadata of a video, a still image, or a folder of images. See `evoprune.video.frames.probe`."""
     with ffmpeg.reading(path):
         if os.path.isdir(path):
             return folder.probe(path, folder_fps)
@@ -82,7 +80,7 @@ def probe(path: str, folder_fps: float) -> Video:
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
-    """Decode a whole video to find damage and measure its length. See `evoprune.video.frames.scan`."""
+    """Decode an entire video to find damage and measure its length. See `evoprune.video.frames.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
     if info.is_picture:
@@ -91,7 +89,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     damage = set()
     frames = 0
     end_s = 0.0
-    # Histogram of frame intervals. Their lengths are rounded so that equal intervals are counted together.
+    # Histogram of frame intervals, rounded so that equal intervals are counted together.
     gaps = Counter()
     keyframes = Counter()
     with ffmpeg.reading(path):
@@ -111,7 +109,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
         raise ffmpeg.nothing_decoded(path)
     if info.duration_s is not None and first_s + info.duration_s > last_s:  # see `probing._measured`
         end_s = min(end_s, first_s + info.duration_s)
-        if info.container == ffmpeg.AVI:  # an AVI may repeat its last frame by means of empty packets
+        if info.container == ffmpeg.AVI:  # an AVI may use empty packets to repeat its last frame
             end_s = first_s + info.duration_s
     keyframes[round(end_s - key_s, 4)] += 1
     median_gap = _median(gaps)
@@ -148,7 +146,7 @@ def _median(counts: Counter[float]) -> float:
 
 
 def check_decord(info: dict[str, Any] | None) -> None:
-    """Raise UsageError if decord cannot be loaded, and VideoError if it cannot read the given video correctly."""
+    """Raise UsageError if decord cannot be loaded, or VideoError if it cannot correctly read the given video."""
     decord.load()
     if info is not None:
         decord.check(Video(**info))
@@ -172,13 +170,13 @@ TASKS = {
 
 
 def run(task: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Run a task and return its result as a dict that can be sent as JSON."""
+    """Run a task and return its result as a JSON-serializable dict."""
     result = TASKS[task](**arguments)
     return result and asdict(result)
 
 
 class FrameReader:
-    """Reads the frames that are on screen at the requested times, in order. For the arguments, see `isolation.stream_frames`."""
+    """Reads the frames on screen at the requested times, in order. For the arguments, see `isolation.stream_frames`."""
 
     def __init__(self, info: Video, times_s: Sequence[float], decoder: str, **how):
         ffmpeg.picture_size(info.width * info.height)
@@ -195,7 +193,7 @@ class FrameReader:
         """Fill `frames` with the next n frames as uint8 `[n, H, W, 3]`.
 
         Returns:
-            The fields `times_s`, `damaged`, `other_size` and `moved` of a `FrameChunk`.
+            The `times_s`, `damaged`, `other_size`, and `moved` fields of a `FrameChunk`.
         """
         before = self._count()
         filled = []
@@ -220,7 +218,7 @@ class FrameReader:
 
 
 def main(descriptor: int) -> None:
-    """Handle requests from a socket. The process exits when its standard input, a pipe that carries no data, is closed.
+    """Handle requests from a socket. The process exits when its standard input, a pipe without data, is closed.
 
     Args:
         descriptor: File descriptor of the socket.
@@ -229,7 +227,7 @@ def main(descriptor: int) -> None:
     for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # no writing to files, and no core dumps
         resource.setrlimit(what, (0, 0))
     # If memory runs out, the system should kill this process first.
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not every system has this file
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # this file doesn't exist on every system
         file.write("1000")
     channel = Channel(socket.socket(fileno=descriptor), descriptors=1)
     ffmpeg.report_alive = channel.report_alive
@@ -241,8 +239,8 @@ def main(descriptor: int) -> None:
 
 
 def _end_with(pipe: int) -> None:
-    """Make the operating system kill this process, even if it is busy, when the last writer closes the other end of a pipe."""
-    # PR_SET_PDEATHSIG is not suitable, because it would kill this process as soon as the thread that started the process exits.
+    """Make the operating system kill this process, even while busy, when the last writer closes the other end of a pipe."""
+    # PR_SET_PDEATHSIG is not suitable, because it kills the process as soon as the thread that started the process exits.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
@@ -254,7 +252,7 @@ def _end_with(pipe: int) -> None:
 
 
 def _allow(pixels: int, decoders: int = 1) -> None:
-    """Raise the memory limit of this process so that it is sufficient for `decoders` decoders of frames with `pixels` pixels."""
+    """Raise this process's memory limit to accommodate `decoders` decoders for frames with `pixels` pixels."""
     needed = BASE_BYTES + BYTES_PER_PIXEL * pixels
     if decoders > 1:
         needed += pyav.ROOM_BYTES + (decoders - 1) * pyav.DECODER_BYTES * pixels
@@ -262,7 +260,7 @@ def _allow(pixels: int, decoders: int = 1) -> None:
 
 
 def _limit(memory: int) -> None:
-    """Set the memory limit of this process to `memory` bytes, or to the hard limit if that is lower."""
+    """Set this process's memory limit to `memory` bytes or the hard limit, whichever is lower."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)
@@ -273,13 +271,13 @@ Reader = FrameReader | LiveReader | ClipReader | SoundReader
 
 
 class Server:
-    """Handles the messages of a worker process. A reader stays open until another task begins or until `close` is called."""
+    """Handles a worker process's messages. A reader stays open until another task begins or `close` is called."""
 
     def __init__(self):
         self._reader: Reader | None = None
 
     def result(self, message: dict[str, Any], array: np.ndarray | None = None) -> Any:
-        """Run the task in a message, if any, and then fill the array, if one is given. Returns the result of the last step."""
+        """Run the task in a message, if any, and then fill the array, if given. Returns the result of the last step."""
         result = None
         task = message.get("task")
         if task == "next":
@@ -322,7 +320,7 @@ def _serve(channel: Channel) -> None:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
             answer = {"bug": traceback.format_exc()}
-        array = None  # so that an idle process does not keep memory for frames
+        array = None  # so that idle processes don't hold memory for frames
         pieces.pop(None, None)  # this piece is used only once
         if last or "result" not in answer:
             pieces.clear()
@@ -330,7 +328,7 @@ def _serve(channel: Channel) -> None:
 
 
 def _enter(folder: str | None) -> None:
-    """Change the working directory to `folder`, unless it is None. Raises VideoError if the folder cannot be entered."""
+    """Change the working directory to `folder` unless it is None. Raises VideoError if the folder is not accessible."""
     if folder is not None:
         try:
             os.chdir(folder)
@@ -341,7 +339,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
-    """Run a task. Returns the reader that the task opened, or None if it did not open one, and the result of the task."""
+    """Run a task. Returns the reader opened by the task, or None if there is none, and the result of the task."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "sound":
@@ -356,7 +354,7 @@ def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | 
 
 
 def _mapped(descriptor: int) -> np.ndarray:
-    """Map shared memory as a uint8 array `[bytes]`, and close its descriptor. Raises MemoryError if mapping fails."""
+    """Map shared memory as a uint8 array `[bytes]` and close its descriptor. Raises MemoryError if mapping fails."""
     with os.fdopen(descriptor, "rb+", buffering=0) as file:
         try:
             return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
