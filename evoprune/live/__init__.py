@@ -1,4 +1,4 @@
-"""Answers questions about live video, which is encoded in time windows and kept in a memory of bounded size."""
+"""Answers questions about live video, which is encoded in time windows and stored in a memory of limited size."""
 
 from typing import TYPE_CHECKING
 

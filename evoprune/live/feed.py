@@ -1,4 +1,4 @@
-"""Feeds a stream from a live source. One thread reads frames and another thread encodes them while the caller asks questions."""
+"""Feeds a stream from a live source. One thread reads frames, and another encodes them while the caller asks questions."""
 
 import threading
 import time
@@ -13,39 +13,38 @@ from evoprune.live.omp import release_omp_threads, use_one_omp_thread
 from evoprune.live.stream import VideoStream
 from evoprune.video import LiveSource
 
-HOLD_S = 0.05  # interval in seconds at which to check whether a frame still has to be held back
-TARGET_UTILIZATION = 0.97  # share of the time that the encoder should be busy while frames are being skipped
+HOLD_S = 0.05  # polling interval in seconds while a frame is held back
+TARGET_UTILIZATION = 0.97  # target fraction of time that the encoder is busy while frames are being skipped
 
 
 class Backlog:
-    """A queue of frames between the thread that reads them (`put`) and the thread that encodes them (`take`).
+    """A queue of frames between the reading thread (`put`) and the encoding thread (`take`).
 
     If frames wait in the queue for longer than one and a half windows, the encoder is too slow, so every second queued frame is
-    skipped. Incoming frames are then thinned evenly to the rate that the encoder achieved in its latest windows, but to no fewer
-    than two frames per window. If that is still too many, the oldest frames are dropped, so that the encoder lags by at most two
-    windows.
+    skipped. Incoming frames are then evenly thinned to the rate that the encoder achieved in recent windows, but to no fewer than
+    two frames per window. If that is still too many, the oldest frames are dropped so that the encoder lags by at most two windows.
 
-    Frames that arrive ahead of their timestamps, for example from a file that is read at full speed, are never skipped. In this
-    case, `put` blocks until there is room.
+    Frames that arrive ahead of their timestamps, such as those from a file read at full speed, are never skipped. In this case,
+    `put` blocks until there is room.
 
     Args:
-        window_s: Length of a window, in seconds.
-        step_s: Interval in seconds at which frames are due. It may be changed later.
+        window_s: Window length in seconds.
+        step_s: Interval in seconds between due frames. It may be changed later.
         now: Function that returns the current time in seconds.
     """
 
     def __init__(self, window_s: float, step_s: float, now: Callable[[], float] = time.monotonic):
         self.window_s = window_s
         self.step_s = step_s
-        self.stride = 1.0  # use one out of this many due frames; may be fractional
-        self.skipped = 0  # number of due frames that were not used
-        self.lag_s = 0.0  # lag of the last frame returned by `take` relative to the source, in seconds
+        self.stride = 1.0  # use one out of this many due frames (may be fractional)
+        self.skipped = 0  # number of unused due frames
+        self.lag_s = 0.0  # lag behind the source of the last frame returned by `take`, in seconds
         self.ended = False  # True once no more frames will arrive
         self._now = now
         self._changed = threading.Condition()
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
-        self._late_s = -inf  # time according to `now` at which a frame with timestamp 0 would arrive without lag
-        # Timestamp of the latest frame, and the time at which the next frame is due.
+        self._late_s = -inf  # time on the `now` clock at which a frame with timestamp 0 would arrive without lag
+        # Timestamp of the latest frame, and due time of the next frame.
         self._last_s = -inf
         self._next_s = 0.0
         self._encoder_waits = True
@@ -54,11 +53,11 @@ class Backlog:
         self._idle = 0.0
         self._taken = 0
         self._busy_s = self._looked = (
-            0.0  # weighted sums over the latest windows; every new window halves the weights of all earlier windows
+            0.0  # weighted sums over recent windows; each new window halves the weights of all earlier windows
         )
 
     def due(self) -> float:
-        """Return the time in seconds on the source's clock at which the next frame should be read."""
+        """Return the time at which the next frame should be read, in seconds on the source's clock."""
         if self.stride == 1 and self._last_s >= 0:
             return (self._slot(self._last_s) + 1) * self.step_s
         return ceil(self._next_s / self.step_s - 1e-6) * self.step_s
@@ -66,9 +65,9 @@ class Backlog:
     def put(self, time_s: float, frame: np.ndarray) -> None:
         """Add a frame to the queue. Blocks while the queue is full if the source delivers frames ahead of their timestamps."""
         with self._changed:
-            if self._encoder_waits:  # the encoder is waiting for this frame, so it is not late
+            if self._encoder_waits:  # the encoder is waiting for this frame, so it isn't late
                 self._late_s = max(self._now() - time_s, self._late_s)
-            # Almost a whole window of frames arrives while another window is being encoded.
+            # Almost an entire window of frames arrives while another window is being encoded.
             max_span_s = 1.5 * self.window_s
             while self._span(time_s) >= max_span_s and not self.ended:
                 if self._now() - self._late_s - self._waiting[0][0] >= max_span_s - 1e-6:
@@ -104,7 +103,7 @@ class Backlog:
             return time_s, frame
 
     def encoded(self) -> None:
-        """Record that a window has been encoded. If frames are being skipped, adapt the stride to the encoder's speed.
+        """Record that a window has been encoded. If frames are being skipped, adjusts the stride to the encoder's speed.
 
         The encoder's rate is averaged over several windows, because frames of the next window may already be taken from the queue
         while a window is being encoded.
@@ -121,13 +120,13 @@ class Backlog:
             self._since, self._idle, self._taken = now, 0.0, 0
 
     def early_s(self, time_s: float) -> float:
-        """Return by how many seconds a frame with timestamp `time_s` would be early if it arrived now. Negative means late."""
+        """Return how early a frame with timestamp `time_s` would be if it arrived now, in seconds. Negative means late."""
         return self._late_s + time_s - self._now()
 
     def rest(self, seconds: float, source_waits: bool) -> None:
-        """Record that the encoder was held back for some time, which is not included in its busy time.
+        """Record that the encoder was held back for some time, which is excluded from its busy time.
 
-        If the source was waiting as well (`source_waits`), the time is also excluded from the lag.
+        If the source was also waiting (`source_waits`), the time is also excluded from the lag.
         """
         with self._changed:
             self._idle += seconds
@@ -135,7 +134,7 @@ class Backlog:
                 self._late_s += seconds
 
     def end(self, drop: bool = False) -> None:
-        """Mark the source as ended. Frames that are still in the queue can be taken unless `drop` is True."""
+        """Mark the source as ended. Queued frames remain available unless `drop` is True."""
         with self._changed:
             self.ended = True
             if drop:
@@ -149,7 +148,7 @@ class Backlog:
         return time_s - self._waiting[0][0] if self._waiting else 0.0
 
     def _skip(self, time_s: float) -> None:
-        """Drop every second queued frame, at most once per window, and then the oldest frames until the queue is short enough."""
+        """Drop every second queued frame, at most once per window. Then drop the oldest frames until the queue is short enough."""
         before = len(self._waiting)
         if self._now() - self._last_thinned >= self.window_s:
             self._last_thinned = self._now()
@@ -163,14 +162,14 @@ class Backlog:
 class LiveFeed:
     """Feeds frames from a source to a stream until the source ends or the feed is closed.
 
-    Use it as a context manager, which closes both the source and the stream on exit.
+    Use the feed as a context manager, which closes both the source and the stream on exit.
 
     Attributes:
         backlog: The queue of frames between the source and the stream.
-        begun: Event that is set after the first frame has been fed, or once it is certain that no frames will follow.
-        ended: Event that is set after the whole source has been encoded, or after reading or encoding has failed.
+        begun: Event that is set once the first frame has been fed, or once it is certain that there will be no frames.
+        ended: Event that is set after the entire source has been encoded, or after reading or encoding has failed.
         problem: The exception that stopped reading or encoding, or None.
-        latest_s: Timestamp in seconds of the latest frame that has been fed or is being held back.
+        latest_s: Timestamp of the latest frame that has been fed or is being held back, in seconds.
 
     Args:
         ask_s: Time of the first question, in seconds on the source's clock. See `ask_at`.
@@ -187,7 +186,7 @@ class LiveFeed:
         self._closing = False
         self._asking = threading.Condition()
         self._ask_s = ask_s
-        release_omp_threads()  # this thread loaded the model, but a different one will encode
+        release_omp_threads()  # this thread loaded the model, but another thread will do the encoding
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read, self._encode)]
         for thread in self._threads:
             thread.start()
@@ -206,15 +205,15 @@ class LiveFeed:
     def ask_at(self, time_s: float) -> None:
         """Hold back all frames from a given time onward, so that a question sees only the frames before that time.
 
-        The frames are held back until the next call. If the source does not wait for its frames to be read, however, a frame is
-        held back only for as long as it is early.
+        The frames are held back until the next call. However, if the source does not wait for its frames to be read, a frame is
+        held back only as long as it is early.
         """
         with self._asking:
             self._ask_s = time_s
             self._asking.notify_all()
 
     def check(self) -> None:
-        """Raise the exception that stopped reading or encoding, if there was one."""
+        """Raise the exception that stopped reading or encoding, if any."""
         if self.problem:
             raise self.problem
 
@@ -255,7 +254,7 @@ class LiveFeed:
         self.ended.set()
 
     def _hold(self, time_s: float) -> None:
-        """Block until all questions that should be asked before this frame have been asked."""
+        """Block until all questions that precede this frame have been asked."""
         self.latest_s = time_s
         with self._asking:
             while time_s >= self._ask_s - 1e-6 and not self._closing:

@@ -1,4 +1,4 @@
-"""Controls how many OpenMP threads the threads of a live stream use."""
+"""Controls the number of OpenMP threads used by each thread of a live stream."""
 
 import ctypes
 import functools
@@ -10,11 +10,11 @@ SOFT = 1  # omp_pause_soft: OpenMP keeps its settings while paused
 
 
 def release_omp_threads() -> None:
-    """Stop the idle OpenMP threads that belong to the current thread. They are restarted when this thread computes again.
+    """Stop the current thread's idle OpenMP threads. They are restarted when this thread performs another computation.
 
-    Call this function in a thread that will not compute for a while. If its idle OpenMP threads were kept, the process could have
-    more OpenMP threads than there are cores. In that case, the OpenMP threads that compute for another thread sleep between
-    parallel steps instead of spinning, and encoding 24 frames with a 3B model takes a sixth longer (results/machines.md).
+    Call this function in a thread that will not perform any computation for a while. If its idle OpenMP threads were kept, the
+    process could have more OpenMP threads than cores. In that case, the OpenMP threads of other threads sleep between parallel
+    steps instead of spinning, and encoding 24 frames with a 3B model takes a sixth longer (results/machines.md).
 
     Does nothing unless torch uses GNU's OpenMP.
     """
@@ -23,15 +23,16 @@ def release_omp_threads() -> None:
 
 
 def use_one_omp_thread() -> None:
-    """Limit elementwise operations in the current thread, such as scaling, to one OpenMP thread. Matrix products still use many."""
-    torch.get_num_threads()  # initializes torch's number of threads for this thread, which would overwrite the 1 later
+    """Limit elementwise operations in the current thread, such as scaling, to one OpenMP thread. Matrix products are not
+    affected."""
+    torch.get_num_threads()  # initializes torch's thread count for this thread, which would otherwise overwrite the 1 later
     if library := _openmp():
         library.omp_set_num_threads(1)
 
 
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
-    """Return the GNU OpenMP library that torch has loaded. Returns None if there is no such library or it cannot pause threads."""
+    """Return the GNU OpenMP library loaded by torch, or None if it is not loaded or does not support pausing threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
 """Encodes a segment of a longer video, skipping units that have not changed since the previous segment.
 
-An unchanged unit does not get a new row. Instead, it is represented by the row that represented the same position in the frame at
-the end of the previous segment. In every layer, the rows of the current segment also attend to the keys and values of such earlier
-rows. After the vision tower, an earlier row may become a token of the current segment.
+An unchanged unit does not get a new row. Instead, it is represented by the row that represented the same frame position at the end
+of the previous segment. In every layer, the current segment's rows also attend to the keys and values of these earlier rows. After
+the vision tower, an earlier row may become a token in the current segment.
 """
 
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, enco
 
 
 class NothingNew(Exception):
-    """Raised if no unit of a segment has changed, so that there are no rows to encode."""
+    """Raised if no units in a segment have changed, so there are no rows to encode."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """State that is carried over to the next segment: for each of P positions in the frame, the row of the latest unit there."""
+    """State carried over to the next segment: for each of P frame positions, the row of the latest unit at that position."""
 
     references: ReferenceBlocks  # pixels of the latest unit at each position
     keys_values: dict[int, torch.Tensor]  # `[P, 2, 4, heads, d]` for each layer
@@ -37,17 +37,17 @@ class Earlier:
 def encode_segment(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, earlier: Earlier | None, **options: Any
 ) -> tuple[EncodedRows, Earlier | None]:
-    """Encode a segment in the same way as `vision.encoder.encode_rows`, and also return the state for the next segment.
+    """Encode a segment like `vision.encoder.encode_rows`, and also return the state for the next segment.
 
     Args:
-        earlier: State that was returned for the previous segment, or None if this is the first segment.
+        earlier: State returned for the previous segment, or None for the first segment.
 
     Returns:
-        The encoded rows, and the state for the next segment. If the plan does not reuse units, or if its stages or its selector
-        need more than rows, `earlier` is ignored, and the returned state is None.
+        The encoded rows and the state for the next segment. If the plan does not reuse units, or if its stages or selector require
+        more than rows, `earlier` is ignored and the returned state is None.
 
     Raises:
-        NothingNew: No unit has changed since the previous segment.
+        NothingNew: No units have changed since the previous segment.
 
     For the other exceptions, see `encode_rows`.
     """
@@ -66,7 +66,7 @@ class SegmentRun(EncoderRun):
     def __init__(self, visual, plan: EncoderPlan, earlier: Earlier | None, **options: Any):
         super().__init__(visual, plan, **options)
         self._earlier = earlier
-        self._outside: torch.Tensor | None = None  # bool `[N]`: units represented by rows of the previous segment
+        self._outside: torch.Tensor | None = None  # bool `[N]`: units represented by rows from the previous segment
         self._keys_values: dict[int, torch.Tensor] = {}
         self.left: Earlier | None = None
         if earlier:
@@ -81,7 +81,7 @@ class SegmentRun(EncoderRun):
         return rows
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Select only among this segment's rows. Units that are represented by a row from the previous segment keep that row."""
+        """Select only among this segment's rows. Units represented by a row from the previous segment keep that row."""
         if self._outside is None:
             return super().select_rows(rows, stage)
         left = super().select_rows(self._inside(rows), stage)
@@ -90,11 +90,11 @@ class SegmentRun(EncoderRun):
         return replace(left, unit_to_row=unit_to_row, reach="clip", size_bias=True)
 
     def _inside(self, rows: Rows) -> Rows:
-        """Return this segment's rows, with row index -1 for units that are represented by a row from the previous segment."""
+        """Return this segment's rows, with row index -1 for units represented by a row from the previous segment."""
         return replace(rows, unit_to_row=torch.where(self._outside, -1, rows.unit_to_row))
 
     def visible(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the previous segment's keys and values to a layer's own.
+        """Append the previous segment's keys and values to a layer's own keys and values.
 
         The keys and values of the last frame pair are stored for the next segment.
         """
@@ -107,10 +107,10 @@ class SegmentRun(EncoderRun):
         return k, v
 
     def finish(self, rows: Rows) -> Rows:
-        """Return this segment's rows together with the rows that were carried over from the previous segment.
+        """Return this segment's rows together with the rows carried over from the previous segment.
 
         A carried-over row is placed at the first unit that it represents in this segment. If there is any state from an earlier
-        segment, `selection` is set to None, because it covers only the rows computed in this segment and is of no use to the
+        segment, `selection` is set to None, because it covers only the rows computed in this segment and would be useless to the
         language model.
         """
         if self._outside is not None:

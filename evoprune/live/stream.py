@@ -1,15 +1,15 @@
 """Answers questions about live video. Frames are fed as they arrive, and questions about the video so far can be asked at any time.
 
 Frames are collected in time windows. As soon as a window is complete, it is encoded like a short video, and its tokens are
-prefilled into the KV cache. A question also covers the frames of the unfinished window, which are encoded just for this question.
-After the answer, everything that was prefilled for the question is cropped from the cache. To the model, all windows look like a
-single video, because tokens get the positions that Qwen assigns to their frame pairs, counted from the first frame of the stream.
+prefilled into the KV cache. A question also covers the frames in the unfinished window, which are encoded just for this question.
+After the answer, everything prefilled for the question is cropped from the cache. To the model, all windows look like a single
+video, because tokens get the positions that Qwen assigns to their frame pairs, counted from the stream's first frame.
 
-The windows in the newest half of the memory keep all their tokens, whereas older windows are thinned (see `kept_counts`). Tokens
-that remain keep their positions. If a new position would exceed the range that the model supports, the cached keys are rotated back
-first, so that the video starts at the oldest remaining window.
+Windows in the newest half of the memory keep all their tokens, whereas older windows are thinned (see `kept_counts`). The remaining
+tokens keep their positions. If a new position would exceed the model's supported range, the cached keys are rotated back first, so
+that the video starts at the oldest remaining window.
 
-Units that have not changed since the previous window are not encoded again, but they may still become tokens of the new window (see
+Units that haven't changed since the previous window are not encoded again, but they may still become tokens in the new window (see
 segments.py).
 
 A frame is processed in four steps: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the window's
@@ -54,35 +54,34 @@ from evoprune.util import brief, check_type
 from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
 from evoprune.vision import Encoded, EncodedRows, resize
 
-CONTEXT = 32_768  # context length to assume if a model's config does not specify one
-ROOM = 0.75  # share of the context that the video may use, leaving room for questions and answers
-MAX_WAITING = 4  # maximum number of windows that may queue up while an answer is being generated
+CONTEXT = 32_768  # default context length if a model's config does not specify one
+ROOM = 0.75  # fraction of the context available to the video, leaving room for questions and answers
+MAX_WAITING = 4  # maximum number of queued windows while an answer is being generated
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Describes the part of a stream that is in memory or that a question covers. Times are frame timestamps in seconds."""
+    """Describes the part of a stream that is in memory or covered by a question. Times are frame timestamps in seconds."""
 
-    start_s: float  # start of the oldest window that still has tokens
+    start_s: float  # start of the oldest window with remaining tokens
     end_s: float
     windows: int
     tokens: int
-    frames: int  # number of frames used since the stream began, including frames that are no longer in memory
+    frames: int  # number of frames used since the stream began, including frames no longer in memory
     thinned: int  # number of windows that have lost tokens
-    skipped: int = 0  # number of due frames from a live source that were not used because the machine was too slow
-    lag_s: float | None = None  # lag of the latest frame relative to its live source; None without a live source
+    skipped: int = 0  # number of due frames from a live source that were skipped because the machine was too slow
+    lag_s: float | None = None  # lag of the latest frame behind its live source, in seconds; None without a live source
 
 
 @dataclass
 class Window:
-    """A time window of a stream, with C prompt columns that are still in memory."""
+    """A time window of a stream, with C prompt columns remaining in memory."""
 
     start_s: float
     end_s: float
     time: int  # temporal position of the window's first column, counting from the start of the stream
     whole: int  # number of tokens before thinning
-    # int64 `[C]`: ranks of the columns. Columns with rank 0 are dropped last. Text has the lowest rank among the columns of its
-    # frame pair.
+    # int64 `[C]`: column ranks. Columns with rank 0 are dropped last. Text has the lowest rank among the columns of its frame pair.
     order: torch.Tensor
     visual: torch.Tensor  # bool `[C]`: True for columns that are visual tokens
     ids: torch.Tensor  # int64: distinct token IDs in the window's unpruned prompt, for the repetition penalty
@@ -98,9 +97,9 @@ class EncodedWindow:
 
     Attributes:
         frames: Number of frames in the window.
-        end: Slot at which the window ends (exclusive).
-        earlier: State for encoding the next window. None if there is no such state or if the window is waiting to be prefilled.
-        prompt: Prompt columns, with positions counted from the start of the stream.
+        end: End slot of the window (exclusive).
+        earlier: State for encoding the next window, or None if there is no state or the window is waiting to be prefilled.
+        prompt: Prompt columns, with positions relative to the start of the stream.
     """
 
     frames: int
@@ -114,12 +113,12 @@ class EncodedWindow:
 class PriorityLock:
     """A lock that gives answers priority. While an answer waits for the lock or holds it, `pause` blocks the other threads.
 
-    As a result, answers come first, the encoder second, and windows that are waiting to be prefilled last.
+    As a result, answers come first, the encoder second, and windows waiting to be prefilled last.
     """
 
     def __init__(self):
         self.lock = RLock()  # for work without priority
-        self.generating = False  # True once the question has been prefilled, so that the encoder may run between tokens
+        self.generating = False  # True once the question has been prefilled, which allows the encoder to run between tokens
         self._calm = Event()
         self._calm.set()
 
@@ -150,7 +149,7 @@ class _QuestionWaits(Exception):
 
 @dataclass(eq=False)
 class _WindowInput(OpenInput):
-    """An input whose frames are already in memory and which is encoded as a segment of a longer video.
+    """An input with frames already in memory, encoded as a segment of a longer video.
 
     After encoding, `left` contains the state for the next window.
     """
@@ -173,20 +172,21 @@ class _WindowInput(OpenInput):
 
 
 class VideoStream(Askable):
-    """Answers questions about a stream of frames. Create it with `VideoQA.stream`, and use it as a context manager.
+    """Answers questions about a stream of frames. Create it using `VideoQA.stream` and use it as a context manager.
 
-    One thread feeds frames while other threads ask questions. If a window is being encoded, a question waits until it is done. The
-    encoder pauses while a question is being prefilled, and continues layer by layer while the answer is being generated. If a
-    window is encoded during an answer, or if its prefill is interrupted by a question, the window is prefilled after the answer.
+    One thread feeds frames while other threads ask questions. If a window is being encoded, a question waits until the encoder is
+    finished. The encoder pauses while a question is being prefilled and continues layer by layer while the answer is being
+    generated. If a window is encoded during an answer, or if its prefill is interrupted by a question, the window is prefilled
+    after the answer.
 
     Attributes:
         skipped, lag_s: Number of skipped frames and current lag in seconds, as reported by `seen`. Both are set by the code that
-            feeds frames.
-        facts: A dict with fields of the source's `Video`, set by the code that feeds frames.
+            feeds the frames.
+        facts: A dict with some of the fields of the source's `Video`, set by the code that feeds the frames.
         encoded: Number of windows encoded so far.
 
     Raises:
-        UsageError: The pruning method reads the question, changes the input, or acts inside the language model.
+        UsageError: The pruning method uses the question, modifies the input, or operates inside the language model.
     """
 
     OVERTAKEN = "another question was asked meanwhile, or the stream went on for too long"
@@ -201,7 +201,7 @@ class VideoStream(Askable):
         self._sampling = sampling
         self._system = system
         self._name = name
-        self._inputs_reported = True  # because a question is charged only for encoding the unfinished window
+        self._inputs_reported = True  # because questions are charged only for encoding the unfinished window
         self._gate = Lock()
         self._feeding = RLock()
         self.skipped = 0
@@ -211,18 +211,18 @@ class VideoStream(Askable):
         self._plan: Plan | None = None
         self._slots = []
         self._frames = []
-        self._changes_shape = False  # True once any frame had a different aspect ratio from the first frame
+        self._changes_shape = False  # True if any frame so far had a different aspect ratio from the first frame
         self._origin_s = self._last_s = 0.0
         self._memory: StreamMemory | None = None
         self._waiting: list[EncodedWindow] = []
-        self._following = 0  # position after the latest window, counted from the start of the stream
+        self._following = 0  # position after the latest window, relative to the start of the stream
         self._latest: EncodedInput | None = None  # encoding of the latest finished window
         self._earlier: Earlier | None = None  # state for encoding the next window
         self._unfinished: EncodedWindow | None = (
-            None  # the unfinished window with the frames that the latest question saw
+            None  # the unfinished window as seen by the latest question
         )
-        self._count = self._done = 0  # number of frames used so far, and slot after the last finished window
-        self._open: int | None = None  # turn number of the answer that is being generated
+        self._count = self._done = 0  # number of frames used so far, and the slot after the last finished window
+        self._open: int | None = None  # turn number of the answer being generated
         self._problem: str | None = None
 
     def __enter__(self) -> "VideoStream":
@@ -241,14 +241,14 @@ class VideoStream(Askable):
 
     @property
     def until_s(self) -> float | None:
-        """Time in seconds up to which a question asked now would see the video, including the unfinished window. Does not block."""
+        """Timestamp in seconds up to which a question would see the video now, including the unfinished window. Does not block."""
         if slots := self._slots:
             return self._origin_s + (slots[-1] + 1) * self.step_s
         return self.seen and self.seen.end_s
 
     @property
     def report(self) -> Report:
-        """Report on the latest finished window, or on the unfinished window if none is finished yet. It contains no answer."""
+        """Report on the latest finished window, or on the unfinished window if none is finished yet. Contains no answer."""
         # Read `_latest` again at the end, because the unfinished window may have been finished in the meantime.
         return self._report(self._latest or self._look() or self._latest)
 
@@ -258,17 +258,18 @@ class VideoStream(Askable):
         Args:
             frame: uint8 `[H, W, 3]`, RGB. The first frame determines the size that the model sees. Later frames are scaled to this
                 size, with black borders if their aspect ratio differs.
-            time_s: Timestamp in seconds from an arbitrary origin. It must not be earlier than the previous frame's timestamp.
+            time_s: Timestamp in seconds relative to an arbitrary origin. It must not be earlier than the previous frame's
+                timestamp.
 
         Returns:
-            True if the frame is used. If frames arrive at a higher rate than the stream's frame rate, some of them are not used.
+            True if the frame is used. If frames arrive at a higher rate than the stream's frame rate, some of them are skipped.
 
         Raises:
-            UsageError: The array is not a frame, time goes backwards, or the stream is closed.
+            UsageError: The array is not a frame, the timestamp goes backward, or the stream is closed.
             OutOfMemory: There is not enough memory.
             ModelError: The model fails.
         """
-        with self._gate:  # let a waiting question go first
+        with self._gate:  # let any waiting question go first
             pass
         with self._feeding:
             self._check_open()
@@ -300,9 +301,9 @@ class VideoStream(Askable):
             return True
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
-        """Scale a frame to the size that the encoder needs. Scaled frames can also be passed to `add`.
+        """Scale a frame to the encoder's input size. Scaled frames can also be passed to `add`.
 
-        Before the first frame has been added, the size is unknown, so the frame is returned unchanged.
+        Until the first frame has been added, the size is unknown, so the frame is returned unchanged.
         """
         if self._plan is None:
             return frame
@@ -327,14 +328,14 @@ class VideoStream(Askable):
         return bordered
 
     def flush(self) -> None:
-        """End the unfinished window early, then encode and prefill its frames. Raises the same errors as `add`."""
+        """End the unfinished window early, and encode and prefill its frames. Raises the same errors as `add`."""
         with self._feeding:
             self._check_open()
             if self._slots:
                 self._finish(self._slots[-1] + 1)
 
     def catch_up(self) -> None:
-        """Prefill windows that have been waiting for an answer to finish. Call this method occasionally while no frames arrive.
+        """Prefill windows that have been waiting for an answer to finish. Call this method periodically while no frames arrive.
 
         Raises the same errors as `add`.
         """
@@ -345,7 +346,7 @@ class VideoStream(Askable):
 
     def close(self) -> None:
         """Free the stream's memory and stop any answer that is being generated."""
-        self._problem = self._problem or "the stream is closed"  # stops the encoder at its next layer if it is running
+        self._problem = self._problem or "the stream is closed"  # if the encoder is running, stops it at its next layer
         with self._feeding, self._lock.lock:
             self._turn += 1
             self._memory, self._latest, self._earlier, self._unfinished = None, None, None, None
@@ -353,7 +354,7 @@ class VideoStream(Askable):
 
     @property
     def step_s(self) -> float | None:
-        """Interval in seconds at which the stream uses frames, or None before the first frame."""
+        """Interval in seconds between the frames used by the stream, or None before the first frame."""
         return self._plan and self._plan.sampling.seconds_per_frame
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
@@ -407,7 +408,7 @@ class VideoStream(Askable):
     def _look(self) -> EncodedInput | None:
         """Encode the unfinished window for a question, unless the latest question saw the same frames.
 
-        The time this takes, including any wait for another window to be encoded, is charged to the next question that is prefilled.
+        The elapsed time, including any wait for another window to be encoded, is charged to the next prefilled question.
 
         Returns:
             The encoded window, or None if it has no frames.
@@ -448,7 +449,7 @@ class VideoStream(Askable):
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
     ) -> EncodedWindow:
-        """Encode a window in the same way as a file of the same length. This does not change the stream's state.
+        """Encode a window like a file of the same length, without changing the stream's state.
 
         Args:
             slots: Slots of the frames. Time is divided into slots, with one slot per frame at the stream's frame rate.
@@ -461,7 +462,7 @@ class VideoStream(Askable):
         base = self._plan
         step_s = self.step_s
         count = len(frames)
-        if count % 2:  # if the number of frames is odd, repeat the last frame, as Hugging Face does
+        if count % 2:  # for an odd number of frames, repeat the last frame, as Hugging Face does
             slots = [*slots, slots[-1]]
             frames = [*frames, frames[-1]]
         first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
@@ -469,7 +470,7 @@ class VideoStream(Askable):
         sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
         grid = len(slots) // 2, *base.grid[1:]
         budget = session.pruning.budget
-        # A window with a single frame pair is part of a longer video, so it does not get the budget of a still image.
+        # A window with a single frame pair is part of a longer video, so the still image budget does not apply.
         pruning = replace(session.pruning, budget=replace(budget, still=budget.video))
         plan = replace(
             base,
@@ -485,7 +486,7 @@ class VideoStream(Askable):
         window = _WindowInput(session, plan, clock, pixels, self._earlier, pause)
         try:
             encoding = window.encode()
-        except NothingNew:  # encode the whole window without reusing earlier units
+        except NothingNew:  # encode the entire window without reusing earlier units
             window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
             encoding = window.encode()
         if self._changes_shape:
@@ -495,7 +496,7 @@ class VideoStream(Askable):
         return EncodedWindow(count, end, encoding, window.left, *columns)
 
     def _pause(self) -> None:
-        """Let answers go first, and raise UsageError if the stream has been closed. Called before each layer of the encoder."""
+        """Let answers go first, and raise UsageError if the stream has been closed. Called before each encoder layer."""
         self._lock.pause()
         self._check_open()
 
@@ -504,7 +505,7 @@ class VideoStream(Askable):
 
         Args:
             polite: Whether to stop as soon as a question is waiting.
-            after: Windows for which to make room in the cache after the queued windows have been prefilled.
+            after: Windows to make room for in the cache after prefilling the queued windows.
         """
         self._memory.cache.crop(self._memory.columns)
         pause = self._give_way if polite else lambda: None
@@ -516,7 +517,7 @@ class VideoStream(Askable):
                 self._memory.make_room(window)
         except _QuestionWaits:
             return
-        except BaseException:  # including Ctrl-C, because the cache may now be inconsistent
+        except BaseException:  # including Ctrl-C, because the cache may be inconsistent now
             self._problem = "reading a window was interrupted"
             raise
 
@@ -531,7 +532,7 @@ class VideoStream(Askable):
     def _ids_around_video(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the token IDs of the prompt before the video and after the video, both as int64 tensors."""
+        """Return the token IDs of the prompt before and after the video, both as int64 tensors."""
         loaded = self._session.loaded
         # The markers around the video belong to the frame pairs.
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()
@@ -559,11 +560,11 @@ class VideoStream(Askable):
 
     @property
     def _unread(self) -> list[EncodedWindow]:
-        """A list with the unfinished window as the latest question saw it, or an empty list if there is no such window."""
+        """A list containing the unfinished window as seen by the latest question, or an empty list if there is no such window."""
         return [self._unfinished] if self._unfinished else []
 
     def _seen(self, unread: Sequence[EncodedWindow]) -> Seen | None:
-        """Describe the windows in memory together with the windows in `unread`. Returns None if there are no windows at all."""
+        """Describe the windows in memory together with the windows in `unread`. Returns None if there are no windows."""
         windows = [*self._memory.windows, *(encoded.window for encoded in unread)]
         if not windows:
             return None
@@ -608,7 +609,7 @@ class VideoStream(Askable):
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
-        """Check that a question would fit even if the memory were full, because it may fill up before the question is prefilled."""
+        """Check that a question would fit even in a full memory, because it may fill up before the question is prefilled."""
         self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._ids_around_video(question, options.thinking, earlier)
         with self._lock:
@@ -624,10 +625,10 @@ class VideoStream(Askable):
 
 @torch.inference_mode()
 def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """Rank the tokens of a window by how long they should stay in memory.
+    """Rank a window's tokens by how long they should stay in memory.
 
-    The pruning method is asked to select half of the tokens, then a quarter of them, and so on. The more often a token is selected,
-    the longer it stays. If the tokens were not chosen by a selector, the selector of the `evoprune` method is used.
+    The pruning method is asked to select half of the tokens, then a quarter of them, and so on. Tokens that are selected more often
+    stay longer. If the tokens were not chosen by a selector, the `evoprune` method's selector is used.
 
     Returns:
         The ranks as int64 `[K]` on the CPU. The token with rank 0 is dropped last.
@@ -661,10 +662,9 @@ def window_columns(
 
     Args:
         order: The result of `staying_order`.
-        slots: Slots of the frames, counted from the start of the stream.
-        step_s: Length of a slot, in seconds.
-        following: The first position after the previous window. It is used only if the prompt contains timestamps for the frame
-            pairs.
+        slots: Frame slots, relative to the start of the stream.
+        step_s: Slot length in seconds.
+        following: The first position after the previous window. Only used if the prompt contains timestamps for the frame pairs.
     """
     config = loaded.model.config.vision_config
     span = encoding.plan.sampling
@@ -685,7 +685,7 @@ def window_columns(
     prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
     stays = torch.full_like(ids, len(order))
     stays[prompt.columns[prompt.visual]] = order
-    # The text of a frame pair stays in memory for as long as any of the pair's tokens.
+    # A frame pair's text stays in memory as long as any of the pair's tokens.
     for run, tokens in zip(place.around, place.runs, strict=False):
         first = stays[run.start : run.stop].min()
         stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
@@ -695,16 +695,16 @@ def window_columns(
 
 
 class StreamMemory:
-    """A stream's memory: a KV cache with the prompt before the video, followed by the windows of the video.
+    """A stream's memory: a KV cache with the prompt that precedes the video, followed by the video's windows.
 
     Args:
-        ids: int64 `[n]`, token IDs of the prompt before the video.
+        ids: int64 `[n]`, token IDs of the prompt that precedes the video.
         limit: Maximum number of tokens in memory.
         window_tokens: Number of tokens in a full window.
         room: Number of positions available to the video.
 
     Attributes:
-        windows: Windows that still have tokens, oldest first.
+        windows: Windows with remaining tokens, oldest first.
         following: Position of the first text token after the video.
     """
 
@@ -718,7 +718,7 @@ class StreamMemory:
         self._limit = limit
         self._window = window_tokens
         self._room = room
-        self._moved = 0  # number of positions by which the start of the video has been moved
+        self._moved = 0  # number of positions by which the video's start has been moved
         # If the prompt contains timestamps, the row and column positions of a frame pair also continue from the text before it.
         alike = int(language.model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
@@ -731,14 +731,14 @@ class StreamMemory:
 
     @property
     def most_columns(self) -> int:
-        """Maximum number of columns in the KV cache up to the end of the video, with a full memory plus an unfinished window."""
+        """Maximum number of columns in the KV cache up to the end of the video: a full memory plus an unfinished window."""
         return max(self.columns, self._head + self._limit) + self._window
 
     @torch.inference_mode()
     def read(self, encoded: EncodedWindow, pause: Callable[[], None]) -> None:
         """Prefill a window and thin earlier windows. If an error occurs in the process, the cache is no longer usable.
 
-        `pause` is called before each layer of the language model. An exception that it raises leaves the cache unchanged.
+        `pause` is called before each language model layer. If it raises an exception, the cache remains unchanged.
         """
         self.make_room(encoded)
         self.following = self.look(encoded, pause)
@@ -747,7 +747,7 @@ class StreamMemory:
 
     @torch.inference_mode()
     def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
-        """Prefill a window after the windows in memory. There must be room for it. To undo this, crop the cache to `columns`.
+        """Prefill a window after the windows in memory. There must be enough room. To undo this, crop the cache to `columns`.
 
         Returns:
             The position of the first text token after the window.
@@ -763,8 +763,8 @@ class StreamMemory:
         """Move the start of the video to the oldest remaining window if `encoded` would exceed the position range.
 
         If that does not free enough positions, the oldest windows are dropped. Unless the range is short, they have few tokens left
-        by then. An eighth of the range is freed at a time, in whole windows. Otherwise, every new window in a long memory would
-        require moving the cached keys, and every move adds a rounding error.
+        by then. An eighth of the range is freed at a time, in whole windows. Otherwise, each new window in a long memory would
+        require moving the cached keys, which adds a rounding error every time.
         """
         first = encoded.window.time
         last = int(encoded.prompt.last[0])
@@ -794,15 +794,15 @@ def kept_counts(windows: Sequence[tuple[int, int]], limit: int) -> list[int]:
     """Return the number of tokens to keep in each window, oldest window first.
 
     The newest windows, up to half of the limit, keep all their tokens. The same number of windows before them should keep half of
-    their tokens, the next older group a quarter, and so on. While the total exceeds `limit`, windows that have more tokens than
-    they should keep are halved, starting with the oldest.
+    their tokens, the next older group a quarter, and so on. While the total exceeds `limit`, windows with more tokens than they
+    should keep are halved, starting with the oldest window.
 
     Args:
-        windows: Pairs of the number of tokens that are left in a window and its original number of tokens.
+        windows: Pairs of a window's remaining and original numbers of tokens.
         limit: Maximum total. It must be at least twice the number of tokens in the largest window.
     """
     counts = [left for left, _ in windows]
-    # Number of consecutive windows that should keep the same share of their tokens.
+    # Number of consecutive windows that should keep the same fraction of their tokens.
     group = max(1, limit // (2 * max(whole for _, whole in windows)))
     due = [whole >> ((len(windows) - 1 - number) // group) for number, (_, whole) in enumerate(windows)]
     while (over := sum(counts) - limit) > 0:

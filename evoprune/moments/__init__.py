@@ -1,4 +1,4 @@
-"""Finds the moments in a long video that match a query, by asking about every segment and then locating the start and end times."""
+"""Finds the moments in a long video that match a query by scoring every segment and then locating the start and end times."""
 
 from typing import TYPE_CHECKING
 

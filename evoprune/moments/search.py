@@ -2,8 +2,8 @@
 
 A segment's score is computed from the first token of the answer. It is the probability of yes, assuming that yes and no are the
 only possible answers. After all segments have been scored, the borders of the best moments are located more precisely. Segments are
-independent of each other, and each segment is dropped before the next one is encoded, so memory use does not grow with the length
-of the video.
+independent of each other, and each segment is discarded before the next one is encoded, so memory usage does not grow with the
+video length.
 """
 
 import math
@@ -41,32 +41,33 @@ from evoprune.session import (
 from evoprune.util import brief, check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
-# The questions that together decide whether a segment matches a query. Every question comes with the answer (True for yes) that
-# indicates a match.
+# The questions that together determine whether a segment matches a query. Each question is paired with the answer (True for yes)
+# that indicates a match.
 Questions = tuple[tuple[str, bool], ...]
-# A progress callback that receives a stage, the number of finished items, and the total number of items. The stages are "segment",
-# then "piece" (a piece of one of the best segments), and then, for each query, "moment" (a moment whose borders have been found).
+# A progress callback that receives the stage, the number of finished items, and the total number of items. The stages are
+# "segment", then "piece" (a piece of one of the best segments), and then, for each query, "moment" (a moment whose borders have
+# been found).
 Progress = Callable[[str, int, int], None]
 
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
 PIECE_FRAMES = 4  # number of frames per piece; scoring pieces of a segment locates the borders of a moment
 PIECES = (
-    4  # number of pieces to cut a segment into, or to cut a piece into that is sampled below the model's frame rate
+    4  # number of pieces per segment, or per piece that is sampled below the model's frame rate
 )
-# The first and last pieces that show a moment usually show it only in part. The border is assumed to be inside such a piece, at
-# this fraction of the piece's length.
+# The first and last pieces of a moment usually show it only partially. The border is assumed to lie inside such a piece, at this
+# fraction of the piece's length.
 REACH = 0.2
-CANDIDATES = 2  # initial number of segment runs to score by pieces for each moment to return
+CANDIDATES = 2  # initial number of segment runs to score by pieces, per requested moment
 APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into two
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a video that matches a query. Times are in seconds from the video's first frame.
+    """A time span of a video that matches a query. Times are in seconds from the video's first frame.
 
     `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the score of the moment's best segment
-    with the score of that segment's best piece. `best_s` is the time in the middle of this piece.
+    with the score of that segment's best piece. `best_s` is the midpoint of this piece.
     """
 
     query: str
@@ -79,7 +80,7 @@ class Moment:
 class Search:
     """A search for moments in a video that match one or more queries. Use it in a `with` statement, or call `close` afterwards.
 
-    Call `run` to perform the search. `moments` returns the moments that have been found so far, even if `run` was interrupted.
+    Call `run` to perform the search. `moments` returns the moments found so far, even if `run` was interrupted.
 
     Args:
         source: The video.
@@ -87,16 +88,16 @@ class Search:
         cache: Cache for encoded segments, or None. It is not used if the pruning method depends on the question.
 
     Attributes:
-        segments: All segments to ask about.
-        tokens: Total number of visual tokens of all segments before pruning.
-        asked: Number of segments that have been asked about so far.
-        unread: Number of these segments that could not be read.
-        warnings: A dict that maps the names of warnings to facts about the video that they apply to.
+        segments: All segments to be scored.
+        tokens: Total number of visual tokens in all segments before pruning.
+        asked: Number of segments scored so far.
+        unread: Number of unreadable segments so far.
+        warnings: A dict that maps warning names to facts about the affected video.
 
     Raises:
-        UsageError: A query is empty, repeated or too long; the input is a still image; or the words for yes and no begin with the
-            same token.
-        VideoError: The video is missing, unreadable or empty.
+        UsageError: A query is empty, duplicated, or too long; the input is a still image; or the words for yes and no begin with
+            the same token.
+        VideoError: The video is missing, unreadable, or empty.
         OutOfMemory: The model does not fit into memory.
     """
 
@@ -111,7 +112,7 @@ class Search:
     ):
         self._session = session
         self._cache = cache
-        self._input: dict[str, Any] = {}  # additional arguments for every `OpenInput`
+        self._input: dict[str, Any] = {}  # additional arguments for each `OpenInput`
         if cache and not session.pruning.method.reads_question:
             self._input = {"cache": cache}
         self._options = options
@@ -142,13 +143,13 @@ class Search:
         self._scores: dict[str, list[float]] = {query: [] for query in self._questions}
         # Log odds of the pieces scored so far, by query and by the piece's midpoint and length, both in seconds.
         self._pieces: dict[tuple[str, float, float], float] = {}
-        # Runs that have also been scored by pieces, including runs whose scores turned out to be too low for a moment.
+        # Runs that have also been scored by pieces, including runs with scores that turned out to be too low for a moment.
         self._scored: dict[tuple[str, Run], Moment] = {}
-        # Moments whose borders have been found. A run has more than one moment if it is split by a gap.
+        # Moments with known borders. A run contains multiple moments if it is split by a gap.
         self._bordered: dict[tuple[str, Run], list[Moment]] = {}
         # Maximum number of runs to score by pieces, by query.
         self._scored_runs = dict.fromkeys(self._questions, CANDIDATES * options.top)
-        self._complete: set[str] = set()  # queries for which the best moments' borders have been found
+        self._complete: set[str] = set()  # queries for which the borders of the best moments have been found
         self.asked = 0
         self._spoken = Subtitles()  # transcribed speech of all segments
 
@@ -206,30 +207,30 @@ class Search:
             self._complete.add(query)
 
     def moments(self) -> list[Moment]:
-        """Return the moments found so far, in the order of the queries, with the best moments of a query first.
+        """Return the moments found so far, in query order, with the best moments of each query first.
 
-        If a moment has not been scored by pieces yet, it has the borders and the score of its segments.
+        Moments that have not been scored by pieces yet have the borders and scores of their segments.
         """
         return [moment for query in self.queries for moment in self._shown(query)]
 
     def more(self, query: str) -> int:
-        """Return the approximate number of moments that were found for a query beyond the `top` moments returned by `moments`.
+        """Return the approximate number of moments found for a query in addition to the `top` moments returned by `moments`.
 
-        The number is approximate, because a candidate whose borders have not been located yet may turn out to be no moment at all,
-        or more than one.
+        The number is approximate, because a candidate without known borders may turn out not to be a moment at all, or to contain
+        more than one.
         """
         every = self._moments(query, self._runs(query))
         return max(0, len(every) - len(self._shown(query)))
 
     def _shown(self, query: str) -> list[Moment]:
-        """Return up to `top` moments of a query, best first."""
+        """Return up to `top` moments for a query, best first."""
         candidates = self._candidates(query)
         if query in self._complete:
             candidates = [run for run in candidates if (query, run) in self._bordered]
         return sorted(self._moments(query, candidates), key=lambda moment: -moment.score)[: self._options.top]
 
     def _moments(self, query: str, among: Sequence[Run]) -> list[Moment]:
-        """Return the moments in the given runs of segments, with the most precise borders and scores that are known so far."""
+        """Return the moments in the given segment runs, with the most precise borders and scores known so far."""
         found: list[Moment] = []
         for run in among:
             found += self._bordered.get((query, run)) or [self._scored.get((query, run)) or self._coarse(query, run)]
@@ -252,7 +253,7 @@ class Search:
         return least_odds(self._scores[query])
 
     def _candidates(self, query: str) -> list[Run]:
-        """Return the runs of segments that should be scored by pieces, best first."""
+        """Return the segment runs that should be scored by pieces, best first."""
         return self._runs(query)[: self._scored_runs[query]]
 
     def _runs(self, query: str) -> list[Run]:
@@ -269,23 +270,23 @@ class Search:
 
     @property
     def _shortest_s(self) -> float:
-        """Length in seconds of a piece that is sampled at the model's frame rate, which is the minimum length of a piece."""
+        """Minimum piece length in seconds, which is the length of a piece sampled at the model's frame rate."""
         return PIECE_FRAMES / self._fps
 
     @property
     def _piece_s(self) -> float:
-        """Length in seconds of the pieces that a segment is cut into."""
+        """Length in seconds of the pieces of a segment."""
         return max(self._shortest_s, self._segment_s / PIECES)
 
     def _middles(self, place: int) -> list[float]:
-        """Return the midpoints in seconds of the pieces that the segment with index `place` is cut into."""
+        """Return the midpoints in seconds of the pieces of the segment with index `place`."""
         segment = self.segments[place]
         count = max(1, round(self._segment_s / self._piece_s))
         step_s = self._segment_s / count
         return [segment.start_s + (n + 0.5) * step_s for n in range(count)]
 
     def _score_candidates(self, queries: Sequence[str], progress: Progress | None) -> None:
-        """Score candidates again by pieces, which are short, densely sampled parts of a segment.
+        """Rescore candidates by pieces, which are short, densely sampled parts of a segment.
 
         A candidate's new log odds are the mean of its best segment's log odds and the log odds of that segment's best piece.
         """
@@ -328,8 +329,8 @@ class Search:
         """Locate the borders of a moment by scoring pieces.
 
         If no piece shows the moment, it keeps the borders of its segments. If there is a gap of at least `APART_S` seconds in which
-        no piece shows the moment, it is split at the gap, and more than one moment is returned. Because long segments have long
-        pieces, their borders are then refined with shorter pieces.
+        no piece shows the moment, it is split at the gap, and multiple moments are returned. Because long segments have long
+        pieces, their borders are then refined using shorter pieces.
         """
         shown_from = self._least(query) - MARGIN
         begin_s = self.segments[0].start_s
@@ -353,7 +354,7 @@ class Search:
             return between(outside_s, inside_s)
 
         def closer(border_s: float, outwards_s: float) -> float:
-            """Refine a border with shorter pieces. It stays unchanged if the first piece inside it does not show the moment."""
+            """Refine a border using shorter pieces. It is left unchanged if the first piece inside it does not show the moment."""
             outside_s = min(max(border_s + outwards_s, begin_s), stop_s)
             inside_s = min(max(border_s - outwards_s, begin_s), stop_s)
             return between(outside_s, inside_s) if shown(inside_s) else border_s
@@ -387,20 +388,20 @@ class Search:
         shown: Callable[[float], bool],
         between: Callable[[float, float], float],
     ) -> Iterator[tuple[float, float]]:
-        """Yield the start and end of every gap of at least `APART_S` seconds between two pieces that show the moment.
+        """Yield the start and end of each gap of at least `APART_S` seconds between two pieces that show the moment.
 
         Args:
             first_s, last_s: Midpoints of the two pieces, in seconds.
             length_s: Length of the pieces in seconds.
             shown: Returns True if the piece around a time shows the moment.
             between: Finds the border between a time at which the moment is not shown (first argument) and a time at which it is
-                shown.
+                shown (second argument).
         """
         if last_s - first_s < APART_S:
             return
         steps = math.ceil((last_s - first_s) / max(length_s, APART_S / 2))
         before_s = first_s  # midpoint of the latest piece that shows the moment
-        away: list[float] = []  # midpoints of later pieces, which do not show the moment
+        away: list[float] = []  # midpoints of later pieces that do not show the moment
         for number in range(1, steps + 1):
             time_s = first_s + (last_s - first_s) * number / steps
             if number < steps and not shown(time_s):
@@ -414,7 +415,7 @@ class Search:
             away = []
 
     def _part(self, query: str, start_s: float, end_s: float) -> Moment:
-        """Create a moment that lasts from `start_s` to `end_s`, with a score based on its best segment and its best piece."""
+        """Create a moment from `start_s` to `end_s`, with a score based on its best segment and best piece."""
         reach_s = REACH * self._piece_s
         pieces = {
             middle_s: odds
@@ -428,9 +429,9 @@ class Search:
         return Moment(query, start_s, end_s, score, best_s)
 
     def _lasting(self, moment: Moment) -> Moment:
-        """Extend a moment without a duration to the length of one frame, and make sure that its best time lies within it."""
+        """Extend a zero-length moment to the length of one frame, and make sure that its best time lies within it."""
         start_s, end_s = moment.start_s, moment.end_s
-        if start_s >= end_s:  # the moment is shorter than the interval between frames
+        if start_s >= end_s:  # the moment is shorter than the frame interval
             middle_s = (start_s + end_s) / 2
             start_s = max(self.segments[0].start_s, middle_s - 0.5 / self._fps)
             end_s = min(self.segments[-1].end_s, middle_s + 0.5 / self._fps)
@@ -448,7 +449,7 @@ class Search:
         return self._pieces[query, middle_s, length_s]
 
     def _odds(self, query: str, opened: OpenInput) -> float:
-        """Return the log odds that a piece matches a query, or -inf if the piece cannot be read. The input is closed."""
+        """Return the log odds that a piece matches a query, or -inf if the piece is unreadable. Closes the input."""
         with closing(opened):
             try:
                 return self._ask(opened, [query])[query]
@@ -492,7 +493,7 @@ class Search:
         return OpenInput(self._session, plan, Clock(torch.device("cpu")), **self._input)
 
     def _heard(self, progress: Progress | None) -> Subtitles:
-        """Return the subtitles or the transcribed speech of all segments, or no lines if the `speech` option is "none"."""
+        """Return the subtitles or transcribed speech of all segments, or no lines if the `speech` option is "none"."""
         sampling = self._sampling
         if sampling.speech == "none":
             return Subtitles()
@@ -505,7 +506,8 @@ class Search:
         return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield an open input for each segment, reading the next segment in the background. The caller must close the inputs."""
+        """Yield an open input for each segment while reading the next segment in the background. The caller must close the
+        inputs."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -520,7 +522,8 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return each query's log odds that a segment matches. If a query has several questions, the lowest result is used."""
+        """Return the log odds that a segment matches, for each query. If a query has multiple questions, the lowest result is
+        used."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -534,7 +537,7 @@ class Search:
         return odds
 
     def _warn(self, encoded: EncodedInputs, queries: Sequence[str]) -> None:
-        """Collect a segment's warnings, except for "limited", because users do not choose the number of frames per segment."""
+        """Collect a segment's warnings, except "limited", because users do not choose the number of frames per segment."""
         loaded = self._session.loaded
         for name, facts in warned(encoded.report):
             if name != "limited":
@@ -549,7 +552,7 @@ class Search:
 
 
 def joined(moments: Sequence[Moment]) -> list[Moment]:
-    """Merge overlapping moments of a query. A merged moment has the score and the best time of the best moment in it."""
+    """Merge a query's overlapping moments. A merged moment has the score and best time of its best moment."""
     made: list[Moment] = []
     for moment in sorted(moments, key=lambda each: each.start_s):
         if made and moment.start_s <= made[-1].end_s:
@@ -564,7 +567,7 @@ def checked(queries: Sequence[str]) -> list[str]:
     """Validate the queries and return them as a list.
 
     Raises:
-        UsageError: There are no queries, or a query is not a string, is empty, or is repeated.
+        UsageError: There are no queries, or a query is not a string, is empty, or is duplicated.
     """
     if not isinstance(queries, Sequence):
         raise UsageError(f"the query is {brief(queries)}, not a string", 'for example "a red star"')
@@ -581,10 +584,10 @@ def checked(queries: Sequence[str]) -> list[str]:
 
 
 def questions_for(session: Session, options: FindOptions, query: str) -> Questions:
-    """Return the questions to ask about a segment in order to determine whether it matches a query.
+    """Return the questions to ask about a segment to determine whether it matches a query.
 
-    A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if it is
-    set. Otherwise, demo models are asked questions that they know, and all other models are asked `QUESTION`.
+    A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if set.
+    Otherwise, demo models are asked questions from their training, and all other models are asked `QUESTION`.
     """
     demo = session.loaded.demo
     questions: Questions
@@ -602,9 +605,9 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
 
 
 def first_tokens(tokenizer: Tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """Return the IDs of tokens with which the words for yes and no may begin, in lower case, upper case, or capitalized.
+    """Return the possible first token IDs of the words for yes and no, in lower case, upper case, or capitalized.
 
-    If a token can begin both words, it is left out.
+    Tokens that can begin both words are left out.
 
     Raises:
         UsageError: No token is left for one of the two words.

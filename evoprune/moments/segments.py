@@ -1,6 +1,6 @@
-"""Arithmetic for search.py: cuts a video into segments, and decides from their scores which segments are moments.
+"""Arithmetic for search.py: cuts a video into segments and determines from their scores which segments are moments.
 
-A segment's score is a probability. This module works with log odds instead, because they separate high and low scores more clearly.
+A segment's score is a probability. This module uses log odds instead, because they separate high and low scores more clearly.
 """
 
 import math
@@ -11,19 +11,19 @@ from statistics import median
 SEGMENT_S = 8.0  # default length of a segment, in seconds
 LEAST_PAIRS = 4  # minimum number of frame pairs per segment if neither a segment length nor a frame rate is set
 # A segment is considered a moment only if its log odds exceed the median over all segments by at least this many deviations. This
-# constant and the following constants were tuned on validation clips for both demo models. In most segments of these clips, the log
-# odds for "no" are 4 to 7.
+# and the following constants were tuned on validation clips for both demo models. In most segments of these clips, the log odds for
+# "no" are 4 to 7.
 DEVIATIONS = 4.0
 NORMAL_DEVIATION = 1.4826  # standard deviation of a normal distribution divided by its median absolute deviation
-LEAST_SCORE = 0.96  # segments with a lower score are never moments, no matter how much they stand out
-SURE_SCORE = 0.98  # segments with a higher score are always moments, even if most segments have such a high score
-# Segments whose log odds miss the threshold by at most this much are also scored by pieces, which may raise their score.
+LEAST_SCORE = 0.96  # segments with lower scores are never moments, no matter how much they stand out
+SURE_SCORE = 0.98  # segments with higher scores are always moments, even if most segments score this high
+# Segments with log odds below the threshold by at most this much are also scored by pieces, which may raise their score.
 MARGIN = 2.2
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video to ask about. Times are in seconds from the video's first frame."""
+    """A time span of a video to ask about. Times are in seconds from the video's first frame."""
 
     start_s: float
     end_s: float
@@ -36,7 +36,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of consecutive segments that match a query. The fields are the indices of the first, the best and the last segment."""
+    """A run of consecutive segments that match a query. The fields are the indices of the first, best, and last segments."""
 
     first: int
     best: int
@@ -52,9 +52,10 @@ def cut(
         start_s, end_s: Start and end of the span, in seconds.
         fps: Maximum number of frames per second.
         pair_tokens: Number of visual tokens per frame pair.
-        total_tokens: Maximum total number of tokens, or None for no limit. If necessary, the frame rate is lowered to meet it.
-        segment_s: Maximum length of a segment in seconds. If it is None, segments last `SEGMENT_S` seconds, or longer if
-            `total_tokens` would otherwise leave fewer than `LEAST_PAIRS` frame pairs per segment.
+        total_tokens: Maximum total number of tokens, or None for no limit. If necessary, the frame rate is reduced to meet the
+            limit.
+        segment_s: Maximum segment length in seconds. If None, segments last `SEGMENT_S` seconds, or longer if `total_tokens` would
+            otherwise leave fewer than `LEAST_PAIRS` frame pairs per segment.
     """
     length_s = end_s - start_s
     count = max(1, math.ceil(length_s / (segment_s or SEGMENT_S) - 1e-6))
@@ -86,7 +87,7 @@ def probability(odds: float) -> float:
 
 
 def least_odds(scores: Sequence[float]) -> float:
-    """Return the minimum log odds at which a segment stands out enough from the others to be considered a moment."""
+    """Return the minimum log odds for a segment to stand out enough to be considered a moment."""
     known = [score for score in scores if math.isfinite(score)]
     if not known:
         return log_odds(LEAST_SCORE)
@@ -97,7 +98,7 @@ def least_odds(scores: Sequence[float]) -> float:
 
 
 def runs(scores: Sequence[float], least: float) -> list[Run]:
-    """Join neighboring segments with scores of at least `least` into runs, and sort the runs by their best scores, best first."""
+    """Join adjacent segments with scores of at least `least` into runs, sorted by their best scores in descending order."""
     found: list[Run] = []
     for place, score in enumerate(scores):
         if score < least:
@@ -118,11 +119,11 @@ def border(
 
     Args:
         shown: Function that returns True if the frames around a given time show the moment.
-        outside_s: Time at which the search starts, in seconds. If the moment is shown at this time, this time is returned.
+        outside_s: Time at which the search starts, in seconds. It is returned unchanged if the moment is shown at this time.
         inside_s: Time at which the moment is shown, in seconds. It may be before or after `outside_s`.
         precision_s: Precision of the result, in seconds.
-        reach_s: Maximum distance in seconds between a frame and the time passed to `shown`. The border that was found is moved
-            inward by this distance.
+        reach_s: Maximum distance in seconds between a frame and the time passed to `shown`. The resulting border is moved inward by
+            this distance.
     """
     if shown(outside_s):
         return outside_s

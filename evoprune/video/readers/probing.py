@@ -104,8 +104,7 @@ def _probe(path: str, container: InputContainer) -> Video:
 
 
 def _is_joined(path: str, container: str, lengths: "_Lengths") -> bool:
-    """Return True if another file was appended to a file. FFmpeg ignores the second file or reads it with the first file's
-    header."""
+    """Return True if another file was appended to a file. FFmpeg ignores it or reads it with the first file's header."""
     if container in ffmpeg.JOINED:
         return False
     return lengths.restarts > 0 or another_follows(path, container, lengths.end)
@@ -222,8 +221,7 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
 
 @dataclass
 class _Lengths:
-    """A video's measured and specified durations, and information about clock restarts. For the fields, see `Video` and
-    `_Times`."""
+    """A video's measured and specified durations, and data on clock restarts. For the fields, see `Video` and `_Times`."""
 
     duration_s: float | None
     stated_s: float | None = None

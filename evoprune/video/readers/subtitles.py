@@ -180,8 +180,7 @@ def _check_times(text: str, name: str, file: str) -> None:
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Read a container's default text track; otherwise, its only text track. If there is neither, the result's `note` explains
-    why."""
+    """Read a container's default text track or, if there is none, its only text track. If this fails, `note` explains why."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]

@@ -303,8 +303,7 @@ class Scope:
         return self._stopped or (self._outer is not None and self._outer.stopped)
 
     def stop(self) -> None:
-        """Stop all reading in this scope immediately. Stopped is raised in any thread that is using or requests a worker
-        process."""
+        """Stop all reading in this scope immediately. Stopped is raised in any thread that uses or requests a worker process."""
         with _lock:
             self._stopped = True
             for worker in list(self._workers):
