@@ -1,4 +1,4 @@
-"""Batches, which answer many questions about many videos, on this machine or on Ray, and write a record for each answer.
+"""Batches, which answer many questions about many videos, either on this machine or on Ray, and write a record for each answer.
 
 The code that reads rows is also used by `evoprune eval`.
 """

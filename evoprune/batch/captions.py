@@ -1,7 +1,7 @@
-"""Caption files, which contain one video's answer each, in the layout that training on captioned videos requires.
+"""Caption files, each containing the answer for one video, in the layout required for training on captioned videos.
 
-A caption is written after the record of its video, and the record contains the caption's path. This way, a later run can tell which
-existing files are captions and which captions are still missing. This module does not import torch.
+A caption is written after its video's record, which contains the caption's path. This way, a later run can tell which existing
+files are captions and which captions are still missing. This module does not import torch.
 """
 
 import os
@@ -20,18 +20,18 @@ ENDING = ".txt"
 
 
 class Captions:
-    """The caption files of a batch.
+    """A batch's caption files.
 
-    Each caption has the same name as its video, with the ending .txt. If the videos are in different subfolders of a common folder,
-    the captions are in subfolders with the same names.
+    Each caption has the same name as its video, with the extension .txt. If the videos are in different subfolders of a common
+    folder, the captions are placed in subfolders with the same names.
 
     Args:
-        folder: The folder for the captions.
-        rows: All rows of the batch.
-        replaced: An output file that the batch will overwrite. Captions that are listed in its records may be replaced.
+        folder: Output folder for the captions.
+        rows: All rows in the batch.
+        replaced: Existing output file to be overwritten by the batch. Captions listed in its records may be replaced.
 
     Raises:
-        UsageError: If a row has more than one input or its input is a URL, or if two rows would have the same caption file.
+        UsageError: If a row has multiple inputs or a URL as its input, or if two rows would share a caption file.
     """
 
     def __init__(self, folder: str, rows: Sequence[Row], replaced: str | None = None):
@@ -54,14 +54,14 @@ class Captions:
             self._paths[row.id] = os.path.join(self._folder, name)
 
     def start(self, left: Iterable[Row], file: RecordFile) -> None:
-        """Check that captions can be written, and write any captions that an earlier run has not written.
+        """Check that captions can be written, and write any captions missing from an earlier run.
 
         Args:
-            left: The rows that have not been answered yet.
-            file: The output file with the records of the rows that have already been answered.
+            left: The unanswered rows.
+            file: The output file containing the records of rows that have already been answered.
 
         Raises:
-            UsageError: If a file that is not a caption already has the name of a caption, or if the folder is not writable.
+            UsageError: If an existing non-caption file has the same name as a caption, or if the folder is not writable.
         """
         for row in left:
             self._check(self._paths[row.id])
@@ -75,11 +75,11 @@ class Captions:
                 self._write(path, record["answer"])
 
     def of(self, row: Row) -> dict[str, str]:
-        """Return the caption's path as an entry for the `batch.files` object in the row's record."""
+        """Return the caption path as an entry for the `batch.files` object in the row's record."""
         return {"caption": self._paths[row.id]}
 
     def add(self, record: Report) -> None:
-        """Write the caption for a record that is already on disk. Failed rows get no caption.
+        """Write the caption for a record that is already on disk. Failed rows are skipped.
 
         Raises:
             UsageError: See `start`.
@@ -106,7 +106,7 @@ def _cannot_write(path: str, problem: OSError) -> UsageError:
 
 
 def _answered(path: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of answered rows from an output file. All other lines are skipped."""
+    """Yield the records of answered rows from an output file, skipping all other lines."""
     with open(path, "rb") as file:
         for line in file:
             try:

@@ -1,7 +1,7 @@
-"""The output file of a batch, which survives crashes and can be written by only one program at a time.
+"""A batch's output file, which survives crashes and can only be written by one program at a time.
 
-Records are appended as whole lines. There are no auxiliary files: each record contains its row and the settings, and the lock is on
-the output file itself. This module does not import torch.
+Records are appended as whole lines. There are no auxiliary files: each record contains its row and the settings, and the output
+file itself is locked. This module does not import torch.
 """
 
 import errno
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 OTHER_HINT = "name another file with -o, or remove this one"
-# Options that are always recorded. All other options are recorded only if their values differ from the defaults.
+# Options that are always recorded. All other options are recorded only if they differ from their defaults.
 RECORDED = (
     "model", "revision", "dtype", "quantize", "load_format", "budget", "method", "seed", "fps", "frames",
     "max_frames", "max_visual_tokens", "decoder", "seek", "max_new_tokens", "temperature", "top_p", "system",
@@ -38,9 +38,9 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """The options of a batch. The options `start_s` and `end_s` are not used, because each row has its own time span."""
+    """Options for a batch. `start_s` and `end_s` are not used, because each row has its own time span."""
 
-    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # names of the options that are always recorded
+    ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # names of options that are always recorded
 
     def load(
         self, progress: Callable[[int, int], None] | None = None, model: "ModelDescription | None" = None
@@ -49,7 +49,7 @@ class Settings(PipelineOptions):
 
         Args:
             progress: See `load_model`.
-            model: The description of the model, if it is already known.
+            model: The model description, if already known.
 
         Raises:
             EvopruneError: If loading fails; see `Session.load`.
@@ -60,7 +60,7 @@ class Settings(PipelineOptions):
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The groups of options that affect the answers: model, pruning, sampling and generation."""
+        """The option groups that affect the answers: model, pruning, sampling, and generation."""
         return self.model, self.pruning, self.sampling, self.generation
 
     def record(self) -> dict[str, Any]:
@@ -73,23 +73,23 @@ class Settings(PipelineOptions):
 
 
 class Line(Protocol):
-    """A record that can be written as a line of JSON."""
+    """A record that can be written as a JSON line."""
 
     def to_json(self, ascii_only: bool = False) -> str: ...
 
 
 @dataclass(frozen=True)
 class EarlierRecord:
-    """A record that an earlier run has written to the output file.
+    """A record written to the output file by an earlier run.
 
     Attributes:
-        row: The row's fields that affect the answer, and the expected answer.
+        row: The row fields that affect the answer, plus the expected answer.
         settings: The options of the batch that wrote the record.
         failed: Whether the row failed.
         start, end: The byte range [start, end) of the record in the file.
-        files: The states of the model's and the inputs' files when the record was written (see `Sources`), or empty if unknown.
-        revision: The commit of a hub model, or None if unknown.
-        after_tower_below: The record's value of `pruning.after_tower_below`, with null replaced by 0. None if the row failed.
+        files: The states of the model and input files when the record was written (see `Sources`). Empty if unknown.
+        revision: The commit of a Hub model, or None if unknown.
+        after_tower_below: The value of `pruning.after_tower_below` in the record, with null replaced by 0. None if the row failed.
     """
 
     id: str
@@ -104,10 +104,10 @@ class EarlierRecord:
 
 
 class Sources:
-    """The states (`file_state`) of the model's and the inputs' files at the start of the batch.
+    """The states (`file_state`) of the model and input files at the start of the batch.
 
-    They are compared with the states in earlier records to detect changes. None means that a state is unknown. Hub models, for
-    example, have no state, so each record contains the model's commit instead.
+    They are compared with the states in earlier records to detect changes. None means an unknown state. For example, Hub models
+    have no state, so each record contains the model's commit instead.
     """
 
     def __init__(self, settings: Settings):
@@ -120,15 +120,15 @@ class Sources:
         self._after_tower_below: int | None = None
 
     def of(self, row: Row) -> dict[str, Any]:
-        """Return the states of the model's and the row's files as JSON values, for the row's record."""
+        """Return the states of the model files and the row's input files as JSON values, for the row's record."""
         subtitles = row.subtitles_path or self._subtitles
         return {"model": self._model, "inputs": [self._input(path, subtitles) for path in row.paths]}
 
     def remaining(self, rows: Sequence[Row], earlier_records: Sequence[EarlierRecord]) -> list[Row]:
-        """Return the rows that still have to be answered, including rows that failed in an earlier run.
+        """Return the rows that still need to be answered, including rows that failed in an earlier run.
 
         Raises:
-            UsageError: If an earlier record has different settings, or if its row, its model or one of its inputs has changed.
+            UsageError: If an earlier record has different settings, or if its row, model, or inputs have changed.
         """
         by_id = {row.id: row for row in rows}
         now = rounded(self._settings.record())
@@ -149,10 +149,10 @@ class Sources:
         return [row for row in rows if row.id not in done]
 
     def _check(self, earlier: EarlierRecord, row: Row | None) -> None:
-        """Check that neither the model nor the inputs of an answered row have changed since an earlier record was written.
+        """Check that the model and inputs of an answered row have not changed since an earlier record was written.
 
         Raises:
-            UsageError: If any of them has changed.
+            UsageError: If the model or any of the inputs has changed.
         """
         if change := file_changes(earlier.files.get("model"), self._model):
             self._refuse(change)
@@ -168,9 +168,9 @@ class Sources:
                 raise UsageError(f"{shown(name)} has changed since row {row.id!r} was answered: {change}", hint)
 
     def check_revision(self, commit: str | None) -> None:
-        """Check that a hub model's commit is the same in all records.
+        """Check that a Hub model's commit is the same in all records.
 
-        Call this method for every record, whether it is new or comes from an earlier run.
+        Call this method for every record, including records from earlier runs.
 
         Raises:
             UsageError: If the commit differs from the commit in a previous record.
@@ -180,10 +180,10 @@ class Sources:
         self._revision = commit or self._revision
 
     def check_sizes(self, after_tower_below: int | None) -> None:
-        """Check that the size below which inputs are pruned only after the vision tower is the same in all records.
+        """Check that all records have the same size limit below which inputs are pruned only after the vision tower.
 
         Args:
-            after_tower_below: The size limit, in units. See `EarlierRecord`.
+            after_tower_below: The size limit in units. See `EarlierRecord`.
 
         Raises:
             UsageError: If the size limit differs from the limit in a previous record.
@@ -198,16 +198,17 @@ class Sources:
 
 
 def check_size_rule(run: str, before: int | None, now: int | None) -> None:
-    """Check that the size below which inputs are pruned only after the vision tower has not changed since a run was started.
+    """Check that the size limit below which inputs are pruned only after the vision tower has not changed during a run.
 
-    The size depends on the device, so it changes if a run is continued on another device.
+    The size limit depends on the device, so it changes if a run is resumed on a different device.
 
     Args:
-        run: A noun phrase for the run in the error message, such as "the output".
-        before, now: The two sizes, in units. 0 means that inputs of all sizes are treated alike, and None that the size is unknown.
+        run: A noun phrase that describes the run in the error message, such as "the output".
+        before, now: The two size limits in units. 0 means that inputs of all sizes are treated alike, and None means that the limit
+            is unknown.
 
     Raises:
-        UsageError: If the size has changed.
+        UsageError: If the size limit has changed.
     """
     if before is None or now is None or before == now:
         return
@@ -225,19 +226,19 @@ def _size_limit(units: int) -> str:
 class RecordFile:
     """An output file of records, one JSON object per line.
 
-    The constructor opens and locks the file without changing it. The first change is made by `begin`. Subclasses can override
-    `schema`, the schema of the records, and `noun`, the word for the run in messages.
+    The constructor opens and locks the file without modifying it. The first modification is made by `begin`. Subclasses can
+    override `schema`, the record schema, and `noun`, the word for the run in messages.
 
     Args:
-        path: The path of the file, or "-" for stdout. Stdout, pipes and files that are already open can only be written to, and
-            their attribute `regular` is False.
-        stdout: The stream to use for "-". The default is `sys.stdout`.
-        resume: Whether to keep the records of an existing file. They are then listed in `earlier_records`.
-        overwrite: Whether to discard the records of an existing file. If this and `resume` are both False, an existing file must be
+        path: The file path, or "-" for stdout. Stdout, pipes, and files that are already open are write-only, and their `regular`
+            attribute is False.
+        stdout: The stream to use for "-". Defaults to `sys.stdout`.
+        resume: Whether to keep the records of an existing file and list them in `earlier_records`.
+        overwrite: Whether to discard the records of an existing file. If both this and `resume` are False, an existing file must be
             empty.
 
     Raises:
-        UsageError: If the file cannot be written, already contains records, contains anything that is not a record, or is being
+        UsageError: If the file cannot be written, already contains records, contains anything other than records, or is being
             written by another program.
     """
 
@@ -248,7 +249,7 @@ class RecordFile:
         self.name = path
         self._stdout = stdout or sys.stdout
         self.earlier_records: list[EarlierRecord] = []
-        self.written = 0  # number of records that this run has written
+        self.written = 0  # number of records written by this run
         self._created = self._started = False
         given = path == STDOUT or path.startswith(OPEN_FILES)
         self.regular = not given and (os.path.isfile(path) or not os.path.exists(path))
@@ -273,16 +274,16 @@ class RecordFile:
         except BaseException:
             os.close(self._number)
             raise
-        # Write in another thread. Signals raise exceptions only in the main thread, so they cannot interrupt the writing of a line.
+        # Write in a separate thread. Signals raise exceptions only in the main thread, so they can't interrupt writing a line.
         self._writer = ThreadPoolExecutor(1)
 
     @property
     def resumable(self) -> bool:
-        """Whether a later run can append to the file and skip rows that have been answered."""
+        """Whether a later run can append to the file and skip answered rows."""
         return self.regular
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with a record of this schema, even an incomplete one."""
+        """Return True if the file begins with a complete or incomplete record of this schema."""
         head = self._head
         beginning = os.pread(self._number, len(head), 0).rstrip(b"\0")
         return bool(beginning) and head.startswith(beginning)
@@ -293,9 +294,9 @@ class RecordFile:
         return f'{{"schema":"{self.schema}",'.encode()
 
     def begin(self, again: Container[str] = ()) -> None:
-        """Prepare the file for new records by removing an incomplete last line and all records whose ids are in `again`.
+        """Prepare the file for new records by removing any incomplete last line and all records with IDs in `again`.
 
-        If the file was not opened with `resume`, all of its contents are removed.
+        If the file was opened without `resume`, all of its contents are removed.
         """
         self._started = True
         if self.regular:
@@ -306,7 +307,7 @@ class RecordFile:
         size = sum(record.end - record.start for record in kept)
         try:
             remove_unfinished(self.path)  # this is safe because this program holds the lock
-            if kept and kept[-1].end != size:  # records are also dropped from the middle, so truncating is not enough
+            if kept and kept[-1].end != size:  # records are also dropped from the middle, so truncating isn't enough
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
             if kept and os.pread(self._number, 1, size - 1) != b"\n":
@@ -315,10 +316,10 @@ class RecordFile:
             raise self._cannot_write(problem) from problem
 
     def add(self, record: Line) -> None:
-        """Append a record and sync it to disk. Signals and full disks never leave an incomplete line."""
+        """Append a record and sync it to disk. A signal or a full disk never leaves an incomplete line."""
         try:
             line = record.to_json().encode()
-        except UnicodeEncodeError:  # the record contains a path that is not valid Unicode
+        except UnicodeEncodeError:  # the record contains a path with invalid Unicode
             line = record.to_json(ascii_only=True).encode()
         self._writer.submit(self._write, line + b"\n").result()
 
@@ -355,7 +356,7 @@ class RecordFile:
                 self._created = False
             try:
                 self._lock(number)
-                # The previous holder of the lock may have replaced or deleted the file, so check that it is still the same.
+                # The previous lock holder may have replaced or deleted the file, so check that it is still the same file.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(number), os.stat(self.path)):
                     return number
             except BaseException:
@@ -374,7 +375,7 @@ class RecordFile:
             hint = "wait until it is done, or choose another -o"
             raise UsageError(f"another {self.noun} is writing {self.name}", hint) from problem
         except OSError as problem:
-            # These error numbers mean that the file system does not support locks.
+            # These error numbers mean that the file system does not support locking.
             if problem.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
 
@@ -397,7 +398,7 @@ class RecordFile:
                     failed = record["error"] is not None
                     stated = {"seek": "exact"} | about[
                         "settings"
-                    ]  # records from earlier versions do not contain `seek`, because there was only one mode
+                    ]  # records from earlier versions don't contain `seek`, because there was only one mode
                     if stated != settings:  # records usually have the same settings, so they share a single dict
                         settings = stated
                     files = dict(about.get("files") or {})
@@ -420,7 +421,7 @@ class RecordFile:
         return records
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
-        """Atomically replace the file with a locked copy that contains only these records. Returns the copy's file descriptor."""
+        """Atomically replace the file with a locked copy containing only these records. Returns the copy's file descriptor."""
         number, place = create_unfinished(self.path)
         try:
             self._lock(number)
@@ -444,10 +445,10 @@ class RecordFile:
 
 
 def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
-    """Return True if a line is a record that was cut off by a crash, rather than something else.
+    """Return True if a line is a record that was truncated by a crash, rather than something else.
 
     Every record begins with `head`. After a crash, the end of the line may consist of zero bytes. If the line follows a complete
-    record (`follows`), it may even consist of zero bytes only.
+    record (`follows`), it may even consist entirely of zero bytes.
     """
     content = line.rstrip(b"\0")
     if line.endswith(b"\n") or not (content or follows):

@@ -1,7 +1,7 @@
 """Batches on a Ray cluster, with one worker per GPU, or one per node if there are no GPUs.
 
-The program that starts the batch also writes the output. If a worker dies, it is replaced, and its span is attempted again, up to
-three times in total.
+The program that starts the batch also writes the output. If a worker dies, it is replaced and its span is retried, for up to three
+attempts in total.
 """
 
 import json
@@ -24,17 +24,17 @@ from evoprune.language import Turn
 from evoprune.report import Report
 
 INSTALL = "pip install 'evoprune[ray]'"
-TRIES = 3  # maximum number of attempts to answer a span
+TRIES = 3  # maximum number of attempts per span
 
 
 class WorkerDied(EvopruneError):
-    """Raised if a worker died in every attempt to answer a span."""
+    """Raised if a worker died in every attempt at a span."""
 
     type = "worker_died"
 
 
 class RemoteError(EvopruneError):
-    """An error that was raised in another process and rebuilt from its JSON record."""
+    """An error from another process, rebuilt from its JSON record."""
 
     def __init__(self, error: dict[str, Any]):
         super().__init__(error["message"], error["hint"], stage=error["stage"])
@@ -55,10 +55,10 @@ def answers_on_ray(
     Args:
         spans: The rows, in groups that share an encoding.
         settings: The options of the batch.
-        address: The address of a cluster, such as "auto". None uses the address in RAY_ADDRESS, or starts a new cluster on this
-            machine if that variable is not set.
+        address: The cluster address, such as "auto". None uses the address from RAY_ADDRESS or, if that variable is not set, starts
+            a new cluster on this machine.
         cache: Whether each node uses its own local disk cache.
-        on_ready: Called once the program is connected to the cluster.
+        on_ready: Called once the program has connected to the cluster.
 
     Raises:
         UsageError: If Ray is not installed, or no cluster can be reached.
@@ -72,7 +72,7 @@ def answers_on_ray(
             if error := json.loads(line).get("broken"):
                 raise RemoteError(error)
             record = Report.from_json(line)
-            if record.id in left:  # if a span is retried, its records arrive again
+            if record.id in left:  # if a span is retried, some records arrive twice
                 left.remove(record.id)
                 yield record
     if left:
@@ -80,7 +80,7 @@ def answers_on_ray(
 
 
 def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]) -> Iterator[str]:
-    """Answer the spans on the cluster, and yield the workers' records as lines of JSON in the order of arrival."""
+    """Answer the spans on the cluster, and yield the workers' records as JSON lines in order of arrival."""
     workers, share = _workers(ray, settings.model.device)
     # Use one block per span, so that only the current span is lost if a worker dies.
     rows = [{"span": json.dumps([asdict(row) for row in span.rows])} for span in spans]
@@ -97,13 +97,13 @@ def _lines(ray, spans: Sequence[Span], settings: Settings, where: dict[str, Any]
 
 
 def _workers(ray, device: str) -> tuple[int, dict[str, float]]:
-    """Return the number of workers and the resources per worker: a GPU, or as many cores as the smallest node has."""
+    """Return the number of workers and the resources per worker: one GPU, or the number of cores on the smallest node."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return DeviceName(device).cluster_share(int(ray.cluster_resources().get("GPU", 0)), cores)
 
 
 class Tries:
-    """Counts the attempts to answer each span. It runs as a separate Ray actor, so it stays alive when workers die."""
+    """Counts the attempts to answer each span. It runs as a separate Ray actor, so it survives when workers die."""
 
     def __init__(self):
         self._made = Counter()
@@ -114,7 +114,7 @@ class Tries:
 
 
 class Worker:
-    """A Ray worker, which loads the model and answers spans. Each worker is a separate process on one of the nodes."""
+    """A Ray worker that loads the model and answers spans. Each worker is a separate process on one of the nodes."""
 
     def __init__(self, settings: Settings, folder: str, cache: bool, tries):
         self._settings = settings
@@ -149,7 +149,7 @@ class Worker:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    """Rebuild a row from its JSON form, in which tuples have become lists."""
+    """Rebuild a row from its JSON representation, in which tuples have become lists."""
     lists = {name: tuple(fields[name]) for name in ("inputs", "paths", "options", "groups")}
     return Row(**fields | lists | {"earlier": tuple(Turn(**turn) for turn in fields["earlier"])})
 
@@ -174,7 +174,7 @@ def _cluster(address: str | None):
     with redirect_stdout(sys.stderr):
         try:
             with _process_state_kept():
-                # Without an address, Ray would look for the latest cluster on this machine. If that no longer exists, Ray hangs.
+                # Without an address, Ray would look for the latest cluster on this machine and hang if it no longer exists.
                 where = address or os.environ.get("RAY_ADDRESS") or "local"
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as problem:
@@ -192,7 +192,7 @@ def _cluster(address: str | None):
 def _process_state_kept():
     """Undo changes that Ray makes to this process: restore the SIGTERM handler and the environment.
 
-    Within the context, Ray's usage reporting is disabled for new clusters, unless RAY_USAGE_STATS_ENABLED is set.
+    Within the context, Ray's usage reporting is disabled for new clusters unless RAY_USAGE_STATS_ENABLED is set.
     """
     handler = signal.getsignal(signal.SIGTERM)
     variable = "RAY_USAGE_STATS_ENABLED"

@@ -1,6 +1,6 @@
 """Rows, which are questions about videos and images.
 
-Rows are read from a JSONL or CSV file, or created by pairing each video with each question. This module does not import torch.
+Rows are read from a JSONL or CSV file or created by pairing each video with each question. This module does not import torch.
 """
 
 import csv
@@ -38,7 +38,7 @@ from evoprune.util import (
 from evoprune.video import Folder, SamplingOptions
 
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
-# The fields of a row. Only evaluations use `type` and `groups`, but a batch accepts files that contain them.
+# The fields of a row. Only evaluations use `type` and `groups`, but batches accept files that contain them.
 FIELDS = (
     "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
     "subtitles", "messages", "answer", "type", "groups",
@@ -51,8 +51,8 @@ ALIASES = {
 LONGEST_PATH = 4096  # characters
 LIST_COLUMNS = ("inputs", "options", "groups")  # CSV columns whose cells contain lists, with entries separated by |
 ENDINGS_HINT = f"names of videos and images end in {', '.join((*Folder.VIDEOS, *Folder.IMAGES))}"
-# A line of an input file: the word "line", or "row" for an entry of a JSON array; the one-based number; and the fields, or an error
-# if they are invalid.
+# A line in an input file: the word "line", or "row" for a JSON array element; the one-based number; and the fields, or an error if
+# they are invalid.
 Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
@@ -60,10 +60,10 @@ Line = tuple[str, int, dict[str, Any] | ValueError]
 class Row:
     """A question about one or more videos and images, optionally limited to a time span of the videos."""
 
-    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the labels of a question's options
+    LETTERS: ClassVar[str] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # labels for a question's options
 
     id: str  # identifies the row in the results
-    inputs: tuple[str, ...]  # the paths of the videos and images as the user wrote them
+    inputs: tuple[str, ...]  # the paths of the videos and images as specified by the user
     paths: tuple[str, ...]  # the same inputs as paths that can be opened
     question: str
     start_s: float = 0.0  # start of the time span in seconds; a negative value counts from the end
@@ -74,7 +74,7 @@ class Row:
     max_new_tokens: int | None = None
     options: tuple[str, ...] = ()  # the possible answers; empty for an open-ended question
     scored: bool = False  # whether to choose the most probable option instead of asking for a letter
-    subtitles: str | None = None  # subtitles as the user wrote them; None means the batch's subtitles
+    subtitles: str | None = None  # subtitles as specified by the user; None means the batch's subtitles
     subtitles_path: str | None = None  # the same subtitles as a path that can be opened
     earlier: tuple[Turn, ...] = ()  # the earlier turns, if the question continues a conversation
     # The expected answer. If there are `options`, it is one of them. A batch copies it to the output, and an evaluation compares
@@ -82,7 +82,7 @@ class Row:
     answer: Any = None
     type: str | None = None  # the row's category in an evaluation
     groups: tuple[str, ...] = ()  # additional categories
-    # The original fields, as pairs of a name and a value, which an output table repeats.
+    # The original fields as (name, value) pairs, which are repeated in an output table.
     cells: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """The text for the model: the question, followed by its lettered options in lmms-eval's wording.
+        """The text for the model: the question followed by its lettered options, worded as in lmms-eval.
 
         If the options are scored by probability, they are not part of the prompt.
         """
@@ -103,7 +103,7 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The fields that affect the model's answer, as JSON values."""
+        """Fields that affect the model's answer, as JSON values."""
         about = {"video": self.video}
         if len(self.inputs) > 1:
             about = {"inputs": list(self.inputs)}
@@ -115,14 +115,14 @@ class Row:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingOptions` that this row sets."""
+        """Fields of `SamplingOptions` set by this row."""
         numbers = {"fps": self.fps, "frames": self.frames, "frame_rate": self.frame_rate}
         own = numbers | {"subtitles": self.subtitles_path}
         span = {"start_s": self.start_s, "end_s": self.end_s}
         return span | {name: value for name, value in own.items() if value is not None}
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
-        """Return a copy of `usual`, the batch's options, in which values from this row take precedence."""
+        """Return a copy of the batch's options (`usual`), overridden with any values from this row."""
         own = {}
         if self.max_new_tokens is not None:
             own["max_new_tokens"] = self.max_new_tokens
@@ -131,10 +131,10 @@ class Row:
         return replace(usual, **own)
 
     def with_scored_options(self) -> Self:
-        """Return a copy of the row for which the model chooses the most probable option.
+        """Return a copy of the row in which the model chooses the most probable option.
 
         Raises:
-            UsageError: If the row has no options, or two options are the same.
+            UsageError: If the row has no options or has duplicate options.
         """
         if not self.options:
             raise UsageError(f"row {shown(self.id)} has no options to choose from", "give each row a list of options")
@@ -146,13 +146,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Span:
-    """One or more rows with the same inputs, time span, frames and subtitles, so that their inputs are encoded only once."""
+    """One or more rows with the same inputs, time span, frames, and subtitles, so that their inputs are encoded only once."""
 
     rows: tuple[Row, ...]
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingOptions` that these rows set."""
+        """Fields of `SamplingOptions` set by these rows."""
         return self.rows[0].sampling
 
     @classmethod
@@ -173,9 +173,9 @@ class RowReader:
         fields: The hint for errors in a row's fields.
         file: The hint for errors in the file.
         passes_on: Whether unknown fields are copied to the output.
-        numbered: Whether a row without an id gets its line number as the id. If False, the id is a digest of the row's contents.
-        complete: A function that takes a row and its fields, and returns the completed row. It raises ValueError to reject the row.
-        start_s, end_s: The time span, in seconds, of rows that do not set one themselves.
+        numbered: Whether rows without an ID use their line number as the ID. If False, the ID is a digest of the row's contents.
+        complete: A function that takes a row and its fields and returns the completed row. It raises ValueError to reject the row.
+        start_s, end_s: The default time span in seconds, for rows that do not set their own.
     """
 
     # The optional fields, as listed in hints.
@@ -193,7 +193,7 @@ class RowReader:
     end_s: float | None = None
 
     def load(self, path: str) -> list[Row]:
-        """Read the rows of a JSONL or CSV file. Paths in the file are relative to the file's folder.
+        """Read rows from a JSONL or CSV file. Paths in the file are relative to the file's folder.
 
         Raises:
             UsageError: If the file cannot be read. See `read` for other errors.
@@ -206,11 +206,11 @@ class RowReader:
         return self._parsed(content, path, os.path.dirname(path))
 
     def read(self, file: BinaryIO, name: str, folder: str = "") -> list[Row]:
-        """Read the rows of an open file. Paths in the file are relative to `folder`.
+        """Read rows from an open file. Paths in the file are relative to `folder`.
 
         Raises:
-            UsageError: If there are no rows, a row is invalid, or two rows have the same id. The message lists the first invalid
-                rows and says how many more there are.
+            UsageError: If there are no rows, a row is invalid, or two rows have the same ID. The message lists the first invalid
+                rows and the number of remaining invalid rows.
         """
         return self._parsed(read_all(file, name, self.file), name, folder)
 
@@ -226,14 +226,13 @@ class RowReader:
         """Create a row for each combination of a video and a question.
 
         Args:
-            videos: The paths of videos and of folders. A folder of videos is replaced by the videos in it.
-            questions: The questions to ask about every video.
+            videos: Paths of videos and folders. A folder of videos is replaced with the videos in it.
+            questions: Questions to ask about each video.
             recursive: Whether to search subfolders as well.
-            images: Whether to include the images in a folder of videos. Images with the same name as a video are never
-                included.
+            pictures: Whether to include images from a folder of videos. Images with the same name as a video are never included.
 
         Raises:
-            UsageError: If any video, question or time span is invalid. The message lists all problems.
+            UsageError: If any video, question, or time span is invalid. The message lists all problems.
         """
         problems = Problems()
         videos = list(in_folders(videos, problems, recursive, pictures))
@@ -254,8 +253,8 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
     """Parse lines into rows.
 
     Args:
-        name: The name of the file, or an empty string if there is no file.
-        folder: The folder to which paths in the rows are relative.
+        name: The file name, or an empty string if there is no file.
+        folder: The base folder for relative paths in the rows.
 
     Raises:
         UsageError: If any row is invalid.
@@ -291,7 +290,7 @@ def _rows(lines: Iterable[Line], name: str, folder: str, reader: RowReader) -> l
 
 
 def _describe_fields(unused: Counter) -> str:
-    """List the unused fields with the number of rows that have them, and suggest the correct name if one looks like a typo."""
+    """List the unused fields with the number of rows that contain them, and suggest the correct name for likely typos."""
     texts = []
     for name, count in unused.items():
         text = f"{shorten(name, 40)} in {counted(count, 'row')}"
@@ -343,7 +342,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         answer=fields.get("answer"),
         **numbers,
     )
-    # The next two lines only check values: they raise an error if a value is out of range.
+    # The next two lines only validate values, raising an error if a value is out of range.
     row.generation(GenerationOptions())
     SamplingOptions(**row.sampling)
     row = reader.complete(row, fields)
@@ -357,7 +356,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
 
 
 def _turns_and_question(fields: dict[str, Any]) -> tuple[tuple[Turn, ...], str]:
-    """Return the earlier turns of a row's conversation, and its question: the `question` field or the last of the `messages`."""
+    """Return the earlier turns of a row's conversation and its question: the `question` field or the last message in `messages`."""
     if "messages" not in fields:
         return (), _text(fields.get("question"), "question")
     messages = fields["messages"]
@@ -383,10 +382,10 @@ def _cell(value: Any) -> str:
 
 
 def _path(folder: str, text: str) -> str:
-    """Convert a path from a row to one that can be opened, relative to `folder`. Supports ~, file: URLs and web URLs.
+    """Resolve a path from a row relative to `folder`, so that it can be opened. Supports ~, file: URLs, and web URLs.
 
     Raises:
-        ValueError: If no file can have this name.
+        ValueError: If the path is not a valid file name.
     """
     if is_url(text):
         return text
@@ -414,7 +413,7 @@ def _must(condition: bool, problem: str) -> None:
 
 
 def _options(options: Any) -> tuple[str, ...]:
-    """Check a question's options, and remove any letters in front of them, because the prompt adds its own letters."""
+    """Validate a question's options and remove any leading letters, because the prompt adds its own letters."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
     _must(right, f"options is not a list of 2 to {len(Row.LETTERS)} texts")
     options = tuple(_text(option, "option") for option in options)
@@ -452,7 +451,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """Convert the value of a numeric field, which is a string in a CSV file. Returns None if the row does not have the field."""
+    """Convert the value of a numeric field, which is a string in a CSV file. Returns None if the field is missing."""
     number = value
     if isinstance(value, str):
         for read in (float, kind):
@@ -477,7 +476,7 @@ def _seconds(value: Any, name: str) -> float | None:
 
 
 class Problems:
-    """Collects problems with the videos and rows of a batch, so that a single error can report all of them with hints."""
+    """Collects problems with a batch's videos and rows, so that a single error can report all of them with hints."""
 
     def __init__(self):
         self._found: list[tuple[str, str]] = []
@@ -487,10 +486,10 @@ class Problems:
 
     @contextmanager
     def noting(self, place: str, hint: str) -> Iterator[None]:
-        """Collect an error that is raised in a `with` block, instead of letting it propagate.
+        """Collect an error raised in a `with` block instead of letting it propagate.
 
         Args:
-            place: Text in front of the error message, such as the file and line.
+            place: Prefix for the error message, such as the file and line.
             hint: The hint to use if the error has no hint of its own.
         """
         try:
@@ -502,9 +501,8 @@ class Problems:
         """Raise an error if any problems have been collected.
 
         Args:
-            videos: The paths of the inputs. Each value says where in the file the path is used. Missing files are added to the
-                error.
-            name: The name of the file that contains the rows, which the message mentions only once.
+            videos: A mapping from input paths to their locations in the file. Missing input files are added to the error.
+            name: The name of the file that contains the rows, which is mentioned only once in the message.
 
         Raises:
             UsageError: If a problem has been collected. The message lists all problems and all missing files.
@@ -533,10 +531,10 @@ def folders_below(folder: str) -> Iterator[str]:
 
 
 def in_folder(folder: str, pictures: bool = False) -> list[str]:
-    """Return the videos in a folder, and its images if `pictures` is True, in natural order of their names.
+    """Return the videos in a folder, plus the images if `pictures` is True, in natural order of their names.
 
     An image with the same name as a video is skipped, because it is probably a thumbnail. HEIC and AVIF files are not skipped,
-    because in a Live Photo the file is the photo itself. The video next to it is then a separate input.
+    because in a Live Photo, they are the actual photo. In this case, the video next to the photo is a separate input.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -553,15 +551,15 @@ def in_folder(folder: str, pictures: bool = False) -> list[str]:
 def in_folders(
     videos: Iterable[str], problems: Problems, recursive: bool = False, pictures: bool = False
 ) -> Iterator[str]:
-    """Yield the given videos, replacing folders of videos by the files in them, in natural order.
+    """Yield the given videos, replacing folders of videos with the files in them, in natural order.
 
-    A folder of images is treated as a single video. If a folder contains more videos than images, its images are skipped, unless
+    A folder of images is treated as a single video. If a folder contains more videos than images, its images are skipped unless
     `pictures` is True (see `in_folder`).
 
     Args:
         videos: The paths of videos and of folders.
-        problems: Collects an error for each folder that is neither clearly a folder of videos nor a folder of images.
-        recursive: Whether to search subfolders as well. Subfolders without videos and images are skipped.
+        problems: Collects an error for each folder that is neither clearly a folder of videos nor clearly a folder of images.
+        recursive: Whether to search subfolders as well. Subfolders without videos or images are skipped.
     """
     for video in videos:
         if not os.path.isdir(video):
@@ -600,7 +598,7 @@ def in_folders(
 def has_inputs(folder: str, pictures: bool) -> bool:
     """Return True if a folder directly contains videos or images.
 
-    Also returns True if the folder cannot be read, so that the error is reported later. For `pictures`, see `in_folder`.
+    Also returns True if the folder is not readable, so that the error is reported later. For `pictures`, see `in_folder`.
     """
     try:
         inside = Folder(folder)
@@ -610,14 +608,14 @@ def has_inputs(folder: str, pictures: bool) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Describe which entries of a folder are not used as inputs, in one line. Returns an empty string if there are none.
+    """Describe, in one line, the folder entries that are not used as inputs. Returns an empty string if there are none.
 
     Hidden files are not mentioned. In a folder of images, only subfolders are mentioned.
 
     Args:
-        video: The path of the folder. For other paths, the result is an empty string.
-        images: Whether images in a folder of videos are used. See `RowReader.pairs`.
-        hint: Text that says how to search the subfolders of a folder of images.
+        video: The folder path. For non-folder paths, the result is an empty string.
+        pictures: Whether images in a folder of videos are used. See `RowReader.pairs`.
+        hint: Text that explains how to search the subfolders of a folder of images.
     """
     if not os.path.isdir(video):
         return ""
@@ -640,12 +638,12 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
 
 
 def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
-    """Yield the non-empty lines of a file of JSON lines, a JSON array or CSV. The first character determines the format.
+    """Yield the non-empty lines of a JSON Lines, JSON array, or CSV file. The first character determines the format.
 
     In a CSV file, empty cells are treated as missing, and the case of column names does not matter.
 
     Raises:
-        UsageError: If the contents are not UTF-8, an array is not valid JSON, or the header of a CSV file lacks a required column.
+        UsageError: If the contents are not UTF-8, an array is not valid JSON, or a CSV header lacks a required column.
     """
     if content.startswith(LFS):
         raise UsageError(f"{name} is a git-lfs pointer", LFS_HINT)
@@ -670,7 +668,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
 
 
 def _object_of(line: str) -> dict[str, Any] | ValueError:
-    """Parse a line as a JSON object. If this fails, the error is returned instead of raised, so that it can be reported later."""
+    """Parse a line as a JSON object. If parsing fails, the error is returned instead of raised so that it can be reported later."""
     try:
         return _object(loads(line, once=True))
     except json.JSONDecodeError as problem:
@@ -707,5 +705,5 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                 cells = ValueError("more cells than the header")
             yield "line", reader.line_num, cells
     except csv.Error as problem:
-        # `line_num` counts only the lines that were read completely.
+        # `line_num` counts only completely read lines.
         yield "line", reader.line_num + 1, ValueError(str(problem))

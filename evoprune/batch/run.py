@@ -1,4 +1,4 @@
-"""The loop that answers the rows of a batch on this machine, while the next videos are prefetched (session/upcoming.py)."""
+"""The loop that answers a batch's rows on this machine while the next videos are prefetched (session/upcoming.py)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -34,10 +34,10 @@ def answers(
         spans: The rows, in groups that share an encoding.
         settings: The options of the batch.
         cache: The disk cache for encoded inputs, or None.
-        on_failure: Called with the exception if a row or its inputs fail.
+        on_failure: Called with the exception whenever a row or its inputs fail.
         ahead: A prefetch that may already have read the first inputs, or None.
-        progress: See `session.encoding.OpenInputs.encode`. Spans report their progress one after another.
-        on_wait: Called after each encoding with the time, in seconds, that it spent waiting for reading and preprocessing.
+        progress: See `session.encoding.OpenInputs.encode`. Spans report their progress sequentially.
+        on_wait: Called after each encoding with the time spent waiting for reading and preprocessing, in seconds.
     """
 
     def opened(span: Span, cores: int | None) -> OpenInputs:
@@ -55,7 +55,7 @@ def answers(
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
-    """Return the record for a row that could not be answered. `error` is the error as a JSON record."""
+    """Return the record for a failed row. `error` is the error as a JSON record."""
     report = Report(question=row.prompt, finish_reason="error", error=error)
     name_inputs(report, [without_password(name) for name in row.inputs])
     return _with_row(report, row, settings)
@@ -91,7 +91,7 @@ def _answer_span(
         if row.earlier:
             asked = encoded.chat(generation.system, Turn.to_messages(row.earlier))
         answer = asked.ask(row.prompt, **vars(generation))
-        str(answer)  # generates the whole answer
+        str(answer)  # generates the entire answer
         return answer.report
 
     encoded, error = _attempt(encode, on_failure)
@@ -106,9 +106,9 @@ def _answer_span(
 
 
 def _attempt(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:
-    """Call `work` and return its result, or its error in the format that records use.
+    """Call `work` and return its result, or its error in the record format.
 
-    When this function returns, the exception and all memory that it referenced have been freed.
+    When this function returns, the exception and all memory referenced by it have been freed.
     """
     try:
         return work(), None

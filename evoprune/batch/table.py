@@ -1,4 +1,4 @@
-"""The output of a batch as a CSV table, which repeats every row and adds its answer or error. Does not import torch."""
+"""Batch output as a CSV table, which repeats each row and adds its answer or error. This module does not import torch."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ class TableFile(RecordFile):
     """A CSV output file (RFC 4180, UTF-8, comma-separated). Rows are appended and synced to disk one at a time.
 
     The table contains the input's columns in order of first appearance, followed by `COLUMNS`. If an input column has the same name
-    as one of `COLUMNS`, it gets the prefix `row_`. A table cannot be resumed, because it does not contain the batch's settings.
+    as one of `COLUMNS`, it is prefixed with `row_`. A table cannot be resumed, because it does not contain the batch's settings.
 
     Raises:
         UsageError: If `resume` is True. For other errors, see `RecordFile`.
@@ -36,7 +36,7 @@ class TableFile(RecordFile):
 
     @staticmethod
     def is_meant(path: str) -> bool:
-        """Return True if an output path has the ending .csv. Stdout and files that are already open never become CSV tables."""
+        """Return True if an output path has the extension .csv. Stdout and files that are already open never become CSV tables."""
         return path.lower().endswith(ENDING) and path != STDOUT and not path.startswith(OPEN_FILES)
 
     @property
@@ -56,7 +56,7 @@ class TableFile(RecordFile):
         self._append([*titles, *COLUMNS])
 
     def add(self, record: Report) -> None:
-        """Append a row and sync it to disk. Signals and full disks never leave an incomplete row."""
+        """Append a row and sync it to disk. A signal or a full disk never leaves an incomplete row."""
         cells = self._rows[record.id]
         tokens = record.tokens
         total = record.time_ms.total
@@ -74,12 +74,12 @@ class TableFile(RecordFile):
     def _append(self, cells: Sequence) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(cells)
-        # Characters of a path that are not valid Unicode are written as escapes.
+        # Invalid Unicode characters in a path are written as escape sequences.
         self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
-        self.written -= 1  # undo the increment in `_write`, because only `add` should count records
+        self.written -= 1  # undo the increment in `_write`, because records should be counted only by `add`
 
     def _is_own(self) -> bool:
-        """Return True if the file begins with the header of a batch's CSV table. The rows after it may be missing or incomplete."""
+        """Return True if the file begins with the header of a batch's CSV table. Subsequent rows may be missing or incomplete."""
         with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
             head = next(csv.reader(file), [])
         return tuple(head[-len(COLUMNS) :]) == COLUMNS

@@ -23,8 +23,7 @@ def release_omp_threads() -> None:
 
 
 def use_one_omp_thread() -> None:
-    """Limit elementwise operations in the current thread, such as scaling, to one OpenMP thread. Matrix products are not
-    affected."""
+    """Limit elementwise operations in the current thread, such as scaling, to one OpenMP thread. Matrix products are unaffected."""
     torch.get_num_threads()  # initializes torch's thread count for this thread, which would otherwise overwrite the 1 later
     if library := _openmp():
         library.omp_set_num_threads(1)

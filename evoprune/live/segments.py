@@ -1,4 +1,4 @@
-"""Encodes a segment of a longer video, skipping units that have not changed since the previous segment.
+"""Encodes a segment of a longer video, skipping units that are unchanged since the previous segment.
 
 An unchanged unit does not get a new row. Instead, it is represented by the row that represented the same frame position at the end
 of the previous segment. In every layer, the current segment's rows also attend to the keys and values of these earlier rows. After

@@ -83,7 +83,7 @@ class Window:
     whole: int  # number of tokens before thinning
     # int64 `[C]`: column ranks. Columns with rank 0 are dropped last. Text has the lowest rank among the columns of its frame pair.
     order: torch.Tensor
-    visual: torch.Tensor  # bool `[C]`: True for columns that are visual tokens
+    visual: torch.Tensor  # bool `[C]`: True for visual token columns
     ids: torch.Tensor  # int64: distinct token IDs in the window's unpruned prompt, for the repetition penalty
 
     @property
@@ -118,7 +118,7 @@ class PriorityLock:
 
     def __init__(self):
         self.lock = RLock()  # for work without priority
-        self.generating = False  # True once the question has been prefilled, which allows the encoder to run between tokens
+        self.generating = False  # True after the question has been prefilled, so the encoder may run between tokens
         self._calm = Event()
         self._calm.set()
 
@@ -218,9 +218,7 @@ class VideoStream(Askable):
         self._following = 0  # position after the latest window, relative to the start of the stream
         self._latest: EncodedInput | None = None  # encoding of the latest finished window
         self._earlier: Earlier | None = None  # state for encoding the next window
-        self._unfinished: EncodedWindow | None = (
-            None  # the unfinished window as seen by the latest question
-        )
+        self._unfinished: EncodedWindow | None = None  # the unfinished window as seen by the latest question
         self._count = self._done = 0  # number of frames used so far, and the slot after the last finished window
         self._open: int | None = None  # turn number of the answer being generated
         self._problem: str | None = None
@@ -345,7 +343,7 @@ class VideoStream(Askable):
                     self._read_waiting(polite=True)
 
     def close(self) -> None:
-        """Free the stream's memory and stop any answer that is being generated."""
+        """Free the stream's memory and stop any answer being generated."""
         self._problem = self._problem or "the stream is closed"  # if the encoder is running, stops it at its next layer
         with self._feeding, self._lock.lock:
             self._turn += 1
@@ -501,7 +499,7 @@ class VideoStream(Askable):
         self._check_open()
 
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
-        """Prefill the windows that are waiting in the queue.
+        """Prefill the queued windows.
 
         Args:
             polite: Whether to stop as soon as a question is waiting.

@@ -52,9 +52,7 @@ Progress = Callable[[str, int, int], None]
 QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
 PIECE_FRAMES = 4  # number of frames per piece; scoring pieces of a segment locates the borders of a moment
-PIECES = (
-    4  # number of pieces per segment, or per piece that is sampled below the model's frame rate
-)
+PIECES = 4  # number of pieces per segment, or per piece that is sampled below the model's frame rate
 # The first and last pieces of a moment usually show it only partially. The border is assumed to lie inside such a piece, at this
 # fraction of the piece's length.
 REACH = 0.2
@@ -90,8 +88,8 @@ class Search:
     Attributes:
         segments: All segments to be scored.
         tokens: Total number of visual tokens in all segments before pruning.
-        asked: Number of segments scored so far.
-        unread: Number of unreadable segments so far.
+        asked: Number of segments processed so far.
+        unread: Number of these segments that were unreadable.
         warnings: A dict that maps warning names to facts about the affected video.
 
     Raises:
@@ -506,8 +504,7 @@ class Search:
         return found
 
     def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
-        """Yield an open input for each segment while reading the next segment in the background. The caller must close the
-        inputs."""
+        """Yield an open input for each segment, reading the next segment in the background. The caller must close the inputs."""
         following: OpenInput | None = None
         try:
             for number, segment in enumerate(segments):
@@ -522,8 +519,7 @@ class Search:
                 following.close()
 
     def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
-        """Return the log odds that a segment matches, for each query. If a query has multiple questions, the lowest result is
-        used."""
+        """Return the log odds that a segment matches each query. If a query has multiple questions, the lowest result is used."""
         encoded = EncodedInputs(self._session, [opened.encode()])
         self._warn(encoded, queries)
         odds = {}
@@ -587,7 +583,7 @@ def questions_for(session: Session, options: FindOptions, query: str) -> Questio
     """Return the questions to ask about a segment to determine whether it matches a query.
 
     A query that ends with a question mark is asked unchanged. For any other query, the prompt from the options is used if set.
-    Otherwise, demo models are asked questions from their training, and all other models are asked `QUESTION`.
+    Otherwise, demo models are asked questions that they know, and all other models are asked `QUESTION`.
     """
     demo = session.loaded.demo
     questions: Questions

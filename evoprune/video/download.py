@@ -19,7 +19,7 @@ from evoprune.video.temporary import temporary_file
 TIMEOUT_S = 20.0  # timeout for connecting and for each read
 MAX_BYTES = 8 * 2**30
 MAX_REDIRECTS = 10
-MAX_S = 3_600.0  # time limit for the whole download
+MAX_S = 3_600.0  # time limit for the entire download
 HEADERS = {"User-Agent": f"evoprune/{evoprune.__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
 LATER_HINT = "check the address, or try again later"
 HINTS = {  # hints for error messages, by HTTP status

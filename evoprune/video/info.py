@@ -1,6 +1,6 @@
 """Data classes that describe an input video or image.
 
-`Video` contains the metadata of a video or still image, `ScanResult` contains the results of decoding a whole video, and
+`Video` contains the metadata of a video or still image, `ScanResult` contains the results of decoding an entire video, and
 `Subtitles` contains subtitles from one of the video's tracks or from a file next to the video.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # as square.
 WIDEST_PIXEL = 10.0
 SAME_SHAPE = 0.02  # maximum relative difference at which two aspect ratios are treated as equal
-# Animation formats that are read with Pillow (readers/animation.py), as a mapping from Pillow's format name to `Video.container`.
+# Maps Pillow's names for the animation formats read with Pillow (readers/animation.py) to values of `Video.container`.
 ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # input types that models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
@@ -73,9 +73,9 @@ class Video:
     clock_restarts: int = 0
     # Whether another file was appended to this one (`cat a.mp4 b.mp4`); the appended file may not be read.
     joined: bool = False
-    clock_gap_s: float = 0.0  # largest forward jump in the timestamps that was interpreted as a restart of the clock
+    clock_gap_s: float = 0.0  # largest forward jump in the timestamps interpreted as a clock restart
     hdr: bool = False  # whether frames are converted from HDR to SDR when they are read
-    hdr_format: str | None = None  # `PQ`, `HLG` or `IPTPQc2`; None for SDR
+    hdr_format: str | None = None  # `PQ`, `HLG`, or `IPTPQc2`; None for SDR
     # Whether the first frame is interlaced. All interlaced frames are deinterlaced when they are read.
     interlaced: bool = False
     # Width of a stored pixel divided by its height, before rotation. None means square pixels. Ignored if beyond `WIDEST_PIXEL`.

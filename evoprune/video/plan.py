@@ -169,7 +169,7 @@ class SamplingOptions:
 
     @property
     def timeless(self) -> "SamplingOptions":
-        """A copy of the options that covers the whole video instead of a time span."""
+        """A copy of the options that covers the entire video instead of a time span."""
         return replace(self, start_s=0.0, end_s=None)
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
@@ -225,7 +225,7 @@ ONE_FRAME = SamplingPlan(0.0, 0.5, (0.0,), 1)
 
 @dataclass(frozen=True)
 class InputLimits:
-    """A model's requirements for the size, normalization and frame rate of videos or of still images.
+    """A model's requirements for the size, normalization, and frame rate of videos or still images.
 
     The defaults are Qwen2.5-VL's values for video. Fields annotated with a rule can be overridden by a model's configuration files.
     `min_pixels` and `max_pixels` limit the area of a single frame after resizing or, if `of_all_frames` is True, the total area of

@@ -111,7 +111,7 @@ class _MemoryFile:
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._at = 0
         self._size = 0
-        self.waiting = 0  # number of bytes that have not been removed yet
+        self.waiting = 0  # number of bytes not removed yet
 
     def write(self, content: bytes) -> int:
         content = bytes(content)

@@ -1,6 +1,6 @@
 """Functions shared by all readers for identifying and opening files, reading packets, decoding frames, and converting them to RGB.
 
-FFmpeg receives only the bytes of the file that is being read, so it cannot open any other files.
+FFmpeg receives only the bytes of the file being read, so it cannot open any other files.
 """
 
 import math

@@ -46,8 +46,8 @@ class LiveReader:
         source: A URL with a scheme from `ALLOWED`, a path, or a camera device. None means to read the pipe `descriptor`.
         name: Source name for error messages.
         timeout_s: Timeout in seconds. A source that sends nothing for this long is considered to have failed.
-        follow: True if the source is a file that is still being written. The reader then waits at the end of the file for up to
-            `timeout_s` for more data.
+        follow: True if the source is a file still being written. The reader then waits at the end of the file for up to `timeout_s`
+            for more data.
         descriptor: File descriptor of a pipe. It is closed by `close`.
 
     Attributes:

@@ -36,7 +36,7 @@ def is_picture(path: str) -> bool:
         with _header(path, name) as image:
             if name in ANIMATIONS:
                 return not getattr(image, "is_animated", False)
-            if image.format != "JPEG":  # Pillow calls a JPEG "MPO" if it is followed by smaller images or a brightness map
+            if image.format != "JPEG":  # Pillow calls JPEGs with additional images "MPO"
                 return True
         with ffmpeg.open_video(path) as container:
             return container.format.name != "mjpeg"

@@ -272,7 +272,7 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
 
 
 def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
-    # The header of an AVI that was written to a pipe specifies 2**30 frames.
+    # The header of an AVI written to a pipe specifies 2**30 frames.
     frames = stream.frames if stream.frames <= stream.container.size else 0
     stated = step * frames or None
     if start is None:

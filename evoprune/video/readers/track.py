@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
-TimedFrame = tuple[float, VideoFrame]  # timestamp in seconds from the first frame, and the decoded frame before rotation
+TimedFrame = tuple[float, VideoFrame]  # timestamp in seconds from the first frame, and unrotated frame
 
 # Containers with a timestamp for every frame, so that times are correct after a seek. All other containers are read sequentially.
 SEEKABLE = (ffmpeg.MOV, ffmpeg.MATROSKA, "mpegts")

@@ -49,9 +49,7 @@ class _WorkerPool(Generic[Job, Item]):
         self._changed = threading.Condition()
         self._taken = 0  # number of jobs that threads have taken
         self._head = 0  # index of the job whose items are yielded next
-        self._made: list[deque[Item]] = [
-            deque() for _ in jobs
-        ]  # each job's finished items waiting to be yielded
+        self._made: list[deque[Item]] = [deque() for _ in jobs]  # each job's finished items waiting to be yielded
         # For each job, True if it is complete, or the exception raised by the job.
         self._ended: list[BaseException | bool] = [False] * len(jobs)
         self._waiting = 0  # total number of waiting items

@@ -104,7 +104,7 @@ class Channel:
         return bytes(content)
 
     def shut(self) -> None:
-        """Shut down the connection. EOFError is raised in any thread that is waiting in `receive`."""
+        """Shut down the connection. EOFError is raised in any thread waiting in `receive`."""
         with suppress(OSError):  # the other end is closed
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -87,8 +87,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,  # closed when this process exits, which causes the worker to exit
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
-                env=os.environ
-                | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise NumPy would start unneeded threads
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise NumPy would start unneeded threads
                 pass_fds=[there.fileno()],
                 start_new_session=True,  # Ctrl-C must only reach this process
             )
@@ -500,7 +499,7 @@ def _stream_once(
         for number, shape in enumerate(shapes[1:], 2):
             filled = next_array, worker.answer(count)
             frames_filled += len(next_array)
-            del next_array  # don't keep a reference here, so that the memory is reused as soon as the caller drops the array
+            del next_array  # drop this reference, so that the memory is reused once the caller drops its own
             next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
             yield filled
             del filled
