@@ -30,7 +30,7 @@ class LiveSource:
     """A live source of frames, such as a stream or a camera. If the source stops, evoprune tries to reconnect.
 
     Attributes:
-        name: The source URL or path, with any password removed.
+        name: Name of the source. URLs are shown without their password.
         facts: A dict with some of the fields of `Video`, filled in once the source is open.
         waits: True if frames remain available until they are read, as with a file or a download of known length. False if unread
             frames are lost.
