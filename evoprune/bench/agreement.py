@@ -25,7 +25,7 @@ class Reference:
     think: str  # see `GenerationOptions`
     ids: tuple[int, ...]  # answer tokens, plus an arbitrary token if the end counts; the last token is never read
     tokens: torch.Tensor  # int64 `[n, k]`, the k most probable tokens at n positions, most probable first
-    # float32 `[n, k + 1]`, the log probabilities of `tokens`, followed by that of all other tokens combined.
+    # float32 `[n, k + 1]`, the log probabilities of `tokens`, plus the combined log probability for the other tokens.
     logs: torch.Tensor
     seconds: float  # time from the question to the first token, in seconds
 
@@ -91,7 +91,7 @@ class Agreement:
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """Return the log of the combined probability of all other tokens, `[n, 1]`.
+    """Return the log of the other tokens' combined probability, `[n, 1]`.
 
     The probability is clamped to at least 1e-7 to keep its log finite.
     """

@@ -25,7 +25,7 @@ class RunFolder:
     """A folder that stores the samples from one run.
 
     Attributes:
-        samples: The samples of all videos already finished when the folder was opened.
+        samples: The samples from videos already finished when the folder was opened.
         model: The state of the model files (`ModelDescription.state`), or None if unknown.
         after_tower_below: The number of units below which inputs are pruned only after the vision tower on the run's device. 0 if
             inputs of all sizes are treated the same, or None if unknown.
@@ -142,7 +142,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Parse the samples of all videos that finished without errors. Parsing stops at the first incomplete line."""
+    """Parse the samples from videos that finished without errors. Parsing stops at the first incomplete line."""
     samples = []
     video = []
     for line in text.splitlines():
