@@ -47,7 +47,7 @@ class Reference:
             ended: Whether the model ended the answer itself. If so, the end counts as an additional token, because a longer answer
                 would be a different answer.
 
-        For the exceptions, see `EncodedInputs.read_along`.
+        See `EncodedInputs.read_along` for exceptions.
         """
         ids = tuple(ids)
         if ended or not ids:
@@ -68,7 +68,7 @@ class Reference:
     def agreement(self, video: EncodedInputs) -> "Agreement":
         """Compare the reference with the model's predictions for the pruned `video`.
 
-        For the exceptions, see `EncodedInputs.read_along`.
+        See `EncodedInputs.read_along` for exceptions.
         """
         logits, seconds = video.read_along(self.question, self.ids, self.system, self.think)
         logs = logits.log_softmax(-1).gather(1, self.tokens)

@@ -1,6 +1,6 @@
 """The code behind `evoprune eval`, which asks all questions without pruning and then again with each method at each budget.
 
-Every answer is stored as a sample, which is a plain dict. `scores.py` turns the samples into a table.
+Each answer is stored as a sample (a plain dict). `scores.py` converts the samples to a table.
 
 Costs are reported as the number of operations for a model with the dimensions of Qwen2.5-VL-3B. To compute them, the per-layer row
 counts of the evaluated tower are mapped to the 3B model's 32 layers by relative depth (see `_stretched`), as is the prompt length
@@ -168,7 +168,7 @@ class Evaluation:
         Raises:
             UsageError: If a method is incompatible with the model, or if the resumed run used a different model.
 
-        For the other exceptions, see `load_model`.
+        See `load_model` for other exceptions.
         """
         model = model or describe(self.settings.model)
         for name in {variant.method for variant in self.variants}:
@@ -181,7 +181,7 @@ class Evaluation:
     def keep_in(self, path: Path, resume: bool = False) -> None:
         """Store all subsequent samples in a folder. If `resume` is True, continue the run stored there.
 
-        For the exceptions, see `RunFolder`.
+        See `RunFolder` for exceptions.
         """
         opening = RunFolder.resume if resume else RunFolder.create
         self.folder = opening(path, self._record())
@@ -198,7 +198,7 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
-        """Evaluate all videos that have no samples yet.
+        """Evaluate all videos without samples.
 
         Videos that cannot be read, do not fit into memory, or make the model fail are excluded from all results.
 
@@ -256,7 +256,7 @@ class Evaluation:
         Args:
             video: The video and the questions about it.
             progress: A callback for each step.
-            opened: The prefetched video, the exception that was raised when it was opened, or None if it was not prefetched. Its
+            opened: The prefetched video, the exception raised while opening it, or None if it was not prefetched. Its
                 patches stay in memory until all variants have been evaluated.
         """
         samples: list[dict] = []

@@ -109,7 +109,7 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """Whether each unit was encoded, bool `[N]`. A unit that was not encoded is represented by an earlier frame pair.
+        """Whether each unit was encoded, bool `[N]`. Unencoded units are represented by an earlier frame pair.
 
         The language model may still read such a unit.
         """

@@ -90,7 +90,7 @@ class Profile:
     Raises:
         UsageError: If a method has invalid settings or is incompatible with the model.
 
-    For the other exceptions, see `describe`.
+    See `describe` for other exceptions.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     Raises:
         OutOfMemory: If there is not enough memory.
 
-    For the other exceptions, see `case_grid` and `load_model`.
+    See `case_grid` and `load_model` for other exceptions.
     """
     size = DTYPES[model.dtype].itemsize
     weights = Cost(model.config).parameters * size

@@ -73,7 +73,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """The amount of work that a profile row does, which is the same in every round."""
+    """The amount of work done by a profile row, which is the same in every round."""
 
     units: int  # number of units in the clip, N
     encoder_rows: int  # number of rows that leave the tower

@@ -379,7 +379,7 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 def _pattern(option: str, letter: str) -> str:
     """Return a pattern that matches an option's text, with optional articles and with numbers as digits or words.
 
-    The pattern is empty if the text has no word characters.
+    The pattern is empty if the text does not contain any word characters.
     """
     words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
     if not re.search(r"\w", "".join(words)):

@@ -79,7 +79,7 @@ class Candidate:
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
     """Combine the methods in `METHODS` and `more` with all budgets (by default `BUDGETS`), except combinations that prune nothing.
 
-    For the exceptions, see `MethodChain.parse`.
+    See `MethodChain.parse` for exceptions.
     """
     return [Candidate(*pair) for pair in swept((*METHODS, *more), sorted({*(budgets or BUDGETS)}, reverse=True))]
 
@@ -463,7 +463,7 @@ class Answering:
         """Answer all questions about one video.
 
         Args:
-            opened: The opened video, or the exception that was raised when it was opened.
+            opened: The opened video, or the exception raised while opening it.
             videos: The number of remaining videos, including this one.
         """
         if isinstance(opened, Exception):

@@ -1,4 +1,4 @@
-"""The `adjacent` method, based on StreamingAssistant, which drops tokens that are redundant with their neighbors."""
+"""The `adjacent` method, based on StreamingAssistant, which drops spatially redundant tokens."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,7 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """Drops tokens that are redundant with their neighbors. Based on StreamingAssistant (arXiv 2512.12560), which has no public
-    code.
+    """Drops spatially redundant tokens. Based on StreamingAssistant (arXiv 2512.12560), which has no public code.
 
     A token's redundancy is its highest cosine similarity to a neighbor in the frame, where the neighbors are the nearest remaining
     tokens above, below, left, and right. The most redundant tokens are dropped in rounds until K tokens remain, but no two

@@ -1,4 +1,4 @@
-"""The DART method, which keeps the tokens that are least similar to a few pivot tokens."""
+"""The DART method, which keeps the tokens least similar to a few pivot tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,7 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    """DART (arXiv 2502.11494): keeps the tokens that are least similar to a few pivot tokens.
+    """DART (arXiv 2502.11494): keeps the tokens least similar to a few pivot tokens.
 
     The pivots are the `visual` visual tokens and the `text` question tokens with the largest L1 norms. Visual pivots are always
     kept. The remaining budget is divided evenly among the pivots, and each pivot in turn selects the tokens with the lowest cosine

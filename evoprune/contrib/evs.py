@@ -1,4 +1,4 @@
-"""EVS (`--video-pruning-rate` in vLLM): keeps the tokens that change most over time."""
+"""EVS (`--video-pruning-rate` in vLLM), which keeps the tokens that change most over time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""FlashVID's first stage, which keeps diverse and highly attended tokens, and merges tokens that are similar over time."""
+"""FlashVID's first stage, which keeps diverse and highly attended tokens, and merges temporally similar tokens."""
 
 import math
 from dataclasses import dataclass

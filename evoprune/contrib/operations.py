@@ -172,7 +172,7 @@ class Recipe:
 
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
-    """Return `removed` and all operations that are removed as a consequence.
+    """Return `removed` and all operations removed as a consequence.
 
     An operation removed for all tokens is also removed for the rest. After the last layer that computes a group's keys, all of the
     group's operations are removed, because nothing reads their results.

@@ -96,7 +96,7 @@ class Selector(Method, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     # Whether the selection depends on the question and is repeated for each question.
     reads_question: ClassVar[bool] = False
-    drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit that has a row
+    drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit with a row
     weighs: ClassVar[bool] = False  # whether selections may have a `size`, which weights tokens in attention
     # For ranking methods: a function that takes the tokens and returns their scores as float32 [N]. Tokens with higher scores are
     # kept first. None for all other methods.

@@ -34,7 +34,7 @@ class EvoPrunePaper(Merger):
     last: float = 0.5
     diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (see `composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
-    # The fraction of each group's rows that are protected because they receive the most attention. They merge after all other rows.
+    # The fraction of each group's rows to protect because they receive the most attention. They merge after all other rows.
     critical: Annotated[float, "[0, 1]"] = 0.1
     neighbours: Annotated[int, "[1, inf)"] = 4  # number of nearest rows for computing the density
     # The features to compare by cosine similarity: the layer's "keys", its "keys_rotary" (after rotary embedding), or "hidden"

@@ -32,7 +32,7 @@ class Team:
             tensor.copy_(part.view_as(tensor))
 
     def complete(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Set a zero gradient on parameters that have a gradient only in other processes."""
+        """Set a zero gradient for parameters with a gradient only in other processes."""
         if self.size == 1:
             return
         has = [p.grad is not None for p in parameters]

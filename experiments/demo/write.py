@@ -110,7 +110,7 @@ def demo_video(
 
 @contextmanager
 def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[VideoQuestions]]:
-    """Yield the clips that have questions, as compressed files that are removed when the context exits."""
+    """Yield all clips with questions, as compressed files that are removed when the context exits."""
     with TemporaryDirectory(prefix="evoprune-clips-") as folder:
         yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]
 

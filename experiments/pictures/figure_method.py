@@ -156,7 +156,7 @@ def _units(run: Run, strip: int) -> Iterator[str]:
 
 
 def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
-    """Yield the outline of a unit, and its cluster size if that is more than 1."""
+    """Yield a unit's outline and, if greater than 1, its cluster size."""
     place = f'x="{x + 0.75:.2f}" y="{y + 0.75:.2f}" width="{side - 1.5:.2f}" height="{side - 1.5:.2f}"'
     yield f'<rect {place} fill="none" stroke="{OURS}" stroke-width="1.5"/>'
     if size > 1:

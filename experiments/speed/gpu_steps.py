@@ -161,8 +161,7 @@ def table(record: Record) -> None:
                     turn = bench.run(row)
             if isinstance(turn, str):
                 errors[key] = turn
-            # If there is no time for another turn, the warm-up is used as the result.
-            elif number >= 0 or record.left < 0:
+            elif number >= 0 or record.left < 0:  # the warm-up is counted if there is no time for another turn
                 turns.setdefault(key, []).append(turn)
         record.save(rows=rows_of(turns, errors), seconds_left=record.left)
 

@@ -108,7 +108,7 @@ def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> Non
         try:
             answer = answer or make()
             said = answer(json.loads(line))
-        except Exception as problem:  # libraries may raise any exception, which is reported as the result
+        except Exception as problem:  # libraries may raise any exception, and it is reported as the result
             said = {"error": f"{type(problem).__name__}: {problem}".strip()[:300]}
         print(json.dumps(said), file=answers, flush=True)
 

@@ -221,7 +221,7 @@ def verify(
     Args:
         quick: Whether to skip the slow checks.
         progress: A callback that is passed "check", the number of finished checks, the total, and the name of the next check.
-        failed: A callback that is passed the exception if a check raises one. In this case, the outcome of the check is `DIFFERS`.
+        failed: A callback that is passed any exception raised by a check. The outcome of that check is `DIFFERS`.
     """
     results = VerifyResults(subject.loaded)
     for number, check in enumerate(checks):

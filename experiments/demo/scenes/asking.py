@@ -119,12 +119,12 @@ def distinct(clip: Clip) -> list[Thing]:
 
 
 def unhurried(clip: Clip) -> list[Thing]:
-    """Return all shapes that have a unique name (see `distinct`) and don't flash."""
+    """Return all non-flashing shapes with a unique name (see `distinct`)."""
     return [t for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
 
 
 def absent(clip: Clip, rng, count: int) -> list[str]:
-    """Return names of objects that are not in the clip, preferring colors and outlines that do occur in it."""
+    """Return names of objects missing from the clip, preferring colors and outlines that do occur in it."""
     there = {f"{colour} {t.outline}" for t in clip.shapes for colour in t.colours}
     near = {f"{a.colour} {b.outline}" for a in clip.shapes for b in clip.shapes} - there
     far = {f"{c} {o}" for c in COLOURS for o in OUTLINES} - there - near
@@ -134,7 +134,7 @@ def absent(clip: Clip, rng, count: int) -> list[str]:
 def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
     """Ask which of four objects is in `ones`. The incorrect options come from `others`, which must contain at least three objects.
 
-    If `fill` is True, `others` needs only one object, and objects that are not in the clip fill in the missing options.
+    If `fill` is True, `others` needs only one object, and objects missing from the clip make up the other options.
     """
     least = 3
     if fill:

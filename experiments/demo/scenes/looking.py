@@ -27,7 +27,7 @@ def times_asked(clip: Clip) -> dict[str, float]:
 
 
 def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
-    """Return the objects that are within the frame at time `t`, each with the pixel position of its center."""
+    """Return all objects within the frame at time `t`, each with the pixel position of its center."""
     found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
     return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
 
