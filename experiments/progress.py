@@ -1,4 +1,4 @@
-"""Formats an evaluation's progress as log lines. Imported by experiments; not run by itself."""
+"""Format an evaluation's progress as log lines. Imported by other experiments; not a script."""
 
 
 def progress_line(what: str, done: int = 0, total: int = 0, detail: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Write Markdown tables. Imported by experiments; not run by itself."""
+"""Write Markdown tables. Imported by other experiments; not a script."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,6 +1,6 @@
-"""The measurements behind the `profile`, `eval`, `tune` and `verify` commands, and images that show which units pruning keeps.
+"""Measurements for the `profile`, `eval`, `tune`, and `verify` commands, and images that show which units pruning keeps.
 
-The command line uses only the names in `__all__`. They are imported lazily, on first use, because most of them need torch.
+The command line uses only the names in `__all__`. They are imported lazily, on first use, because most of them require torch.
 """
 
 from typing import TYPE_CHECKING

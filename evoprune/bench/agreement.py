@@ -1,4 +1,4 @@
-"""A measure of how closely a pruned model follows the unpruned model, which needs no labels.
+"""A label-free measure of how closely a pruned model follows the unpruned model.
 
 The pruned model reads the unpruned model's answer, and the next-token distributions of both models are compared at every token.
 llama.cpp evaluates quantization in the same way.
@@ -13,7 +13,7 @@ import torch
 from evoprune.language import GenerationOptions
 from evoprune.session import Answer, EncodedInputs
 
-KEPT = 1024  # number of token probabilities to store per position of an answer, instead of all 150,000
+KEPT = 1024  # number of token probabilities to store per answer position, instead of all 150,000
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Reference:
     question: str
     system: str | None
     think: str  # see `GenerationOptions`
-    ids: tuple[int, ...]  # the answer's tokens, plus an arbitrary one if its end counts; the last token is never read
+    ids: tuple[int, ...]  # answer tokens, plus an arbitrary token if the end counts; the last token is never read
     tokens: torch.Tensor  # int64 `[n, k]`, the k most probable tokens at n positions, most probable first
-    logs: torch.Tensor  # float32 `[n, k + 1]`, the log probabilities of `tokens`, then of all other tokens combined
+    # float32 `[n, k + 1]`, the log probabilities of `tokens`, plus the combined log probability for the other tokens.
+    logs: torch.Tensor
     seconds: float  # time from the question to the first token, in seconds
 
     @classmethod
@@ -42,11 +43,11 @@ class Reference:
 
         Args:
             video: The video, encoded without pruning.
-            ids: The tokens of the answer.
-            ended: Whether the model ended the answer itself. If so, the end counts as an additional token, because an answer that
-                continued would be a different answer.
+            ids: The answer tokens.
+            ended: Whether the model ended the answer itself. If so, the end counts as an additional token, because a longer answer
+                would be a different answer.
 
-        For the exceptions, see `EncodedInputs.read_along`.
+        See `EncodedInputs.read_along` for exceptions.
         """
         ids = tuple(ids)
         if ended or not ids:
@@ -58,7 +59,7 @@ class Reference:
 
     @classmethod
     def of_answer(cls, video: EncodedInputs, question: str, answer: Answer, options: GenerationOptions) -> Self:
-        """Create a reference from an answer that was generated with `options`. See `of` for details."""
+        """Create a reference from an answer generated with `options`. See `of` for details."""
         ended = answer.report.finish_reason == "stop"
         if answer.report.stop_reason is not None or options.grammar is not None:
             ended = False  # the answer may lack its end token
@@ -67,7 +68,7 @@ class Reference:
     def agreement(self, video: EncodedInputs) -> "Agreement":
         """Compare the reference with the model's predictions for the pruned `video`.
 
-        For the exceptions, see `EncodedInputs.read_along`.
+        See `EncodedInputs.read_along` for exceptions.
         """
         logits, seconds = video.read_along(self.question, self.ids, self.system, self.think)
         logs = logits.log_softmax(-1).gather(1, self.tokens)
@@ -80,7 +81,7 @@ class Reference:
 class Agreement:
     """The agreement of the pruned model with the unpruned model at the n positions of an answer."""
 
-    agrees: torch.Tensor  # bool `[n]`, True if both models consider the same token most probable
+    agrees: torch.Tensor  # bool `[n]`, True if both models assign the highest probability to the same token
     kl: torch.Tensor  # float32 `[n]`, KL(unpruned || pruned) in nats; tokens outside the `KEPT` best are treated as one
     seconds: float  # time from the question to the first token, in seconds
 
@@ -90,8 +91,8 @@ class Agreement:
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """Return the log of the probability that all other tokens have together, `[n, 1]`.
+    """Return the log of the other tokens' combined probability, `[n, 1]`.
 
-    The probability is at least 1e-7, so that its log is finite.
+    The probability is clamped to at least 1e-7 to keep its log finite.
     """
     return torch.log1p(-logs.double().exp().sum(1, keepdim=True).clamp(max=1 - 1e-7)).to(logs.dtype)

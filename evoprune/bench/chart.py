@@ -1,4 +1,4 @@
-"""SVG charts of lines through labeled points with intervals, drawn by matplotlib. The same data always gives the same bytes."""
+"""SVG charts of labeled points with intervals, connected by lines. Drawn with matplotlib; equal data produces identical bytes."""
 
 import io
 import math
@@ -17,16 +17,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#222222"
 SOFT = "#5F5F5F"
 PALE = "#8C8C8C"
-# Offsets (x, y) to try between a label and its mark, in points, nearest first. If x is positive, it applies to the left end of the
-# label, otherwise to the right end.
+# Offsets (x, y) to try between a label and its marker, in points, nearest first. A positive x positions the left end of the label;
+# a negative x, the right end.
 AROUND = (5, 4), (5, -9), (-5, 4), (-5, -9), (7, -3), (-7, -3), (5, 11), (5, -17), (-5, 11), (-5, -17)
-ROOM = 3.5  # minimum distance between a label and the center of a mark, in points
-CUT = 1 / 3  # an axis may start above zero if all values exceed this share of the highest value
+ROOM = 3.5  # minimum distance between a label and a marker's center, in points
+CUT = 1 / 3  # an axis may start above zero if all values exceed this fraction of the highest value
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value with a label. `low` and `high` are the ends of its interval, or None if the interval is unknown."""
+    """A labeled measurement. `low` and `high` are the ends of its interval, or None if the interval is unknown."""
 
     x: float
     y: float
@@ -36,16 +36,16 @@ class Point:
 
     @classmethod
     def percent(cls, x: float, row: dict, value: str, label: str) -> "Point":
-        """Create a point from the field `value` of a row of results, converting this share and its interval to percent."""
+        """Create a point from the field `value` of a result row, converting the fraction and its interval to percent."""
         return cls(x, 100 * row[value], 100 * row["low"], 100 * row["high"], label)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that are connected by a line.
+    """Points connected by a line.
 
-    A dashed line, which has no marks, shows derived values rather than measurements. Hollow marks distinguish a series from another
-    one with the same color. A series with an empty name has no legend entry.
+    A dashed line has no markers and shows derived values rather than measurements. Hollow markers distinguish a series from another
+    series of the same color. A series with an empty name has no legend entry.
     """
 
     name: str
@@ -62,8 +62,8 @@ def lines(
 
     Args:
         points: The points of the series, keyed by name.
-        colours: The colors of some series, keyed by name. All other series get the six default colors in turn, and once these have
-            been used, the same colors with hollow marks.
+        colours: The colors of some series, keyed by name. All other series cycle through the six default colors, first with filled
+            and then with hollow markers.
         dashed: The names of series that show derived values.
     """
     looks = cycle(product((False, True), COLOURS))
@@ -79,7 +79,7 @@ class Panel:
     """One plot of a chart.
 
     Attributes:
-        x_ticks: The positions of the ticks, or None for ticks at round numbers.
+        x_ticks: Tick positions, or None for ticks at round numbers.
         from_zero: Whether the value axis always starts at zero. If False, it may start near the lowest value, provided that all
             values exceed a third of the highest value. The axis label then says so.
     """
@@ -93,8 +93,8 @@ class Panel:
 
 
 def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> str:
-    """Draw the panels side by side with a shared value axis, and return the chart as an SVG document."""
-    from matplotlib import rc_context  # takes half a second to import
+    """Draw panels side by side with a shared value axis, and return the chart as an SVG document."""
+    from matplotlib import rc_context  # importing it takes half a second
     from matplotlib.figure import Figure
 
     looks = {"svg.fonttype": "none", "svg.hashsalt": "evoprune", "font.size": 8.5, "axes.edgecolor": SOFT}
@@ -163,10 +163,10 @@ def _distances(ends: Sequence[float | None], values: Sequence[float]) -> list[fl
 
 
 def _label_points(axes, panel: Panel) -> None:
-    """Write labels next to their points, in the order of the series.
+    """Place labels next to their points, in series order.
 
-    If possible, a label is placed so that it does not overlap anything. Otherwise, it is placed so that it overlaps only lines and
-    intervals, or omitted if this is not possible either.
+    If possible, a label is placed where it doesn't overlap anything. Otherwise, it is placed where it overlaps only lines and
+    intervals or, if there is no such position, omitted.
     """
     every = [(point, series.colour) for series in panel.series for point in series.points if point.label]
     dots = [(point.x, point.y) for series in panel.series if not series.dashed for point in series.points]
@@ -178,13 +178,13 @@ def _label_points(axes, panel: Panel) -> None:
     taken = []
 
     def room(box) -> tuple[bool, bool]:
-        """Return two booleans: whether a box overlaps nothing at all, and whether it overlaps nothing but lines and intervals."""
+        """Return whether a box overlaps nothing at all, and whether it overlaps nothing except lines and intervals."""
         inside = max(whole.x0, frame.x0) <= box.x0 and box.x1 <= min(whole.x1, frame.x1 + 4) and frame.y0 <= box.y0
         apart = inside and not box.count_overlaps(taken) and not box.padded(ROOM * pixels).count_contains(marks)
         return apart and not box.count_contains(lines), apart
 
     for point, colour in every:
-        found: list = []  # possible places, best place last
+        found: list = []  # possible positions, best position last
         for x, y in AROUND:
             side = "left" if x > 0 else "right"
             label = axes.annotate(

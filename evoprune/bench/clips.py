@@ -1,7 +1,7 @@
-"""The clips that `profile` and `verify` measure. Their frames come from a video or are synthetic.
+"""The clips used by `profile` and `verify`, with frames that are either synthetic or read from a video.
 
-Synthetic clips have the same bytes on every machine and in every version, because they are computed with integers only, and random
-numbers come from a hash function.
+Synthetic clips are byte-identical on every machine and in every version, because they are computed with integers only and take
+their random numbers from a hash function.
 
 A *grid* consists of two frames, and a *unit* is a square of 28x28 (or 32x32) pixels in both frames. Below, f, y, x and c are
 zero-based indices of frames, rows, columns and color channels.
@@ -41,7 +41,7 @@ from evoprune.video import (
 )
 from evoprune.vision import normalised, pixel_patches, resize
 
-# The default side length of a merge unit in pixels, and the number of frames in a grid.
+# The default side length of a merge unit, in pixels, and the number of frames in a grid.
 UNIT = 28
 PAIR = 2
 SCALES = ((64, 3), (32, 2), (16, 1), (8, 1), (4, 1))
@@ -53,7 +53,7 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
 
     Args:
         content: One of `ProfileSettings.SYNTHETIC`.
-        unit: The side length of a merge unit in pixels.
+        unit: The side length of a merge unit, in pixels.
 
     Returns:
         uint8 `[frames, height, width, 3]`.
@@ -67,13 +67,13 @@ def synthetic_clip(content: str, frames: int, height: int, width: int, unit: int
         raise ValueError(f"{frames} frames of {height}x{width} are not whole grids of whole units")
     draw = {"motion": _motion, "static90": partial(_static, unit=unit), "noise": _noise}[content](height, width)
     clip = np.empty((frames, height, width, 3), np.uint8)
-    for f in range(frames):  # one at a time to save memory
+    for f in range(frames):  # one frame at a time to save memory
         clip[f] = draw(f)
     return clip
 
 
 def _mix(*numbers: int | np.ndarray) -> np.ndarray:
-    """Hash the numbers one after another, adding each number to the previous hash. Returns uint32, broadcast to a common shape.
+    """Hash the numbers in sequence, adding each number to the previous hash. Returns uint32, broadcast to a common shape.
 
     The hash function is lowbias32 (https://nullprogram.com/blog/2018/07/31/), which relies on the overflow of uint32 products.
     NumPy does not warn about the overflow if the arrays have at least one dimension.
@@ -93,7 +93,7 @@ def _byte(*numbers: int | np.ndarray) -> np.ndarray:
 
 
 def _axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the row, column and channel indices of an image, in shapes that broadcast together."""
+    """Return the row, column, and channel indices of an image, in shapes that broadcast together."""
     return np.arange(height)[:, None, None], np.arange(width)[:, None], np.arange(3)
 
 
@@ -162,12 +162,13 @@ def _away(centre: int, size: int) -> np.ndarray:
 # The number of text tokens before and after the video, similar to a chat template with a short question.
 TEXT_BEFORE = 15
 TEXT_AFTER = 15
-# The number of text tokens around a frame pair if the prompt has timestamps: the time and a marker before it, a marker after it.
+# The number of text tokens around each frame pair in prompts with timestamps: a timestamp and a marker before it, and a marker
+# after it.
 BEFORE_PAIR = 7
 AFTER_PAIR = 1
 SYNTHETIC_FPS = 2.0
 
-Frames = tuple[torch.Tensor, float]  # the frames, uint8 [F, H, W, 3], and the interval between two grids in seconds
+Frames = tuple[torch.Tensor, float]  # frames, uint8 [F, H, W, 3], and the interval between grids, in seconds
 
 
 def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
@@ -177,11 +178,11 @@ def synthetic_frames(content: str, case: Case, unit: int = UNIT) -> Frames:
 
 
 def video_frames(info: Video, case: Case) -> Frames:
-    """Read frames that are spread evenly over a video. If `info` describes an image, return the image."""
+    """Read frames spread evenly over a video. If `info` describes an image, return the image."""
     source = info
     max_frames = max(2, case.frames)
     if info.is_picture:
-        source = replace(info, width=case.width, height=case.height)  # the size to which the frames will be resized
+        source = replace(info, width=case.width, height=case.height)  # the size that the frames will be resized to
     wanted = SamplingOptions(frames=case.frames, max_frames=max_frames, max_visual_tokens=sys.maxsize)
     plan = Plan.of(info, InputLimits(), wanted)
     with closing(read_chunks(source, plan.sampling.times_s)) as chunks:
@@ -204,29 +205,29 @@ def case_grid(case: Case, limits: InputLimits) -> tuple[int, int, int]:
 
 
 def place_of(grid: tuple[int, int, int], times: bool) -> Place:
-    """Return the place of a clip's units in the prompt. `times` tells whether the prompt has a timestamp for each frame pair."""
+    """Return the position of a clip's units in the prompt. `times` specifies whether the prompt has timestamps for frame pairs."""
     if not times:
         return Place((range(TEXT_BEFORE, TEXT_BEFORE + prod(grid)),))
     return Place.of_pairs([BEFORE_PAIR] * grid[0], grid[1] * grid[2], start=TEXT_BEFORE, after=AFTER_PAIR)
 
 
 def text_tokens(config: VisionConfig, case: Case, limits: InputLimits) -> int:
-    """Return the number of text tokens in the unpruned prompt of a case."""
+    """Return the number of text tokens in a case's unpruned prompt."""
     place = place_of(case_grid(case, limits), config.traits.timestamps and case.frames > 1)
     return (place.around or place.runs)[-1].stop + TEXT_AFTER - len(place)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that has been preprocessed for the vision tower, and a prompt that contains the clip."""
+    """A clip preprocessed for the vision tower, and a prompt that contains it."""
 
     pixels: torch.Tensor  # uint8 `[4 * N, values]`, patches in Hugging Face's order, on the weights' device
-    patches: torch.Tensor  # the same patches, normalized and in the weights' dtype, which is the input for transformers
+    patches: torch.Tensor  # the same patches, normalized and in the weights' dtype, as input for transformers
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seconds_per_pair: float  # interval between two grids, in seconds
-    ids: torch.Tensor  # int64 `[L]`, random tokens for the text, and zeros for the video
-    place: Place  # the place of the video's tokens in the prompt
-    positions: torch.Tensor  # int64 `[3, L]`, the rotary positions according to Qwen's rule
+    seconds_per_pair: float  # interval between grids, in seconds
+    ids: torch.Tensor  # int64 `[L]`, random token IDs for the text, and zeros for the video
+    place: Place  # position of the video's tokens in the prompt
+    positions: torch.Tensor  # int64 `[3, L]`, rotary positions according to Qwen's rule
     following: int  # position of the first new token
     unpruned: int  # number of units before pruning; more than N if the method made the input smaller
 
@@ -241,9 +242,9 @@ def prepare(
     seconds_per_pair: float,
     config: PruneConfig | None = None,
 ) -> Clip:
-    """Preprocess a clip and build a prompt that contains it. The text tokens are random, but the same in every run.
+    """Preprocess a clip and build a prompt that contains it. The text tokens are random but identical across runs.
 
-    If the method in `config` prunes by making the input smaller, the clip is resized first.
+    If the method in `config` prunes by shrinking the input, the clip is resized first.
     """
     v = loaded.video
     visual = loaded.model.model.visual

@@ -1,11 +1,10 @@
-"""The code behind `evoprune eval`, which asks all questions without pruning and again for each method at each budget.
+"""The code behind `evoprune eval`, which asks all questions without pruning and then again with each method at each budget.
 
-Every answer is stored as a sample, which is a plain dict. `scores.py` turns the samples into a table.
+Each answer is stored as a sample (a plain dict). `scores.py` converts the samples to a table.
 
-Costs are given as the number of operations for a model with the dimensions of Qwen2.5-VL-3B. For this purpose, the number of rows
-in each layer of the evaluated tower is mapped to the 3B model's 32 layers by relative depth (see `_stretched`), and so is the
-prompt length if it differs between layers. Scoring and merging, which need a few percent of the tower's operations, are not
-included.
+Costs are reported as the number of operations for a model with the dimensions of Qwen2.5-VL-3B. To compute them, the per-layer row
+counts of the evaluated tower are mapped to the 3B model's 32 layers by relative depth (see `_stretched`), as is the prompt length
+if it differs between layers. Scoring and merging, which require a few percent of the tower's operations, are not included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +68,7 @@ T = TypeVar("T")
 
 
 def _stretched(rows: Sequence[T], depth: int) -> list[T]:
-    """Map per-layer values to a model with `depth` layers, so that each layer gets the value at the same relative depth."""
+    """Map per-layer values to a model with `depth` layers, so that each layer gets the value from the same relative depth."""
     return [rows[layer * len(rows) // depth] for layer in range(depth)]
 
 
@@ -86,7 +85,7 @@ class AnswerCost:
         self._tower = self._cost.tower_flop(rows, grids, windows) / 1e12
 
     def of(self, report: Report) -> dict[str, float]:
-        """Return the cost of an answer as fields of a sample. `tflop_3b` is the number of multiplications and additions / 10^12."""
+        """Return an answer's cost as sample fields. `tflop_3b` is the number of multiplications and additions / 10^12."""
         pruning = report.pruning
         tokens = report.tokens
         read = [count for _, count in pruning.language_layers or [(0, pruning.visual_tokens_kept)]]
@@ -108,8 +107,8 @@ class AnswerCost:
         }
 
 
-# A function that reports progress. It is called with the current step. `Evaluation.run` instead calls it with "video", the number
-# of finished videos, the total, and the current step.
+# A progress callback. It is called with the current step, or by `Evaluation.run` with "video", the number of finished videos, the
+# total, and the current step.
 Progress = Callable[..., None]
 
 
@@ -125,7 +124,7 @@ class Variant:
 
 
 def variants(settings: EvalSettings) -> list[Variant]:
-    """Return the variants to evaluate: full, blind, and then every combination of a method and a budget that prunes anything.
+    """Return the variants to evaluate: full, blind, and all combinations of a method and a budget that prune any tokens.
 
     Raises:
         UsageError: If the settings are invalid.
@@ -145,7 +144,7 @@ class Evaluation:
     To run it, create an instance, `load` the model, call `run`, and then get the results from `document`.
 
     Raises:
-        UsageError: If a method, a setting or a group does not exist.
+        UsageError: If a method, a setting, or a group does not exist.
     """
 
     def __init__(self, settings: EvalSettings, videos: Sequence[VideoQuestions]):
@@ -167,9 +166,9 @@ class Evaluation:
         """Load the model. If its description is already known, pass it as `model`.
 
         Raises:
-            UsageError: If a method does not work with the model, or if the resumed run used a different model.
+            UsageError: If a method is incompatible with the model, or if the resumed run used a different model.
 
-        For the other exceptions, see `load_model`.
+        See `load_model` for other exceptions.
         """
         model = model or describe(self.settings.model)
         for name in {variant.method for variant in self.variants}:
@@ -180,9 +179,9 @@ class Evaluation:
             self.folder.check_size_rule(self._after_tower_below())
 
     def keep_in(self, path: Path, resume: bool = False) -> None:
-        """Store all further samples in a folder. If `resume` is True, continue the earlier run that is stored there.
+        """Store all subsequent samples in a folder. If `resume` is True, continue the run stored there.
 
-        For the exceptions, see `RunFolder`.
+        See `RunFolder` for exceptions.
         """
         opening = RunFolder.resume if resume else RunFolder.create
         self.folder = opening(path, self._record())
@@ -199,13 +198,13 @@ class Evaluation:
         return any("error" in sample for sample in self.samples)
 
     def run(self, progress: Progress = lambda *what: None, processes: int = 1) -> None:
-        """Evaluate all videos that have no samples yet.
+        """Evaluate all videos without samples.
 
-        If a video cannot be read, does not fit into memory, or makes the model fail, it is left out of all results.
+        Videos that cannot be read, do not fit into memory, or make the model fail are excluded from all results.
 
         Args:
-            progress: Called at each step. See `Progress`.
-            processes: The number of processes. If there is more than one, each process loads its own model.
+            progress: A callback for each step. See `Progress`.
+            processes: The number of processes. With more than one, each process loads its own model.
 
         Raises:
             OutOfMemory: If there is not enough memory for one model per process.
@@ -231,14 +230,14 @@ class Evaluation:
                 self.samples += samples
 
     def _reading_ahead(self, videos: Sequence[VideoQuestions], progress: Progress) -> Iterator[list[dict]]:
-        """Evaluate one video after another while the next videos are prefetched. Yields the samples of one video at a time."""
+        """Evaluate videos one at a time while the next videos are prefetched. Yields the samples of one video at a time."""
         done = self.total - len(videos)
         with closing(in_flight(videos, self._opened, self.loaded)) as ahead:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
     def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
-        """Open all time spans of a video that questions refer to, so that they can be prefetched for the first variant."""
+        """Open all of a video's time spans that questions refer to, so that they can be prefetched for the first variant."""
         parts = [self._open(self.variants[0], video, span) for span in Span.group(video.rows)]
         inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
         inputs.use_cores(cores)
@@ -252,12 +251,12 @@ class Evaluation:
     ) -> list[dict]:
         """Evaluate one video and return its samples, grouped by variant.
 
-        If the video fails, the result contains one sample with an `error` for each question instead.
+        If the video fails, the result instead contains one sample with an `error` for each question.
 
         Args:
             video: The video and the questions about it.
-            progress: Called at each step.
-            opened: The prefetched video, the exception that was raised when it was opened, or None if it was not prefetched. Its
+            progress: A callback for each step.
+            opened: The prefetched video, the exception raised while opening it, or None if it was not prefetched. Its
                 patches stay in memory until all variants have been evaluated.
         """
         samples: list[dict] = []
@@ -286,7 +285,7 @@ class Evaluation:
         return Session(self.loaded, options.config())
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
-        """Open a video for a variant. `rows` is a cache of the tower's rows for all variants, or None for prefetching."""
+        """Open a video for a variant. `rows` is a cache of the tower's rows shared by all variants, or None for prefetching."""
         kind = OpenInput
         if variant.row == BLIND:
             kind = GreyInput
@@ -341,7 +340,7 @@ class Evaluation:
         return EvalResults(self.document(error))
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as a dict for JSON output. `error` is the error that ended the run early, or None."""
+        """Return the results so far as a JSON-serializable dict. `error` is the error that ended the run early, or None."""
         failed = {s["video"]: s["error"]["message"] for s in self.samples if "error" in s}
         good = [s for s in self.samples if "error" not in s and s["row"] == FULL]
         rows = score_rows(self.samples)
@@ -358,7 +357,7 @@ class Evaluation:
         }
 
     def _record(self) -> dict[str, Any]:
-        """Return the settings as stored in results, including the model's files and the device's size limit if they are known."""
+        """Return the settings as stored in the results, including the model's files and the device's size limit, if known."""
         known = self.settings.record()
         state = self.loaded.description.state if self.loaded else self.settings.model.state()
         if state:
@@ -368,7 +367,7 @@ class Evaluation:
         return known
 
     def _after_tower_below(self) -> int | None:
-        """Return the number of units below which any of the methods prunes inputs only after the tower.
+        """Return the number of units below which any method prunes inputs only after the tower.
 
         Returns None if no model is loaded yet.
         """
@@ -396,7 +395,7 @@ class Evaluation:
 
 def _start(settings: EvalSettings) -> Callable[[VideoQuestions], list[dict]]:
     """Load a model in this process, and return a function that evaluates one video."""
-    evaluation = Evaluation(settings, [])  # no videos, because `evaluate` gets them one by one
+    evaluation = Evaluation(settings, [])  # no videos, because `evaluate` gets them one at a time
     evaluation.load()
     return evaluation.evaluate
 
@@ -410,11 +409,11 @@ def _about(video: VideoQuestions, row: Row) -> dict[str, Any]:
 
 
 def threads_of_each(wanted: int | str | None, processes: int) -> int:
-    """Return the number of threads that each of several processes should use.
+    """Return the number of threads for each process.
 
     Args:
-        wanted: The number of threads per process. If it is not an int, each process gets as many threads as this process has, or
-            fewer if all processes together would have more threads than there are cores.
+        wanted: The number of threads per process. If it is not an int, each process gets as many threads as this process, or fewer
+            if the total would exceed the number of cores.
     """
     if isinstance(wanted, int):
         return wanted

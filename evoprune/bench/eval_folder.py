@@ -1,4 +1,4 @@
-"""The output folder of an evaluation, which contains settings.json, samples.jsonl and results.json. Runs can be resumed from it."""
+"""An evaluation's output folder, which contains settings.json, samples.jsonl, and results.json. Runs can be resumed from it."""
 
 import errno
 import json
@@ -17,18 +17,18 @@ from evoprune.util import differences, file_changes
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
-SIZE_RULE = "after_tower_below"  # name of a settings field that is missing if the size of an input does not matter
+SIZE_RULE = "after_tower_below"  # name of a settings field that is omitted if the input size does not matter
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
-    """A folder that stores the samples of one run.
+    """A folder that stores the samples from one run.
 
     Attributes:
-        samples: The samples of videos that were already finished when the folder was opened.
-        model: The state of the model's files (`ModelDescription.state`), or None if unknown.
+        samples: The samples from videos already finished when the folder was opened.
+        model: The state of the model files (`ModelDescription.state`), or None if unknown.
         after_tower_below: The number of units below which inputs are pruned only after the vision tower on the run's device. 0 if
-            inputs of all sizes are treated alike, and None if unknown.
+            inputs of all sizes are treated the same, or None if unknown.
     """
 
     def __init__(self, path: Path, samples: list[dict], model: dict[str, Any] | None, after_tower_below: int | None):
@@ -39,7 +39,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Create a new folder. If `path` already exists, its name gets a number: `path`-2, `path`-3 and so on.
+        """Create a new folder. If `path` already exists, a number is appended to its name: `path`-2, `path`-3, and so on.
 
         Raises:
             UsageError: If the folder cannot be created.
@@ -55,10 +55,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, settings: dict[str, Any]) -> "RunFolder":
-        """Open the folder of an interrupted run, dropping the samples of unfinished and failed videos.
+        """Open an interrupted run's folder, dropping the samples of unfinished and failed videos.
 
         Raises:
-            UsageError: `path` is not the folder of a run, or that run used different settings or a different model.
+            UsageError: If `path` is not a run folder, or if the run used different settings or a different model.
         """
         before = stored_settings(path)
         file = path / SAMPLES
@@ -87,13 +87,14 @@ class RunFolder:
         return folder
 
     def check_model(self, state: dict[str, Any] | None) -> None:
-        """Check that the model's files have not changed since the run was started. Raises UsageError if they have."""
+        """Check that the model files have not changed since the run started. Raises UsageError if they have."""
         if change := file_changes(self.model, state):
             problem = f"the model has changed since {self.path} was started: {change}"
             raise UsageError(problem, "use the earlier model, or a new -o DIR")
 
     def check_size_rule(self, after_tower_below: int | None) -> None:
-        """Check that the run was started with the same size limit for pruning only after the tower. None means unknown.
+        """Check that the run started with the same size limit for pruning only after the tower. None means that the limit is
+        unknown.
 
         Raises:
             UsageError: If the limit has changed.
@@ -101,7 +102,7 @@ class RunFolder:
         check_size_rule(str(self.path), self.after_tower_below, after_tower_below)
 
     def add(self, samples: list[dict]) -> None:
-        """Append a video's samples to the file, either all or none of them. They are on disk when this method returns.
+        """Append a video's samples to the file atomically. They are on disk when this method returns.
 
         Raises:
             UsageError: If the file cannot be written.
@@ -120,13 +121,13 @@ class RunFolder:
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
-    """Read the settings of the run that is stored in a folder.
+    """Read the settings of the run stored in a folder.
 
     Raises:
-        UsageError: If the folder contains no run.
+        UsageError: If the folder does not contain a run.
     """
     try:
-        # Earlier versions did not record the seek mode, because this was the only one.
+        # Earlier versions did not record the seek mode, because "exact" was the only mode.
         return {"seek": "exact"} | read_object(path / SETTINGS)
     except (OSError, ValueError) as problem:
         raise no_folder(path) from problem
@@ -141,7 +142,7 @@ def _line(sample: dict) -> str:
 
 
 def _finished(text: bytes) -> list[dict]:
-    """Parse the samples of videos that finished without an error. Reading stops at the first incomplete line."""
+    """Parse the samples from videos that finished without errors. Parsing stops at the first incomplete line."""
     samples = []
     video = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The results of `evoprune eval`, accuracy and cost at each budget, as tables, CSV and a chart. Does not import torch."""
+"""The results of `evoprune eval` (accuracy and cost at each budget) as tables, CSV, and a chart. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class EvalResults(Results):
         return self._csv() if form == "csv" else super().text(form, width)
 
     def table(self, width: int) -> str:
-        """Return tables with accuracy and cost for all questions, followed by accuracy for each group and each type."""
+        """Return tables of accuracy and cost for all questions, followed by accuracy by group and by question type."""
         found = self.found
         videos = found["videos"]
         asked = counted(found["items"]["answered"], "question")
@@ -76,13 +76,13 @@ class EvalResults(Results):
         return [*failures(self.found), *self.found["notes"]]
 
     def _csv(self) -> str:
-        """Return all rows as CSV. The model and the data are repeated in each row, and unknown values are left empty."""
+        """Return all rows as CSV. Every row repeats the model and the data, and unknown values are left blank."""
         model = {f"model_{name}": one_line(self.found["model"][name]) for name in ("id", "dtype", "device")}
         common = {"data": one_line(self.found["settings"]["data"])} | model
         return as_csv([row | common for row in self.found["rows"]])
 
     def chart(self) -> str | None:
-        """Draw two plots, accuracy against tokens and accuracy against cost, with one line per method."""
+        """Draw two plots with one line per method: accuracy against tokens, and accuracy against cost."""
         found = self.found
         rows = [row for row in found["rows"] if row["group"] == ALL]
         if not rows:
@@ -175,7 +175,7 @@ COSTS: list[Column[Row]] = [
 
 
 def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
-    """Return a table that compares the first method with all other methods, and a note that explains the table.
+    """Return a table that compares the first method with all other methods, along with an explanatory note.
 
     Both are empty if there is only one method, or if the terminal is too narrow.
     """
@@ -198,7 +198,7 @@ def _versus_first(rows: list[Row], width: int) -> tuple[list[str], list[str]]:
 
 
 def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list[str]:
-    """Return tables of accuracy by group, with one column per row of the main table. Tables that are too wide are split."""
+    """Return tables of accuracy by group, with one column per main table row. Tables that are too wide are split."""
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["name"]] = row
@@ -219,7 +219,7 @@ def _by_group(title: str, rows: list[Row], names: list[str], width: int) -> list
 
 
 def _too_small(rows: Sequence[Row], width: int, title: str = "") -> list[str]:
-    """Return a note that lists the groups with too few questions for a measurement, wrapped to lines.
+    """Return a line-wrapped note that lists the groups with too few questions for a measurement.
 
     Args:
         rows: One row per group.

@@ -1,4 +1,4 @@
-"""The settings of `evoprune eval`, which come from the command line or from an earlier run's folder. Does not import torch."""
+"""The settings of `evoprune eval`, from the command line or an earlier run's folder. Does not import torch."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from evoprune.video import SamplingOptions
 Score = Literal["text", "likelihood"]
 SCORES = get_args(Score)
 
-# Options that are always recorded in the results, even if they have their default values.
+# Options that are always recorded in the results, even when set to their default values.
 RECORDED = (
     "fps", "frames", "max_frames", "max_visual_tokens", "seek", "max_new_tokens", "model", "revision", "dtype", "quantize",
 )  # fmt: skip
@@ -30,14 +30,14 @@ RECORDED = (
 class EvalSettings:
     """The settings of an evaluation, which runs each method at each budget.
 
-    Two runs with the same settings give the same results, except for the times that are recorded if `timed` is True.
+    Two runs with the same settings produce the same results, except for the times recorded if `timed` is True.
     """
 
     data: str  # path of the questions file, or a description of the videos
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (MethodText.DEFAULT,)
-    blind: bool = False  # whether to ask every question without the video as well
-    seed: int = 0  # for methods that select at random
+    blind: bool = False  # whether to also ask each question without the video
+    seed: int = 0  # for methods with random selection
     score: Score = "text"  # grade questions with options by the generated text ("text") or by the most probable option
     groups: tuple[str, ...] = ()  # ask only questions in these groups; empty means all questions
     limit: int | None = None  # maximum number of videos; None means all
@@ -46,16 +46,16 @@ class EvalSettings:
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
     digest: str | None = None  # hash of the questions file
     timed: bool = (
-        False  # also record `prune_ms`: pruning time per video, or per question if the method reads the question
+        False  # also record `prune_ms`, the pruning time per video, or per question if the method reads the question
     )
     version: str = evoprune.__version__
 
     @classmethod
     def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
-        """Read the settings of the run that is stored in a folder. The questions file may have changed since then.
+        """Read the settings of the run stored in a folder. The questions file may have changed since the run started.
 
         Args:
-            folder: The output folder of the run.
+            folder: The run's output folder.
             model: The source of options that do not affect answers, such as the device.
 
         Raises:
@@ -94,7 +94,8 @@ class EvalSettings:
             A copy of the settings that includes the file's digest, and the questions grouped by video.
 
         Raises:
-            UsageError: If the file is invalid (see `load_questions`), or if `score` requires options but no question has any.
+            UsageError: If the file is invalid (see `load_questions`), or if `score` requires options but none of the questions has
+                options.
         """
         path = Path(self.data)
         videos = load_questions(path)

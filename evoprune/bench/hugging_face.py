@@ -1,4 +1,4 @@
-"""Plain Hugging Face transformers models that are built from evoprune's weights and serve as the reference in comparisons."""
+"""Plain Hugging Face transformers models built from evoprune's weights, used as the reference in comparisons."""
 
 import torch
 
@@ -7,7 +7,7 @@ from evoprune.session import meta_model
 
 
 def hugging_face_model(model: Model, attention: str = "sdpa"):
-    """Build the transformers model for this family, such as `Qwen3VLForConditionalGeneration`, from the tensors of `model`."""
+    """Build this family's transformers model, such as `Qwen3VLForConditionalGeneration`, from the tensors of `model`."""
     reference = meta_model(model.config, model.dtype, model.device, attention)
     if not model.native:
         reference.model.visual = model.model.visual
@@ -22,10 +22,10 @@ def hugging_face_model(model: Model, attention: str = "sdpa"):
 
 
 def share_equal(made, model: Model) -> list[str]:
-    """Make a transformers model share all parameters that are equal in `model`, so that only one copy stays in memory.
+    """Make a transformers model share all parameters that are equal in `model`, so that only one copy is kept in memory.
 
     Returns:
-        The names of parameters that differ or exist in only one of the two models.
+        The names of all parameters that differ or exist in only one of the models.
     """
     ours = dict(model.named_parameters(remove_duplicate=False))
     theirs = dict(made.named_parameters(remove_duplicate=False))

@@ -1,11 +1,11 @@
-"""Overlays, which show the frames of a video and mark each unit as read, reused, merged or dropped.
+"""Overlays, which show a video's frames and mark each unit as read, reused, merged, or dropped.
 
 `TracedVideo.trace` encodes a video and keeps its frames, and `TracedVideo.draw` creates an image or video file from them. `Overlay`
-draws the frame pairs side by side, or the frames one after another, with a title and a legend.
+draws the frame pairs side by side, or the frames in sequence, with a title and a legend.
 
-Units that are read keep their colors but are slightly brighter. All other units are darker, and reused units also have a blue tint
-and merged units an orange tint. If a unit was merged into another unit of the same frame pair, a line leads from it to a dot on the
-other unit. If it was merged into a unit of a different frame pair, an arrow points toward that pair.
+Units that are read keep their colors but are slightly brighter. All other units are darker, with a blue tint for reused units and
+an orange tint for merged units. If a unit was merged into another unit in the same frame pair, a line leads to a dot on the other
+unit. If it was merged into a unit in a different frame pair, an arrow points toward that pair.
 """
 
 import io
@@ -34,27 +34,27 @@ BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
 FAINT = (160, 160, 170)
 MAX_PANELS = 12
-MIN_WIDTH = 480  # minimum width in pixels, so that there is room for text
+MIN_WIDTH = 480  # minimum width in pixels, to leave room for text
 GAP = 12
 
 
 @dataclass(frozen=True)
 class Fates:
-    """What pruning did to each of the N units of a video, called the unit's fate.
+    """The fate of each of a video's N units, which describes what pruning did to the unit.
 
-    Units are numbered frame pair by frame pair, in raster order within each pair. A unit has the first of these fates that applies:
+    Units are numbered by frame pair, in raster order within each pair. A unit's fate is the first of these that applies:
 
-    - *read*: the language model reads a token at the unit's place.
-    - *reused*: the unit was not encoded, because it has not changed since an earlier frame pair.
+    - *read*: the language model reads a token at the unit's position. - *reused*: the unit was not encoded, because it has not
+      changed since an earlier frame pair.
     - *merged*: the unit's row was merged into the row of another unit.
     - *dropped*: none of the above.
 
     Attributes:
         chosen: bool `[N]`, True if the language model reads a token at the unit's place.
-        source: int64 `[N]`, the unit whose pixels represent this unit: the unit itself, or a unit at the same place in an earlier
-            frame pair.
+        source: int64 `[N]`, the unit whose pixels represent this unit: the unit itself, or a unit at the same position in an
+            earlier frame pair.
         owner: int64 `[N]`, the unit whose row or token represents this unit after pruning, or -1 if there is none.
-        rows: The number of rows that the encoder returns.
+        rows: The number of rows returned by the encoder.
     """
 
     # The fates in order of precedence.
@@ -98,7 +98,7 @@ class Fates:
         selection = video.token_selection()
         owner = torch.where(row >= 0, video.rows.unit.cpu()[row.clamp(min=0)], -1)
         kept = selection.kept.cpu()
-        if selection.unit_to_token is not None:  # otherwise show how units were merged inside the encoder
+        if selection.unit_to_token is not None:  # otherwise, show how units were merged inside the encoder
             into = selection.unit_to_token.cpu()
             owner = torch.where(into >= 0, kept[into.clamp(min=0)], -1)
         chosen = torch.zeros(len(row), dtype=torch.bool, device=row.device)
@@ -109,9 +109,9 @@ class Fates:
 
     @property
     def encoded(self) -> torch.Tensor:
-        """Whether each unit was encoded, bool `[N]`. A unit that was not encoded is represented by an earlier frame pair.
+        """Whether each unit was encoded, bool `[N]`. Unencoded units are represented by an earlier frame pair.
 
-        The language model may read such a unit nevertheless.
+        The language model may still read such a unit.
         """
         return self.source == arange_on(len(self.source), self.source.device)
 
@@ -135,8 +135,8 @@ class TracedVideo:
     """The frames of a video and the fates of its units. Create it with `trace`.
 
     Attributes:
-        frames: uint8 `[F, H, W, 3]`, the frames at the size that the encoder reads. Two frames form a frame pair.
-        warnings: The warnings from the report, and `demo_overlay` if a demo model read a type of video it was not trained on.
+        frames: uint8 `[F, H, W, 3]`, the frames at the size used by the encoder. Two frames form a frame pair.
+        warnings: The warnings from the report, plus `demo_overlay` if a demo model read a type of video that it was not trained on.
         damaged: The number of packets that could not be decoded.
     """
 
@@ -155,7 +155,7 @@ class TracedVideo:
         name: str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Self:
-        """Encode a video, keeping its frames and the fates of its units. For the arguments, see `session.encoding.open_inputs`.
+        """Encode a video, keeping its frames and unit fates. See `session.encoding.open_inputs` for the arguments.
 
         Raises:
             UsageError: If no overlay can be drawn for the pruning method. See `Fates.check`.
@@ -186,8 +186,7 @@ class TracedVideo:
 
         Args:
             title: The title to show above the frames.
-            ending: The format. ".png" shows the frame pairs side by side, while ".gif" and ".mp4" play two to ten frames per
-                second.
+            ending: The format. ".png" shows the frame pairs side by side; ".gif" and ".mp4" play at two to ten frames per second.
         """
         overlay = Overlay(self, title)
         if ending == ".png":
@@ -203,7 +202,7 @@ class _TracedInput(OpenInput):
     shares: ClassVar[bool] = False  # because `frames` must see every frame
 
     def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        self.shown = []  # reset if the encoder restarts after running out of memory
+        self.shown = []  # reset if the encoder runs out of memory and restarts
         with closing(super().frames(on_frames)) as chunks:
             for chunk in chunks:
                 self.shown.append(resize(torch.from_numpy(chunk.pixels), self.plan.height, self.plan.width))
@@ -214,11 +213,11 @@ class _TracedInput(OpenInput):
         return self.made
 
 
-MADE_BY = "evoprune overlay"  # stored in the metadata of each file
+MADE_BY = "evoprune overlay"  # stored in each file's metadata
 
 
 def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
-    """Encode an RGB image as PNG with a palette of 256 colors, which makes grainy frames a third as large as in full color."""
+    """Encode an RGB image as PNG with a 256-color palette, which makes grainy frames a third as large as in full color."""
     file = io.BytesIO()
     facts = PngInfo()
     facts.add_text("Software", made_by)
@@ -228,9 +227,9 @@ def png(picture: Image.Image, made_by: str = MADE_BY) -> bytes:
 
 
 def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -> bytes:
-    """Encode one or more RGB images of the same size as a GIF that loops forever.
+    """Encode one or more RGB images of the same size as an infinitely looping GIF.
 
-    Each image is shown for `seconds`, rounded to hundredths. The minimum is 0.02, because players slow down faster GIFs.
+    Each image is shown for `seconds`, rounded to hundredths and at least 0.02, because players slow down faster GIFs.
     """
     first, *others = (picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures)
     file = io.BytesIO()
@@ -240,9 +239,9 @@ def gif(pictures: Iterable[Image.Image], seconds: float, palette: Image.Image) -
 
 
 def shared_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """Return an image with a palette of 256 colors that suits all RGB images in `pictures`, which must have the same width.
+    """Return an image with a 256-color palette suitable for all RGB images in `pictures`, which must have the same width.
 
-    The images of an animation need the same palette, because it would flicker otherwise.
+    All images in an animation need the same palette to avoid flickering.
     """
     column = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures]))
     return column.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
@@ -269,14 +268,14 @@ def mp4(pictures: Iterable[Image.Image], seconds: float) -> bytes:
     return file.getvalue()
 
 
-# The brightness factor and added color for each fate. Color-blind readers can tell the fates apart in any video.
+# The brightness factor and added color for each fate. Color-blind readers can distinguish the fates in any video.
 TINTS = {
     "read": (0.72, (70, 70, 70)),
     "reused": (0.4, (0, 24, 84)),
     "merged": (0.5, (84, 40, 0)),
     "dropped": (0.25, (0, 0, 0)),
 }
-MARK = (255, 214, 102)  # color of the lines, dots and arrows; their outline is dark
+MARK = (255, 214, 102)  # color of lines, dots, and arrows; their outline is dark
 
 
 def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
@@ -292,7 +291,7 @@ def light(picture: np.ndarray, fate: np.ndarray) -> np.ndarray:
 
 
 class Marks:
-    """Draws marks for merged units on an image. A unit is `side` pixels wide, and (y, x) is its row and column."""
+    """Draws marks for merged units on an image. Units are `side` pixels wide, and (y, x) is a unit's row and column."""
 
     def __init__(self, picture: Image.Image, side: int):
         self._draw = ImageDraw.Draw(picture)
@@ -313,7 +312,7 @@ class Marks:
         self._draw.ellipse(place, MARK, BACKGROUND, self._thick)
 
     def arrow(self, y: int, x: int, later: bool) -> None:
-        """Draw an arrow on a unit that was merged into a different frame pair, pointing right if this pair is later, else left."""
+        """Draw an arrow on a unit that was merged into a different frame pair, pointing right if that pair is later, else left."""
         across, down = self._middle(y, x)
         reach = self._side // 8 if later else -self._side // 8
         corners = [(across - reach, down - abs(reach)), (across + reach, down), (across - reach, down + abs(reach))]
@@ -324,19 +323,19 @@ class Marks:
 
 
 class Overlay:
-    """Draws the frames of a video as panels, each `width` pixels wide, between a title and a legend."""
+    """Draws a video's frames as panels, each `width` pixels wide, between a title and a legend."""
 
     def __init__(self, video: TracedVideo, title: str):
         self._video = video
         self._title = title
         self._fate = video.fates.fate.numpy()
         self._owners = video.fates.owner[video.fates.all_of("merged")].unique().tolist()
-        self._zoom = max(1, min(4, round(560 / video.plan.width)))  # so that panels are about 560 pixels wide
+        self._zoom = max(1, min(4, round(560 / video.plan.width)))  # makes panels about 560 pixels wide
         self._pixels = video.plan.width // video.plan.grid[2]  # side length of a unit in the original frame
         self.width = video.plan.width * self._zoom
 
     def sheet(self) -> Image.Image:
-        """Draw the first frame of each frame pair on a single RGB image. If there are more than 12 pairs, 12 are chosen evenly."""
+        """Draw the first frame of each frame pair, or of 12 evenly spaced pairs if there are more, on a single RGB image."""
         count = self._video.plan.grid[0]
         shown = [i * count // min(count, MAX_PANELS) for i in range(min(count, MAX_PANELS))]
         height = self._video.plan.height * self.width / self._video.plan.width
@@ -362,7 +361,7 @@ class Overlay:
             yield framed([above, drawn, *legend])
 
     def panel(self, frame: int) -> Image.Image:
-        """Draw a frame with its marks as an RGB image, enlarged by an integer factor."""
+        """Draw a frame with its marks as an RGB image, upscaled by an integer factor."""
         fate = self._of_frame(self._fate, frame)
         lit = light(self._video.frames[frame].numpy(), fate.repeat(self._pixels, 0).repeat(self._pixels, 1))
         picture = Image.fromarray(lit).resize((self.width, lit.shape[0] * self._zoom), Image.Resampling.NEAREST)
@@ -370,7 +369,7 @@ class Overlay:
         return picture
 
     def _mark(self, marks: Marks, fate: np.ndarray, frame: int) -> None:
-        """Draw lines and arrows from a frame's merged units, and dots on the units that other units were merged into."""
+        """Draw lines and arrows from a frame's merged units, and dots on the units that others were merged into."""
         units = self._of_frame(np.arange(len(self._fate)), frame)
         owner = self._of_frame(self._video.fates.owner.numpy(), frame)
         inside = np.isin(owner, units)
@@ -384,9 +383,9 @@ class Overlay:
             marks.dot(y, x)
 
     def caption(self, frame: int) -> str:
-        """Return a caption with a frame's time, and the number of units in its frame pair that have each fate.
+        """Return a caption with a frame's timestamp and the number of units with each fate in its frame pair.
 
-        Fates that do not occur anywhere in the video are omitted.
+        Fates that don't occur anywhere in the video are omitted.
         """
         here = self._of_frame(self._fate, frame)
         anywhere = set(self._fate.tolist())
@@ -395,12 +394,12 @@ class Overlay:
         return f"{minutes:.0f}:{seconds:05.2f}: {', '.join(counts)}"
 
     def _of_frame(self, units: np.ndarray, frame: int) -> np.ndarray:
-        """Extract the values for a frame's pair from an array with one value per unit, `[N]`. Returns an array `[h, w]`."""
+        """Extract the values for a frame's pair from an array with one value per unit, `[N]`. Returns an `[h, w]` array."""
         grid = self._video.plan.grid
         return units.reshape(grid)[frame // (len(self._video.frames) // grid[0])]
 
     def _captioned(self, frames: Sequence[int], size: int, every: int = 1) -> Iterator[Image.Image]:
-        """Yield the panels of every n-th frame with captions, where n is `every`. All captions have the same number of lines."""
+        """Yield the captioned panels of every n-th frame, where n is `every`. All captions have the same number of lines."""
         width = self.width
         captions = {frame: self.caption(frame) for frame in frames}
         rows = max(len(wrap(caption, width, size)) for caption in captions.values())
@@ -429,14 +428,14 @@ class Overlay:
 
 
 def text_size(width: int) -> int:
-    """Return a font size that is legible if an image of this width is displayed about 900 pixels wide."""
+    """Return a legible font size for an image of this width displayed about 900 pixels wide."""
     return max(16, round(width / 62))
 
 
 def columns(panels: int, ratio: float) -> int:
-    """Return the number of panels per row of a sheet, given the ratio of a panel's width to its height.
+    """Return the number of panels per sheet row, given a panel's width-to-height ratio.
 
-    The number is chosen so that the sheet is about 1.6 times as wide as it is high, like a screen, with few empty places.
+    The number is chosen so that the sheet is about 1.6 times as wide as it is high, like a screen, with few empty positions.
     """
 
     def cost(columns: int) -> float:
@@ -447,7 +446,7 @@ def columns(panels: int, ratio: float) -> int:
 
 
 def _legend_entry(name: str, text: str, width: int, size: int) -> Image.Image:
-    """Draw one entry of the legend, which shows two small units, drawn as in a panel, next to an explanation of their fate."""
+    """Draw a legend entry, which shows two small units, drawn as in a panel, next to an explanation of their fate."""
     side = round(1.4 * size)
     fate = np.full((side, 2 * side), Fates.NAMES.index(name))
     if name == "merged":
@@ -480,15 +479,15 @@ def joined(pictures: Sequence[Image.Image], gap: int, across: bool = False) -> I
 
 
 def framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Join images into a column with a margin around it. The resulting width and height are even, as required by H.264."""
+    """Join images into a column with a surrounding margin. The resulting width and height are even, as required by H.264."""
     column = joined(pictures, GAP // 2)
     return ImageOps.expand(column, (GAP, GAP, GAP + column.width % 2, GAP + column.height % 2), BACKGROUND)
 
 
 def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] = INK, rows: int = 1) -> Image.Image:
-    """Draw text that is wrapped to `width` pixels as an RGB image. The image has room for at least `rows` lines.
+    """Draw text as an RGB image, wrapped to `width` pixels. The image has room for at least `rows` lines.
 
-    Pillow's default font is used, which contains only ASCII characters and shows a box for all other characters.
+    The text is drawn in Pillow's default font, which contains only ASCII characters and shows a box for any other character.
     """
     lines = wrap(text, width, size)
     height = round(1.3 * size)
@@ -500,7 +499,7 @@ def text_picture(text: str, width: int, size: int, colour: tuple[int, int, int] 
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Split text into lines that are at most `width` pixels wide. Words that are wider than a line are split."""
+    """Split text into lines of at most `width` pixels. Words wider than a line are split."""
     rows = [""]
     long = _font(size).getlength
     for word in text.split():

@@ -1,4 +1,4 @@
-"""Parallel evaluation in several processes with one model each, because a small model in one process leaves most cores idle."""
+"""Parallel evaluation in several processes with one model each, because one process leaves most cores idle with small models."""
 
 import multiprocessing
 import os
@@ -17,29 +17,30 @@ from evoprune.errors import EvopruneError, EvopruneWarning, OutOfMemory, process
 
 Work = Callable[[Any], list[dict]]
 
-_work: Work | Exception  # the function that runs this process's jobs, or the exception that `start` raised
+_work: Work | Exception  # the function that runs this process's jobs, or the exception raised by `start`
 
 
 def map_in_processes(start: Callable[[], Work], jobs: Iterable[Any], processes: int) -> Iterator[list[dict]]:
-    """Run jobs in several processes and yield their results in order. Closing the iterator early kills the processes.
+    """Run jobs in several processes, and yield their results in order. Closing the iterator early kills the processes.
 
-    Exceptions raised by `start` or by a job are raised here as well.
+    Exceptions raised by `start` or by a job are re-raised.
 
     Args:
-        start: Called once in each process. It returns the function that runs a job. `start` and the jobs must be picklable.
-        jobs: The arguments of this function.
+        start: A function that is called once in each process and returns the function that runs a job. `start` and the jobs must be
+            picklable.
+        jobs: The arguments for the function that runs a job.
 
     Raises:
         OutOfMemory: If the system ran out of memory and killed a process.
         EvopruneError: If a process crashed or was killed.
     """
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
     others = set(multiprocessing.active_children())
     killed = Host().oom_kills()
     pool = ProcessPoolExecutor(processes, context, _begin, (start,))
     try:
         # `pool.map` is not an option, because it cancels the remaining jobs after a failure. In Python 3.11, the thread that cleans
-        # up a broken pool crashes if a job was canceled, so the other processes would be neither terminated nor joined.
+        # up a broken pool crashes if a job was canceled, leaving the other processes neither terminated nor joined.
         try:
             results = [pool.submit(_do, job) for job in jobs]
         except OSError as problem:
@@ -69,7 +70,7 @@ def _begin(start: Callable[[], Work]) -> None:
     keep_freed_memory()
     try:
         _work = start()
-    except Exception as problem:  # if it were raised here, the pool would print a traceback and count as broken
+    except Exception as problem:  # if raised here, the pool would print a traceback and be marked as broken
         _work = problem
 
 

@@ -1,8 +1,8 @@
 """The code behind `evoprune profile`, which measures the speed of pruning methods. Random weights are sufficient.
 
 `Profile` represents the whole run. `load` loads a model if it fits into memory. `Bench` contains the clips and the model with
-plain, packed and quantized weights. `measure` runs the rounds, all in the same process. In each round, every row of the results has
-one turn, which is a call to `run_evoprune` or, for plain transformers, to `run_hugging_face`.
+plain, packed and quantized weights. `measure` runs the rounds, all in the same process. In each round, every result row gets one
+turn, which is a call to `run_evoprune` or, for plain transformers, to `run_hugging_face`.
 """
 
 import os
@@ -75,22 +75,22 @@ Progress = Callable[[str], None]
 
 
 class Profile:
-    """A profiling run over clip sizes, methods and budgets. Create an instance, check its `needs`, and then call `run`.
+    """A profiling run over clip sizes, methods, and budgets. Create an instance, check its `needs`, and then call `run`.
 
     Args:
-        settings: The methods, budgets and other settings.
-        load_format: How to load the weights. None uses random weights if a bundled config has the model's name, and otherwise the
-            model's own weights.
-        exact: Whether to use `cases` as they are. If False, they are sizes for units of `UNIT` pixels, and they are scaled so that
-            the model has the same number of units.
-        video: The properties of the video that provides the frames, or None to use a synthetic clip.
+        settings: The methods, budgets, and other settings.
+        load_format: How to load the weights. None uses random weights if there is a bundled config with the model's name;
+            otherwise, the model's own weights.
+        exact: Whether to use `cases` unchanged. If False, they are sizes for units of `UNIT` pixels and are scaled so that the
+            model has the same number of units.
+        video: The properties of the video to take frames from, or None to use a synthetic clip.
         source: The name of the video in the results, or the type of synthetic clip.
-        begun: The time at which the run started, as returned by `time.perf_counter`. None means now.
+        begun: The start time of the run, as returned by `time.perf_counter`. None means now.
 
     Raises:
-        UsageError: If a method has invalid settings or does not work with the model.
+        UsageError: If a method has invalid settings or is incompatible with the model.
 
-    For the other exceptions, see `describe`.
+    See `describe` for other exceptions.
     """
 
     def __init__(
@@ -136,21 +136,21 @@ class Profile:
         return needs
 
     def run(self, progress: Progress = lambda what: None) -> Iterator[ProfileResults]:
-        """Load the model and measure it, yielding the results so far after each measured round. For the exceptions, see `load`."""
+        """Load the model and measure it, yielding the results so far after each measured round. See `load` for exceptions."""
         progress("loading model")
         loaded = load(self.model, self.cases)
         how = {"about": self._about, "progress": progress, "limit": self.limit}
         yield from measure(loaded, self.cases, self._frames, self.settings, **how)
 
     def bench(self, progress: Progress = lambda what: None) -> tuple["Bench", list[ProfileRow]]:
-        """Load the model, and return a `Bench` with its rows for measuring single turns. For the exceptions, see `load`."""
+        """Load the model, and return a `Bench` and its rows for measuring individual turns. See `load` for exceptions."""
         loaded = load(self.model, self.cases)
         rows = all_rows(self.cases, self.settings)
         return Bench(loaded, rows, self._frames, self.settings, progress), rows
 
 
 def default_load_format(name: str) -> str:
-    """Return "dummy" (random weights) if a bundled config has this name, otherwise "auto" (the model's own weights)."""
+    """Return "dummy" (random weights) if there is a bundled config with this name; otherwise, "auto" (the model's own weights)."""
     return "dummy" if name in BUNDLED_CONFIGS and not Path(name).is_dir() else "auto"
 
 
@@ -160,7 +160,7 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
     Raises:
         OutOfMemory: If there is not enough memory.
 
-    For the other exceptions, see `case_grid` and `load_model`.
+    See `case_grid` and `load_model` for other exceptions.
     """
     size = DTYPES[model.dtype].itemsize
     weights = Cost(model.config).parameters * size
@@ -175,17 +175,17 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
 
 
 class Needs(NamedTuple):
-    """The resources that a profiling run needs: memory in bytes, and a lower bound on its duration in seconds."""
+    """The resources required by a profiling run: memory in bytes, and a lower bound on its duration in seconds."""
 
     memory: int
     seconds: float
 
 
 def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
-    """Estimate the memory for the largest case, and the time to run Hugging Face and budget 1.0 on the first case.
+    """Estimate the memory for the largest case, and the time to run Hugging Face transformers and budget 1.0 on the first case.
 
-    The time is the number of operations divided by the speed of matrix products on this machine, which is measured for 0.1 s. It
-    does not include loading, packing and the pruning methods.
+    The time is the number of operations divided by this machine's matrix product speed, which is measured for 0.1 s. It does not
+    include loading, packing, or the pruning methods.
 
     Raises:
         UsageError: If the device cannot be used.
@@ -209,20 +209,19 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
 def quantized_models(
     loaded: LoadedModel, names: Sequence[str], working: int, progress: Progress
 ) -> tuple[dict[str, LoadedModel], dict[str, str], list[str]]:
-    """Prepare the quantized models that fit into memory.
+    """Prepare all quantized models that fit into memory.
 
     Args:
-        names: The quantizations. "none" stands for a model that is not quantized, but whose weights are packed if there is enough
-            memory.
-        working: The memory in bytes to leave free for computing.
+        names: The quantizations. "none" means an unquantized model, whose weights are packed if there is enough memory.
+        working: The amount of memory, in bytes, to leave free for computation.
 
     Returns:
-        The models keyed by quantization, the reasons why other quantizations are missing, and notes for the results.
+        The models keyed by quantization, the reasons for any missing quantizations, and notes for the results.
     """
     ours = loaded.model
     for name in names:
         Quantization(name).check(ours.device)
-    # On devices without packing, the model may have layers that are already joined. They are used as they are.
+    # On devices without packing, the model may already have fused layers. They are used as they are.
     if Packing.supports(next(ours.parameters())):
         ours = ours.shared()
     notes = []
@@ -273,9 +272,9 @@ def _ready(name: str, model: QwenVL, start: float) -> str:
 
 
 def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: int) -> int:
-    """Estimate the peak memory in addition to the weights, in bytes, for plain transformers, which needs more than any other row.
+    """Estimate peak memory, in bytes and excluding the weights, for plain transformers, which needs more than any other row.
 
-    `bytes_each` is the size of one weight. For the exceptions, see `case_grid`.
+    `bytes_each` is the size of one weight. See `case_grid` for exceptions.
     """
     units = prod(case_grid(case, limits))
     prompt = units + text_tokens(config.vision_config, case, limits)
@@ -283,7 +282,7 @@ def working_memory(config: Config, case: Case, limits: InputLimits, bytes_each: 
 
 
 class Turn(NamedTuple):
-    """The result of running one row once: its counts, its times and the generated tokens."""
+    """The result of running a row once: its counts, times, and generated tokens."""
 
     counts: Counts
     sample: Sample
@@ -291,7 +290,7 @@ class Turn(NamedTuple):
 
 
 def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: PruneConfig, new_tokens: int) -> Turn:
-    """Run evoprune from the patches to the new tokens, pruning visual tokens according to `plan` and `config`."""
+    """Run evoprune from patches to new tokens, pruning visual tokens according to `plan` and `config`."""
     model = loaded.model
     visual = model.model.visual
     method = config.method
@@ -341,7 +340,7 @@ def run_hugging_face(loaded: LoadedModel, reference, clip: Clip, new_tokens: int
     device = clip.patches.device
     pairs, rows, columns = clip.grid
     grid_thw = torch.tensor([[pairs, 2 * rows, 2 * columns]], dtype=torch.int64, device=device)
-    # Row 0 is the index in the prompt. Rows 1 to 3 are the positions in time, height and width.
+    # Row 0 is the index in the prompt. Rows 1 to 3 are the positions in time, height, and width.
     positions = torch.cat([arange_on(len(clip.ids), "cpu")[None], clip.positions])[:, None].to(device)
     with clock.stage("encode"):
         encoded = reference.model.visual(clip.patches, grid_thw=grid_thw)
@@ -383,7 +382,7 @@ def _counts(model: Model, clip: Clip, layers: list[tuple[int, int]], rows: int, 
 
 
 class Bench:
-    """The models and clips of a profiling run, ready to be measured. Rows that cannot run get an error.
+    """The models and clips of a profiling run, ready for measurement. An error is recorded for rows that cannot run.
 
     Args:
         source: A function that returns the frames of a case.
@@ -410,7 +409,7 @@ class Bench:
             self.notes.append(attention_note)
         for row in rows:
             row.error = missing.get(row.quantize)
-        self._clips: dict[tuple, Clip] = {}  # keyed by case, or by case, method and budget for input methods
+        self._clips: dict[tuple, Clip] = {}  # keyed by case or, for input methods, by case, method, and budget
         for case, here in cases.items():
             if short := Device(loaded.device).shortage(needed[case]):
                 for row in here:
@@ -422,7 +421,7 @@ class Bench:
                     for name, budget in {(row.method, row.budget) for row in here if row.kind == METHOD}:
                         if (config := settings.config(name, budget)).method.acts == "input":
                             self._clips[case, name, budget] = prepare(loaded, *frames, config)
-        # The shapes of large square products, and of the tower's widest product with as many rows as it computes at a time.
+        # The shapes of large square products, and of the tower's widest product with as many rows as the tower computes at a time.
         sides = Device(model.device).product_sides
         vision = model.config.vision_config
         piece_units = min(
@@ -432,11 +431,11 @@ class Bench:
         self._shapes = [*((side,) * 3 for side in sides), (PATCHES * piece_units, vision.hidden_size, widest)]
 
     def rate(self) -> float:
-        """Measure the speed of plain matrix products on this machine, in floating-point operations per second."""
+        """Measure this machine's speed of plain matrix products, in floating-point operations per second."""
         return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
 
     def run(self, row: ProfileRow) -> Turn | str:
-        """Run a row once. If it fails because of NaN, infinity or a lack of memory, the reason is returned instead."""
+        """Run a row once. If it fails because of NaN, infinity, or insufficient memory, the reason is returned instead."""
         settings = self._settings
         loaded = self._loaded
         clip = self._clips.get((row.case, row.method, row.budget), self._clips[row.case,])
@@ -452,9 +451,9 @@ class Bench:
 
 
 def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRow]:
-    """Return the rows of all cases, in the order in which they run in each round.
+    """Return the rows of all cases, in execution order.
 
-    There is always a row for budget 1.0, which also represents methods that prune nothing.
+    There is always a row for budget 1.0, which also represents methods that don't prune.
     """
     pruned = [
         (budget, name, quantize)
@@ -471,7 +470,7 @@ def all_rows(cases: Sequence[Case], settings: ProfileSettings) -> list[ProfileRo
     return rows
 
 
-# The result of a round: the speed of matrix products, and the turn of each row or the reason why it failed.
+# The result of a round: the matrix product speed, and each row's turn or the reason why it failed.
 Round = tuple[float, dict[ProfileRow, Turn | str]]
 
 
@@ -485,12 +484,13 @@ def measure(
     progress: Progress = lambda what: None,
     limit: TimeLimit | None = None,
 ) -> Iterator[ProfileResults]:
-    """Run all rows in turn, round after round, within the time limit.
+    """Run all rows in turn, one round after another, within the time limit.
 
     Args:
         source: A function that returns the frames of a case.
         about: Additional settings to record (`video` and `synthetic`).
-        limit: The time limit for the whole run, which may have started earlier. None uses the limit in `settings`, starting now.
+        limit: The time limit for the whole run, which may have started earlier. The default, None, uses the limit from `settings`,
+            starting now.
 
     Yields:
         The results so far, after each measured round. At least one round is measured.
@@ -556,9 +556,9 @@ def _run_round(
 ) -> Round:
     """Run every row once.
 
-    If `rounds` is not 0, this many rounds, including this one, must finish within the time limit. Each row is assumed to take as
-    long as the slowest row so far. If the rounds would not finish in time with this row, it is removed from `rows`. In the first
-    case, Hugging Face, budget 1.0 and the first method are never removed.
+    If `rounds` is not 0, that many rounds, including this one, must finish within the time limit. Each row is assumed to take as
+    long as the slowest row so far. If the rounds would not finish in time with this row, the row is removed from `rows`. In the
+    first case, Hugging Face transformers, budget 1.0, and the first method are never removed.
     """
     begun = limit.now()
     progress(f"{title}: matrix products")
@@ -579,7 +579,7 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """Return a list with one note that lists the rows that were removed, or an empty list if there are none."""
+    """Return a list with one note that names the removed rows, or an empty list if there are none."""
     there = {(row.name, row.case) for row in kept}
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]
@@ -590,7 +590,7 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Insert a bound before the methods at each budget, based on the first of these methods that did not fail. See `bound_of`."""
+    """Insert a bound before the methods at each budget, based on the first of these methods that didn't fail. See `bound_of`."""
     bounded = []
     seen = set()
     full = None

@@ -1,6 +1,6 @@
-"""The results of `evoprune profile` as JSON, as text, Markdown and CSV tables, and as a chart. Does not import torch.
+"""The results of `evoprune profile` as JSON, as text, Markdown, and CSV tables, and as a chart. Does not import torch.
 
-Ratios are computed separately for each round, and the median over the rounds is reported. This way, changes in the machine's speed
+Ratios are computed separately for each round, and the median over the rounds is reported. This way, changes in machine speed
 between rounds cancel out.
 """
 
@@ -33,7 +33,7 @@ RATIOS = {  # maps names of ratios in the document to fields of `Figures`
 
 
 class Spread(NamedTuple):
-    """The median, minimum and maximum of a value over the rounds."""
+    """The median, minimum, and maximum of a value over the rounds."""
 
     median: float
     low: float
@@ -50,18 +50,18 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 class Figures(NamedTuple):
-    """The statistics of a row: times in seconds and ratios. Unless noted otherwise, they are medians over the rounds."""
+    """The statistics of a row: times in seconds, and ratios. Unless otherwise noted, they are medians over the rounds."""
 
     encode: Spread
     prefill: Spread
     generate: Spread
     first_token: Spread
     generate_tok_s: float | None  # tokens generated per second after the first token
-    prune_share: float  # share of the encode time that is spent on pruning
-    vs_hf: float | None  # speedup of the time to the first token over plain transformers
-    vs_bound: float | None  # speedup of the time to the first token over the bound at this budget
+    prune_share: float  # fraction of the encode time spent on pruning
+    vs_hf: float | None  # speedup of the time to first token over plain transformers
+    vs_bound: float | None  # speedup of the time to first token over the bound at this budget
     encode_vs_hf: float | None  # speedup of the encode time over plain transformers
-    matmul_share: float | None  # the tower's operations per second, as a share of the speed of plain matrix products
+    matmul_share: float | None  # the tower's operations per second, as a fraction of the plain matrix product speed
     peak_bytes: int | None  # maximum over the rounds
 
 
@@ -70,16 +70,16 @@ Row = tuple[ProfileRow, Figures | None]
 
 @dataclass
 class ProfileResults(Results):
-    """The settings of a profile and the measurements so far."""
+    """A profile's settings and the measurements so far."""
 
     model: ModelFacts
     weights_bytes: int
     env: Environment
-    machine: dict[str, Any]  # properties of the machine that are not in `env`
+    machine: dict[str, Any]  # machine properties that are not in `env`
     settings: dict[str, Any]
-    # For each case, the rows of Hugging Face and budget 1.0, followed by the bound and the methods at each budget.
+    # For each case, the rows for Hugging Face and budget 1.0, followed by the bound and the methods at each budget.
     rows: list[ProfileRow] = field(default_factory=list)
-    # The speed of plain matrix products in operations per second, one value per measured round.
+    # The plain matrix product speed in operations per second, with one value per measured round.
     matmul_rates: list[float] = field(default_factory=list)
     warmups: int = 0  # number of warm-up rounds that ran
     rounds: int = 0  # number of measured rounds that ran
@@ -90,7 +90,7 @@ class ProfileResults(Results):
 
     @property
     def remarks(self) -> list[str]:
-        """The notes, followed by the reason if fewer rounds than requested were measured."""
+        """The notes and, if fewer rounds than requested were measured, the reason."""
         wanted = self.settings["repetitions"]
         limit = self.settings["time_limit_s"]
         remarks = list(self.notes)
@@ -112,7 +112,7 @@ class ProfileResults(Results):
         return [row for row in self.rows if row.case == case]
 
     def _against(self, row: ProfileRow, other: str, stage: str) -> float | None:
-        """Return the speedup of `row` over the row of type `other` in the same case, or None if the other row has no samples."""
+        """Return the speedup of `row` over the row of type `other` in the same case, or None if that row has no samples."""
         peers = (r for r in self.of(row.case) if r.kind == other and (other != BOUND or r.budget == row.budget))
         peer = next((r for r in peers if r.samples), None)
         if peer is None:
@@ -148,7 +148,7 @@ class ProfileResults(Results):
         return figures
 
     def document(self) -> dict[str, Any]:
-        """Return all results as a dict for JSON output, with times in milliseconds and sizes in bytes."""
+        """Return all results as a JSON-serializable dict, with times in milliseconds and sizes in bytes."""
         rates = self.matmul_rates
         seconds = round(self.seconds, 3)
         ran = {"warmup": self.warmups, "measured": self.rounds, "seconds": seconds, "interrupted": self.interrupted}
@@ -223,7 +223,7 @@ class ProfileResults(Results):
         return "\n".join([head, "", *markdown(rows, columns), "", *items]) + "\n"
 
     def _csv(self) -> str:
-        """Return all rows as CSV. The properties of the whole run are repeated in each line, and unknown values are left empty."""
+        """Return all rows as CSV. Each line repeats the properties of the whole run, and unknown values are left blank."""
         document = self.document()
         common = {"rounds": self.rounds, "warmups": self.warmups, "new_tokens": self.settings["new_tokens"]}
         common |= {"source": self._source(), "matmul_flop_per_s": document["matmul"]["flop_per_s"]}
@@ -244,7 +244,7 @@ class ProfileResults(Results):
         return as_csv(rows)
 
     def chart(self) -> str:
-        """Draw a chart of times against clip sizes. If there is only one size, draw the encode time against the live share."""
+        """Draw a chart of times against clip sizes or, if there is only one size, of the encode time against the live share."""
         longest = max((max(row.seconds("first_token")) for row in self.rows if row.samples), default=0)
         unit = "milliseconds"
         factor = 1000.0
@@ -271,9 +271,9 @@ class ProfileResults(Results):
         return draw(f"{name}: {subject}", ", ".join([self.model.dtype, device, seen, self._source(), rounds]), panels)
 
     def _sweep(self, unit: str, factor: float) -> list[Panel]:
-        """Return panels that plot encode and first token times against the number of frames, or of units if frame sizes differ.
+        """Return panels that plot encode and first-token times against the number of frames, or of units if frame sizes differ.
 
-        Plain transformers is drawn in gray, and evoprune without pruning in black. A bound has the same color as the row below it.
+        Plain transformers is drawn in gray, and unpruned evoprune in black. A bound has the same color as the row below it.
         """
         by_frames = len({(case.height, case.width) for case in self.cases}) == 1
         pruned = {row.name: row.budget for row in self.rows if row.kind == METHOD}
@@ -314,7 +314,7 @@ class ProfileResults(Results):
         return one_line(self.settings.get("video") or f"synthetic {self.settings.get('synthetic', 'clip')}")
 
     def _heading(self) -> list[str]:
-        """Return the lines above the tables, which describe the model, the machine and the input."""
+        """Return the lines above the tables, which describe the model, the machine, and the input."""
         model = self.model
         env = self.env
         name = one_line(model.id)
@@ -376,7 +376,7 @@ def _ms(seconds: float) -> str:
 
 
 def _near(spread: Spread) -> str:
-    """Format a time as the median, followed by the largest relative deviation of any round if the rounds differ."""
+    """Format a time as the median, followed by the largest relative deviation in any round if the rounds differ."""
     far = max(spread.high - spread.median, spread.median - spread.low)
     if not far:
         return _ms(spread.median)
@@ -384,7 +384,7 @@ def _near(spread: Spread) -> str:
 
 
 def _range(spread: Spread) -> str:
-    """Format a time as the median, followed by the range from minimum to maximum if the rounds differ."""
+    """Format a time as the median, followed by the minimum and maximum if the rounds differ."""
     if spread.low == spread.high:
         return _ms(spread.median)
     return f"{_ms(spread.median)} ({_ms(spread.low)}-{_ms(spread.high)})"
@@ -397,7 +397,7 @@ def _rate(tokens_s: float) -> str:
 
 
 def _figure(show: Callable[[Any], str], name: str, row: Row) -> str:
-    """Format a statistic of a row. Returns "-" if the row has no statistics at all, or "" if only this statistic is unknown."""
+    """Format a statistic of a row. Returns "-" if the row has no statistics, or "" if only this statistic is unknown."""
     _, figures = row
     if figures is None:
         return "-"
@@ -412,7 +412,7 @@ def _count(show: Callable[[Any], str], name: str, row: Row) -> str:
 
 
 def _pruning(row: Row) -> str:
-    """Format the share of the encode time that is spent on pruning. Returns "" if the row does not prune."""
+    """Format the fraction of the encode time spent on pruning. Returns "" if the row does not prune."""
     if row[1] and row[0].kind != METHOD:
         return ""
     return _figure("{:.1%}".format, "prune_share", row)

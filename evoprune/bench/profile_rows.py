@@ -1,4 +1,4 @@
-"""The settings, cases, rows and samples of `evoprune profile`. Times are in seconds. Does not import torch."""
+"""The settings, cases, rows, and samples of `evoprune profile`. Times are in seconds. Does not import torch."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -10,16 +10,16 @@ from evoprune.util import budget_text
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """The settings of a profile, which runs each method at each budget and with each quantization of the language model."""
+    """The settings of a profile, which runs each method at each budget and with each language model quantization."""
 
-    SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # kinds of synthetic clips; see `clips.py`
+    SYNTHETIC: ClassVar[tuple[str, ...]] = ("motion", "static90", "noise")  # types of synthetic clips; see `clips.py`
 
     budgets: tuple[float | str, ...]  # see `Budget.recorded`
     methods: tuple[str, ...] = (MethodText.DEFAULT,)
     quantize: tuple[str, ...] = ("none",)
-    seed: int = 0  # for methods that select at random
+    seed: int = 0  # for methods with random selection
     new_tokens: int = 4  # number of tokens to generate; end-of-sequence tokens are ignored
-    warmups: int = 1  # number of warm-up rounds, which are not part of the results
+    warmups: int = 1  # number of warm-up rounds, which are excluded from the results
     repetitions: int = 3  # number of measured rounds
     time_limit_s: float = 150.0  # limit for the whole run, including loading
 
@@ -28,8 +28,8 @@ class ProfileSettings:
         return PruneOptions(budget, name, seed=self.seed).config()
 
 
-# The types of rows: plain transformers, evoprune without pruning, the best possible time for pruning after the encoder, and a
-# pruning method.
+# Row types: plain transformers, evoprune without pruning, the best possible time for pruning after the encoder, and a pruning
+# method.
 HUGGING_FACE = "hugging_face"
 FULL = "full"
 BOUND = "post_encoder_bound"
@@ -38,7 +38,7 @@ METHOD = "method"
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """A clip size: the number of frames, and their height and width in pixels. A case with a single frame is an image."""
+    """A clip size: the number of frames, and their height and width in pixels. A case with only one frame is an image."""
 
     frames: int
     height: int
@@ -51,7 +51,7 @@ class Case:
         return f"{self.frames} frames of {size}"
 
     def of_units(self, larger: float) -> "Case":
-        """Return a case with the same number of units, for a model whose units are `larger` times as wide and high in pixels."""
+        """Return a case with the same number of units for a model whose units are `larger` times as wide and high in pixels."""
         return replace(self, height=round(self.height * larger), width=round(self.width * larger))
 
 
@@ -60,11 +60,11 @@ class Sample:
     """The times of one row in one round, in seconds."""
 
     encode: float  # time in the tower
-    prune: float  # part of `encode` that is spent on scoring, merging and selection
-    prefill: float  # time from reading the prompt to the logits of its last token
+    prune: float  # part of `encode` spent on scoring, merging, and selection
+    prefill: float  # time to process the prompt, up to the logits of its last token
     generate: float  # time to generate all new tokens after the prefill
     peak_bytes: int | None = None  # peak memory, including the weights
-    prefill_prune: float = 0.0  # part of `prefill` that is spent on pruning
+    prefill_prune: float = 0.0  # part of `prefill` spent on pruning
 
     @property
     def first_token(self) -> float:
@@ -73,25 +73,26 @@ class Sample:
 
 @dataclass(frozen=True)
 class Counts:
-    """The amount of work that a row of the profile does, which is the same in every round."""
+    """The amount of work done by a profile row, which is the same in every round."""
 
     units: int  # number of units in the clip, N
     encoder_rows: int  # number of rows that leave the tower
     live_share: float  # number of rows divided by N, averaged over the tower's layers
-    layers: tuple[tuple[int, int], ...]  # pairs of a layer and the number of rows it computed
-    tokens: int  # number of visual tokens that the language model reads, K
+    layers: tuple[tuple[int, int], ...]  # pairs of a layer index and the number of rows that the layer computed
+    tokens: int  # number of visual tokens read by the language model, K
     prompt: int  # number of tokens in the prompt, both visual and text
     tower_flop: float
-    # Pairs of a language model layer and the number of visual tokens that it read. None if every layer read all of them.
+    # Pairs of a language model layer index and the number of visual tokens that the layer read. None if every layer read all of
+    # them.
     language_layers: tuple[tuple[int, int], ...] | None = None
-    # For each language model layer, its index and the numbers of visual tokens for which it computed keys, queries and the MLP.
+    # For each language model layer, its index and the numbers of visual tokens for which it computed keys, queries, and the MLP.
     # None if every layer computed everything.
     language_work: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(eq=False)
 class ProfileRow:
-    """One line of a profile: a clip size and a way to process it, with its measurements.
+    """One line of a profile: a clip size and a processing method, with its measurements.
 
     `samples` has one entry per measured round. If the row failed, it is empty, and `error` contains the reason.
     """
@@ -118,15 +119,15 @@ class ProfileRow:
         return name
 
     def seconds(self, stage: str) -> list[float]:
-        """Return the duration of a stage in each round, in seconds. `stage` is `first_token` or a field of `Sample`."""
+        """Return a stage's duration in each round, in seconds. `stage` is `first_token` or a field of `Sample`."""
         return [getattr(sample, stage) for sample in self.samples]
 
 
 def bound_of(full: ProfileRow, method: ProfileRow) -> ProfileRow:
     """Return a row with the best possible times of a method that prunes after the encoder.
 
-    In each round, the bound combines the tower time of the row `full` with the other times of the row `method`. If one of the two
-    rows failed, the bound gets the error of this row.
+    In each round, the bound combines the tower time of the row `full` with all other times of the row `method`. If one of the two
+    rows failed, its error is copied to the bound.
     """
     bound = ProfileRow(BOUND, method.case, method.budget, error=full.error or method.error)
     if bound.error or full.counts is None or method.counts is None:

@@ -1,4 +1,4 @@
-"""Questions with known answers, which are read from a JSONL or CSV file, and the code that grades a model's answers.
+"""Questions with known answers, read from a JSONL or CSV file, and the code for grading a model's answers.
 
 This module does not import torch.
 """
@@ -32,8 +32,8 @@ ASIDE = (
     "because|since|due to|given that|while|whereas|although|though|if|unlike|except|other than"
     "|rather than|instead of|as opposed to"
 )
-# A letter refers to an option if it is at the start of a clause or after one of the words in `LEADS`, unless another word follows
-# directly ("A circle", "I think", "C major"). Words in `FOLLOWS` may follow.
+# A letter refers to an option if it starts a clause or follows one of the words in `LEADS`, unless it is directly followed by
+# another word ("A circle", "I think", "C major"). Words in `FOLLOWS` are allowed.
 LEADS = re.compile(
     "is|was|be|are|it's|that's|options?|choice|letter|say|think|guess|believe|with|choose|choosing|pick|select|either|only|just"
     "|probably|definitely|clearly|certainly|surely|likely|maybe|perhaps|possibly|是|为|项",
@@ -42,7 +42,7 @@ LEADS = re.compile(
 FOLLOWS = re.compile(
     "is|was|would|seems|appears|looks|best|correctly|matches|describes|shows|fits|as|and|then|to", re.IGNORECASE
 )
-# Options that are also common words need stricter patterns. For example, "no car" does not refer to the option "no", and neither
+# Options that are also common words require stricter patterns. For example, "no car" does not refer to the option "no", and neither
 # "the left one" nor "one of them" refers to the option "one".
 COMMON = {
     "no": r"no(?! (?!because\b)\w)",
@@ -51,7 +51,7 @@ COMMON = {
 
 _SPACED = re.compile(
     r"([\u3041-\u9fff\uac00-\ud7a3])"
-)  # characters of Chinese, Japanese and Korean, which do not put spaces between words
+)  # Chinese, Japanese, and Korean characters, which are not separated by spaces
 _MARKUP = str.maketrans(dict.fromkeys('*`$"“”{}#', " ") | {"\\": "", "’": "'", "‘": "'"})
 ENDS = ("clause", "stop", "line", "aside")
 JOINS = re.compile(
@@ -62,30 +62,31 @@ FILLERS = re.compile(rf"{JOINS.pattern}|[,:.–—()\[\]-]|an?|the|option", re.I
 
 @dataclass
 class Word:
-    """A word or a punctuation mark in an answer.
+    """A word or punctuation mark in an answer.
 
-    A letter that is not `sure`, such as the C in "vitamin C" or "B and C", does not refer to an option by itself. However, it can
+    A letter that isn't `sure`, such as the C in "vitamin C" or "B and C", does not refer to an option by itself, but it can
     contradict another letter.
     """
 
     # "name" (of an option), "states", "denies", "denies_before", "aside", "clause" (the start of one), "stop", "line" or "plain"
     kind: str
     text: str
-    # The indices of the options that the word refers to, or -1 for a letter without an option.
+    # The indices of the options that the word refers to, or -1 for a letter without a corresponding option.
     options: frozenset[int] = frozenset()
-    letter: bool = False  # True if the word is a single letter
+    letter: bool = False  # True for a single letter
     marked: bool = (
-        False  # True if the letter is in brackets, or starts a clause and precedes a bracket, a period or a colon
+        # True for a letter that is in brackets, or that starts a clause and precedes a bracket, a period, or a colon.
+        False
     )
-    sure: bool = True  # True if the word refers to an option by itself
+    sure: bool = True  # True if the word by itself refers to an option
 
 
 def grade(row: Row, said: str) -> bool | None:
     """Grade an answer.
 
     Returns:
-        True if `said` is the right answer, False if it is wrong, and None if the row has options but `said` does not clearly refer
-        to one of them.
+        True if `said` is correct, False if it is wrong, and None if the row has options but `said` does not clearly refer to one of
+        them.
     """
     if not row.options:
         return normalised(said) == normalised(row.answer)
@@ -96,21 +97,21 @@ def grade(row: Row, said: str) -> bool | None:
 
 
 def normalised(text: str) -> str:
-    """Normalize text for comparisons: ignore case, and remove surrounding whitespace and a final period."""
+    """Normalize text for comparison: ignore case, and remove surrounding whitespace and a final period."""
     return text.strip().removesuffix(".").strip().casefold()
 
 
 def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
-    """Find the option that an answer chooses, by its letter or by its text.
+    """Find the option chosen by an answer, based on the option's letter or text.
 
-    These rules are tried in order until one of them finds an option:
+    These rules are tried in order until one finds an option:
 
     1. The whole answer is the text of an option, or an option's line in the prompt (`B. blue star`).
     2. Take the last statement that mentions an option, such as `the answer is B`, `I choose B`, `B is the correct answer`,
        `\\boxed{B}` or `<answer>B</answer>`. If it mentions the option's letter, any text after the letter is an explanation.
     3. Take the option whose letter begins a line (`B: it is blue`, `(B)`, `B, because`) or whose name is a whole line, if there is
        only one such option.
-    4. Take the option that is mentioned anywhere in the answer, if there is only one.
+    4. Take the option mentioned anywhere in the answer, if there is only one.
     5. If several options are mentioned, take the last line that consists of a letter. If there is no such line, take the last line
        if it repeats an option.
 
@@ -118,7 +119,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
     another word follows directly ("a circle", "I think"). The text of an option must appear with all of its words, but articles are
     optional, and numbers up to twelve may be written as digits or as words. Options are ignored inside `<think>`, in questions,
     after words such as "because", and in clauses that contain a denial ("not A", "A is wrong") or an "or". The answer mentions two
-    options if it contains "A and B", or a letter that is followed by the text of another option (`B. circle`).
+    options if it contains "A and B", or a letter followed by the text of another option (`B. circle`).
 
     Returns:
         The index of the option, or None if the answer does not clearly choose one.
@@ -126,9 +127,7 @@ def chosen_option(said: str, options: tuple[str, ...]) -> int | None:
     alone = normalised(said)
     for lines in (options, [f"{letter}. {option}" for letter, option in zip(Row.LETTERS, options, strict=False)]):
         texts = [normalised(text) for text in lines]
-        if texts.count(alone) == 1 and not re.fullmatch(
-            "[a-z]", alone
-        ):  # a single letter may be another option's letter
+        if texts.count(alone) == 1 and not re.fullmatch("[a-z]", alone):  # a single letter may refer to another option
             return texts.index(alone)
     words = read(said, options)
     named = _stated(words) | _of_lines(words) or _anywhere(words)
@@ -163,9 +162,9 @@ def _stated(words: list[Word]) -> frozenset[int]:
 
 
 def _of_lines(words: list[Word]) -> frozenset[int]:
-    """Return the option whose letter starts a line, or whose text or letter is a whole line.
+    """Return the option whose letter starts a line, or whose letter or text is a whole line.
 
-    The result is empty if there are several such options, or if the answer marks the letters of other options.
+    The result is empty if there are several such options, or if the answer marks other options' letters.
     """
     named: frozenset[int] = frozenset()
     for line in _lines(words):
@@ -182,7 +181,7 @@ def _of_lines(words: list[Word]) -> frozenset[int]:
 
 
 def _last_letter(words: list[Word]) -> frozenset[int]:
-    """Return the option on the last line that consists of a letter. The result is empty if this line is part of a list."""
+    """Return the option on the last line that consists of a letter. The result is empty if that line is part of a list."""
     lines = _lines(words)
     letters = {number: _anywhere(line) for number, line in enumerate(lines) if _is_letter(line)}
     if not letters:
@@ -192,7 +191,7 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
     earlier = [letters[number] for number in before]
     if all(option == chosen for option in earlier):
         return chosen
-    # True if the line is another item of a list with one letter per line.
+    # True if the line is another item in a list with one letter per line.
     listed = last - 1 in letters and chosen not in earlier
     ends = last + 1 == len(lines)  # if not, each letter may be followed by an explanation
     if listed or not ends:
@@ -201,7 +200,7 @@ def _last_letter(words: list[Word]) -> frozenset[int]:
 
 
 def _repeated(words: list[Word]) -> frozenset[int]:
-    """Return the option on the last line, if more lines consist of this option than of any other option."""
+    """Return the option on the last line, if it has more lines to itself than any other option."""
     lines = _lines(words)
     if not lines or not _names_alone(lines[-1]):
         return frozenset()
@@ -225,7 +224,7 @@ def _names_alone(line: list[Word]) -> bool:
 
 
 def _is_letter(line: list[Word]) -> bool:
-    """Return True if a line consists of an option's letter and up to three words before it, such as `It is B.` or `Final: B`."""
+    """Return True if a line consists of an option letter preceded by up to three words, such as `It is B.` or `Final: B`."""
     names = [place for place, word in enumerate(line) if word.kind == "name"]
     if len(names) != 1 or not (line[names[0]].letter and line[names[0]].sure):
         return False
@@ -234,9 +233,9 @@ def _is_letter(line: list[Word]) -> bool:
 
 
 def _decided(words: list[Word], place: int) -> frozenset[int]:
-    """Return the option of a letter, and any other option that is mentioned right after it ("B or C", "B. circle").
+    """Return a letter's option, and any other option mentioned directly after it ("B or C", "B. circle").
 
-    All other text after the letter is treated as an explanation, so options in this text are ignored.
+    All other text after the letter is treated as an explanation, in which options are ignored.
     """
     named = words[place].options
     joined = False
@@ -262,7 +261,7 @@ def _anywhere(words: list[Word]) -> frozenset[int]:
 def read(said: str, options: tuple[str, ...]) -> list[Word]:
     """Split an answer into words and punctuation marks, and find the words that refer to options.
 
-    If the answer denies an option, leaves it open, asks about it or mentions it in passing, the option becomes a plain word.
+    An option becomes a plain word if the answer denies it, leaves it open, asks about it, or mentions it in passing.
     """
     scanner, names = _scanner(options)
     words: list[Word] = []
@@ -285,7 +284,7 @@ def read(said: str, options: tuple[str, ...]) -> list[Word]:
 
 
 def _plain(text: str) -> str:
-    """Remove thoughts and markup from an answer, and normalize its characters. Markers such as <answer> become words."""
+    """Remove thinking and markup from an answer, and normalize its characters. Markers such as <answer> become words."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"<\|[^<>|]*\|>", " ", text)  # removes special tokens
     text = re.sub(r"<answer>|\\boxed\b", "\nanswer: ", text)
@@ -298,7 +297,7 @@ def _plain(text: str) -> str:
 
 
 def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
-    """Decide whether a letter without brackets refers to an option by itself. If it is an ordinary word, it becomes "plain"."""
+    """Decide whether an unbracketed letter refers to an option by itself. If it is an ordinary word, its kind becomes "plain"."""
     letter = word.text
     word.marked = before.kind in ("stop", "line", "clause", "name") and after.text in (".", ":", ")", "]")
     wordy = after.kind == "plain" and after.text.isascii() and not FOLLOWS.fullmatch(after.text)
@@ -311,7 +310,7 @@ def _weigh(word: Word, before: Word, after: Word, pronoun: bool) -> None:
 
 
 def _drop_denied(words: list[Word]) -> None:
-    """Turn options into plain words in questions, after words such as "because", and in clauses that contain "not" or "or"."""
+    """Turn options into plain words in questions, after words such as "because", and in clauses containing "not" or "or"."""
     clause = []
     sentence = []
     denied = False
@@ -342,7 +341,7 @@ def _drop_denied(words: list[Word]) -> None:
 def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, frozenset[int]]]:
     """Build a pattern that matches one word of an answer.
 
-    The name of the last group that matched is the word's kind. Each option's text has its own group, and longer texts come first.
+    The name of the last matching group is the word's kind. The text of each option has its own group, with the longest text first.
 
     Returns:
         The pattern, and a dict that maps letters and group names to the indices of options.
@@ -354,7 +353,7 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
         pattern = _pattern(option, Row.LETTERS[index])
         if re.fullmatch(
             "[A-Z]", pattern, re.IGNORECASE
-        ):  # the text is a single letter, which may be another option's letter
+        ):  # the text is a single letter, which may also be another option's letter
             letters[pattern.upper()] = letters[pattern.upper()] - {-1} | {index}
         elif pattern:
             patterns.setdefault(pattern, set()).add(index)
@@ -378,9 +377,9 @@ def _scanner(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, froze
 
 
 def _pattern(option: str, letter: str) -> str:
-    """Return a pattern that matches the text of an option, with articles anywhere, and with numbers as digits or as words.
+    """Return a pattern that matches an option's text, with optional articles and with numbers as digits or words.
 
-    The pattern is empty if the text has no word characters.
+    The pattern is empty if the text does not contain any word characters.
     """
     words = re.sub(rf"^\(?{letter}[.):] (?=.)", "", _plain(option)).removesuffix(".").split()
     if not re.search(r"\w", "".join(words)):
@@ -401,7 +400,7 @@ class VideoQuestions:
 
 
 def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list[VideoQuestions]:
-    """Select the questions that belong to any of the `groups`. Videos without such questions are dropped.
+    """Select the questions that belong to any of the `groups`. Videos without matching questions are dropped.
 
     If `groups` is empty, all questions are selected.
     """
@@ -412,11 +411,11 @@ def of_groups(videos: Sequence[VideoQuestions], groups: Collection[str]) -> list
 
 
 def load_questions(path: Path) -> list[VideoQuestions]:
-    """Read the questions in a file and group them by video, in the order in which the videos first appear.
+    """Read questions from a file, and group them by video in order of first appearance.
 
-    In addition to the fields that `RowReader` reads, each row must have an `answer`. If the row has `options`, the answer is the
-    letter or the text of an option. A row may also have a `type`, and `groups`, which are separated by | in CSV files. If a row has
-    no ID, its line number is used.
+    In addition to the fields read by `RowReader`, each row must have an `answer`. If the row has `options`, the answer is an
+    option's letter or text. A row may also have a `type` and `groups` (separated by | in CSV files). If a row has no ID, its line
+    number is used.
 
     Raises:
         UsageError: If the file cannot be read or has no rows, or if a row is invalid or has the same ID as an earlier row.
@@ -449,7 +448,7 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
     ):
         if wrong:
             raise ValueError(problem)
-    if texts:  # a text takes precedence over a letter
+    if texts:  # an option's text takes precedence over its letter
         choice = texts.index(normalised(answer)) if normalised(answer) in texts else chosen_option(answer, row.options)
         if choice is None:
             raise ValueError(f"the answer {answer!r} is not one of the options")

@@ -1,4 +1,4 @@
-"""Results of `profile`, `eval`, `tune` and `verify`, and helpers that format them as text, Markdown or CSV tables."""
+"""Results of `profile`, `eval`, `tune`, and `verify`, and helpers that format them as text, Markdown, or CSV tables."""
 
 import csv
 import io
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class Results(ABC):
-    """The results that a command has measured so far."""
+    """The results measured by a command so far."""
 
     @abstractmethod
     def document(self) -> dict[str, Any]:
-        """Return the results as a dict for JSON output."""
+        """Return the results as a JSON-serializable dict."""
 
     @abstractmethod
     def table(self, width: int) -> str:
@@ -45,10 +45,11 @@ class Column(Generic[T]):
     """One column of a table.
 
     Attributes:
-        title: The heading of the column.
+        title: The column heading.
         cell: A function that takes a row and returns the text of the cell.
-        meaning: A note to print below the table, or "" if the title needs no explanation.
-        drop: If the terminal is too narrow, the columns with the lowest numbers are dropped first. 0 means never.
+        meaning: A note to print below the table, or "" if the title is self-explanatory.
+        drop: If the terminal is too narrow, columns with the lowest numbers are dropped first. 0 means that the column is never
+            dropped.
     """
 
     title: str
@@ -76,12 +77,12 @@ def meanings(columns: Sequence[Column]) -> str:
 def grid(
     titles: Sequence[str], rows: Iterable[Sequence[str]], width: int, right: bool = True
 ) -> tuple[list[str], bool]:
-    """Format a table. If it does not fit into `width` characters, words are broken, but nothing is cut off.
+    """Format a table. If it does not fit into `width` characters, words are broken, but nothing is truncated.
 
     Args:
-        titles: The headings of the columns.
-        rows: The cells of the table.
-        width: The width of the terminal, in characters.
+        titles: The column headings.
+        rows: The table cells.
+        width: The terminal width, in characters.
         right: Whether all columns except the first one contain numbers. They are then right-aligned, and if the table is too wide,
             the first column is narrowed to make room for them.
 
@@ -114,7 +115,7 @@ def grid(
 
 
 def text_table(titles: Sequence[str], rows: Iterable[Sequence[str]], note: str, width: int) -> str:
-    """Format a table of left-aligned text with a note below it. If it does not fit into `width` characters, words are broken."""
+    """Format a table of left-aligned text, followed by a note. If it does not fit into `width` characters, words are broken."""
     lines, _ = grid(titles, rows, width, right=False)
     return "\n".join([*lines, "", *folded([note], width)]) + "\n"
 
@@ -137,20 +138,20 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def folded(texts: Iterable[str], width: int, **settings: bool) -> list[str]:
-    """Wrap texts to lines of at most `width` characters, indenting continuation lines. An empty text becomes an empty line."""
+    """Wrap strings to lines of at most `width` characters, indenting continuation lines. An empty string becomes an empty line."""
     return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ", **settings) or [""]]
 
 
 def short_name(model: str) -> str:
-    """Return the last component of a model's ID or path, for use in titles."""
+    """Return the last component of a model ID or path, for use in titles."""
     return one_line(model).rpartition("/")[2]
 
 
 def model_line(model: dict) -> str:
-    """Return a line with a model's ID, precision and device."""
+    """Return a line with the model's ID, precision, and device."""
     return f"{one_line(model['id'])}, {precision(model['dtype'], model.get('quantize'))}, {model['device']}"
 
 
 def failures(document: dict) -> list[str]:
-    """Return a line for each video that failed."""
+    """Return one line for each failed video."""
     return [one_line(f"failed: {entry['video']}: {entry['message']}") for entry in document["failures"]]

@@ -1,8 +1,8 @@
-"""The conversion of graded answers to a table of costs, accuracy and its intervals (`evoprune/eval@1`). Does not import torch.
+"""The conversion of graded answers to a table of costs, accuracy, and intervals (`evoprune/eval@1`). Does not import torch.
 
-A sample is a flat dict with the answer of one row to one question. A row is `full`, `blind`, or a method at a budget. Answers about
-the same video are correlated, so intervals are computed by resampling videos rather than answers. All rows answer the same
-questions, so they are bootstrapped with the same draws.
+A sample is a flat dict with one row's answer to one question. A row is `full`, `blind`, or a method at a budget. Answers about the
+same video are correlated, so intervals are computed by resampling videos rather than answers. All rows answer the same questions,
+so they share the same bootstrap draws.
 """
 
 import math
@@ -16,17 +16,17 @@ SCHEMA = "evoprune/eval@1"
 FULL = "full"
 BLIND = "blind"
 METHOD = "method"
-# The name of the group that contains all questions, and the prefix of groups that contain the questions of one type.
+# The name of the group that contains all questions, and the prefix for groups that contain all questions of one type.
 ALL = "all"
 TYPE = "type:"
-KEY = ("row", "method", "budget")  # fields that identify a row of the table
-DIFFERENCES = ("difference", "first_difference")  # fields that have an interval
+KEY = ("row", "method", "budget")  # fields that identify a table row
+DIFFERENCES = ("difference", "first_difference")  # fields with an interval
 LEAST_VIDEOS = 10  # with fewer videos, bootstrapped intervals are far too narrow; with a single video, they are points
 LEAST_QUESTIONS = 30  # with fewer questions, the figures are an example rather than a measurement
 COSTS = ("tokens", "layer_tokens", "kept_share", "live_share", "tflop_3b", "tflop_3b_tower", "tflop_3b_prefill")
 Z95 = 1.959964
 DRAWS = 4000
-_AT_ONCE = 2**22  # number of bootstrap weights that are in memory at a time
+_AT_ONCE = 2**22  # number of bootstrap weights to hold in memory at a time
 
 
 def row_name(row: str, method: str, budget: float | str) -> str:
@@ -37,13 +37,13 @@ def row_name(row: str, method: str, budget: float | str) -> str:
 
 
 def score_rows(samples: Sequence[dict]) -> list[dict]:
-    """Compute the table of results, with one dict per group of questions and row. Failed samples are ignored.
+    """Compute the results table, with one dict per question group and row. Failed samples are ignored.
 
-    The group of all questions comes first, and in each group `full` precedes the other rows. `difference` is the row's accuracy
+    The group of all questions comes first, and in each group, `full` precedes all other rows. `difference` is the row's accuracy
     minus the accuracy of `full`, and `kept_of_full` is the ratio of the two. `first_difference` is the row's accuracy minus the
     accuracy of the row named in `first`, which is the first method at the same budget. The accuracy and both differences have a 95%
-    interval over videos. The interval of a difference is None if the group has fewer than `LEAST_VIDEOS` videos. `brier` is the
-    result of `mean_brier`. Costs are means over the group's questions.
+    interval over videos. A difference's interval is None if the group has fewer than `LEAST_VIDEOS` videos. `brier` is the result
+    of `mean_brier`. Costs are means over the group's questions.
     """
     # Samples from earlier versions lack `layer_tokens`, because every layer read all tokens. The sort is stable, so rows stay in
     # order.
@@ -56,7 +56,7 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
     first = next(iter(rows.values()))
     videos, cluster = np.unique([s["video"] for s in first], return_inverse=True)
     groups = _groups(first)
-    # The first columns mark the questions in each group. The other columns mark the right answers of each row in each group.
+    # The first columns mark the questions in each group. The remaining columns mark each row's correct answers in each group.
     masks = np.array(list(groups.values())).T
     right = {key: np.array([s["right"] for s in answers]) for key, answers in rows.items()}
     columns = np.hstack([masks, *(masks & r[:, None] for r in right.values())]).astype(float)
@@ -101,10 +101,10 @@ def score_rows(samples: Sequence[dict]) -> list[dict]:
 
 
 def brier(sample: dict) -> float:
-    """Return the Brier score of a multiple-choice answer, the squared distance between the options' probabilities and the truth.
+    """Return a multiple-choice answer's Brier score, the squared distance between the option probabilities and the ground truth.
 
-    The score ranges from 0 if the model is certain and right to 2 if it is certain and wrong (Brier, 1950, "Verification of
-    forecasts expressed in terms of probability").
+    The score ranges from 0 (certain and correct) to 2 (certain and wrong) (Brier, 1950, "Verification of forecasts expressed in
+    terms of probability").
     """
     return sum((each["probability"] - (each["text"] == sample["expected"])) ** 2 for each in sample["choices"])
 
@@ -121,16 +121,16 @@ def is_tie(row: dict, name: str) -> bool:
 
 
 def same_tokens(row: dict, other: dict) -> bool:
-    """Return True if the language model reads the same number of tokens in two rows, averaged over questions and layers."""
+    """Return True if the language model reads the same number of tokens in both rows, averaged over questions and layers."""
     return abs(row["layer_tokens"] - other["layer_tokens"]) <= 0.5
 
 
 def precision(rows: Sequence[dict]) -> str | None:
-    """Describe the precision of the differences in `rows` in one sentence, or return None if no rows are compared.
+    """Describe the precision of the differences in `rows` in one sentence. Returns None if there are no differences.
 
-    The precision is the largest distance between any difference and an end of its interval. If all intervals are points, it is
-    derived from the sample size instead: it is the share of videos with different answers for which a sample of this size misses
-    all such videos with a probability of 5%.
+    The precision is the largest distance between any difference and an end of its interval. If all intervals are points, the
+    precision is instead derived from the sample size: it is the fraction of videos with different answers that a sample of this
+    size would miss entirely with a probability of 5%.
     """
     compared = [row for row in rows if row["row"] == METHOD and row["group"] == ALL]
     if not compared:
@@ -141,14 +141,14 @@ def precision(rows: Sequence[dict]) -> str | None:
         return f"{asked}: too few videos for intervals of differences, which need at least {LEAST_VIDEOS}"
     intervals = [(row[name], row[f"{name}_low"], row[f"{name}_high"]) for row in compared for name in DIFFERENCES]
     reach = max(max(value - low, high - value) for value, low, high in intervals if value is not None)
-    # The share of videos with different answers that this sample misses entirely with a probability of 5%.
+    # The fraction of videos with different answers that this sample misses entirely with a probability of 5%.
     unseen = 1 - 0.05 ** (1 / videos)
     points = math.ceil(1000 * (reach or unseen) - 1e-6) / 10
     return f"{asked}: differences are accurate to about ±{points:.1f} points"
 
 
 def _firsts(keys: Sequence[tuple]) -> list[int | None]:
-    """Return the index of the first method's row at the same budget for each row.
+    """For each row, return the index of the first method's row at the same budget.
 
     The index is None for `full`, for `blind`, and for the first method's own rows.
     """
@@ -162,13 +162,13 @@ def _firsts(keys: Sequence[tuple]) -> list[int | None]:
 
 
 def _difference(name: str, accuracy: np.ndarray, drawn: np.ndarray, row: int, other: int | None) -> dict:
-    """Return the paired difference between two rows and its interval, as fields of a result.
+    """Return the paired difference between two rows and its interval, as result fields.
 
     Args:
         name: The name of the field with the difference.
         accuracy: The accuracy of each row, `[rows]`.
         drawn: The bootstrapped accuracy of each row, `[draws, rows]`.
-        other: The index of the row to subtract, or None if there is no such row. All fields are then None.
+        other: The index of the row to subtract. If it is None, all fields are None.
     """
     if other is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
@@ -193,14 +193,14 @@ def _round(value: float) -> float | None:
 
 
 def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of a share of right answers, using Wilson's interval with the effective number of questions.
+    """Return the 95% interval of an accuracy, using the Wilson interval with the effective number of questions.
 
     The effective number is the number of independent questions that would have the same variance as the clusters, but at most the
-    actual number of questions. If all answers are right or all are wrong, the correlation within clusters is unknown, so the number
-    of clusters is used instead.
+    actual number of questions. If all answers are correct or all are wrong, the correlation within clusters is unknown, so the
+    number of clusters is used instead.
 
     Args:
-        right: The number of right answers in each cluster, `[C]`.
+        right: The number of correct answers in each cluster, `[C]`.
         asked: The number of questions in each cluster, `[C]`. Clusters without questions are ignored.
     """
     right = right[asked > 0].astype(float)
@@ -220,7 +220,7 @@ def accuracy_interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, floa
 
 
 def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
-    """Estimate the variance of a share of right answers from two or more clusters. See `accuracy_interval` for the arguments."""
+    """Estimate the variance of an accuracy from two or more clusters. See `accuracy_interval` for the arguments."""
     clusters = len(asked)
     total = float(asked.sum())
     residual = right - float(right.sum()) / total * asked
@@ -228,7 +228,7 @@ def share_variance(right: np.ndarray, asked: np.ndarray) -> float:
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """Return the 95% confidence interval of a share that was observed in `n` independent answers (Wilson, 1927)."""
+    """Return the 95% confidence interval of a proportion observed in `n` independent answers (Wilson, 1927)."""
     z = Z95**2 / n
     middle = (share + z / 2) / (1 + z)
     half = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
@@ -244,7 +244,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
         draws: The number of bootstrap samples.
 
     Returns:
-        float64 `[draws, k]`, totals over C clusters that are drawn with replacement. All k columns share the same draws.
+        float64 `[draws, k]`, totals over C clusters drawn with replacement. All k columns share the same draws.
     """
     clusters = len(sums)
     totals = []
@@ -257,7 +257,7 @@ def resampled(sums: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the interval that contains the middle 95% of the finite values. Both ends are NaN if no value is finite."""
+    """Return the interval that contains the middle 95% of the finite values. Both ends are NaN if there are no finite values."""
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan

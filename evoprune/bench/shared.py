@@ -1,4 +1,4 @@
-"""Helpers shared by `profile`, `eval`, `tune` and `verify`: time limits, rounds, sweeps, and a cache for the tower's rows."""
+"""Helpers shared by `profile`, `eval`, `tune`, and `verify`: time limits, rounds, sweeps, and a cache for tower rows."""
 
 import time
 from collections import OrderedDict
@@ -19,13 +19,13 @@ from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
 # The maximum number of cached encodings. It is large enough for selectors after `reuse` at three budgets, whether they need
-# attention, keys, both or neither, even if other methods run in between.
+# attention, keys, both, or neither, even if other methods run in between.
 MAX_ENCODINGS = 32
 
 
 @dataclass
 class TimeLimit:
-    """The time limit of a run in seconds. `begun` is the time at which the run started, as returned by `now`. None means now."""
+    """A run's time limit in seconds. `begun` is the start time of the run, as returned by `now`. None means now."""
 
     seconds: float
     now: Callable[[], float] = time.perf_counter
@@ -41,18 +41,18 @@ class TimeLimit:
 
     @property
     def left(self) -> float:
-        """The remaining time in seconds, which is negative after the limit has been exceeded."""
+        """The remaining time in seconds, which is negative once the limit has been exceeded."""
         return self.seconds - self.spent
 
 
 def model_and_machine(loaded: LoadedModel | None) -> dict[str, Any]:
-    """Return the `model` and `env` fields of a results document. Both are None if no model is loaded yet."""
+    """Return the `model` and `env` fields of a results document. Both are None if no model has been loaded yet."""
     if loaded is None:
         return {"model": None, "env": None}
     return {"model": asdict(loaded.facts()), "env": asdict(Device(loaded.device).environment())}
 
 
-# The types of rounds that `paced` yields.
+# The types of rounds yielded by `paced`.
 WARM_UP = "warm-up"
 ROUND = "round"
 COUNTED = "counted"
@@ -67,12 +67,12 @@ def paced(
     in time.
 
     Args:
-        run_round: Called with a title and a number of rounds. In the first call, this is the number of rounds that must finish in
-            time, and the function may do less work to achieve this. In all later calls, it is 0.
+        run_round: A function called with a title and a number of rounds. In the first call, this is the number of rounds that must
+            finish in time, and the function may do less work to achieve this. In all later calls, it is 0.
 
     Yields:
-        The type of the round (`WARM_UP` or `ROUND`) and its result. If there is not enough time for a measured round, the result of
-        the last warm-up is yielded again as `COUNTED`.
+        The type of the round (`WARM_UP` or `ROUND`) and its result. If there is not enough time for a measured round, the last
+        warm-up result is yielded again as `COUNTED`.
     """
     last = 0.0
     result = None
@@ -93,24 +93,24 @@ def paced(
 
 
 def swept(names: Iterable[str], budgets: Sequence[float | str]) -> list[tuple[str, float | str]]:
-    """Return the combinations of a method and a budget that prune any tokens, without duplicates.
+    """Return all distinct combinations of a method and a budget that prune any tokens.
 
-    For the exceptions, see `PruneOptions.config`.
+    See `PruneOptions.config` for exceptions.
     """
     pairs = dict.fromkeys(product(names, budgets))
     return [(name, budget) for name, budget in pairs if name != "none" and PruneOptions(budget, name).config().prunes]
 
 
 def after_tower_below(configs: Iterable[PruneConfig], device: str) -> int:
-    """Return the number of units below which any of the methods prunes inputs only after the vision tower on this device.
+    """Return the number of units below which any method prunes inputs only after the vision tower on this device.
 
-    Returns 0 if inputs of all sizes are treated alike.
+    Returns 0 if inputs of all sizes are treated the same.
     """
     return max((config.after_tower_below(torch.device(device)) for config in configs), default=0)
 
 
 def after_tower_note(below: int) -> str:
-    """Return a note for users that inputs with fewer units than `below` are pruned only after the tower, or "" if `below` is 0."""
+    """Return a user note that inputs with fewer units than `below` are pruned only after the tower, or "" if `below` is 0."""
     if not below:
         return ""
     return (
@@ -119,9 +119,9 @@ def after_tower_note(below: int) -> str:
 
 
 class SharedRows:
-    """A cache of the tower's rows for one video and one model, so that all methods that act after the encoder can share them.
+    """A cache of tower rows for one video and one model, shared by all methods that act after the encoder.
 
-    The attribute `saved` is the time in seconds that the cache saved in the latest call, or 0 if the rows were not in the cache.
+    The attribute `saved` is the time in seconds saved by the cache in the latest call, or 0 on a cache miss.
     """
 
     def __init__(self):
@@ -149,7 +149,7 @@ class SharedRows:
 
 @dataclass(eq=False)
 class SharedInput(OpenInput):
-    """An input that gets the tower's rows from the cache `shared_rows`."""
+    """An input that gets its tower rows from the cache `shared_rows`."""
 
     shared_rows: SharedRows
 
@@ -159,7 +159,7 @@ class SharedInput(OpenInput):
 
 
 class GreyInput(OpenInput):
-    """An input with the size and length of a video whose frames are all gray, for answers without seeing the video."""
+    """An all-gray input with the size and length of a video, for answering without seeing the video."""
 
     shares: ClassVar[bool] = False
 
@@ -173,10 +173,10 @@ class GreyInput(OpenInput):
 
 
 def _tower_work(plan: EncoderPlan) -> tuple:
-    """Return a cache key for the tower's rows.
+    """Return a cache key for tower rows.
 
-    If the plan may select or merge rows inside the tower, the key is the whole plan. Otherwise, the key contains only the fields of
-    the plan that affect the rows.
+    If the plan may select or merge rows inside the tower, the key is the entire plan. Otherwise, it contains only the plan fields
+    that affect the rows.
     """
     inside = plan.stages
     needs = frozenset()

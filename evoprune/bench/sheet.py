@@ -1,4 +1,4 @@
-"""Contact sheets, which show the best frame of each moment found in a video, with the moment's time, query and score."""
+"""Contact sheets, which show the best frame of each moment found in a video, with the moment's timestamp, query, and score."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -10,16 +10,16 @@ from evoprune.moments import Moment
 from evoprune.util import clock
 from evoprune.video import Video, read_chunks
 
-MADE_BY = "evoprune contact sheet"  # stored in the metadata of each file
+MADE_BY = "evoprune contact sheet"  # stored in each file's metadata
 PANEL = (320, 320)  # maximum width and height of a frame, in pixels
 
 
 def contact_sheet(info: Video, moments: Sequence[Moment], title: str) -> bytes:
-    """Draw the best frames of one or more moments in chronological order, and return the bytes of a PNG file.
+    """Draw the best frames of one or more moments in chronological order, and return the sheet as PNG bytes.
 
-    To save memory, frames are read one at a time, and each frame is shrunk before the next one is read.
+    To save memory, frames are read one at a time, and each frame is downscaled before the next one is read.
 
-    For the exceptions, see `read_chunks`.
+    See `read_chunks` for exceptions.
     """
     ordered = sorted(moments, key=attrgetter("best_s"))
     pictures = []

@@ -1,11 +1,11 @@
-"""The code behind `evoprune tune`. The unpruned model answers questions, and candidate settings are compared with its answers.
+"""The code behind `evoprune tune`, which compares candidate settings with the unpruned model's answers to a set of questions.
 
-If there is not enough time for all trials, the candidates are narrowed down by successive halving over videos (arXiv 1502.07943).
+If there is not enough time for all trials, successive halving over videos narrows down the candidates (arXiv 1502.07943).
 
-The agreement of the candidates is smoothed with isotonic regression (Ayer et al., 1955), which assumes that a candidate with a
-lower KL divergence agrees at least as much as a candidate with a higher one. Because tokens of the same video are correlated, n
-tokens carry only as much information as a smaller number of independent tokens. The ratio of these two numbers is the design effect
-(Kish, 1965). It is the variance over videos divided by the variance of independent tokens, and it is estimated from all candidates
+The candidates' agreement is smoothed with isotonic regression (Ayer et al., 1955), which assumes that a candidate with a lower KL
+divergence agrees at least as much as a candidate with a higher one. Because tokens from the same video are correlated, n tokens
+carry only as much information as a smaller number of independent tokens. The ratio of these two numbers is the design effect (Kish,
+1965), which equals the variance over videos divided by the variance of independent tokens. It is estimated from all candidates
 together.
 """
 
@@ -57,16 +57,16 @@ from evoprune.util import counted
 from evoprune.video import SamplingOptions
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
-# The default method, three variants of it, and the merging from the paper. The variants have as few rows as tokens, more rows
-# without a selection before the tower, and tokens that are spread evenly over time.
+# The default method, three variants of it, and the paper's merging. The variants have as many rows as tokens, more rows without a
+# selection before the tower, and tokens spread evenly over time.
 METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
-FIRST = 2  # number of videos on which all candidates are tried
-MIN_CANDIDATES = 3  # minimum number of candidates that continue, even if there is not enough time
+FIRST = 2  # number of videos on which to try all candidates
+MIN_CANDIDATES = 3  # minimum number of candidates to continue with, even if there is not enough time
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its settings and a budget, which `evoprune tune` tries."""
+    """A method with its settings and a budget, to be tried by `evoprune tune`."""
 
     method: str
     budget: float
@@ -79,22 +79,22 @@ class Candidate:
 def candidates(budgets: Sequence[float] = (), more: Sequence[str] = ()) -> list[Candidate]:
     """Combine the methods in `METHODS` and `more` with all budgets (by default `BUDGETS`), except combinations that prune nothing.
 
-    For the exceptions, see `MethodChain.parse`.
+    See `MethodChain.parse` for exceptions.
     """
     return [Candidate(*pair) for pair in swept((*METHODS, *more), sorted({*(budgets or BUDGETS)}, reverse=True))]
 
 
 class Trial(NamedTuple):
-    """The measurements for a candidate on one video."""
+    """A candidate's measurements on one video."""
 
-    agree: int  # number of tokens in the full answers that the pruned model also considers most probable
-    tokens: int  # number of tokens in the full answers
+    agree: int  # number of full-answer tokens that the pruned model also considers most probable
+    tokens: int  # number of full-answer tokens
     kl: list[float]  # KL divergence at each token
     first_s: float  # time to the first token, in seconds
     full_s: float  # time to the first token without pruning, in seconds
     took_s: float  # duration of the trial, in seconds
-    kept: float  # share of the visual tokens that were kept
-    live: float  # share of the tower's rows that were computed
+    kept: float  # fraction of the visual tokens that were kept
+    live: float  # fraction of the tower's rows that were computed
 
 
 Known = dict[Candidate, list[Trial]]
@@ -105,7 +105,7 @@ def observed(trials: Sequence[Trial]) -> float:
 
 
 def promising(known: Known, goal: float) -> list[Candidate]:
-    """Sort the candidates that have been tried, most promising first.
+    """Sort the candidates tried so far, most promising first.
 
     Candidates that reach the required agreement (`goal`) come first, sorted by speed. All other candidates are sorted by agreement.
     """
@@ -120,7 +120,7 @@ def promising(known: Known, goal: float) -> list[Candidate]:
 
 
 def rungs(videos: int) -> list[range]:
-    """Divide the videos into rounds of successive halving, and return the indices of the videos in each round.
+    """Divide the videos into rounds of successive halving, and return the video indices for each round.
 
     The first round has two videos, and each later round doubles the total number.
     """
@@ -131,7 +131,7 @@ def rungs(videos: int) -> list[range]:
 
 
 def affordable(order: Sequence[Candidate], known: Known, new: int, rest: int, rounds: int, left: float) -> int:
-    """Return the number of candidates that can continue to the next round in the remaining time.
+    """Return how many candidates can advance to the next round in the remaining time.
 
     Args:
         order: The candidates, most promising first.
@@ -155,7 +155,7 @@ def search(
     left: Callable[[], float],
     first_guess: Callable[[int], float],
 ) -> Iterator[tuple[Candidate, int]]:
-    """Try candidates on one video after another until time runs out, adding the results to `known`.
+    """Try candidates on one video at a time until time runs out, adding the results to `known`.
 
     Args:
         known: The trials so far, keyed by candidate.
@@ -165,7 +165,7 @@ def search(
         first_guess: A function that estimates the duration of a candidate's first trial in seconds, given the index of the video.
 
     Yields:
-        The candidate and the index of the video, before each trial.
+        The candidate and the video index, before each trial.
     """
     alive = list(known)
     all_rounds = rungs(videos)
@@ -183,15 +183,15 @@ def search(
                     known[candidate].append(trial(candidate, video))
 
 
-SAME_TIME = 0.05  # maximum relative difference between two median times that are treated as equal
+SAME_TIME = 0.05  # maximum relative difference between two median times that are considered equal
 
 
 def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
-    """Compute the table of results, with one dict per candidate that was tried, fastest first. See docs/json.md for the fields.
+    """Compute the results table, with one dict per tried candidate, fastest first. See docs/json.md for the fields.
 
-    `agreement` is the estimate that `smoothed` computes from all candidates, with a 95% interval over videos. `observed` is the
-    agreement that was measured for this candidate. `passes` is True if the whole interval reaches the goal. `frontier` is True if
-    no other candidate is at least as fast and also agrees at least as much.
+    `agreement` is the estimate computed by `smoothed` from all candidates, with a 95% interval over videos. `observed` is the
+    candidate's measured agreement. `passes` is True if the entire interval reaches the goal. `frontier` is True if no other
+    candidate is at least as fast with at least the same agreement.
     """
     tried = {
         candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials
@@ -234,7 +234,7 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
 
 
 def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Estimate each candidate's agreement, smoothed over all candidates that were tried on the same number of videos."""
+    """Estimate each candidate's agreement, smoothed over all candidates tried on the same number of videos."""
     estimates = {}
     for videos in {len(seen.tokens) for seen in tried.values()}:
         group = {candidate: seen for candidate, seen in tried.items() if len(seen.tokens) == videos}
@@ -244,10 +244,10 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 
 
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
-    """Return each candidate's time to the first token, relative to the time without pruning.
+    """Return each candidate's time to first token, relative to the time without pruning.
 
-    Candidates with the same methods and the same shares of rows and tokens do the same amount of work, so their times are pooled to
-    reduce noise.
+    Candidates with the same methods and the same fractions of rows and tokens do the same amount of work, so their times are pooled
+    to reduce noise.
     """
     of_work = defaultdict(list)
     works = {}
@@ -262,8 +262,8 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the fastest row that passes, or None if no row passes.
 
-    Rows whose time differs from the fastest one by at most `SAME_TIME` are treated as equally fast. Among these rows, the function
-    prefers the one with the fewest settings.
+    Rows whose time differs from the fastest by at most `SAME_TIME` are considered equally fast. Among these, the row with the
+    fewest settings is preferred.
     """
     passing = [row for row in rows if row["passes"]]
     fastest = min((row["first_token"] for row in passing), default=0.0)
@@ -276,7 +276,7 @@ def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarray:
-    """Estimate the candidates' shares of agreeing tokens by isotonic regression, assuming that a larger KL means less agreement.
+    """Estimate the candidates' agreement by isotonic regression, assuming that a larger KL divergence means less agreement.
 
     Args:
         agree: The number of tokens on which each candidate agrees, `[S]`.
@@ -284,7 +284,7 @@ def smoothed(agree: np.ndarray, tokens: np.ndarray, kl: np.ndarray) -> np.ndarra
         kl: The mean KL divergence of each candidate, `[S]`.
 
     Returns:
-        The estimated shares, `[S]`.
+        The estimated fractions of agreeing tokens, `[S]`.
     """
     blocks: list[
         tuple[float, float, list[int]]
@@ -308,7 +308,7 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
         candidates: For each candidate, the number of agreeing tokens and the number of tokens in each video.
 
     Returns:
-        A number of at least 1, or None if the design effect cannot be estimated.
+        The design effect, which is at least 1, or None if it cannot be estimated.
     """
     over_videos = independent = 0.0
     for agree, tokens in candidates:
@@ -324,10 +324,10 @@ def design_effect(candidates: Sequence[tuple[np.ndarray, np.ndarray]]) -> float 
 
 
 def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tuple[float, float]:
-    """Return the 95% confidence interval of a share of agreeing tokens.
+    """Return the 95% confidence interval of an agreement (the fraction of agreeing tokens).
 
     Args:
-        effect: The design effect. If it is None, each video is treated as a single independent token.
+        effect: The design effect. If None, each video is treated as a single independent token.
     """
     if effect is None:
         return wilson(share, float(videos))
@@ -335,17 +335,17 @@ def bounds(share: float, tokens: int, videos: int, effect: float | None) -> tupl
 
 
 def provable(tokens: float) -> float:
-    """Return the highest agreement that `tokens` independent tokens can prove, which is the lower bound if all of them agree."""
+    """Return the highest agreement that `tokens` independent tokens can prove: the lower bound if all of them agree."""
     return tokens / (tokens + Z95**2)
 
 
 def least_tokens(agree: float) -> int:
-    """Return the number of independent tokens that are needed to prove an agreement of `agree` (below 1), if all tokens agree."""
+    """Return the number of independent tokens required to prove an agreement of `agree` (below 1) if all of them agree."""
     return math.ceil(agree * Z95**2 / (1 - agree) - 1e-9)
 
 
 TOKENS = (64, 32, 16, 8)  # maximum answer lengths in tokens; the first one that fits within the time limit is used
-SLOW = 1 / 10  # the first encoding is not repeated if it takes longer than this share of the time limit
+SLOW = 1 / 10  # the first encoding is not repeated if it takes longer than this fraction of the time limit
 Progress = Callable[
     ..., None
 ]  # called with the next step, optionally followed by the number of finished items and the total
@@ -357,7 +357,7 @@ class FullAnswers:
 
     path: str
     references: tuple[Reference, ...]
-    first_s: float  # time to encode the video and to read the first question, in seconds
+    first_s: float  # time to encode the video and to process the first question, in seconds
     took_s: float  # total time, in seconds
 
     @property
@@ -379,7 +379,7 @@ def encode(
         ahead: A prefetch that may contain the video, or None.
 
     Returns:
-        The encoded video, and the time in seconds that encoding would have taken without the cache.
+        The encoded video, and the encoding time without the cache, in seconds.
     """
     kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
     given = {"names": [path], "kind": kind, "ahead": ahead}
@@ -392,10 +392,10 @@ def encode(
 
 
 class Answering:
-    """Answers the questions about all videos with the unpruned model, within a time limit.
+    """Answers the questions about all videos with the unpruned model within a time limit.
 
     If there is not enough time, the answers are first shortened, then fewer questions are asked, and finally videos are left out.
-    The patches of the finished videos stay in memory until `close` is called.
+    The patches of finished videos stay in memory until `close` is called.
     """
 
     def __init__(
@@ -410,7 +410,7 @@ class Answering:
         self._think = think
         self._ahead = ahead
         self.made: list[FullAnswers] = []  # one per video
-        self.problems: dict[str, EvopruneError] = {}  # errors of videos that cannot be read or computed, keyed by path
+        self.problems: dict[str, EvopruneError] = {}  # errors of videos that cannot be read or processed, keyed by path
         self.tokens = TOKENS[0]  # maximum number of tokens per answer
         self.asked = len(questions)  # number of questions to ask about each video
         self._next_s = 0.0  # estimated time for the next video, in seconds
@@ -424,10 +424,10 @@ class Answering:
         """Answer the questions about as many videos as time allows, but at least about the first video that can be read.
 
         Raises:
-            EvopruneError: If all videos fail. This is the error of the first video.
+            EvopruneError: If all videos fail. The error of the first video is raised.
         """
         loaded = self.session.loaded
-        # If there are no idle cores, prefetching would slow down the model and distort the measured times.
+        # Without idle cores, prefetching would slow down the model and distort the measured times.
         upcoming = in_flight(videos, self._open, loaded) if loaded.idle_cores else None
         with ExitStack() as cleanup:
             if upcoming:
@@ -463,8 +463,8 @@ class Answering:
         """Answer all questions about one video.
 
         Args:
-            opened: The opened video, or the exception that was raised when it was opened.
-            videos: The number of videos that still need answers, including this one.
+            opened: The opened video, or the exception raised while opening it.
+            videos: The number of remaining videos, including this one.
         """
         if isinstance(opened, Exception):
             raise opened
@@ -474,7 +474,7 @@ class Answering:
         opened.read()  # keeps the patches in memory
         spent = self._limit.now() - start
         if not self.made:
-            self.session.loaded.packing.finish()  # otherwise the first answers would be slower than later ones
+            self.session.loaded.packing.finish()  # otherwise, the first answers would be slower than later ones
             if spent < SLOW * self._limit.seconds:
                 video, seconds = encode(self.session, path, self._sampling)  # the first encoding was a warm-up
             self._plan(video, spent, videos)
@@ -488,12 +488,13 @@ class Answering:
         return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
-        """Choose the answer length and the number of questions that time allows, based on the speed of a short test answer.
+        """Choose an answer length and a number of questions that fit in the available time, based on the speed of a short test
+        answer.
 
         Args:
             video: The encoded video for the test answer.
             encoding: The time to encode a video, in seconds.
-            videos: The number of videos that still need answers.
+            videos: The number of remaining videos.
         """
         question = self._questions[0]
         every = len(self._questions)
@@ -516,7 +517,7 @@ GENERAL = (
     "Who or what can be seen, and where?",
     "Which details, colours, numbers and words can be seen?",
 )
-SHARE_OF_FULL = 1 / 3  # share of the time limit that is spent on answers of the unpruned model
+SHARE_OF_FULL = 1 / 3  # fraction of the time limit spent on the unpruned model's answers
 
 
 @dataclass(frozen=True)
@@ -524,20 +525,20 @@ class TuneSettings:
     """The settings and videos of a tuning run.
 
     Raises:
-        UsageError: If there is no video or no question, or if a number is out of range.
+        UsageError: If there are no videos or no questions, or if a number is out of range.
     """
 
-    videos: tuple[str, ...]  # paths of video files or of folders with frames
-    questions: tuple[str, ...] = GENERAL  # questions to ask about every video
+    videos: tuple[str, ...]  # paths of video files or frame folders
+    questions: tuple[str, ...] = GENERAL  # questions to ask about each video
     agree: float = (
-        0.98  # share of tokens, in (0, 1), at which the pruned model must make the same choice as the full model
+        0.98  # fraction of tokens, in (0, 1), at which the pruned model must make the same choice as the full model
     )
     time_limit_s: float = 600.0  # limit for the whole run, including loading
     budgets: tuple[float, ...] = ()  # see `candidates`, also for `methods`
     methods: tuple[str, ...] = ()
     model: ModelOptions = field(default_factory=ModelOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    seed: int = 0  # for methods that select at random
+    seed: int = 0  # for methods with random selection
     think: str = "off"  # see `GenerationOptions`
 
     def __post_init__(self):
@@ -574,13 +575,13 @@ class Run:
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
         """Load the model. If its description is already known, pass it as `model`.
 
-        For the exceptions, see `load_model`.
+        See `load_model` for exceptions.
         """
         self.model = model or describe(self.settings.model)
         self.loaded = load_model(self.model, to_answer=True, progress=progress)
 
     def answer(self, progress: Progress) -> list[FullAnswers]:
-        """Answer the questions with the unpruned model. For the exceptions, see `Answering.answer`."""
+        """Answer the questions with the unpruned model. See `Answering.answer` for exceptions."""
         session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
         settings = self.settings
         limit = TimeLimit(SHARE_OF_FULL * settings.time_limit_s, self.limit.now)
@@ -588,13 +589,13 @@ class Run:
         self.answering = Answering(*given, settings.think, self.ahead)
         try:
             self.answering.answer(settings.videos, progress)
-        except BaseException:  # for example Ctrl-C while a video is being read
+        except BaseException:  # for example, Ctrl-C while reading a video
             self.answering.close()
             raise
         return self.answering.made
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as a dict for JSON output. `error` is the error that ended the run early, or None."""
+        """Return the results so far as a JSON-serializable dict. `error` is the error that ended the run early, or None."""
         raise NotImplementedError
 
     def results(self, error: dict | None = None) -> Results:
@@ -602,7 +603,7 @@ class Run:
         return type(self).results_of({"schema": self.schema} | self.document(error))
 
     def facts(self) -> dict[str, Any]:
-        """Return the fields that all types of tuning runs have in their documents, as a dict for JSON output."""
+        """Return the fields shared by all types of tuning run documents, as a JSON-serializable dict."""
         answers = []
         problems = {}
         asked = 0
@@ -623,10 +624,11 @@ class Run:
 
 
 class Tuning(Run):
-    """Finds the fastest pruning settings that agree well enough with the unpruned model. `known` contains each candidate's trials.
+    """Finds the fastest pruning settings with sufficient agreement with the unpruned model. `known` contains each candidate's
+    trials.
 
-    If the model is to be quantized, the full answers are generated with the original weights, provided that they fit into memory,
-    and quantization without pruning is an additional candidate.
+    If the model is to be quantized, the full answers are generated with the original weights, provided that they fit into memory.
+    Quantization without pruning is then an additional candidate.
 
     Raises:
         UsageError: If a method is unknown or has invalid settings, or if there is nothing to try.
@@ -649,15 +651,15 @@ class Tuning(Run):
         """Load the model. If its description is already known, pass it as `model`.
 
         Raises:
-            UsageError: If a method does not work with the model.
+            UsageError: If a method is incompatible with the model.
 
-        For the other exceptions, see `load_model`.
+        See `load_model` for other exceptions.
         """
         self.model = model = model or describe(self.settings.model)
         for candidate in self.known:
             model.check_method(MethodChain.parse(candidate.method))
         if self._quantizes:
-            with suppress(OutOfMemory):  # the full answers are then generated with the quantized weights
+            with suppress(OutOfMemory):  # in this case, the full answers are generated with the quantized weights
                 exact = replace(model.options, quantize="none", store_quantized=False)
                 self.loaded = load_model(replace(model, options=exact), to_answer=True)
         if self.loaded is None:
@@ -671,10 +673,10 @@ class Tuning(Run):
         """Answer with the unpruned model, then try candidates until all trials are done or time runs out.
 
         Args:
-            progress: Called with the next step.
-            note: Called with each remark that should be shown immediately.
+            progress: A callback for each step.
+            note: A callback for remarks that should be shown immediately.
 
-        For the exceptions, see `Answering.answer`.
+        See `Answering.answer` for exceptions.
         """
         answers = self.answer(progress)
         held = {}
@@ -724,7 +726,7 @@ class Tuning(Run):
         self.answering.close()
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as a dict for JSON output. `error` is the error that ended the run early, or None."""
+        """Return the results so far as a JSON-serializable dict. `error` is the error that ended the run early, or None."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
         best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
@@ -742,7 +744,7 @@ class Tuning(Run):
         }
 
     def _too_few(self) -> str | None:
-        """Return a warning if there are too few tokens for any candidate to pass, even if all tokens agree. Otherwise None."""
+        """Return a warning if there are too few tokens for any candidate to pass, even with perfect agreement. Otherwise, None."""
         tokens = [full.tokens for full in self.answering.made]
         goal = self.settings.agree
         if len(tokens) > 1 and provable(sum(tokens)) >= goal:

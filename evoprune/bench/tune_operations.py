@@ -19,7 +19,7 @@ from evoprune.util import counted
 
 
 def _if_measured(form: str, row: dict[str, Any]) -> str:
-    """Format the loss in a row of the results. Returns a dash if it was not measured."""
+    """Format the loss of a result row. Returns a dash if it was not measured."""
     return "-" if row["kl"] is None else form.format(**row)
 
 
@@ -42,7 +42,7 @@ COLUMNS: list[Column[dict[str, Any]]] = [
 
 @dataclass
 class OperationResults(Results):
-    """The results of the search for a recipe. If the recipe is complete, `Recipe.read` can read the stored document."""
+    """The results of a recipe search. If the recipe is complete, `Recipe.read` can read the stored document."""
 
     found: dict[str, Any]
 
@@ -78,7 +78,7 @@ class OperationTuning(Run):
         self._measured = 0
 
     def load(self, progress: Callable[[int, int], None] | None = None, model: ModelDescription | None = None) -> None:
-        """Load the model. For the exceptions, see `Run.load` and `RecipeSearch`."""
+        """Load the model. See `Run.load` and `RecipeSearch` for exceptions."""
         super().load(progress, model)
         self.search = RecipeSearch(self.loaded.model.config.text_config)
 
@@ -113,7 +113,7 @@ class OperationTuning(Run):
             )
 
     def document(self, error: dict | None = None) -> dict[str, Any]:
-        """Return the results so far as a dict for JSON output, which `Recipe.read` can read if they are complete.
+        """Return the results so far as a JSON-serializable dict, which `Recipe.read` can read if the recipe is complete.
 
         Args:
             error: The error that ended the run early, or None.

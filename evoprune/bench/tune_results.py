@@ -1,4 +1,4 @@
-"""The results of `evoprune tune`, speed and agreement of each setting, as a table and a chart. Does not import torch."""
+"""The results of `evoprune tune` (speed and agreement of each setting) as a table and a chart. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class TuneResults(Results):
         return "\n".join(output) + "\n"
 
     def chart(self) -> str | None:
-        """Draw a chart of agreement against the time to the first token, with one line per method and a line for the frontier."""
+        """Draw a chart of agreement against time to first token, with one line per method and one for the frontier."""
         found = self.document()
         rows = found["rows"]
         if not rows:

@@ -1,4 +1,4 @@
-"""Pruning methods from the literature for comparison, and their helpers. They are loaded through entry points, like plug-ins."""
+"""Pruning methods from the literature, included for comparison, and their helpers. Like plug-ins, they load via entry points."""
 
 from typing import TYPE_CHECKING
 

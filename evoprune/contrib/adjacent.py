@@ -1,4 +1,4 @@
-"""The `adjacent` method, based on StreamingAssistant, which drops tokens that repeat their neighbors."""
+"""The `adjacent` method, based on StreamingAssistant, which drops spatially redundant tokens."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class Adjacent(Selector):
-    """Drops tokens that repeat their neighbors. Based on StreamingAssistant (arXiv 2512.12560), which has no public code.
+    """Drops spatially redundant tokens. Based on StreamingAssistant (arXiv 2512.12560), which has no public code.
 
     A token's redundancy is its highest cosine similarity to a neighbor in the frame, where the neighbors are the nearest remaining
-    tokens above, below, left and right. The most redundant tokens are dropped in rounds until K tokens remain, but two neighbors
-    are never dropped in the same round.
+    tokens above, below, left, and right. The most redundant tokens are dropped in rounds until K tokens remain, but no two
+    neighbors are dropped in the same round.
 
-    Differences from the paper: this project added a first step, which drops tokens if their cosine similarity to the token at the
-    same place in the previous frame pair is above `still`.
+    Differences from the paper: this project adds a first step that drops each token whose cosine similarity to the token at the
+    same position in the previous frame pair is above `still`.
     """
 
     name = "adjacent"
@@ -44,7 +44,7 @@ class Adjacent(Selector):
 
 
 def neighbours(left: torch.Tensor) -> torch.Tensor:
-    """Find the nearest remaining tokens above, below, left and right of each token.
+    """Find each token's nearest remaining neighbors above, below, left, and right.
 
     Args:
         left: bool `[T, H, W]`, True for remaining tokens.
@@ -66,10 +66,10 @@ def neighbours(left: torch.Tensor) -> torch.Tensor:
 
 
 def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Return each token's highest cosine similarity to a neighbor, or -2 if it has no neighbors: float32 `[N]`.
+    """Return each token's highest cosine similarity to a neighbor, or -2 for tokens without neighbors: float32 `[N]`.
 
     Args:
-        unit: `[N, D]`, tokens of unit length.
+        unit: `[N, D]`, unit-length tokens.
         near: int64 `[N, 4]`, the result of `neighbours`.
     """
     cosines = [snap((unit * unit[to.clamp(min=0)]).sum(1)).masked_fill(to < 0, -2) for to in near.unbind(1)]
@@ -77,22 +77,22 @@ def redundancy(unit: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
 
 
 def highest_apart(score: torch.Tensor, near: torch.Tensor, count: int) -> torch.Tensor:
-    """Take the tokens with the highest scores, skipping every token that is a neighbor of a token already taken.
+    """Select the highest-scoring tokens, skipping any token that is a neighbor of a token already selected.
 
     Args:
-        score: `[N]`, -inf for tokens that cannot be taken.
+        score: `[N]`, -inf for ineligible tokens.
         near: int64 `[N, 4]`, the result of `neighbours`.
-        count: The maximum number of tokens to take.
+        count: The maximum number of tokens to select.
 
     Returns:
-        The int64 indices of the tokens. Ties go to the lower index.
+        int64, the indices of the selected tokens. Ties go to the lower index.
     """
-    outside = len(score)  # ranks after all tokens; the index -1 of a missing neighbor refers to this last entry
+    outside = len(score)  # ranks after all tokens; a missing neighbor's index of -1 refers to this last entry
     order = torch.empty_like(near[:, 0]).index_copy_(0, ranked(score), arange_on(outside, score.device))
     order = F.pad(order.masked_fill(score == -torch.inf, outside), (0, 1), value=outside)
     open_ = order.clone()
     taken = torch.zeros_like(order, dtype=torch.bool)
-    while (open_ < outside).any():  # a token that ranks before all its open neighbors is certain to be taken
+    while (open_ < outside).any():  # a token that ranks above all its open neighbors is certain to be selected
         taken[:-1] |= (open_[:-1] < outside) & (open_[:-1] < open_[near].amin(1))
         open_[:-1].masked_fill_(taken[:-1] | taken[near].any(1), outside)
     chosen = taken.nonzero().flatten()

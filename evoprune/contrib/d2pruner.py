@@ -12,23 +12,24 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 
 @dataclass(frozen=True)
 class D2Pruner(LanguageMethod):
-    """Keeps tokens with high debiased attention, then dissimilar tokens. Based on D2Pruner (arXiv 2512.19443), but not on its code.
+    """Keeps tokens with high debiased attention, then dissimilar tokens. Based on D2Pruner (arXiv 2512.19443), but not on the
+    authors' code.
 
-    After a share `depth` of the layers, each token is scored by the attention that it receives from the last token, divided by a
-    prior. A share `pivots` of the budget goes to the tokens with the highest scores. The remaining budget goes, in order of score,
-    to tokens whose cosine similarity to each other is at most `alike`. Any budget that is still left goes to the other tokens.
+    After the first `depth` fraction of the layers, each token's score is the attention that it receives from the last token,
+    divided by a prior. A `pivots` fraction of the budget goes to the highest-scoring tokens. The remaining budget goes, in order of
+    score, to tokens with a pairwise cosine similarity of at most `alike`. Any leftover budget goes to the other tokens.
 
     Differences from the paper: this method follows the abstract and two ports of the code. The prior is the attention that a token
-    would receive if every visual token had the mean of all visual tokens' keys as its key. The authors instead measure the prior
-    over many images.
+    would receive if all visual tokens had the same key, namely the mean of their keys. The authors instead measure the prior over
+    many images.
     """
 
     name = "d2pruner"
     source = "after arXiv 2512.19443"
 
-    depth: Part = 2 / 32  # share of the layers that run before tokens are dropped
-    pivots: Share = 0.7  # share of the budget that goes to the tokens with the highest scores
-    alike: Annotated[float, "(-inf, inf)"] = 0.8  # the maximum cosine between any two of the dissimilar tokens
+    depth: Part = 2 / 32  # fraction of the layers that run before tokens are dropped
+    pivots: Share = 0.7  # fraction of the budget that goes to the highest-scoring tokens
+    alike: Annotated[float, "(-inf, inf)"] = 0.8  # maximum cosine similarity between any two dissimilar tokens
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return one_drop(depth, tokens, self.depth, budget)
@@ -46,5 +47,5 @@ class D2Pruner(LanguageMethod):
             free &= snap(unit @ unit[best]) <= self.alike
             free[best] = False
         late = torch.ones_like(rest).index_fill_(0, rest.new_tensor(chosen), 0)
-        filled = rest[late.argsort(stable=True)]  # dissimilar tokens, then other tokens, both ordered by score
+        filled = rest[late.argsort(stable=True)]  # dissimilar tokens, then all other tokens, both in order of score
         return Selection(torch.cat([order[:pivots], filled[: tokens.left - pivots]]).sort().values)

@@ -1,4 +1,4 @@
-"""The DART method, which keeps the tokens that are least similar to a few pivot tokens."""
+"""The DART method, which keeps the tokens least similar to a few pivot tokens."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,22 +12,22 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 
 @dataclass(frozen=True)
 class Dart(Selector):
-    """DART (arXiv 2502.11494): keeps the tokens that are least similar to a few pivot tokens.
+    """DART (arXiv 2502.11494): keeps the tokens least similar to a few pivot tokens.
 
     The pivots are the `visual` visual tokens and the `text` question tokens with the largest L1 norms. Visual pivots are always
-    kept. The remaining budget is divided evenly among the pivots, and one pivot after another selects the tokens with the lowest
-    cosine similarity to it.
+    kept. The remaining budget is divided evenly among the pivots, and each pivot in turn selects the tokens with the lowest cosine
+    similarity to it.
 
     Differences from the paper: the paper compares hidden states of the language model, while this method compares its input
-    embeddings, as TensorRT-Edge-LLM does. The authors' code processes the pivots in the order of a Python set. Here, pivots are
-    processed in descending order of their norm.
+    embeddings, like TensorRT-Edge-LLM. The authors' code processes the pivots in the order of a Python set. Here, pivots are
+    processed in descending order of norm.
     """
 
     name = "dart"
     source = "arXiv 2502.11494"
 
-    visual: Annotated[int, "[0, inf)"] = 4  # the number of visual pivots
-    text: Annotated[int, "[0, inf)"] = 4  # the number of question pivots; with 0, the question is not read
+    visual: Annotated[int, "[0, inf)"] = 4  # number of visual pivots
+    text: Annotated[int, "[0, inf)"] = 4  # number of question pivots; if 0, the question is ignored
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""EarlyTom: merges whole frame pairs between layers of the vision encoder."""
+"""EarlyTom, which merges whole frame pairs between layers of the vision encoder."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from evoprune.methods import (
 
 @dataclass(frozen=True)
 class Runs:
-    """Divides a video into runs of consecutive frame pairs that hardly change."""
+    """Divides a video into runs of consecutive frame pairs with little change."""
 
     # A run ends when the moving average of the similarity to the run's first frame pair falls below this.
     threshold: Annotated[float, "(-inf, inf)"] = 0.6
-    window: Annotated[int, "[2, inf)"] = 8  # every run has fewer frame pairs than this
+    window: Annotated[int, "[2, inf)"] = 8  # maximum length of a run, in frame pairs, exclusive
     momentum: Share = 0.9  # weight of the newest similarity in the moving average
 
     def of(self, like: list[list[float]]) -> list[range]:
@@ -45,10 +45,10 @@ class Runs:
         return [range(first, last) for first, last in zip(starts, [*starts[1:], len(like)], strict=True)]
 
     def merged(self, like: list[list[float]]) -> tuple[list[int], list[float]]:
-        """Decide which frames merge.
+        """Decide which frames to merge.
 
         Returns:
-            For each frame, the index of the frame that it merges into (its own index if it stays), and its weight in the mean.
+            For each frame, the index of the frame that it merges into (its own index if it is kept), and its weight in the mean.
         """
         into = list(range(len(like)))
         weight = [1.0] * len(like)
@@ -74,7 +74,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class MergedFrames(Runs, Selector):
-    """Merges frame pairs between two layers in O(window N D) time. The number of frame pairs that remain depends on the content."""
+    """Merges frame pairs between two layers in O(window N D) time. The number of remaining frame pairs depends on the content."""
 
     source = "arXiv 2605.30010"
     exact = False
@@ -88,7 +88,7 @@ class MergedFrames(Runs, Selector):
         weight = torch.tensor(weight, dtype=torch.float32, device=frame.device)
         stays = into == arange_on(len(into), into.device)
         unit_to_token = (stays.cumsum(0) - 1)[into[frame]]
-        own = first[frame] == arange_on(len(frame), frame.device)  # other frame pairs have already been merged
+        own = first[frame] == arange_on(len(frame), frame.device)  # all other frame pairs have already been merged
         return Selection(
             (first[stays][:, None] * len(places) + places).flatten(),
             (unit_to_token[:, None] * len(places) + places).flatten(),
@@ -126,20 +126,20 @@ class FrameTokens(Runs, Selector):
 class EarlyTom(Runs, EncoderMethod):
     """EarlyTom (arXiv 2605.30010): merges whole frame pairs after three layers. Each merge takes O(window N D) time.
 
-    After the shares `first`, `second` and `third` of the layers, runs of similar frame pairs (`Runs`) are shortened. The first and
-    last frame pair of a run always stay. Between them, two neighboring frame pairs merge if they are more similar to each other
-    than the ends of the run are, and also more similar than the following two neighbors. The remaining frame pairs share the budget
-    evenly. The ends of runs keep their most attended tokens. All other frame pairs are divided into stretches of neighboring
-    tokens and keep the most attended token in each stretch.
+    Runs of similar frame pairs (`Runs`) are shortened three times, after the fractions `first`, `second`, and `third` of the
+    layers. The first and last frame pairs of a run are always kept. Between them, two neighboring frame pairs merge if they are
+    more similar to each other than the two ends of the run and also more similar than the following two neighbors. The remaining
+    frame pairs share the budget evenly. The frame pairs at the ends of a run keep their most attended tokens. All other frame pairs
+    are divided into stretches of neighboring tokens and keep the most attended token in each stretch.
 
-    Differences from the paper: the settings come from the authors' code for LLaVA-OneVision, so they were fitted to SigLIP. Density
-    peaks, whose share is 0 by default, and merging inside the language model are not implemented.
+    Differences from the paper: the settings come from the authors' code for LLaVA-OneVision, so they were tuned for SigLIP. Density
+    peaks (disabled by default in the authors' code) and merging inside the language model are not implemented.
     """
 
     name = "earlytom"
     source = "arXiv 2605.30010"
 
-    first: Share = 7 / 26  # share of the tower's layers that run before frame pairs merge for the first time
+    first: Share = 7 / 26  # fraction of the tower's layers that run before frame pairs are first merged
     second: Share = 22 / 26
     third: Share = 24 / 26
 
@@ -171,10 +171,10 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 
     Args:
         x: `[F, n, D]`, the tokens of F frames.
-        window: The maximum number of similarities per frame, including the similarity to itself.
+        window: The maximum number of similarities per frame, including its similarity to itself.
 
     Returns:
-        Lists in which entry `[i][d]` is the mean cosine between the tokens of frames i and i + d, for d below `window`.
+        Nested lists. Entry `[i][d]` is the mean cosine similarity between the tokens of frames i and i + d, for d < `window`.
     """
     held = deque(maxlen=window)
     cosines = []
@@ -190,7 +190,7 @@ def similarities(x: torch.Tensor, window: int) -> list[list[float]]:
 def highest_of_stretches(score: torch.Tensor, count: int) -> torch.Tensor:
     """Divide scores into consecutive stretches and return the index of the highest score in each stretch: int64 `[count]`.
 
-    If the n scores cannot be divided equally, the first stretches are longer by one.
+    If the n scores cannot be divided evenly, the first stretches contain one more score than the others.
     """
     if not count:
         return arange_on(0, score.device)

@@ -1,4 +1,4 @@
-"""EVS (`--video-pruning-rate` in vLLM): keeps the tokens that change most over time."""
+"""EVS (`--video-pruning-rate` in vLLM), which keeps the tokens that change most over time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from evoprune.methods import Selection, Selector, Tokens, highest
 class Evs(Selector):
     """EVS (arXiv 2510.14624): keeps the tokens that change most over time.
 
-    A token's score is 1 minus its cosine similarity to the token at the same place in the previous frame pair. The tokens with the
-    highest scores in the whole video are kept.
+    A token's score is 1 minus its cosine similarity to the token at the same position in the previous frame pair. The
+    highest-scoring tokens of the whole video are kept.
 
     If `floor` is True, the entire first frame pair is kept, as in vLLM, even if it exceeds the budget.
     """
@@ -44,7 +44,7 @@ class Evs(Selector):
 
 @dataclass(frozen=True)
 class EvsNoFloor(Evs):
-    """EVS without a guarantee for the first frame pair, which is compared with the second one and can lose tokens as well."""
+    """EVS without the guarantee for the first frame pair, which is compared with the second one and can also lose tokens."""
 
     name = "evs-nofloor"
 

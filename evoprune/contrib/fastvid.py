@@ -25,27 +25,30 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 class FastVid(Selector):
     """FastVID (arXiv 2503.11187): in each segment of the video, keeps the most attended tokens and density peaks.
 
-    The video is cut into at least `segments` segments, including a cut wherever the mean tokens of neighboring frame pairs have a
-    cosine below `threshold`. The budget is spread evenly over frame pairs, so a segment's budget is proportional to its length. A
-    share `salient` of it goes to the segment's most attended tokens. The remaining budget goes to density peaks in every `every`-th
-    frame pair, counted backward from the last one. All other tokens are averaged into the most similar peak, whose own weight in
-    the mean is at least `centre`. A frame pair keeps no tokens if its cosine to the next frame pair is at least `ignore`.
+    The video is cut into at least `segments` segments, with a cut wherever the mean tokens of two neighboring frame pairs have a
+    cosine similarity below `threshold`. The budget is spread evenly over frame pairs, so a segment's budget is proportional to its
+    length. A `salient` fraction of it goes to the segment's most attended tokens. The remaining budget goes to density peaks in
+    every `every`-th frame pair, counted backward from the last one. All other tokens are averaged into the most similar peak, which
+    has a weight of at least `centre` in the mean. A frame pair keeps no tokens if its cosine similarity to the next frame pair is
+    at least `ignore`.
 
-    Differences from the authors' code: if there are not enough tokens left to serve as peaks, more tokens are selected by
-    attention, while the authors' code keeps fewer tokens. Here, each token is averaged into a single peak. The authors' code
-    averages it into one peak in each frame pair.
+    Differences from the authors' code: if too few tokens are left to serve as peaks, this method selects more tokens by attention,
+    while the authors' code keeps fewer tokens. Here, each token is averaged into a single peak. In the authors' code, it is
+    averaged into one peak in each frame pair.
     """
 
     name = "fastvid"
     source = "arXiv 2503.11187"
     needs = frozenset({"attention"})
 
-    segments: Count = 8  # the minimum number of segments
-    threshold: Cosine = 0.84  # cosine between neighboring frame pairs below which the video is always cut
-    salient: Share = 0.6  # share of the tokens that are selected by attention
-    ignore: Cosine = 0.95  # a frame pair keeps no tokens if its cosine to the next frame pair is at least this
-    every: Count = 4  # the interval, in frame pairs, at which peaks are selected
-    centre: Annotated[float, "(0, 1]"] = 0.6  # the minimum weight of a peak in its mean
+    segments: Count = 8  # minimum number of segments
+    # The video is always cut between neighboring frame pairs with a cosine similarity below this.
+    threshold: Cosine = 0.84
+    salient: Share = 0.6  # fraction of the tokens selected by attention
+    # A frame pair keeps no tokens if its cosine similarity to the next frame pair is at least this.
+    ignore: Cosine = 0.95
+    every: Count = 4  # interval at which peaks are selected, in frame pairs
+    centre: Annotated[float, "(0, 1]"] = 0.6  # minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         like = transitions(tokens)
@@ -69,16 +72,16 @@ class FastVid(Selector):
         keep: int,
         into: torch.Tensor,
     ) -> None:
-        """Decide which units of a segment stay, and into which units the others are averaged.
+        """Decide which units of a segment to keep, and which of the kept units the others are averaged into.
 
         Args:
             x: `[N, D]`, the features of all units.
-            attention: `[N]`, the attention that each unit receives.
-            index: int64 `[g, n]`, the segment's units.
+            attention: `[N]`, the attention received by each unit.
+            index: int64 `[g, n]`, the units in the segment.
             new: The segment's frame pairs that differ from the next frame pair.
-            keep: The number of units that stay.
-            into: int64 `[N]`, the result, written in place. A unit that stays gets its own index. Other units get the index of a
-                peak, or keep their -1 if they are dropped.
+            keep: The number of units to keep.
+            into: int64 `[N]`, modified in place. Kept units map to themselves, merged units map to a peak, and dropped units keep
+                their value of -1.
         """
         half = index.shape[1] // 2
         context = min(keep, max(1, int((1 - self.salient) * keep)))

@@ -1,4 +1,4 @@
-"""FlashVID's first stage, which keeps diverse tokens that receive attention, and merges tokens that are similar over time."""
+"""FlashVID's first stage, which keeps diverse and highly attended tokens, and merges temporally similar tokens."""
 
 import math
 from dataclasses import dataclass
@@ -26,25 +26,26 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 class FlashVid(Selector):
     """FlashVID's first stage (arXiv 2602.08024), before the language model: keeps diverse tokens and merges similar tokens.
 
-    The video is cut into at least `segments` segments, including a cut wherever neighboring frame pairs have a cosine below
-    `threshold`. In each segment, a share `diverse` of the budget goes to tokens that are selected by max-min cosine distance times
-    attention. The remaining tokens are linked to the most similar token in the previous frame pair if the cosine is above `link`.
-    Links are made in descending order of similarity until the budget is met, and each tree of linked tokens is replaced by its
-    mean. If there are still more trees than the budget allows, trees are merged around density peaks.
+    The video is cut into at least `segments` segments, with a cut wherever two neighboring frame pairs have a cosine similarity
+    below `threshold`. In each segment, a `diverse` fraction of the budget goes to tokens selected by max-min cosine distance times
+    attention. Each remaining token is linked to the most similar token in the previous frame pair if their cosine similarity is
+    above `link`. Links are added in descending order of similarity until the budget is met, and each tree of linked tokens is
+    replaced by its mean. If there are still too many trees for the budget, they are merged around density peaks.
 
-    Differences from the authors' code: this method averages each tree, as the paper describes. The authors' code divides the tree's
-    sum by one more than the number of links that lead directly to the root. It also makes one link fewer than the budget requires,
-    and rounds counts up in each frame pair.
+    Differences from the authors' code: this method averages each tree, as the paper describes. The authors' code divides the sum
+    over the tree by one plus the number of direct links to the root. It also adds one link fewer than the budget requires and
+    rounds token counts up in each frame pair.
     """
 
     name = "flashvid"
     source = "arXiv 2602.08024, the stage before the language model"
     needs = frozenset({"attention"})
 
-    segments: Count = 4  # the minimum number of segments
-    threshold: Cosine = 0.9  # cosine between neighboring frame pairs below which the video is always cut
-    diverse: Share = 0.7  # share of the tokens that are selected by attention and diversity
-    link: Cosine = 0.8  # cosine above which a token can be linked to a token in the previous frame pair
+    segments: Count = 4  # minimum number of segments
+    # The video is always cut between neighboring frame pairs with a cosine similarity below this.
+    threshold: Cosine = 0.9
+    diverse: Share = 0.7  # fraction of the tokens selected by attention and diversity
+    link: Cosine = 0.8  # minimum cosine similarity, exclusive, for a link to a token in the previous frame pair
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         shares = spread(keep, tokens.grid[0])
@@ -62,11 +63,11 @@ class FlashVid(Selector):
         """Select and merge the tokens of one segment.
 
         Args:
-            attention: `[g, n]`, the attention that each token receives.
+            attention: `[g, n]`, the attention received by each token.
             x: `[g, n, D]`, the features.
 
         Returns:
-            int64 `[g, n]`, the token that each token is merged into: its own index if it stays, or -1 if it is dropped.
+            int64 `[g, n]`, the token that each token is merged into. Kept tokens map to themselves, and dropped tokens to -1.
             float32 `[g, n]`, each token's weight in the resulting mean.
         """
         pairs, per_pair = attention.shape
@@ -97,13 +98,13 @@ class FlashVid(Selector):
         """Link similar tokens in neighboring frame pairs, starting with the most similar tokens.
 
         Args:
-            unit: `[n, D]`, the tokens of the segment, scaled to unit length.
+            unit: `[n, D]`, the segment's tokens, scaled to unit length.
             rest: int64 `[r]`, the tokens to link, ascending.
             pair: int64 `[r]`, the frame pairs of these tokens.
             most: The maximum number of links.
 
         Returns:
-            int64 `[r]`, the root of the tree that contains each of the tokens.
+            int64 `[r]`, the root of each token's tree.
         """
         parent = rest.clone()
         like = torch.full((len(rest),), -torch.inf, dtype=torch.float32, device=unit.device)
@@ -118,7 +119,7 @@ class FlashVid(Selector):
         links = torch.zeros(len(rest), dtype=torch.bool, device=unit.device)
         links[strongest] = like[strongest] > self.link
         root = arange_on(len(unit), unit.device)
-        for g in range(1, last + 1):  # links lead to the previous frame pair, whose roots are already known
+        for g in range(1, last + 1):  # each link leads to the previous frame pair, whose roots are already known
             now = links & (pair == g)
             root[rest[now]] = root[parent[now]]
         return root[rest]
@@ -126,14 +127,14 @@ class FlashVid(Selector):
     def merged(
         self, mean: torch.Tensor, roots: torch.Tensor, pair: torch.Tensor, keep: int, into: torch.Tensor
     ) -> torch.Tensor:
-        """Merge trees around density peaks so that `keep` trees are left.
+        """Merge trees around density peaks until `keep` trees are left.
 
         Args:
-            mean: `[r, D]`, the means of the trees.
-            roots: int64 `[r]`, the roots of the trees.
+            mean: `[r, D]`, the tree means.
+            roots: int64 `[r]`, the tree roots.
             pair: int64 `[r]`, the frame pairs of the roots.
             keep: The number of trees to leave.
-            into: int64 `[n]`, the root of each token's tree.
+            into: int64 `[n]`, each token's tree root.
 
         Returns:
             int64 `[n]`, the updated `into`.

@@ -1,4 +1,4 @@
-"""HoliTom's first stage, which cuts the video into segments so that merging over time saves as many tokens as possible."""
+"""HoliTom's first stage, which cuts the video into segments so that temporal merging removes as many tokens as possible."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,22 +13,24 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 class HoliTom(Selector):
     """HoliTom's first stage (arXiv 2505.21334), before the language model: merges tokens over time in segments of the video.
 
-    A place is still between two frame pairs if the cosine between its tokens is above `static`. Dynamic programming cuts the video
-    into the segments that save the most tokens, where a segment of L frame pairs saves L - 1 tokens for each place that is still
-    throughout the segment. If averaging still places over time saves enough tokens, places are averaged until the budget is met,
-    starting with the stillest place. Otherwise, all still places are averaged. Moving tokens are then selected by attention, and
-    still tokens merge around density peaks. A peak has a weight of at least `centre` in its mean.
+    A position is static between two frame pairs if the cosine similarity of its two tokens is above `static`. Dynamic programming
+    finds the segmentation that saves the most tokens, where a segment of L frame pairs saves L - 1 tokens for each position that is
+    static throughout the segment. If averaging static positions over time saves enough tokens, positions are averaged until the
+    budget is met, starting with the most static one. Otherwise, all static positions are averaged, moving tokens are then selected
+    by attention, and static tokens merge around density peaks. A peak has a weight of at least `centre` in its mean.
 
-    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
-    receives within its frame pair instead of the class token's attention. The authors' code rounds counts up per frame pair.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method replaces the class token's
+    attention with the attention that a token receives within its frame pair. The authors' code rounds token counts up per frame
+    pair.
     """
 
     name = "holitom"
     source = "arXiv 2505.21334, the stage before the language model"
     needs = frozenset({"attention"})
 
-    static: Cosine = 0.8  # cosine between neighboring frame pairs above which a place is still
-    centre: Annotated[float, "(0, 1]"] = 0.6  # the minimum weight of a peak in its mean
+    # A position is static if the cosine similarity of its tokens in neighboring frame pairs is above this.
+    static: Cosine = 0.8
+    centre: Annotated[float, "(0, 1]"] = 0.6  # minimum weight of a peak in its mean
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -43,7 +45,8 @@ class HoliTom(Selector):
         attention = snap(tokens.attention)
         into = torch.full_like(tokens.unit_to_row, -1)
         still = [lowest > self.static for lowest in min_cosines]
-        # `groups` contains the units of still places, with one row per place, and `moving` each frame pair's other units.
+        # `groups` contains the units at static positions, with one row per position, and `moving` the other units of each frame
+        # pair.
         groups = [index[span.start : span.stop, places].T for span, places in zip(spans, still, strict=True)]
         moving = [index[pair, ~places] for span, places in zip(spans, still, strict=True) for pair in span]
         sizes = [len(group) for group in (*groups, *moving)]
@@ -55,25 +58,25 @@ class HoliTom(Selector):
 
 
 def most_saving(same: torch.Tensor) -> list[range]:
-    """Find the segments that save the most tokens, using dynamic programming.
+    """Find the segments that save the most tokens using dynamic programming.
 
-    A segment of L frame pairs saves L - 1 tokens for each place that does not change within the segment.
+    A segment of L frame pairs saves L - 1 tokens for each position that does not change within the segment.
 
     Args:
-        same: bool `[T - 1, n]`, whether each token is similar to the token at the same place in the next frame pair.
+        same: bool `[T - 1, n]`, whether each token is similar to the token at the same position in the next frame pair.
     """
     back = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
     backs = []
-    for unchanged in same:  # `back` is the number of steps for which each place has not changed
+    for unchanged in same:  # `back` is the number of steps over which each position has not changed
         back = (back + 1) * unchanged
         backs.append(torch.bincount(back, minlength=len(same) + 1))
-    # still[t][n] is the number of places that have not changed in the last n steps up to frame pair t + 1.
+    # still[t][n] is the number of positions that have not changed in the last n steps up to frame pair t + 1.
     still = torch.stack(backs).flip(1).cumsum(1).flip(1).tolist() if backs else []
-    # For the first t frame pairs, best[t] is the number of saved tokens, and start[t] is the start of the last segment.
+    # best[t] is the number of tokens saved in the first t frame pairs, and start[t] is the start of their last segment.
     best = [0, 0]
     start = [0, 0]
     for last in range(1, len(same) + 1):
-        # The last segment has length + 1 frame pairs. If several lengths save the same number of tokens, the shortest one wins.
+        # The last segment has length + 1 frame pairs. If several lengths save the same number of tokens, the shortest is used.
         saves = [best[last - length] + length * (length and still[last - 1][length]) for length in range(last + 1)]
         best.append(max(saves))
         start.append(last - saves.index(best[-1]))

@@ -13,9 +13,9 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 class HoliTomInner(LanguageMethod):
     """HoliTom's second stage (arXiv 2505.21334), inside the language model: like FastV, but merges dropped tokens into kept tokens.
 
-    After a share `depth` of the layers, the method keeps the tokens that receive the most attention from the last token. Each
-    dropped token merges into the kept token whose hidden state has the highest cosine similarity. If several tokens merge into the
-    same kept token, they do so one after another, and each time the kept token is replaced by the mean of the two.
+    After the first `depth` fraction of the layers, the method keeps the tokens that receive the most attention from the last token.
+    Each dropped token merges into the kept token with the most similar hidden state (by cosine). If several tokens merge into the
+    same kept token, they merge one after another, and each merge replaces the kept token with the mean of the two.
     """
 
     name = "holitom-inner"
@@ -32,13 +32,13 @@ class HoliTomInner(LanguageMethod):
 
 
 def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
-    """Return a selection in which the other rows merge into their closest kept row, one after another.
+    """Return a selection in which dropped rows merge, one after another, into their closest kept row.
 
-    Each time, the kept row is replaced by the mean of itself and the new row. The last row therefore has a weight of one half in
-    the result, the row before it has a weight of one quarter, and so on.
+    Each merge replaces the kept row with the mean of itself and the new row. Therefore, the last merged row has a weight of one
+    half in the result, the row before it a weight of one quarter, and so on.
 
     Args:
-        unit: `[n, D]`, all rows, of unit length.
+        unit: `[n, D]`, all rows, scaled to unit length.
         kept: int64 `[K]`, the kept rows, ascending.
     """
     count = len(unit)
@@ -48,8 +48,8 @@ def joined_in_turn(unit: torch.Tensor, kept: torch.Tensor) -> Selection:
     to = closest(unit[others], unit[kept])[1]
     unit_to_token[kept], unit_to_token[others] = arange_on(len(kept), device), to
     joining = torch.bincount(to, minlength=len(kept))
-    # For each token, the number of tokens that join the same kept token from this one on.
+    # For each token, the number of tokens that join the same kept token, counting from this token on.
     later = torch.empty(count, dtype=torch.float32, device=device)
     later[kept], later[others] = joining.float(), (joining[to] - turns(arange_on(len(to), device), to)).float()
-    # Weights are at least 2^-126, the smallest float32 with full precision.
+    # Weights are clamped to 2^-126, the smallest float32 with full precision.
     return Selection(kept, unit_to_token, torch.exp2(-later).clamp(min=2.0**-126))

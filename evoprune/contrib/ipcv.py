@@ -14,13 +14,13 @@ from evoprune.vision import Hook, Rows
 
 @dataclass(frozen=True)
 class Ipcv(EncoderMethod):
-    """IPCV (arXiv 2512.18747): sets rows aside, updates them like similar rows, and restores them after the last layer.
+    """IPCV (arXiv 2512.18747): sets rows aside, updates them like similar kept rows, and restores them after the last layer.
 
-    After a share `first` of the layers, each frame pair keeps a share `keep` of its rows, namely the rows that the latest layer
-    changed most. From then on, each dropped row changes by the mean change of its `neighbours` nearest kept rows. For another share
-    `follow` of the layers, dropped rows still serve as keys and values. All rows return before the patch merger, so a selector is
-    needed to meet the budget. This is DART, as in the paper, or another selector if the user writes `ipcv+NAME`. With n rows per
-    frame pair, finding the nearest rows takes O(N n D) time.
+    After the first `first` fraction of the layers, each frame pair keeps the `keep` fraction of its rows that the latest layer
+    changed most. From then on, each dropped row changes by the mean change of its `neighbours` nearest kept rows. Over the next
+    `follow` fraction of the layers, dropped rows still serve as keys and values. All rows are restored before the patch merger, so
+    meeting the budget requires a selector. The default is DART, as in the paper, and `ipcv+NAME` specifies a different one. With n
+    rows per frame pair, finding the nearest rows takes O(N n D) time.
 
     Differences from the paper: DART runs after the encoder instead of inside the language model.
     """
@@ -30,10 +30,10 @@ class Ipcv(EncoderMethod):
     combines = True
     tokens = Dart()
 
-    keep: Annotated[float, "(0, 1]"] = 0.35  # share of the rows that stay
-    first: Share = 3 / 32  # share of the tower's layers that run before rows are set aside
-    follow: Share = 7 / 32  # share of the layers that still use dropped rows as keys and values
-    neighbours: Count = 10  # the number of kept rows that each dropped row follows
+    keep: Annotated[float, "(0, 1]"] = 0.35  # fraction of the rows to keep
+    first: Share = 3 / 32  # fraction of the tower's layers that run before rows are set aside
+    follow: Share = 7 / 32  # fraction of the layers in which dropped rows still serve as keys and values
+    neighbours: Count = 10  # number of kept rows that each dropped row follows
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
         units = prod(grid[1:])
@@ -47,30 +47,30 @@ class Ipcv(EncoderMethod):
 
 @dataclass(frozen=True)
 class Follow(SetAside):
-    """Sets rows aside, and updates each of these rows by the mean change of its nearest kept rows."""
+    """Sets rows aside, and updates each of them by the mean change of its nearest kept rows."""
 
-    until: int  # the number of layers after which dropped rows no longer serve as keys and values
-    neighbours: int  # the number of kept rows that each dropped row follows
+    until: int  # number of layers after which dropped rows no longer serve as keys and values
+    neighbours: int  # number of kept rows that each dropped row follows
 
     def hook(self, first_layer: int) -> "Followers":
         return Followers(self, first_layer)
 
 
 class Followers(Hook):
-    """A hook that sets rows of one video aside and restores them. Every unit of the video must have a row.
+    """A hook that sets aside and restores rows of one video. Every unit of the video must have a row.
 
     After `Stage.first_layer` layers, each frame pair keeps the rows that the latest layer changed most. For each dropped row, the
     hook stores the row's state and its nearest kept rows. Until `Follow.until`, a dropped row changes by the mean change of these
-    kept rows. It still serves as a key and value in attention, but it skips the MLP. In later layers, only the kept rows are
-    computed. After the last layer, all dropped rows return, updated in the same way. The hook never synchronizes the GPU, because
-    all shapes are known from the plan.
+    kept rows. It still serves as a key and value in attention, but it skips the MLP. Later layers compute only the kept rows. After
+    the last layer, all dropped rows are restored and updated in the same way. The hook never synchronizes the GPU, because all
+    shapes are known from the plan.
     """
 
     def __init__(self, plan: Follow, first: int):
         self.active: torch.Tensor | None = None
         self._plan = plan
         self._first = first
-        self._earlier: torch.Tensor | None = None  # the rows before the layer that decides which rows stay
+        self._earlier: torch.Tensor | None = None  # the rows before the layer that determines which rows to keep
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
         if done == self._first - 1:
@@ -97,15 +97,15 @@ class Followers(Hook):
         )
 
     def _divide(self, rows: Rows) -> None:
-        """Decide which rows stay, and which of the kept rows each dropped row follows."""
+        """Decide which rows to keep, and which of the kept rows each dropped row follows."""
         geo = rows.geometry
         pairs = rows.pairs
         keep = self._plan.left
         x = rows.values.flatten(1).float().view(pairs, geo.units, -1)
         change = (x - self._earlier.flatten(1).float().view_as(x)).norm(dim=2)
         change = snap(change / change.amax(1, keepdim=True).clamp(min=1e-30))
-        rank = geo.order.argsort()  # the rank of each place in window order
-        order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties go to the lower place
+        rank = geo.order.argsort()  # rank of each position in window order
+        order = rank[change[:, rank].argsort(dim=1, descending=True, stable=True)]  # ties go to the lower position
         kept = order[:, :keep].sort().values
         dropped = order[:, keep:].sort().values
         first = arange_on(pairs, x.device)[:, None]
@@ -117,7 +117,7 @@ class Followers(Hook):
         self._earlier = None
 
     def _kept_alone(self, rows: Rows) -> Rows:
-        """Return a copy of `rows` that contains only the kept rows. All other units have no row in the copy."""
+        """Return a copy of `rows` with only the kept rows. All other units have no row in the copy."""
         unit = rows.unit[self._kept]
         unit_to_row = torch.full_like(rows.unit_to_row, -1)
         unit_to_row[unit] = arange_on(len(unit), unit.device)
@@ -132,14 +132,14 @@ class Followers(Hook):
         )
 
     def _moved(self, kept: torch.Tensor) -> torch.Tensor:
-        """Return all rows, `[R, 4, hidden]`, after moving each dropped row by the mean change of the kept rows that it follows."""
+        """Return all rows, `[R, 4, hidden]`, after changing each dropped row by the mean change of the kept rows it follows."""
         saved = self._all.values
         moved = saved.index_copy(0, self._kept, kept)
         move = self._mean_of_near(kept.float() - saved[self._kept].float())
         return moved.index_copy_(0, self._dropped, (saved[self._dropped].float() + move).to(moved.dtype))
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Extend the kept rows' `values` to all rows, `[R, ...]`. A dropped row gets the mean of the rows that it follows.
+        """Extend `values` from the kept rows to all rows, `[R, ...]`. A dropped row gets the mean over the rows that it follows.
 
         If `values` already covers all rows, it is returned unchanged.
         """
@@ -152,7 +152,7 @@ class Followers(Hook):
         return full
 
     def _mean_of_near(self, values: torch.Tensor) -> torch.Tensor:
-        """Average the kept rows' `values` (`[kept, ...]`) for each dropped row, over the rows that it follows.
+        """For each dropped row, average the kept rows' `values` (`[kept, ...]`) over the rows that it follows.
 
         Returns:
             float32 `[dropped, ...]`.
@@ -161,7 +161,7 @@ class Followers(Hook):
 
 
 def nearest_rows(rows: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, count: int) -> torch.Tensor:
-    """Find the kept rows that are nearest to each dropped row.
+    """Find the nearest kept rows for each dropped row.
 
     Args:
         rows: float32 `[B, n, D]`, the rows of B frame pairs.

@@ -23,19 +23,20 @@ from evoprune.methods import Selection, Selector, Tokens, highest, snap, spread
 class Mmg(Selector):
     """Divides the budget among segments by marginal gain. Based on MMG-Vid (arXiv 2508.21044).
 
-    The video is cut between neighboring frame pairs with a cosine below `threshold`. Each segment gets a share of the tokens that
-    is proportional to its length times exp(gain). Segments are picked greedily by gain, which is the cosine between the segment's
-    mean and the video's mean, minus `beta` times the highest cosine to a segment picked before. Each frame pair keeps its highest
-    density peaks, after their scores are multiplied by the distance to the tokens kept in the previous frame pair.
+    The video is cut between neighboring frame pairs with a cosine similarity below `threshold`. Each segment gets tokens in
+    proportion to its length times exp(gain). Segments are picked greedily by gain, which is the cosine similarity between the
+    segment's mean and the video's mean, minus `beta` times the highest similarity to a previously picked segment. Each frame pair
+    keeps its highest density peaks, whose scores are first multiplied by the distance to the tokens kept in the previous frame
+    pair.
 
-    Differences from the paper: neither its formulas nor its code were available. The formulas used here are this project's own, so
-    the results say little about MMG-Vid itself.
+    Differences from the paper: neither its formulas nor its code were available. This project uses its own formulas, so the results
+    say little about MMG-Vid itself.
     """
 
     name = "mmg"
     source = "based on arXiv 2508.21044, with formulas filled in by this project"
 
-    threshold: Cosine = 0.95  # cosine between neighboring frame pairs below which the video is cut
+    threshold: Cosine = 0.95  # the video is cut between neighboring frame pairs with a cosine similarity below this
     beta: Share = 0.5  # weight of the repetition penalty in a segment's gain
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
@@ -50,7 +51,7 @@ class Mmg(Selector):
         return Selection(torch.cat(kept))
 
     def distinct(self, x: torch.Tensor, span: range, keep: int) -> torch.Tensor:
-        """Select tokens of a segment that are density peaks and differ from the tokens kept in the previous frame pair.
+        """Select a segment's tokens: density peaks that differ from the tokens kept in the previous frame pair.
 
         Args:
             x: `[T, n, D]`, the features of the video.
@@ -73,11 +74,11 @@ class Mmg(Selector):
 
 
 def joined(spans: list[range], like: list[float]) -> list[range]:
-    """Merge segments with only one frame pair into the neighboring segment that is more similar.
+    """Merge each segment with only one frame pair into its more similar neighbor.
 
     Args:
         spans: The segments, in order.
-        like: The cosine between each frame pair and the next one, from `transitions`.
+        like: The cosine similarity between each frame pair and the next one, from `transitions`.
 
     Returns:
         The merged segments.
@@ -92,14 +93,14 @@ def joined(spans: list[range], like: list[float]) -> list[range]:
 
 
 def marginal_gains(means: torch.Tensor, video: torch.Tensor, beta: float) -> list[float]:
-    """Compute the segments' marginal gains.
+    """Compute the marginal gain of each segment.
 
-    Segments are picked one by one, always choosing the one with the highest gain. The gain is the cosine between the segment's mean
-    and the video's mean, minus `beta` times the highest cosine to a segment that has already been picked.
+    Segments are picked one by one in order of gain, which is the cosine similarity between the segment's mean and the video's mean,
+    minus `beta` times the highest similarity to a previously picked segment.
 
     Args:
-        means: `[S, D]`, the means of the segments.
-        video: `[D]`, the mean of the video.
+        means: `[S, D]`, the segment means.
+        video: `[D]`, the video's mean.
         beta: The weight of the repetition penalty.
     """
     unit = F.normalize(means, dim=1)

@@ -14,18 +14,18 @@ from evoprune.methods import Selection, Selector, Tokens, snap
 class Mmr(Selector):
     """Selects tokens by maximal marginal relevance, as in the selection step of IDPruner (based on arXiv 2602.13315).
 
-    In each step, the method keeps the token of the whole video with the highest value of `lam` * importance - (1 - `lam`) *
-    (highest cosine to a kept token). Importance is scaled to the range from 0 to 1.
+    Each step keeps the token with the highest `lam` * importance - (1 - `lam`) * (highest cosine similarity to a kept token) in the
+    whole video. Importance is scaled to the range from 0 to 1.
 
-    Differences from the paper: the paper's trained scorer is not available. Instead, a token's importance is the attention that it
-    receives or the norm of its key.
+    Differences from the paper: the paper's trained scorer is not available. Instead, a token's importance is its received attention
+    or the norm of its key.
     """
 
     name = "mmr"
     source = "based on arXiv 2602.13315, without its trained scorer"
 
-    importance: str = "attention"  # `attention` for the attention received, or `keynorm` for the norm of a unit's key
-    lam: Share = 0.5  # the weight of importance; the weight of diversity is 1 - lam
+    importance: str = "attention"  # `attention` for the received attention, or `keynorm` for the norm of a unit's key
+    lam: Share = 0.5  # weight of importance; the weight of diversity is 1 - lam
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,7 +52,7 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
 
     Args:
         features: `[N, D]`, one row per token.
-        importance: `[N]`, which is scaled to the range from 0 to 1.
+        importance: `[N]`, which the function scales to the range from 0 to 1.
         lam: The weight of importance. The weight of diversity is 1 - `lam`.
 
     Returns:

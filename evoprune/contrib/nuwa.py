@@ -1,4 +1,4 @@
-"""Nüwa's first stage, which keeps the most attended tokens in each region and replaces the weakest of them with means."""
+"""Nüwa's first stage, which keeps the most attended tokens in each region and replaces the weakest of them with weighted means."""
 
 from dataclasses import dataclass, replace
 from math import hypot
@@ -15,23 +15,23 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap, sprea
 class Nuwa(Selector):
     """Nüwa's first stage (arXiv 2602.02951), before the language model: keeps the most attended tokens in each region.
 
-    Each frame pair is divided into cells of 2x2 places, and the `cell` most attended tokens in each cell are candidates. The most
-    attended candidates are kept, and other tokens are kept only if there are too few candidates. A kept token whose attention is
-    below the `weak` quantile is replaced by a weighted mean over the frame pair. In this mean, the weight of another token is the
-    product of two factors, with negative factors replaced by 0: the cosine between the two tokens' states in the middle of the
-    tower, and 1 - distance / (`reach` * diagonal). The weight of the kept token itself is 1.
+    Each frame pair is divided into cells of 2x2 positions, and the `cell` most attended tokens in each cell are candidates. The
+    most attended candidates are kept, and other tokens are kept only if there are too few candidates. A kept token whose attention
+    is below the `weak` quantile is replaced by a weighted mean over the frame pair. In this mean, the kept token has a weight of 1.
+    The weight of any other token is the product of two factors, clamped at 0: the cosine similarity of the two tokens' states in
+    the middle of the tower, and 1 - distance / (`reach` * diagonal).
 
-    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
-    receives within its frame pair instead of the class token's attention. The authors' code leaves the states in window order, so
-    it assigns the weights to the wrong places. Here, states are in raster order.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method replaces the class token's
+    attention with the attention that a token receives within its frame pair. The authors' code leaves the states in window order
+    and thus assigns the weights to the wrong positions. Here, states are in raster order.
     """
 
     name = "nuwa"
     source = "arXiv 2602.02951, the stage before the language model"
     needs = frozenset({"attention", "middle"})
 
-    cell: Annotated[int, "[1, 4]"] = 3  # the number of candidate tokens per cell of 2x2 places
-    weak: Share = 0.1  # quantile of the kept tokens' attention below which tokens are replaced by means
+    cell: Annotated[int, "[1, 4]"] = 3  # number of candidate tokens per cell of 2x2 positions
+    weak: Share = 0.1  # quantile of the kept tokens' attention below which tokens are replaced with means
     reach: Annotated[float, "(0, inf]"] = 0.8  # distance at which weights reach 0, as a fraction of the diagonal
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
@@ -57,15 +57,15 @@ class Nuwa(Selector):
     def means(
         self, score: torch.Tensor, kept: torch.Tensor, middle: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the weighted means that replace the weak tokens of a frame pair.
+        """Compute the weighted means that replace a frame pair's weak tokens.
 
         Args:
-            score: `[H, W]`, the attention that each token receives.
-            kept: int64 `[k]`, the kept places.
+            score: `[H, W]`, the attention received by each token.
+            kept: int64 `[k]`, the kept positions.
             middle: `[H W, d]`, the tokens' states in the middle of the tower.
 
         Returns:
-            int64 `[m]` tokens (indices into `kept`), int64 `[m]` places to average, and float32 `[m]` weights.
+            int64 `[m]` tokens (indices into `kept`), int64 `[m]` positions to average, and float32 `[m]` weights.
         """
         height, width = score.shape
         attention = score.flatten()[kept]
@@ -83,9 +83,9 @@ class Nuwa(Selector):
 
 
 def rank_in_cell(score: torch.Tensor) -> torch.Tensor:
-    """Rank the scores within cells of 2x2 places, with 0 for the highest score in a cell.
+    """Rank the scores within cells of 2x2 positions, with 0 for the highest score in a cell.
 
-    `score` is `[T, H, W]`. If scores are equal, the place with the lower index ranks first.
+    `score` is `[T, H, W]`. Ties go to the position with the lower index.
 
     Returns:
         int64 `[T, H, W]`.

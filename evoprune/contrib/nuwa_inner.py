@@ -12,10 +12,10 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, one_drop
 class NuwaInner(LanguageMethod):
     """Nüwa's second stage (arXiv 2602.02951), inside the language model: keeps tokens to which at least one head attends.
 
-    After a share `depth` of the layers, a token's score is the mean attention from the last three tokens of the prompt, in the head
-    that attends to this token most. The tokens with the highest scores stay.
+    After the first `depth` fraction of the layers, a token's score is its mean attention from the last three prompt tokens, in the
+    head where this mean is highest. The highest-scoring tokens are kept.
 
-    Differences from the authors' code: `-b` specifies the share of tokens that reach the language model. The authors' code uses
+    Differences from the authors' code: `-b` specifies the fraction of tokens that reach the language model. The authors' code uses
     only one frame pair of a video.
     """
 

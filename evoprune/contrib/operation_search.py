@@ -1,8 +1,9 @@
-"""The search for a recipe, which tells the `operations` method (docs/methods.md) in which order to remove a model's operations.
+"""The search for a recipe, which specifies the order in which the `operations` method (docs/methods.md) removes a model's
+operations.
 
 The order depends on how much each operation affects the output distribution. The search first removes as many operations in the
-deepest layers as it can without changing the most likely choice for any token. Then it removes the operation with the smallest
-effect, one at a time. The top layer never computes queries and the MLP for visual tokens.
+deepest layers as possible without changing the most likely choice for any token. It then removes operations one at a time, always
+choosing the one with the smallest effect. The top layer never computes queries or the MLP for visual tokens.
 """
 
 from bisect import bisect_left
@@ -16,15 +17,15 @@ from evoprune.errors import UsageError
 from evoprune.methods import LanguagePlan, MethodChain
 from evoprune.model import head_size
 
-STEP = 0.3 / 15  # the increase of the allowed loss per step, as a fraction of the loss with all operations removed
-# The types of operations, in the authors' order. If losses are equal, the last one is removed first.
+STEP = 0.3 / 15  # increase of the allowed loss per step, as a fraction of the loss with all operations removed
+# Operation types, in the authors' order. If losses are equal, the last one is removed first.
 ORDER = ("queries", "mlp", "keys")
 
 
 class Loss(NamedTuple):
     """The effect of removing operations on the model's output.
 
-    `kl` is the mean KL divergence in nats per token. `agree` is the share of tokens whose most likely choice is unchanged.
+    `kl` is the mean KL divergence in nats per token. `agree` is the fraction of tokens whose most likely choice is unchanged.
     """
 
     kl: float
@@ -32,7 +33,7 @@ class Loss(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Operations that are removed together, and the loss after removing them. The loss fields are None if it was not measured."""
+    """Operations that are removed together, and the loss after removing them. The loss fields are None if not measured."""
 
     operations: tuple[Operation, ...]
     kl: float | None = None
@@ -43,7 +44,7 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
     """Find the operations in the deepest layers whose removal does not change the model's output.
 
     Args:
-        after: The number of layers that compute everything.
+        after: The number of initial layers that compute everything.
         depth: The number of layers of the language model.
         lossless: Returns True if removing the given operations leaves every token's most likely choice unchanged.
     """
@@ -62,7 +63,7 @@ def for_nothing(after: int, depth: int, lossless: Callable[[Removed], bool]) -> 
 
 
 def deepest(low: int, high: int, passes: Callable[[int], bool]) -> int | None:
-    """Find the lowest layer from `low` to `high` that passes a test, using binary search. Returns None if `high` fails the test."""
+    """Find the lowest layer from `low` to `high` that passes a test using binary search. Returns None if `high` fails the test."""
     if low > high or not passes(high):
         return None
     return low + bisect_left(range(low, high), True, key=passes)
@@ -78,7 +79,7 @@ def search(
     """Find the order in which a `Recipe` removes operations, and append it to `found` step by step.
 
     Args:
-        after: The number of layers that compute everything.
+        after: The number of initial layers that compute everything.
         depth: The number of layers of the language model.
         measure: Returns the loss with the given operations removed.
         found: The steps found so far, extended in place.
@@ -124,7 +125,7 @@ def search(
 
 @dataclass(frozen=True)
 class _Trial(Operations):
-    """The `operations` method with a fixed set of removed operations, regardless of the budget."""
+    """The `operations` method with a fixed set of removed operations, independent of the budget."""
 
     removed: Removed = frozenset()
 
@@ -135,7 +136,7 @@ class _Trial(Operations):
 class RecipeSearch:
     """Searches for the recipe of a language model, given the model's `TextConfig`.
 
-    The attribute `found` contains the steps found so far, and `complete` tells whether the order is complete.
+    The attribute `found` contains the steps found so far, and `complete` indicates whether the order is complete.
 
     Raises:
         UsageError: If the language model has only one layer.
@@ -155,8 +156,8 @@ class RecipeSearch:
         """Search until the order is complete, or until time runs out before every operation has been measured once.
 
         Args:
-            measure: Takes a method that removes some operations, and returns the mean KL divergence and the share of tokens whose
-                most likely choice is unchanged (see `Loss`).
+            measure: Takes a method that removes some operations, and returns the mean KL divergence and the fraction of tokens
+                whose most likely choice is unchanged (see `Loss`).
             go_on: Returns True if there is time for more measurements.
         """
         blank = self._blank
@@ -168,7 +169,7 @@ class RecipeSearch:
 
     @property
     def left_out(self) -> int:
-        """The number of operations that have been removed so far."""
+        """The number of operations removed so far."""
         return sum(len(step.operations) for step in self.found)
 
     @property
@@ -176,7 +177,8 @@ class RecipeSearch:
         return replace(self._blank, steps=tuple(step.operations for step in self.found))
 
     def document(self, budgets: Iterable[float]) -> dict[str, Any]:
-        """Return the results so far as a dict for JSON output. Once they are `complete`, `Recipe.read` can read the file."""
+        """Return the results so far as a JSON-serializable dict. Once they are `complete`, `Recipe.read` can read the resulting
+        file."""
         return {
             "complete": self.complete,
             "rows": self._rows(budgets) if self.complete else [],
@@ -197,9 +199,9 @@ class RecipeSearch:
 
 
 def weights(config) -> tuple[float, float, float]:
-    """Return how a layer's work per token divides into keys and values, queries and output, and the MLP.
+    """Return the fractions of a layer's work per token spent on keys and values, on queries and output, and on the MLP.
 
-    The three shares add up to 1. `config` is the model's `TextConfig`.
+    The three fractions add up to 1. `config` is the model's `TextConfig`.
     """
     hidden = config.hidden_size
     keys = config.num_key_value_heads

@@ -1,8 +1,8 @@
-"""Operation pruning (zxcvfd13502/GSOP), which keeps all visual tokens but computes less for them, according to a recipe.
+"""Operation pruning (zxcvfd13502/GSOP), which keeps all visual tokens but performs fewer operations on them, according to a recipe.
 
-An operation is a triple (layer, group, kind). There are two groups of visual tokens: "all" and "rest", which excludes the most
-important tokens, called key tokens. If an operation is removed for all tokens, it is also removed for the rest. A token for which
-an operation is removed keeps its previous state.
+An operation is a triple (layer, group, kind). There are two groups of visual tokens: "all", and "rest", which excludes the most
+important tokens (key tokens). An operation removed for "all" is also removed for "rest". If an operation is removed for a token,
+the token keeps its previous state.
 """
 
 from collections.abc import Collection, Iterable
@@ -23,11 +23,11 @@ KINDS = ("keys", "queries", "mlp")  # the operations of a layer: keys and values
 # Groups of visual tokens: all tokens, and all tokens except key tokens.
 ALL = "all"
 REST = "rest"
-KEY = 0.25  # share of the visual tokens that are key tokens
-PLACE = 2 / 32  # share of the layers after which the key tokens are known
+KEY = 0.25  # fraction of the visual tokens that are key tokens
+PLACE = 2 / 32  # fraction of the layers after which the key tokens are known
 Operation = tuple[int, str, str]  # (layer, ALL or REST, kind)
 Removed = frozenset[Operation]
-SCHEMA = "evoprune/tune-operations@1"  # schema of the files that `evoprune tune VIDEO... --operations -o FILE` writes
+SCHEMA = "evoprune/tune-operations@1"  # schema of the files written by `evoprune tune VIDEO... --operations -o FILE`
 TUNE_HINT = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 
 
@@ -35,12 +35,12 @@ TUNE_HINT = "to create one: evoprune tune VIDEO... --operations -o FILE.json"
 class OperationPlan(LanguagePlan):
     """A plan in which layers may skip operations for all visual tokens or for all tokens except the most important (key) tokens."""
 
-    # The number of key tokens. The method selects them when it is first called, and all layers before that compute everything.
+    # The number of key tokens. The method selects them on its first call, and all layers before that compute everything.
     key: int = 0
-    gone: Removed = frozenset()  # removed operations; if one is removed for all tokens, it is also listed for the rest
+    gone: Removed = frozenset()  # removed operations; an operation removed for all tokens is also listed for the rest
 
     def computed(self, layer: int, kind: str) -> tuple[bool, bool]:
-        """Return two booleans: whether a layer computes an operation for key tokens, and whether it does so for other tokens."""
+        """Return whether a layer computes an operation for key tokens, and whether it does so for all other tokens."""
         return (layer, ALL, kind) not in self.gone, (layer, REST, kind) not in self.gone
 
     @property
@@ -58,15 +58,15 @@ class OperationPlan(LanguagePlan):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The order in which a language model's operations are removed, and the data needed to turn a budget into a plan.
+    """The order in which to remove a language model's operations, and the data needed to turn a budget into a plan.
 
     Raises:
-        ValueError: If a value is impossible.
+        ValueError: If a value is out of range.
     """
 
-    depth: int  # the number of layers of the language model
-    after: int  # the number of layers that compute everything, before tokens are divided into groups
-    key: float  # share of the visual tokens that are key tokens
+    depth: int  # number of layers of the language model
+    after: int  # number of initial layers that compute everything, before tokens are divided into groups
+    key: float  # fraction of the visual tokens that are key tokens
     weights: tuple[float, ...]  # each operation's share of a layer's work on a token, in the order of `KINDS`
     steps: tuple[tuple[Operation, ...], ...]  # the operations removed in each step
 
@@ -83,7 +83,7 @@ class Recipe:
         """Read a recipe from a file written by `tune --operations`.
 
         Raises:
-            UsageError: If the file cannot be read or contains no recipe.
+            UsageError: If the file cannot be read or does not contain a recipe.
         """
         try:
             content = read_object(Path(file))
@@ -105,13 +105,13 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits that identify this recipe in reports."""
+        """A string of 12 hex digits that identifies this recipe in reports."""
         return sha256(repr(self).encode()).hexdigest()[:12]
 
     def count(self, budget: float) -> int:
-        """Return the smallest number of steps after which the share of work that is left is at most `budget`, in (0, 1].
+        """Return the smallest number of steps after which the remaining fraction of the work is at most `budget`, in (0, 1].
 
-        If the budget cannot be met, the function returns the total number of steps.
+        If the budget cannot be met, this is the total number of steps.
         """
         fits = (count for count in range(len(self.steps)) if self.share(chain(*self.steps[:count])) <= budget)
         return next(fits, len(self.steps))
@@ -121,9 +121,9 @@ class Recipe:
         return frozenset(chain(*self.steps[: self.count(budget)]))
 
     def share(self, removed: Iterable[Operation]) -> float:
-        """Return the share of the work on visual tokens that is left after removing operations.
+        """Return the fraction of the work on visual tokens that remains after removing operations.
 
-        The work excludes attention and the first `after` layers.
+        Attention and the first `after` layers are excluded from the work.
         """
         weight = dict(zip(KINDS, self.weights, strict=True))
         sizes = {ALL: self.key, REST: 1 - self.key}
@@ -132,13 +132,13 @@ class Recipe:
             return 1.0
         gone = self._gone(removed)
         left = sum(own for op, own in work.items() if op not in gone)
-        # The share is rounded so that, for example, many shares that add up to a quarter fit into a budget of a quarter.
+        # The result is rounded so that, for example, fractions that should add up to a quarter fit into a budget of a quarter.
         return round(left / sum(work.values()), 9)
 
     def plan(self, tokens: int, removed: Iterable[Operation]) -> OperationPlan:
         """Return the plan for a prompt with this number of visual tokens.
 
-        A group of tokens is dropped after the last layer that reads its keys.
+        Each group of tokens is dropped after the last layer that reads its keys.
         """
         gone = self._gone(removed)
         key = Budget.count(self.key, tokens)
@@ -154,11 +154,11 @@ class Recipe:
         return OperationPlan.of(self.depth, tokens, left, looks=looks, key=key, gone=gone)
 
     def _gone(self, removed: Iterable[Operation]) -> Removed:
-        """Return all operations that are not computed, including operations that become useless.
+        """Return all skipped operations, including operations whose results are never used.
 
-        Besides the operations from `closed`, this includes queries and the MLP in the last layer that computes a group's keys,
-        because only the keys are used there. The top layer is an exception: it computes queries and the MLP only for the last
-        position, but they are treated as computed, as with other methods.
+        In addition to the operations from `closed`, this includes the queries and the MLP of the last layer that computes a group's
+        keys, because only the keys are used there. The top layer is an exception: its queries and MLP are computed only for the
+        last position, but are treated as computed, as in other methods.
         """
         gone = set(closed(removed, self.depth))
         for group in (ALL, REST):
@@ -172,10 +172,10 @@ class Recipe:
 
 
 def closed(removed: Iterable[Operation], depth: int) -> Removed:
-    """Return `removed` and all operations that are removed as a consequence.
+    """Return `removed` and all operations removed as a consequence.
 
-    An operation that is removed for all tokens is also removed for the rest. After the last layer that computes a group's keys, all
-    operations of this group are removed, because nothing reads their results.
+    An operation removed for all tokens is also removed for the rest. After the last layer that computes a group's keys, all of the
+    group's operations are removed, because nothing reads their results.
     """
     gone = set(removed)
     gone |= {(layer, REST, kind) for layer, group, kind in gone if group == ALL}
@@ -191,9 +191,9 @@ def _last_keys(removed: Collection[Operation], group: str, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Operations(LanguageMethod):
-    """Operation pruning with a recipe, which is valid for a single model.
+    """Operation pruning with a recipe, which is valid for only one model.
 
-    Users set `recipe` to the path of a file that was written by `evoprune tune --operations -o FILE`.
+    Users set `recipe` to the path of a file written by `evoprune tune --operations -o FILE`.
     """
 
     name = "operations"
@@ -203,7 +203,7 @@ class Operations(LanguageMethod):
 
     @property
     def args(self) -> dict[str, Any]:
-        """The method's settings for reports, with the recipe's digest instead of the recipe itself."""
+        """The method's settings as shown in reports, with the recipe's digest in place of the recipe itself."""
         return super().args | {"recipe": self.recipe and self.recipe.digest}
 
     def drops(self, depth: int, tokens: int, budget: float) -> OperationPlan:
@@ -222,7 +222,7 @@ class Operations(LanguageMethod):
 
 
 class _Grouped(Dropping):
-    """Prunes operations while the language model reads a prompt. A group of tokens is dropped if no later layer reads its keys."""
+    """Prunes operations while the language model reads a prompt. Drops a group of tokens once no later layer reads its keys."""
 
     _key: torch.Tensor | None = None  # bool, True for key tokens among the remaining visual tokens; None until selected
 

@@ -1,4 +1,4 @@
-"""The `par` method, based on PAR, which keeps tokens that are relevant to the question and discounts tokens of the same cluster."""
+"""The `par` method, based on PAR, which keeps tokens relevant to the question and discounts tokens in the same cluster."""
 
 from dataclasses import dataclass
 
@@ -12,19 +12,19 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 class Par(Selector):
     """Keeps relevant tokens, discounted by the number of more relevant tokens in their cluster. Based on PAR (arXiv 2410.07278).
 
-    Tokens that are neighbors in space or time belong to the same cluster if their cosine is above `link`. The score of the j-th
-    most relevant token in a cluster is its relevance divided by j, and the tokens with the highest scores are kept. Relevance is
-    the mean cosine similarity to the question's tokens, scaled to (0, 1].
+    Neighboring tokens in space or time belong to the same cluster if their cosine similarity is above `link`. The score of the j-th
+    most relevant token in a cluster is its relevance divided by j, and the highest-scoring tokens are kept. Relevance is the mean
+    cosine similarity to the question tokens, scaled to (0, 1].
 
-    Differences from the paper: neither its formulas nor its code were available. The formulas used here are this project's own, so
-    the results say little about PAR itself.
+    Differences from the paper: neither its formulas nor its code were available. This project uses its own formulas, so the results
+    say little about PAR itself.
     """
 
     name = "par"
     source = "after arXiv 2410.07278"
     reads_question = True
 
-    link: Cosine = 0.8  # cosine above which neighboring tokens are in the same cluster
+    link: Cosine = 0.8  # neighboring tokens belong to the same cluster if their cosine similarity is above this
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         relevance = snap(relevant(like_question(tokens)))
@@ -36,11 +36,11 @@ class Par(Selector):
 
 
 def connected(unit: torch.Tensor, link: float) -> torch.Tensor:
-    """Find clusters of connected tokens, where neighbors are connected if their cosine is above `link`.
+    """Find clusters of connected tokens, where neighbors are connected if their cosine similarity is above `link`.
 
     Args:
-        unit: `[T, H, W, D]`, tokens of unit length.
-        link: The cosine above which neighbors are connected.
+        unit: `[T, H, W, D]`, unit-length tokens.
+        link: The similarity threshold for connecting neighbors.
 
     Returns:
         int64 `[N]`, the index of the first token in each token's cluster.

@@ -1,4 +1,4 @@
-"""PruneVid's first stage, which represents places that do not move by a single token per scene."""
+"""PruneVid's first stage, which represents each static position with a single token per scene."""
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -12,14 +12,16 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class PruneVid(Selector):
-    """PruneVid's first stage (arXiv 2412.16117), before the language model: keeps a single token per scene for each still place.
+    """PruneVid's first stage (arXiv 2412.16117), before the language model: keeps a single token per scene for each static
+    position.
 
     Frame pairs are clustered around density peaks, with `scenes` times as many clusters as frame pairs. The longest run of
     consecutive frame pairs in each cluster becomes a scene if it has at least two frame pairs, and all other runs join a
-    neighboring scene. A place is still during a scene if the mean cosine between its tokens is above `static`. If averaging still
-    places over time saves enough tokens, places are averaged until the budget is met, starting with the stillest place. Otherwise,
-    all still places are averaged, and the tokens then merge around density peaks. Tokens of still places merge within their scene,
-    and all other tokens merge within their frame pair. Each of these groups keeps tokens in proportion to its size.
+    neighboring scene. A position is static within a scene if the mean cosine similarity of its tokens is above `static`. If
+    averaging static positions over time saves enough tokens, positions are averaged until the budget is met, starting with the most
+    static one. Otherwise, all static positions are averaged, and the tokens then merge around density peaks. Tokens at static
+    positions merge within their scene, and all other tokens merge within their frame pair. Each of these groups keeps tokens in
+    proportion to its size.
 
     Differences from the paper: the paper always keeps half of the tokens. Here, the budget determines how many tokens are kept.
     """
@@ -27,8 +29,8 @@ class PruneVid(Selector):
     name = "prunevid"
     source = "arXiv 2412.16117, the stage before the language model"
 
-    scenes: Share = 0.25  # the number of clusters, as a fraction of the number of frame pairs
-    static: Cosine = 0.8  # a place is still if the mean cosine of its tokens is above this
+    scenes: Share = 0.25  # number of clusters, as a fraction of the number of frame pairs
+    static: Cosine = 0.8  # a position is static if the mean cosine similarity of its tokens is above this
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
         x = tokens.by_pair(tokens.features.float())
@@ -38,7 +40,7 @@ class PruneVid(Selector):
         into = averaged(index, spans, steady, self.static, keep)
         if into is not None:
             return gathered(into.flatten())
-        groups = []  # for each group, the units of its tokens, one row per token
+        groups = []  # the units of each group's tokens, one row per token
         for span, places in zip(spans, (mean > self.static for mean in steady), strict=True):
             groups += [index[span.start : span.stop, places].T, *(index[pair, ~places][:, None] for pair in span)]
         sizes = [len(group) for group in groups]
@@ -47,16 +49,16 @@ class PruneVid(Selector):
         return join_groups(into, x.flatten(0, 1), groups, counts)
 
     def segments(self, x: torch.Tensor) -> list[range]:
-        """Divide a video into scenes, which are runs of similar frame pairs. `x` is `[T, n, D]`, the features of the video."""
+        """Divide a video into scenes, which are runs of similar frame pairs. `x` is `[T, n, D]`, the video's features."""
         cluster = joined_peaks(x.mean(1), max(1, int(self.scenes * len(x))), NEIGHBOURS)
         stops = list(accumulate(folded(cluster.tolist())))
         return [range(first, stop) for first, stop in pairwise([0, *stops])]
 
 
 def folded(cluster: list[int]) -> list[int]:
-    """Return the lengths of a video's scenes, in frame pairs, given the cluster of each frame pair.
+    """Return the scene lengths of a video, in frame pairs, given each frame pair's cluster.
 
-    The longest run of a cluster becomes a scene if it has at least two frame pairs. Other runs join the longer of their two
+    The longest run in each cluster becomes a scene if it has at least two frame pairs. Other runs join the longer of their two
     neighbors, or the earlier one if both are equally long.
     """
     runs = _runs(cluster)
@@ -74,15 +76,14 @@ def folded(cluster: list[int]) -> list[int]:
 
 
 def _runs(labels: list[int]) -> list[tuple[int, int]]:
-    """Return the runs of equal labels, as pairs of a label and the length of the run."""
+    """Return the runs of equal labels, as (label, length) pairs."""
     return [(label, len(list(run))) for label, run in groupby(labels)]
 
 
 def steadiness(unit: torch.Tensor) -> torch.Tensor:
-    """Return how still each place is: the mean cosine over all pairs of tokens at this place, as float32 `[n]`.
+    """Return how static each position is: the mean cosine similarity over all pairs of its tokens, as float32 `[n]`.
 
-    `unit` is `[g, n, D]`, the tokens of g frame pairs, with length one or zero. If there is only one frame pair, the result is
-    -inf.
+    `unit` is `[g, n, D]`, the tokens of g frame pairs, with a length of one or zero. With only one frame pair, the result is -inf.
     """
     count = len(unit) * (len(unit) - 1)
     if not count:

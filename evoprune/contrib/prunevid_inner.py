@@ -12,12 +12,12 @@ from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selectio
 class PruneVidInner(LanguageMethod):
     """PruneVid's second stage (arXiv 2412.16117, section 3.3), inside the language model: keeps tokens to which text attends.
 
-    After a share `depth` of the layers, a token's score is the highest attention that it receives from any text token after the
-    video, in any head. This attention is computed without rotary embedding and without the causal mask. Each frame pair keeps the
-    tokens with the highest scores, in proportion to its number of tokens.
+    After the first `depth` fraction of the layers, a token's score is the highest attention that it receives from any text token
+    after the video, in any head. This attention is computed without rotary embeddings or a causal mask. Each frame pair keeps its
+    highest-scoring tokens, in proportion to its token count.
 
     Differences from the authors' code: here, tokens compete within their frame pair. In the authors' code, the moving tokens of a
-    frame compete with each other, as do the still tokens of a segment.
+    frame compete with each other, as do the static tokens of a segment.
     """
 
     name = "prunevid-inner"

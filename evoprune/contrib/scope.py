@@ -1,4 +1,4 @@
-"""The SCOPE method, which keeps tokens that are salient and cover tokens that are unlike those already kept."""
+"""The SCOPE method, which keeps salient tokens that cover tokens unlike those already kept."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,20 +11,20 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, snap
 
 @dataclass(frozen=True)
 class Scope(Selector):
-    """SCOPE (arXiv 2510.24214): keeps tokens that are salient and add coverage.
+    """SCOPE (arXiv 2510.24214): keeps salient tokens that add coverage.
 
-    In each step, the method keeps the token of the whole video with the highest product of saliency and added coverage. Saliency is
-    attention to the power of `alpha`. The coverage of a token is its highest cosine to a kept token, but at least 0. The added
-    coverage of a candidate is the amount by which keeping it would increase the total coverage.
+    Each step keeps the token with the highest product of saliency and added coverage in the whole video. Saliency is attention
+    raised to the power `alpha`. A token's coverage is its highest cosine similarity to a kept token, but at least 0. A candidate's
+    added coverage is the amount by which keeping it would increase the total coverage.
 
-    Differences from the paper: because Qwen's vision tower has no class token, this method uses the attention that a token receives
-    within its frame pair instead of the class token's attention.
+    Differences from the paper: because Qwen's vision tower has no class token, this method replaces the class token's attention
+    with the attention that a token receives within its frame pair.
     """
 
     name = "scope"
     source = "arXiv 2510.24214"
 
-    alpha: Annotated[float, "[0, inf)"] = 1.0  # exponent of saliency; with 0, only coverage matters
+    alpha: Annotated[float, "[0, inf)"] = 1.0  # exponent of the saliency; if 0, only coverage matters
 
     @property
     def needs(self) -> frozenset[str]:
@@ -33,8 +33,8 @@ class Scope(Selector):
         return frozenset({"attention"})
 
     def select(self, tokens: Tokens, keep: int) -> Selection:
-        # The coverage that a row adds can only shrink as other rows are selected. The sums from earlier steps are therefore upper
-        # bounds, so only the highest sums need to be recomputed.
+        # A row's added coverage can only shrink as other rows are selected. The sums from earlier steps are therefore upper bounds,
+        # so only the highest sums need to be recomputed.
         unit = tokens.normalised
         every = arange_on(len(unit), unit.device)
         cover = torch.zeros_like(unit[:, 0])
@@ -48,7 +48,8 @@ class Scope(Selector):
         def adds(rows: torch.Tensor) -> torch.Tensor:
             return cosine(rows).sub_(cover).clamp_(min=0).sum(1, dtype=torch.float64) * weight[rows]
 
-        bounds = torch.cat([adds(rows) for rows in every.split(BLOCK)])  # bounds on added coverage; -1 if selected
+        # Bounds on added coverage; -1 for selected rows.
+        bounds = torch.cat([adds(rows) for rows in every.split(BLOCK)])
         for _ in range(keep):
             known = bounds <= 0
             while not known[best := bounds.argmax()]:

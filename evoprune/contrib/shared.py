@@ -1,4 +1,4 @@
-"""Helpers for the methods in this package: setting types, ranking, shares, video segments, density peaks, means, and relevance."""
+"""Helpers for the methods in this package: setting types, ranking, apportionment, segments, density peaks, means, and relevance."""
 
 import math
 from collections.abc import Sequence
@@ -12,17 +12,18 @@ import torch.nn.functional as F
 
 from evoprune.methods import Selection, Tokens, arange_on, highest, snap
 
-# Types of settings, which are numbers with a valid range.
+# Setting types: numbers with a valid range.
 Share = Annotated[float, "[0, 1]"]
 Part = Annotated[float, "(0, 1)"]
 Cosine = Annotated[float, "[-1, 1]"]
 Count = Annotated[int, "[1, inf)"]
 
-NEIGHBOURS = 7  # the number of neighbors for densities, as in the authors' code for PruneVid, FlashVID and HoliTom
-BLOCK = 512  # the number of rows of the pairwise matrix to keep in memory at a time
-MAX_BLOCKS = 4  # the maximum number of distance blocks to cache; if there are more, each block is computed twice
-STEPS = 16384  # the tokens' root mean square length in steps; distances are rounded to whole steps
-MIN_RELEVANCE = 1 / 128  # the scaled relevance of the least relevant token
+# Number of neighbors for computing densities, as in the authors' code for PruneVid, FlashVID, and HoliTom.
+NEIGHBOURS = 7
+BLOCK = 512  # number of rows of the pairwise distance matrix to keep in memory at a time
+MAX_BLOCKS = 4  # maximum number of distance blocks to cache; if there are more, each block is computed twice
+STEPS = 16384  # the tokens' root mean square length, in steps; distances are rounded to whole steps
+MIN_RELEVANCE = 1 / 128  # scaled relevance of the least relevant token
 
 
 def ranked(score: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,7 @@ def ranked(score: torch.Tensor) -> torch.Tensor:
 def relative(score: torch.Tensor) -> torch.Tensor:
     """Return the rounded logarithm of a nonnegative `score`.
 
-    Because of the rounding, scores with a relative difference below 1/10,000 are ties.
+    Because of the rounding, scores with a relative difference below 1/10,000 are considered ties.
     """
     return snap(score.log())
 
@@ -49,8 +50,8 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
     """For each row of `unit`, find the row of `others` with the highest cosine similarity.
 
     Args:
-        unit: `[n, d]`, rows of unit length.
-        others: `[m, d]`, rows of unit length, at least one.
+        unit: `[n, d]`, unit-length rows.
+        others: `[m, d]`, one or more unit-length rows.
 
     Returns:
         float32 `[n]` cosines, and int64 `[n]` indices into `others`. Ties go to the lower index.
@@ -60,7 +61,7 @@ def closest(unit: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divide `total` into whole shares in proportion to `weights`, using the largest remainder method.
+    """Divide `total` into integer shares in proportion to `weights` using the largest remainder method.
 
     Each share is limited by its entry in `most`. Any excess over a limit is distributed among the other shares, again in proportion
     to their weights, or evenly if all of these weights are zero. Ties go to the lower index. The shares add up to `total`, or to
@@ -91,12 +92,12 @@ def apportion(total: int, weights: Sequence[float], most: Sequence[int]) -> list
 
 
 def dissimilarity(tokens: Tokens) -> torch.Tensor:
-    """Return how much each token differs from the token at the same place in the previous frame pair.
+    """Return how much each token differs from the token at the same position in the previous frame pair.
 
-    The first frame pair is compared with the second one. If there is only one frame pair, all values are 0.
+    The first frame pair is compared with the second one. With only one frame pair, all values are 0.
 
     Returns:
-        float32 `[T, H * W]`, 1 minus the cosine between the two tokens.
+        float32 `[T, H * W]`, 1 minus the cosine similarity of the two tokens.
     """
     pairs = tokens.features.view(tokens.grid[0], -1, tokens.features.shape[1])
     later = 1 - snap(torch.cosine_similarity(pairs[1:].float(), pairs[:-1].float(), dim=-1))
@@ -106,13 +107,13 @@ def dissimilarity(tokens: Tokens) -> torch.Tensor:
 
 
 def transitions(tokens: Tokens) -> torch.Tensor:
-    """Return the rounded cosine between each frame pair's mean token and the next one's: float32 `[T - 1]`."""
+    """Return the rounded cosine similarity between the mean tokens of each frame pair and the next: float32 `[T - 1]`."""
     mean = tokens.by_pair(tokens.features.float()).mean(1)
     return snap(torch.cosine_similarity(mean[1:], mean[:-1], dim=1))
 
 
 def segments(similarity: torch.Tensor, least: int, threshold: float) -> list[range]:
-    """Cut a video into segments, and return the range of frame pairs in each segment.
+    """Cut a video into segments, and return each segment's range of frame pairs.
 
     The video is cut at the `least - 1` lowest entries of `similarity` (`[T - 1]`), and wherever `similarity` is below `threshold`.
     """
@@ -135,11 +136,11 @@ def joined_peaks(x: torch.Tensor, count: int, neighbours: int | None = None) -> 
     Args:
         x: `[n, D]`, the rows.
         count: The number of peaks.
-        neighbours: The number of neighbors from which densities are computed. None uses the number of peaks, but at least 2 and at
-            most `NEIGHBOURS`. With one neighbor, which is the row itself, all rows would be equally dense.
+        neighbours: The number of neighbors for computing densities. The default, None, uses the number of peaks, but at least 2 and
+            at most `NEIGHBOURS`. A row is its own first neighbor, so with a single neighbor all rows would be equally dense.
 
     Returns:
-        int64 `[n]`, the index of the nearest peak. A peak is assigned to itself.
+        int64 `[n]`, the index of the nearest peak. Peaks are assigned to themselves.
     """
     if neighbours is None:
         neighbours = min(NEIGHBOURS, max(2, count))
@@ -159,9 +160,9 @@ def join_groups(
     """Merge the tokens of each group around density peaks.
 
     Args:
-        into: int64 `[N]`, the unit that each unit joins. Entries for units in `groups` must be -1 and are filled in place.
+        into: int64 `[N]`, the unit that each unit joins. Entries for units in `groups` must be -1 and are updated in place.
         features: float32 `[N, D]`, the units' features.
-        groups: For each group, int64 `[m, g]`, the units of its m tokens. Each token is the mean of g units.
+        groups: For each group, int64 `[m, g]`, the units that its m tokens consist of. Each token is the mean of g units.
         counts: The number of tokens to keep in each group. With 0, the group is dropped.
         centre: The minimum weight of a peak, as in `centre_weights`. None for equal weights.
     """
@@ -178,9 +179,9 @@ def join_groups(
 def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Score how well each row serves as a density peak: float64 `[n]`, the log of its density times its distance to a denser row.
 
-    The density is exp(-m), where m is the mean squared distance / D to the `neighbours` nearest rows, including the row itself. The
-    distance is measured to the nearest row with a higher density. For the densest row, it is the maximum of all distances. Among
-    equally dense rows, the first one is treated as denser. A constant term is omitted.
+    The density is exp(-m), where m is the mean squared distance to the `neighbours` nearest rows, including the row itself, divided
+    by D. The distance is measured to the nearest row with a higher density. For the densest row, it is the maximum of all
+    distances. Among equally dense rows, the first is treated as denser. A constant term is omitted.
 
     This takes O(n^2 D) time and O(n D) memory.
     """
@@ -208,7 +209,7 @@ def peak_scores(x: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 
 def rounded_points(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convert the rows of `x` to units of steps. Returns float64 `[n, D]` and the length of a step."""
+    """Convert the rows of `x` to integer multiples of a step. Returns float64 `[n, D]` and the step size."""
     x = x.double()
     step = x.square().sum(1).mean().sqrt().clamp(min=1e-30) / STEPS
     return x / step, step
@@ -220,10 +221,10 @@ def rounded_distances(block: torch.Tensor, points: torch.Tensor) -> torch.Tensor
 
 
 def gathered(into: torch.Tensor, weight: torch.Tensor | None = None) -> Selection:
-    """Create a selection from the unit that each unit joins.
+    """Create a selection, given the unit that each unit joins.
 
     Args:
-        into: int64 `[N]`, the unit to join. A unit that joins itself is kept, and a unit with -1 is dropped.
+        into: int64 `[N]`, the unit to join. Units that join themselves are kept, and units with -1 are dropped.
         weight: float32 `[N]`, each unit's weight in the mean. None for equal weights.
     """
     stays = into == arange_on(len(into), into.device)
@@ -244,11 +245,11 @@ def centre_weights(into: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Count the tokens of the same group that precede each token in `order`.
+    """For each token, count the tokens of the same group that precede it in `order`.
 
     Args:
         order: int64 `[n]`, the token indices in order.
-        group: int64 `[n]`, each token's group, zero-based.
+        group: int64 `[n]`, each token's zero-based group index.
 
     Returns:
         int64 `[n]`, one count per token.
@@ -262,16 +263,16 @@ def turns(order: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 def averaged(
     index: torch.Tensor, spans: list[range], still: list[torch.Tensor], limit: float, keep: int
 ) -> torch.Tensor | None:
-    """Average places over time, starting with the stillest place, until `keep` units are left.
+    """Average positions over time, starting with the most static position, until `keep` units are left.
 
-    Each place is averaged over its whole segment. The only exception is the last place, which is averaged over no more of the
-    segment's first frame pairs than necessary.
+    Each position is averaged over its whole segment, except the last one, which is averaged over only as many of the segment's
+    first frame pairs as necessary.
 
     Args:
-        index: int64 `[T, n]`, the indices of the units.
+        index: int64 `[T, n]`, the unit indices.
         spans: The segments, as ranges of frame pairs.
-        still: For each segment, `[n]`, how still each place is. Ties go to the lower index.
-        limit: Places are averaged only if they are stiller than this.
+        still: For each segment, `[n]`, how static each position is. Ties go to the lower index.
+        limit: Only positions with a value above this are averaged.
         keep: The number of units to leave.
 
     Returns:
@@ -294,7 +295,7 @@ def averaged(
 
 
 def like_question(tokens: Tokens) -> torch.Tensor:
-    """Return each token's mean cosine similarity to the question's tokens, rounded so that equal tokens are ties: float32 `[N]`."""
+    """Return each token's mean cosine similarity to the question tokens, rounded so that equal tokens tie: float32 `[N]`."""
     return snap((tokens.normalised @ F.normalize(tokens.question, dim=1).T).mean(1))
 
 

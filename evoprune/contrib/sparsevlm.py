@@ -8,8 +8,8 @@ import torch
 from evoprune.contrib.shared import BLOCK, gathered, joined_peaks, ranked, relative
 from evoprune.methods import LanguageMethod, LanguagePlan, LayerTokens, Selection, arange_on, several_drops
 
-# The number of tokens, out of 576, that are left after each drop. The first and last row are the extremes, which leave no tokens
-# and all tokens. The other rows are the authors' counts for averages of 64, 96, 128 and 192 tokens.
+# The number of tokens, out of 576, left after each drop. The first and last rows are the extremes: no tokens and all tokens. The
+# other rows are the authors' counts for averages of 64, 96, 128, and 192 tokens.
 COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110), (576, 576, 576))
 
 
@@ -17,13 +17,13 @@ COUNTS = ((0, 0, 0), (66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110
 class SparseVlm(LanguageMethod):
     """SparseVLM (arXiv 2410.04417, section 3): text tokens rate the visual tokens, and some of the dropped tokens merge.
 
-    The raters are the text tokens that receive more attention from visual tokens than the average text token, computed on
-    embeddings. After 3, 7 and 16 of 32 layers, the method keeps the visual tokens that receive the most attention from the raters.
-    The best 30% of the dropped tokens merge around density peaks into a tenth as many means.
+    The raters are the text tokens that receive above-average attention from visual tokens, computed on embeddings. After 3, 7, and
+    16 of 32 layers, the method keeps the visual tokens that receive the most attention from the raters. The best 30% of the dropped
+    tokens merge around density peaks into one tenth as many means.
 
     Differences from the authors' code: the authors provide counts for four budgets, and this method interpolates between them
-    (`COUNTS`). Here, the means are part of the budget and have the positions of their peaks. In the authors' code, they are added
-    on top of the budget and follow all other tokens.
+    (`COUNTS`). Here, the means are part of the budget and take the positions of their peaks. In the authors' code, they are added
+    on top of the budget and placed after all other tokens.
     """
 
     name = "sparsevlm"
@@ -54,7 +54,7 @@ class SparseVlm(LanguageMethod):
 
 
 def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Choose the text tokens that rate the visual tokens, given both kinds of embeddings (`[N, D]` and `[Q, D]`).
+    """Choose the text tokens that rate the visual tokens, given the visual (`[N, D]`) and text (`[Q, D]`) embeddings.
 
     Returns:
         int64 `[q]`, indices into `text`.
@@ -66,12 +66,12 @@ def _raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def recycled(dropped: int) -> int:
-    """Return the number of dropped tokens that are merged instead of discarded."""
+    """Return the number of dropped tokens to merge instead of discarding them."""
     return int(dropped * 0.3) + 1
 
 
 def selected(count: int, left: int) -> int:
-    """Return how many of `count` tokens can stay unmerged so that, together with the means, at most `left` tokens remain.
+    """Return how many of `count` tokens to keep unmerged so that at most `left` tokens remain, including the means.
 
     Returns `left` if there is no such number.
     """

@@ -10,10 +10,10 @@ from evoprune.methods import EvoPrunePaper
 class ToMe(EvoPrunePaper):
     """ToMe (arXiv 2210.09461, section 3): merges rows in every layer, starting with the most similar ones.
 
-    In each window or frame pair, every second row is matched with the row among the others whose key has the highest cosine
-    similarity. The most similar pairs merge into means, weighted by cluster size. Every layer merges the same number of rows, and
-    attention weights each row by its cluster size. The implementation is `EvoPrunePaper` without its penalties. Users cannot change
-    settings that are declared as class variables here.
+    In each window or frame pair, every second row is matched with the remaining row whose key is most similar (by cosine). The most
+    similar pairs merge into means, weighted by cluster size. Every layer merges the same number of rows, and attention weights each
+    row by its cluster size. The implementation is `EvoPrunePaper` without its penalties. Settings declared as class variables here
+    cannot be changed by users.
 
     Differences from the authors' code: rows are units instead of patches, rows merge within windows in layers with window
     attention, and the budget determines how many rows merge. Rows merge after a layer's MLP, while the authors' code merges them

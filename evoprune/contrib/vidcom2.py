@@ -1,4 +1,4 @@
-"""The VidCom2 method, which keeps more tokens of unusual frame pairs."""
+"""The VidCom2 method, which keeps more tokens in unusual frame pairs."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ class VidCom2(Selector):
     """VidCom2 (arXiv 2505.14454): unusual frame pairs get more tokens, and each frame pair keeps its most unusual tokens.
 
     A token's affinity to a mean is the sum of exp(-distance^2 / (2 scale)) over five scales, computed from the half of the channels
-    with the lowest variance. Each of the T frame pairs gets tokens in proportion to 1 - 1 / T + s. Here, s is the softmax over
-    frame pairs, with a temperature of 0.01, of the negative mean affinity to the video's mean. A frame pair keeps the tokens with
-    the lowest sum of affinities to the video's mean and to the frame pair's own mean.
+    with the lowest variance. Each of the T frame pairs gets tokens in proportion to 1 - 1 / T + s, where s is the softmax over
+    frame pairs of the negative mean affinity to the video's mean, at a temperature of 0.01. A frame pair keeps the tokens with the
+    lowest combined affinity to the video's mean and to the frame pair's own mean.
 
     Differences from the authors' code: the authors round each frame pair's count independently. Here, the counts add up to the
     budget.
@@ -36,7 +36,8 @@ class VidCom2(Selector):
         like_video = likeness(unit, unit.mean((0, 1), keepdim=True))
         like_pair = likeness(unit, unit.mean(1, keepdim=True))
         unlike = (-snap(like_video.mean(1)).double() / TEMPERATURE).softmax(0)
-        weights = pairs * (1 + snap(unlike)) - 1  # T times the share, rounded so that equal shares stay equal
+        # T times each frame pair's share, rounded so that equal shares stay equal.
+        weights = pairs * (1 + snap(unlike)) - 1
         shares = apportion(keep, weights.tolist(), [per_pair] * pairs)
         return Selection.of_pairs(map(highest, -snap(like_video + like_pair), shares), per_pair)
 

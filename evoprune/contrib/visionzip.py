@@ -13,12 +13,12 @@ from evoprune.methods import Selection, Selector, Tokens, arange_on, highest, sn
 class VisionZip(Selector):
     """VisionZip (arXiv 2412.04467): keeps the most attended tokens and means of the other tokens.
 
-    Each frame pair gets an equal share of the budget, and a fraction `dominant` of it goes to the most attended tokens. Among the
-    remaining tokens, evenly spaced ones become targets. Every other token joins the target whose key has the highest cosine
-    similarity to its own. A target is then replaced by the average of itself and the mean of the tokens that joined it.
+    Each frame pair gets an equal share of the budget, and a fraction `dominant` of it goes to the most attended tokens. Evenly
+    spaced tokens among the remaining ones become targets. Every other token joins the target with the most similar key (by cosine).
+    Each target is then replaced with the average of itself and the mean of the tokens that joined it.
 
-    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
-    receives within its frame pair instead of the class token's attention. The authors' code adds the mean to the target without
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method replaces the class token's
+    attention with the attention that a token receives within its frame pair. The authors' code adds the mean to the target without
     halving the sum.
     """
 
@@ -26,7 +26,7 @@ class VisionZip(Selector):
     source = "arXiv 2412.04467"
     needs = frozenset({"attention", "keys"})
 
-    dominant: Share = 0.85  # share of the kept tokens that are selected by attention
+    dominant: Share = 0.85  # fraction of the kept tokens selected by attention
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention
@@ -41,7 +41,7 @@ class VisionZip(Selector):
             into[best] = best
             rest = here[into[here] < 0]
             count = share - len(best)
-            if count:  # otherwise, the other tokens are dropped
+            if count:  # otherwise, all other tokens are dropped
                 targets = rest[:: len(rest) // count][:count]
                 into[rest] = targets[closest(keys[rest], keys[targets])[1]]
                 into[targets] = targets

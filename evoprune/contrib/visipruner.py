@@ -1,4 +1,4 @@
-"""The VisiPruner method, which drops tokens after the layer that shows which of them influence the answer."""
+"""The VisiPruner method, which drops tokens once a layer has shown which of them influence the answer."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,26 +13,26 @@ from evoprune.methods import Budget, LanguageMethod, LanguagePlan, LayerTokens, 
 class VisiPruner(LanguageMethod):
     """VisiPruner (arXiv 2510.17205, section 4): drops tokens after the layer in which they influence the output most.
 
-    In the first layers, up to a share `shallow` of them, the text does not attend to visual tokens. Let o be the attention output
-    of the last token, and c_i the contribution of visual token i to it. A layer is decisive if cos(o - c_i, o) is below `layer` for
-    at least one token. After the first decisive layer, the tokens with |c_i| above `token` stay, up to a maximum of K. A later
-    layer is an exit layer if the cosine is at least `exit` for all tokens. After `exits` exit layers, all visual tokens are
+    In the first `shallow` fraction of the layers, text tokens do not attend to visual tokens. Let o be the attention output of the
+    last token, and c_i the contribution of visual token i to it. A layer is decisive if cos(o - c_i, o) is below `layer` for at
+    least one token. After the first decisive layer, only the tokens with |c_i| above `token` are kept, up to a maximum of K. A
+    later layer is an exit layer if the cosine is at least `exit` for all tokens. After `exits` exit layers, all visual tokens are
     dropped.
 
-    Differences from the paper: this method has a budget. If no layer is decisive up to `latest`, the K tokens with the largest
-    contributions stay. The thresholds were fitted to LLaVA-1.5 rather than to Qwen.
+    Differences from the paper: this method has a budget. If no layer up to `latest` is decisive, the K tokens with the largest
+    contributions are kept. The thresholds were tuned for LLaVA-1.5, not for Qwen.
     """
 
     name = "visipruner"
     source = "arXiv 2510.17205, section 4"
     exact = False
 
-    shallow: Part = 6 / 32  # share of the layers, from the first, in which text does not attend to visual tokens
-    latest: Part = 0.5  # share of the layers after which tokens are dropped if no layer has been decisive
+    shallow: Part = 6 / 32  # fraction of the layers, from the first, in which text does not attend to visual tokens
+    latest: Part = 0.5  # fraction of the layers after which tokens are dropped if no layer has been decisive
     layer: Part = 0.995  # a layer is decisive if a token's cosine is below this
-    token: Annotated[float, "[0, inf]"] = 0.2  # tokens with |c_i| above this stay
-    exit: Part = 0.999  # a layer is an exit layer if no token's cosine is below this
-    exits: Annotated[int, "[0, inf]"] = 2  # all tokens are dropped after this many exit layers; 0 disables this
+    token: Annotated[float, "[0, inf]"] = 0.2  # tokens with |c_i| above this are kept
+    exit: Part = 0.999  # a layer is an exit layer if every token's cosine is at least this
+    exits: Annotated[int, "[0, inf]"] = 2  # number of exit layers after which all tokens are dropped; 0 disables this
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         keep = Budget.count(budget, tokens)

@@ -1,4 +1,4 @@
-"""The VisPruner method, which keeps the most attended tokens and then tokens that differ from each other."""
+"""The VisPruner method, which keeps the most attended tokens, followed by tokens that differ from each other."""
 
 from dataclasses import dataclass
 
@@ -13,20 +13,19 @@ class VisPruner(Selector):
     """VisPruner (arXiv 2412.01818): keeps the most attended tokens, then tokens that differ from each other.
 
     Each frame pair gets an equal share of the budget, and a fraction `important` of it goes to the most attended tokens. The other
-    tokens are ordered by attention and thinned out in rounds. Each round compares the tokens at even positions with the tokens at
-    odd positions, and removes up to `step` of the tokens at even positions: the ones with the highest cosine to any token at an odd
-    position.
+    tokens are ordered by attention and thinned out in rounds. Each round compares tokens at even and odd positions, and removes up
+    to `step` even-position tokens with the highest cosine similarity to any odd-position token.
 
-    Differences from the authors' code: because Qwen's vision tower has no class token, this method uses the attention that a token
-    receives within its frame pair instead of the class token's attention. The authors' code fails on odd numbers of tokens.
+    Differences from the authors' code: because Qwen's vision tower has no class token, this method replaces the class token's
+    attention with the attention that a token receives within its frame pair. The authors' code fails on odd numbers of tokens.
     """
 
     name = "vispruner"
     source = "arXiv 2412.01818"
     needs = frozenset({"attention"})
 
-    important: Share = 0.5  # share of the kept tokens that are selected by attention
-    step: Count = 8  # the maximum number of tokens to remove in a round
+    important: Share = 0.5  # fraction of the kept tokens selected by attention
+    step: Count = 8  # maximum number of tokens to remove per round
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         return tokens.attention
@@ -37,12 +36,12 @@ class VisPruner(Selector):
         return Selection.of_pairs(map(self.kept, attention, unit, spread(keep, len(unit))), unit.shape[1])
 
     def kept(self, attention: torch.Tensor, unit: torch.Tensor, keep: int) -> torch.Tensor:
-        """Select the places to keep in a single frame pair.
+        """Select the positions to keep in a single frame pair.
 
         Args:
-            attention: `[n]`, the attention that each token of the frame pair receives.
+            attention: `[n]`, the attention received by each token of the frame pair.
             unit: `[n, D]`, the tokens, scaled to unit length.
-            keep: The number of places to keep.
+            keep: The number of positions to keep.
 
         Returns:
             int64 `[keep]`, ascending.
@@ -57,10 +56,10 @@ class VisPruner(Selector):
 def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
     """Remove similar rows in rounds, up to `step` rows per round, until `keep` rows are left.
 
-    `unit` is `[n, D]`, with rows of unit length and the most attended row first.
+    `unit` is `[n, D]`, unit-length rows, with the most attended row first.
 
     Returns:
-        int64 `[keep]`, the indices of the rows that are left.
+        int64 `[keep]`, the indices of the remaining rows.
     """
     if keep == 0:
         return arange_on(0, unit.device)
@@ -69,7 +68,7 @@ def most_distinct(unit: torch.Tensor, keep: int, step: int) -> torch.Tensor:
         even = left[::2]
         odd = left[1::2]
         like = torch.cat([snap(unit[block] @ unit[odd].T).amax(1) for block in even.split(BLOCK)])
-        # If cosines are equal, the last row is removed, because a stable sort of the reversed rows puts it first.
+        # If cosines are equal, the last row is removed, because the stable sort of the reversed rows puts it first.
         order = len(even) - 1 - like.flip(0).argsort(descending=True, stable=True)
         left = torch.cat([even[order[min(step, len(left) - keep) :]], odd])
     return left

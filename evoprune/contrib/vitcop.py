@@ -17,7 +17,7 @@ from evoprune.methods import (
     snap,
 )
 
-FAR = 1 << 30  # larger than any distance, in steps
+FAR = 1 << 30  # greater than any distance, in steps
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,23 @@ class ViTCoP(LanguageMethod):
     """ViTCoP's stage inside the language model (arXiv 2601.17818): clusters nearby tokens and keeps those with the shortest keys.
 
     At the first drop, the tokens of each frame pair form clusters around density peaks, where each token follows the nearest denser
-    token that is at most `near` away. In every cluster, the tokens with the shortest keys stay, and the other tokens are replaced
-    by their mean. At the second drop, the tokens with the shortest keys stay. The first drop takes O(n^2 D) time for the n tokens
-    of a frame pair.
+    token within a distance of `near`. In each cluster, the tokens with the shortest keys are kept, and the other tokens are
+    replaced with their mean. At the second drop, only the tokens with the shortest keys are kept. The first drop takes O(n^2 D)
+    time for the n tokens of a frame pair.
 
     Differences from the authors' code: the authors' means are twice as long, and the authors renumber the remaining tokens, while
-    this method does not change positions. The value of `cutoff`, the scale of the density relative to the root mean square
-    distance, was chosen by this project on validation clips.
+    this method leaves their positions unchanged. This project tuned `cutoff`, the density scale relative to the root mean square
+    distance, on validation clips.
     """
 
     name = "vitcop"
     source = "arXiv 2601.17818"
     default_share = (32 * 2 / 9 / 0.4 - 2) / 30  # a mean of 2/9 over all layers, after a stage that keeps 0.4
 
-    centres: Share = 0.15  # the number of clusters, as a fraction of a frame pair's tokens
-    cutoff: Annotated[float, "(0, inf)"] = 0.25  # scale of the density, relative to the root mean square distance
-    near: Annotated[float, "[0, inf)"] = 0.6  # maximum distance from a token to the one it follows, in frame sizes
+    centres: Share = 0.15  # number of clusters, as a fraction of a frame pair's token count
+    cutoff: Annotated[float, "(0, inf)"] = 0.25  # density scale, relative to the root mean square distance
+    # Maximum distance between a token and the token that it follows, in frame sizes.
+    near: Annotated[float, "[0, inf)"] = 0.6
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         places = 2 / 32, 22 / 32
@@ -60,14 +61,14 @@ class ViTCoP(LanguageMethod):
 
 
 def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
-    """Keep the tokens with the shortest keys in each cluster, and merge the cluster's other tokens into their mean.
+    """Keep the tokens with the shortest keys in each cluster, and merge the cluster's remaining tokens into their mean.
 
-    The merged token takes the position of the token in the middle of the tokens that it replaces. If there are more than `left`
-    clusters, the clusters with the longest keys are first combined into a single cluster.
+    The merged token takes the position of the middle token among those that it replaces. If there are more than `left` clusters,
+    the clusters with the longest keys are first combined into one.
 
     Args:
         cluster: int64 `[n]`, each token's cluster.
-        length: float64 `[n]`, the lengths of the keys.
+        length: float64 `[n]`, the key lengths.
         left: The number of tokens in the selection.
     """
     index = arange_on(len(cluster), cluster.device)
@@ -95,11 +96,11 @@ def merged(cluster: torch.Tensor, length: torch.Tensor, left: int) -> Selection:
 def vicinity_clusters(x: torch.Tensor, place: torch.Tensor, count: int, cutoff: float, near: float) -> torch.Tensor:
     """Group the rows of `x` (`[n, D]`) into `count` clusters of similar and nearby rows (ViTCoP, arXiv 2601.17818).
 
-    Each row follows its nearest denser row among the rows whose `place` (`[n, 2]`) is at most `near` away. If there is no such row,
-    it follows its nearest denser row anywhere. Rows that lead to the same center form a cluster. Centers are the rows with the
-    highest product of density and distance to the row that they would follow. The density is the sum of exp(-d^2) over all rows,
-    where d is the distance divided by `cutoff` times the root mean square distance between rows. Among equally dense rows, the
-    first one is treated as denser. This takes O(n^2 D) time and O(n D) memory.
+    Each row follows its nearest denser row among the rows whose position (`place`, `[n, 2]`) is within a distance of `near`. If
+    there is no such row, it follows the nearest denser row at any distance. Rows that lead to the same center form a cluster.
+    Centers are the rows with the highest product of density and distance to the row that they would otherwise follow. The density
+    is the sum of exp(-d^2) over all rows, where d is the distance divided by `cutoff` times the root mean square distance between
+    rows. Among equally dense rows, the first is treated as denser. This takes O(n^2 D) time and O(n D) memory.
 
     Returns:
         int64 `[n]`, the index of each row's cluster center.

@@ -1,6 +1,6 @@
-"""The pruning methods: their registry, and the building blocks for writing a new method.
+"""The registry of pruning methods, and the building blocks for writing new ones.
 
-Importing this package loads neither torch nor the methods. Names that need torch are imported lazily, on first use.
+Importing this package loads neither torch nor the methods. Names that require torch are imported lazily, on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,9 @@
 """Base classes for pruning methods. A method is a small frozen dataclass whose fields are its settings.
 
-There are four kinds of methods. An `InputMethod` makes the video smaller. An `EncoderMethod` (such as a `Merger`) reduces the
-number of rows between layers of the tower. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside the
-language model (methods/language.py). Methods do not need to know about windows, rotary positions, patch mergers, placeholders or
-prompts. methods/chain.py combines them.
+There are four types of methods. An `InputMethod` makes the video smaller. An `EncoderMethod` (such as a `Merger`) reduces the
+number of rows between tower layers. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside the
+language model (methods/language.py). Methods don't need to know about windows, rotary positions, patch mergers, placeholders, or
+prompts. methods/chain.py combines methods of different types.
 """
 
 from abc import ABC, abstractmethod
@@ -31,19 +31,19 @@ from evoprune.methods.types import Candidates, Selection, Tokens
 class Method:
     """The base class of all pruning methods. An instance of this class itself keeps every token."""
 
-    name: ClassVar[str] = "none"  # the name by which users select the method
-    package: ClassVar[str] = ""  # the name of a plug-in method in error messages; set when the plug-in is loaded
-    source: ClassVar[str] = ""  # the paper that the method follows (arXiv id, and section if known), or "this project"
+    name: ClassVar[str] = "none"  # name by which users select the method
+    package: ClassVar[str] = ""  # name of a plug-in method in error messages; set when the plug-in is loaded
+    source: ClassVar[str] = ""  # the method's source: a paper (arXiv ID, and section if known) or "this project"
     acts: ClassVar[Literal["none", "input", "inside", "after", "language"]] = "none"
-    # Whether the method returns exactly K tokens. If not, it gets as close to K as it can without exceeding it, unless the smallest
-    # number of tokens that it supports is already larger than K.
+    # Whether the method returns exactly K tokens. If not, it gets as close to K as possible without exceeding it, unless the
+    # smallest token count that it supports is already larger than K.
     exact: ClassVar[bool] = True
 
     def __post_init__(self):
         check_settings(self)
 
     def automatic(self) -> Self:
-        """Return a copy of the method that chooses the number of tokens based on the video content, up to the budget.
+        """Return a copy of the method that chooses the token count based on the video content, up to the budget.
 
         Raises:
             UsageError: If the method does not support automatic budgets.
@@ -52,35 +52,36 @@ class Method:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The method's settings as they appear in reports, keyed by name."""
+        """The method's settings as shown in reports, keyed by name."""
 
         def json_value(value: Any) -> Any:
             if isinstance(value, float) and not isfinite(value):
-                return str(value)  # JSON has no infinity
+                return str(value)  # JSON does not support infinity
             return value
 
         return {f.name: json_value(getattr(self, f.name)) for f in fields(self)}
 
 
 def not_automatic(name: str) -> UsageError:
-    """Return the error to raise if the budget is "auto" but the method does not support automatic budgets."""
+    """Return the error for an "auto" budget with a method that does not support automatic budgets."""
     hint = "give a share such as 0.25, or use method evoprune"
     return UsageError(f"method {name} does not support automatic budgets", hint)
 
 
 @dataclass(frozen=True)
 class InputMethod(Method, ABC):
-    """A method that makes the video smaller before it is encoded, by using fewer or smaller frames."""
+    """A method that makes the video smaller before encoding, by using fewer or smaller frames."""
 
     acts: ClassVar[Literal["input"]] = "input"
     exact: ClassVar[bool] = False
 
     @abstractmethod
     def resize(self, grid: Grid, keep: int) -> Grid:
-        """Return the smaller (T, H, W) grid at which the video is encoded.
+        """Return the smaller (T, H, W) grid at which to encode the video.
 
-        No dimension of the new grid may be larger than in `grid`. The new grid has at most `keep` units if the method can make it
-        that small. A smaller T means fewer frames for the same time span, and a smaller H or W means a lower resolution.
+        No dimension of the new grid may exceed the corresponding dimension of `grid`. The new grid has at most `keep` units, if the
+        method can make it that small. A smaller T means fewer frames for the same time span, and a smaller H or W means a lower
+        resolution.
         """
 
 
@@ -89,15 +90,16 @@ class Selector(Method, ABC):
     """A method that selects tokens after the vision encoder, or rows between its layers as a stage of an `EncoderMethod`."""
 
     acts: ClassVar[Literal["after"]] = "after"
-    # The inputs that the selector needs besides the features. After the tower, a selector can request "attention" and "keys", which
-    # come from the last full-attention layer, and "middle", the states from the middle of the tower. Between layers, it normally
-    # sees the rows after the next layer's norm. The only input that it can request there is "hidden", the rows before this norm.
+    # The inputs that the selector needs in addition to the features. After the tower, a selector can request "attention" and
+    # "keys", which come from the last full-attention layer, and "middle", the states from the middle of the tower. Between layers,
+    # it normally gets the rows after the next layer's norm, and can only request "hidden", the rows before this norm.
     needs: ClassVar[frozenset[str]] = frozenset()
-    reads_question: ClassVar[bool] = False  # whether the selection depends on the question and is repeated for each one
-    drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit that has a row
+    # Whether the selection depends on the question and is repeated for each question.
+    reads_question: ClassVar[bool] = False
+    drops: ClassVar[bool] = True  # whether `unit_to_token` in a selection may be -1 for a unit with a row
     weighs: ClassVar[bool] = False  # whether selections may have a `size`, which weights tokens in attention
-    # For methods that rank tokens: a function that takes the tokens and returns their scores as float32 [N]. Tokens with higher
-    # scores are kept first. None for other methods.
+    # For ranking methods: a function that takes the tokens and returns their scores as float32 [N]. Tokens with higher scores are
+    # kept first. None for all other methods.
     scores: ClassVar[Callable[[Self, Tokens], torch.Tensor] | None] = None
 
     @abstractmethod
@@ -105,11 +107,11 @@ class Selector(Method, ABC):
         """Select the tokens to pass to the language model: exactly `keep` tokens if the method is `exact`."""
 
     def suffices(self, count: int, keep: int, units: int) -> bool:
-        """Return True if `count` is a valid number of selected tokens.
+        """Return True if `count` is a valid number of tokens to select.
 
         Args:
-            count: The number of tokens in the selection.
-            keep: The number of tokens that were requested.
+            count: The number of selected tokens.
+            keep: The requested number of tokens.
             units: The number of units in the video.
         """
         return count == keep
@@ -120,19 +122,19 @@ class EncoderMethod(Method, ABC):
     """A method that prunes inside the vision tower. It reduces the number of rows between layers, in one or more stages."""
 
     acts: ClassVar[Literal["inside"]] = "inside"
-    # A unit is encoded again if its pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
+    # Units are re-encoded if their pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: ClassVar[float] = 0.0
     combines: ClassVar[bool] = False  # whether users may append a token selector, as in NAME+SELECTOR
     tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None if every row becomes a token
-    # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip stages and reuse, so that they are pruned only by `tokens`.
+    # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip all stages and reuse, so that only `tokens` prunes them.
     small_after_tower: ClassVar[bool] = False
 
     @abstractmethod
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> Sequence[Stage]:
-        """Return the stages that reduce the number of rows, in the order of their layers.
+        """Return the stages that reduce the number of rows, in layer order.
 
         Args:
-            keep: K, the number of tokens to keep. It is always less than the number of units in `grid`.
+            keep: K, the number of tokens to keep, which is always less than the number of units in `grid`.
         """
 
 
@@ -140,27 +142,27 @@ class EncoderMethod(Method, ABC):
 class Merger(EncoderMethod, ABC):
     """A method that merges similar rows between the encoder's layers. Only rows in the same window or frame pair can merge."""
 
-    # The feature that `match` compares: "keys" (the layer's keys before rotary), "keys_rotary" or "hidden". Add "attention" if
-    # `match` also needs the attention that rows receive in the layer.
+    # The feature that `match` compares: "keys" (the layer's keys before rotary embedding), "keys_rotary", or "hidden". Add
+    # "attention" if `match` also needs the attention that the rows receive in the layer.
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     size_bias: ClassVar[bool] = True  # whether attention weights a merged row by its cluster size (ToMe, section 3)
 
     @abstractmethod
     def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Choose which rows to merge, and into which other rows.
+        """Choose which rows to merge, and which rows to merge them into.
 
-        The encoder calls this method in rounds until every group has lost enough rows. Each round must remove at least one row in
-        total. On a GPU, the method must not read values back to the host, so it cannot use `item`, `nonzero` or boolean indexing.
+        The encoder calls this method repeatedly until every group has lost enough rows. Each round must remove at least one row in
+        total. On a GPU, the method must not read values back to the host, so it cannot use `item`, `nonzero`, or boolean indexing.
 
         Args:
             remove: int64 `[B]`, the maximum number of rows to remove from each group in this round.
 
         Returns:
-            int64 `[B, n]`, the index within the group of the row that each row merges into. A row that stays gets its own index.
+            int64 `[B, n]`, the row that each row merges into, as an index within the group. Kept rows map to themselves.
         """
 
     def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Return the number of rows left in a frame pair after each layer. By default, all layers remove equally many rows.
+        """Return the number of rows left in a frame pair after each layer. By default, all layers remove the same number of rows.
 
         Args:
             keep: The number of rows to leave after the last layer.
@@ -168,7 +170,7 @@ class Merger(EncoderMethod, ABC):
         return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
 
     def rounds(self, rows: int, left: int) -> int:
-        """Return the maximum number of `match` calls that it can take to reduce a group from `rows` to `left` rows."""
+        """Return the maximum number of `match` calls needed to reduce a group from `rows` to `left` rows."""
         return rows - left
 
     def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
@@ -187,7 +189,7 @@ class Merger(EncoderMethod, ABC):
 
 
 def check_settings(method: object) -> None:
-    """Check the values of all fields that declare a range in their type, such as `Annotated[float, "[0, 1]"]`.
+    """Check the values of all fields whose type declares a range, such as `Annotated[float, "[0, 1]"]`.
 
     Raises:
         ValueError: See `check_ranges`.
@@ -196,10 +198,10 @@ def check_settings(method: object) -> None:
 
 
 def check_ranges(method: object, **ranges: str) -> None:
-    """Check that attributes of a method lie within their intervals.
+    """Check that the method's attributes lie within the given intervals.
 
     Args:
-        ranges: An interval for each attribute name, such as "[0, 1]" or "(0, inf)". A parenthesis excludes the endpoint.
+        ranges: An interval such as "[0, 1]" or "(0, inf)", keyed by attribute name. Parentheses exclude the endpoint.
 
     Raises:
         ValueError: If a value is NaN or out of range. The message lists all such values with their ranges.
@@ -208,7 +210,7 @@ def check_ranges(method: object, **ranges: str) -> None:
     for name, interval in ranges.items():
         low, high = map(float, interval[1:-1].split(","))
         value = getattr(method, name)
-        outside = not low <= value <= high  # true for NaN, too
+        outside = not low <= value <= high  # also true for NaN
         at_open_end = (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
         if outside or at_open_end:
             wanted = _worded(low, high, interval)
@@ -220,7 +222,7 @@ def check_ranges(method: object, **ranges: str) -> None:
 
 
 def _worded(low: float, high: float, interval: str) -> str:
-    """Describe an interval in words, for example "from 0 to 1" for "[0, 1]". `low` and `high` are its endpoints as numbers."""
+    """Describe an interval in words, such as "from 0 to 1" for "[0, 1]". `low` and `high` are its endpoints as numbers."""
     above = "above" if interval[0] == "(" else "at least"
     below = "below" if interval[-1] == ")" else "at most"
     if high == inf:

@@ -1,4 +1,4 @@
-"""Baselines that every method must beat: no pruning, random tokens, fewer or smaller frames, average pooling, and DivPrune."""
+"""Baselines that every method must beat: no pruning, random selection, fewer or smaller frames, average pooling, and DivPrune."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Random(Selector):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         pairs = tokens.grid[0]
         per_pair = tokens.grid[1] * tokens.grid[2]
-        generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on every device
+        generator = torch.Generator("cpu").manual_seed(tokens.seed)  # the same draw on all devices
         drawn = (
             torch.randperm(per_pair, generator=generator, dtype=torch.int64, device="cpu")[:share].sort().values
             for share in spread(keep, pairs)
@@ -66,8 +66,8 @@ class Downscale(InputMethod):
 class Pool(Selector):
     """Averages blocks of neighboring tokens.
 
-    Each block lies inside a single frame pair. However, if fewer tokens are kept than there are frame pairs, each block consists of
-    one or more entire frame pairs.
+    Each block lies within a single frame pair, unless there are fewer tokens to keep than frame pairs. In that case, each block
+    consists of one or more entire frame pairs.
     """
 
     name = "pool"
@@ -110,7 +110,7 @@ class DivPrune(Selector):
 
 
 def smaller_frame(height: int, width: int, most: int) -> tuple[int, int]:
-    """Return the (height, width) of the largest frame with at most `most` units and nearly the same aspect ratio.
+    """Return the (height, width) of the largest frame with at most `most` units and approximately the same aspect ratio.
 
     The frame has at least 1 x 1 units. The function tries every whole number of units for one dimension, derives the other
     dimension from the aspect ratio, and rounds it both up and down. Among frames with the same number of units, it prefers the one

@@ -1,4 +1,4 @@
-"""Budgets, which specify the share of visual tokens to keep. This module does not import torch."""
+"""Budgets, which specify the fraction of visual tokens to keep. This module does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from evoprune.methods.plans import Grid
 from evoprune.util import did_you_mean
 
 PresetName = Literal["full", "high", "balanced", "fast"]
-# "auto:inflection" finds the number of tokens from the curve of a method's scores (methods/selecting.py).
+# "auto:inflection" derives the number of tokens from the curve of a method's scores (methods/selecting.py).
 AutoName = Literal["auto", "auto:inflection"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The share of an input's visual tokens to keep, in (0, 1]. Use `parse` to create a budget."""
+    """The fraction of an input's visual tokens to keep, in (0, 1]. Use `parse` to create a budget."""
 
-    # The type of the values that users may pass: a number in (0, 1], the same number as a string ("0.25"), a percentage ("25%"), or
-    # a name in `PRESETS`. Names in `AUTOS` are also valid if the caller allows automatic budgets.
+    # The type of user-supplied budgets: a number in (0, 1], the same number as a string ("0.25"), a percentage ("25%"), or a name
+    # in `PRESETS`. Names in `AUTOS` are also valid if the caller allows automatic budgets.
     Given = float | str
 
     PRESETS: ClassVar[dict[PresetName, "Budget"]]
@@ -29,15 +29,15 @@ class Budget:
     DEFAULT: ClassVar[Literal["balanced"]] = "balanced"
 
     video: float
-    still: float  # the share for images and other inputs with a single frame pair, because they have no repetition over time
-    name: str = ""  # the name of a preset with two shares or of a budget in `AUTOS`; empty if the user passed a number
+    still: float  # the fraction for images and other single-frame-pair inputs, which have no temporal redundancy
+    name: str = ""  # the name of a two-fraction preset or of a budget in `AUTOS`; empty if the user passed a number
 
     @classmethod
     def parse(cls, given: float | str, auto: bool = False) -> "Budget":
-        """Parse a number in (0, 1], a percentage or a name.
+        """Parse a number in (0, 1], a percentage, or a name.
 
         Args:
-            auto: Whether to accept the names in `AUTOS` as well.
+            auto: Whether to also accept the names in `AUTOS`.
 
         Raises:
             UsageError: If `given` is anything else.
@@ -55,16 +55,16 @@ class Budget:
 
     @property
     def recorded(self) -> float | str:
-        """The budget as stored in options, records and results: a name if it has one, otherwise a number."""
+        """The budget as stored in options, records, and results: its name if it has one, otherwise a number."""
         return self.name or self.video
 
     @property
     def largest(self) -> float:
-        """The largest share of its tokens that any input can keep with this budget."""
+        """The largest fraction of its tokens that any input can keep with this budget."""
         return max(self.video, self.still)
 
     def share(self, grid: Grid) -> float:
-        """Return the share of tokens to keep for an input with this `grid`, which is (T, H, W) in units."""
+        """Return the fraction of tokens to keep for an input with this `grid`, which is (T, H, W) in units."""
         return self.still if grid[0] == 1 else self.video
 
     def keep(self, grid: Grid) -> int:
@@ -77,7 +77,7 @@ class Budget:
         return min(units, max(1, math.floor(share * units + 0.5)))
 
     def share_of_all(self, grids: Sequence[Grid]) -> float:
-        """Return the share of tokens to keep over all inputs combined, for methods that cannot use a different share per input."""
+        """Return the fraction of tokens to keep over all inputs, for methods that cannot use a different fraction per input."""
         if self.still == self.video:
             return self.video
         return sum(map(self.keep, grids)) / sum(map(prod, grids))
@@ -91,7 +91,7 @@ Budget.PRESETS = {
     "fast": Budget(0.1, 0.3, "fast"),
 }
 AUTO, AUTO_INFLECTION = get_args(AutoName)
-# The lowest and highest share of tokens that an automatic budget can keep.
+# The lowest and highest fraction of tokens that an automatic budget can keep.
 AUTO_LEAST = 0.05
 AUTO_MOST = 0.5
 Budget.AUTOS = {name: Budget(AUTO_MOST, AUTO_MOST, name) for name in (AUTO, AUTO_INFLECTION)}
@@ -106,7 +106,7 @@ def _number(value: float | str) -> float:
 
 
 def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
-    """Return the error for an invalid budget. `known` contains the named budgets that would have been accepted."""
+    """Return the error for an invalid budget. `known` contains the named budgets that would be accepted."""
     if isinstance(given, str) and given in Budget.AUTOS:
         hint = f"give a share of tokens such as 0.25; {given} works only with VideoQA and with commands that ask or evaluate"
         return UsageError(f"budget {given!r} does not work here", hint)

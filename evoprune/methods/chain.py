@@ -1,7 +1,7 @@
-"""Chains of up to four pruning methods. Every method that a user specifies is parsed into a chain, even a single one.
+"""Chains of up to four pruning methods. User-specified methods are always parsed into a chain, even a single method.
 
-The four parts of a chain act on the input, inside the encoder, after the encoder, and inside the language model. A `PruneConfig`
-combines a chain with a budget and a seed.
+The four components of a chain act on the input, inside the encoder, after the encoder, and inside the language model. A
+`PruneConfig` combines a chain with a budget and a seed.
 """
 
 from dataclasses import dataclass, replace
@@ -30,10 +30,10 @@ class MethodChain:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a single method (as in `get`), or several methods joined by `+` in the order in which they act.
+        """Parse a single method (as in `get`), or several methods joined with `+` in the order in which they act.
 
         Raises:
-            UsageError: If `get` would raise it for one of the methods, or if the methods cannot act in this order.
+            UsageError: If any method is invalid (see `get`), or if the methods cannot act in this order.
         """
         members = MethodText(text).members()
         chain = cls.of(*members)
@@ -49,7 +49,7 @@ class MethodChain:
 
     @classmethod
     def of(cls, *methods: Method) -> Self:
-        """Return a chain of these methods, assigning each method to the field for its type.
+        """Create a chain of methods by assigning each method to the field for its type.
 
         Instances of the base class `Method` prune nothing, so they are ignored.
         """
@@ -58,9 +58,9 @@ class MethodChain:
 
     @property
     def possible(self) -> bool:
-        """Whether the methods before the language model can be used together.
+        """Whether the methods that act before the language model can be used together.
 
-        This is the case if there is only one such method, or if a selector follows an encoder method with `combines`.
+        They can if there is only one such method, or if a selector follows an encoder method that sets `combines`.
         """
         before = self.before.members
         combines = self.encoder is not None and self.encoder.combines
@@ -83,7 +83,7 @@ class MethodChain:
 
     @property
     def acts(self) -> str:
-        """The point at which the first method of the chain acts, for example "input" or "after". See `Method.acts`."""
+        """The point at which the chain's first method acts, for example "input" or "after". See `Method.acts`."""
         return self.first.acts
 
     @property
@@ -102,8 +102,8 @@ class MethodChain:
     def exact(self) -> bool:
         """Whether exactly K tokens reach the language model.
 
-        If the chain contains only a language method, this property instead tells whether that method leaves exactly the requested
-        number of tokens.
+        If the chain contains only a language method, this instead indicates whether that method keeps exactly the requested number
+        of tokens.
         """
         return all(part.exact for part in self.before.members or self.members)
 
@@ -117,9 +117,9 @@ class MethodChain:
 
     @property
     def args(self) -> dict[str, Any]:
-        """The settings as they appear in reports.
+        """The chain's settings as shown in reports.
 
-        The settings of the first method are at the top level. Settings of further methods are nested under the method's name.
+        The first method's settings are at the top level. The settings of all other methods are nested under the method name.
         """
         args = dict(self.first.args)
         if self.encoder and self.encoder.combines:
@@ -130,14 +130,14 @@ class MethodChain:
 
     @property
     def refusals(self) -> tuple[str, str]:
-        """Two parts of the error message for methods that must not read the question: the problem and an alternative method."""
+        """Two parts of the error message for methods that must not depend on the question: the problem and an alternative."""
         if self.encoder is None:
             return f"method {self.token_selector.name} reads the question", "another method"
         name = self.encoder.name
         return f"method {name} selects with {self.token_selector.name}, which reads the question", f"{name}+divprune"
 
     def automatic(self) -> Self:
-        """Return a copy of the chain that lets its first method choose the number of tokens. See `Method.automatic`.
+        """Return a copy of the chain in which the first method chooses the number of tokens. See `Method.automatic`.
 
         Raises:
             UsageError: If the first method does not support automatic budgets.
@@ -147,7 +147,7 @@ class MethodChain:
         return replace(MethodChain.of(self.first.automatic()), language=self.language)
 
     def check_scores(self) -> None:
-        """Check that the selector has scores, which the "auto:inflection" budget needs to choose the number of tokens.
+        """Check that the selector provides scores, which the "auto:inflection" budget requires.
 
         Raises:
             UsageError: If the selector has no scores, or if there is no selector.
@@ -164,7 +164,7 @@ class MethodChain:
         """Check that the chain can be used in conversations.
 
         Raises:
-            UsageError: If the method reads the question. It would prune for the first question only.
+            UsageError: If the method reads the question, because it would prune for the first question only.
         """
         if self.reads_question:
             hint = "ask single questions, or use another method: --method (method) evoprune"
@@ -175,7 +175,7 @@ class MethodChain:
 
         Args:
             keep: K, the number of tokens for the language model.
-            inflection: Whether the number of tokens is derived from the curve of the selector's scores. K is then the maximum.
+            inflection: Whether to derive the number of tokens from the curve of the selector's scores, with K as the maximum.
         """
         if self.input:
             return EncoderPlan.full(tower, call(self.input.package, self.input.resize, grid, keep))
@@ -192,17 +192,17 @@ class MethodChain:
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 
     def after_tower_below(self, launch_bound: int) -> int:
-        """Return the number of units below which inputs are pruned only after the tower, or 0 if there is no such limit.
+        """Return the number of units below which inputs are pruned only after the tower, or 0 if there is no limit.
 
         Args:
-            launch_bound: The number of units below which computing fewer rows saves no time. See `TowerShape`.
+            launch_bound: The number of units below which computing fewer rows does not save time. See `TowerShape`.
         """
         if not self.encoder or not self.encoder.small_after_tower:
             return 0
         return launch_bound
 
     def language_share(self, budget: float) -> float:
-        """Return the budget of the method inside the language model, in (0, 1]. `budget` is the share that the user requested."""
+        """Return the budget of the method inside the language model, in (0, 1]. `budget` is the user-requested fraction."""
         if self.language is self.first:
             return budget
         return self.language.left
@@ -212,7 +212,7 @@ class MethodChain:
 
         Args:
             tokens: The number of visual tokens that reach the language model.
-            budget: The share of tokens that the user requested.
+            budget: The user-requested fraction of tokens.
 
         Returns:
             Three counts per layer. See `LanguagePlan.work`.
@@ -223,10 +223,10 @@ class MethodChain:
         return call(inner.package, lambda: inner.drops(depth, tokens, self.language_share(budget)).work)
 
     def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
-        """Return the number of prompt tokens (columns), visual tokens and text together.
+        """Return the total number of prompt tokens (columns), both visual and text.
 
         Args:
-            text: The number of text tokens in the prompt. For the other arguments, see `language_work`.
+            text: The number of text tokens in the prompt. See `language_work` for the other arguments.
 
         Returns:
             One number per layer, or a single number if no tokens are dropped inside the language model.
@@ -239,23 +239,23 @@ class MethodChain:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """The pruning settings that are shared by planning, encoding, answering and reporting. Use `of` to create an instance."""
+    """The pruning settings shared by planning, encoding, answering, and reporting. Use `of` to create an instance."""
 
-    name: str  # the method's name and settings, as the user wrote them
+    name: str  # the method's name and settings as specified by the user
     method: MethodChain
-    budget: Budget  # the full budget if the method prunes nothing
+    budget: Budget  # the full budget if the method does not prune
     seed: int = 0
 
     @classmethod
     def of(cls, budget: Budget, name: str, seed: int = 0) -> Self:
-        """Return the config for a budget and a method.
+        """Create a config for a budget and a method.
 
         Args:
-            name: The method as users write it, including any settings.
-            seed: The seed for methods that draw random numbers.
+            name: The method as specified by the user, including any settings.
+            seed: The seed for methods that use random numbers.
 
         Raises:
-            UsageError: If there is no such method or setting, or if the method does not support the automatic budget.
+            UsageError: If the method or setting does not exist, or if the method does not support the automatic budget.
         """
         method = MethodChain.parse(name)
         if budget.name == AUTO:
@@ -268,13 +268,13 @@ class PruneConfig:
 
     @property
     def prunes(self) -> bool:
-        """Whether any tokens are pruned, inside the language model or before it."""
+        """Whether any tokens are pruned, either before or inside the language model."""
         inner = self.method.language
         return self.budget != Budget.FULL or (inner is not None and inner is not self.method.first and inner.left < 1)
 
     @property
     def resizes(self) -> bool:
-        """Whether the method makes inputs smaller. If it does, its plan determines which frames to read."""
+        """Whether the method makes inputs smaller. If so, its plan determines which frames to read."""
         return self.method.input is not None
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
@@ -285,7 +285,7 @@ class PruneConfig:
     def after_tower_below(self, device: torch.device) -> int:
         """Return the number of units below which inputs on `device` are pruned only after the tower.
 
-        Returns 0 if there is no such limit.
+        Returns 0 if there is no limit.
         """
         if self.budget == Budget.FULL:
             return 0

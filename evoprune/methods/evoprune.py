@@ -1,14 +1,14 @@
 """evoprune, this project's own method: reuse over time, two row selections inside the encoder, and a token selection after it.
 
-1. Reuse: a unit is not encoded again if its pixels have hardly changed since the same place in the frame was last encoded. Its
-   earlier row stays visible to attention (vision/preprocess.py).
+1. Reuse: a unit is not encoded again if its pixels have hardly changed since the same position in the frame was last encoded. Its
+earlier row stays visible to attention (vision/preprocess.py).
 2. Rows: farthest-point sampling over features and time (methods/farthest.py) selects the patch embeddings that enter the tower.
-   After the first eighth of the layers, it also selects the rows that continue through the remaining layers. The share that each
+   After the first eighth of the layers, it also selects the rows that continue through the remaining layers. The fraction that each
    selection keeps is a power of the budget.
 3. Tokens: after the tower, the same algorithm selects tokens from these rows. Each token becomes the mean of its cluster.
 4. Bias: the language model's attention adds half the log of the cluster size to each token's logits.
 
-On CUDA, inputs with few units skip the first two steps. The tower's run time on such inputs is dominated by kernel launches, so
+On CUDA, inputs with few units skip the first two steps. On such inputs, the tower's run time is dominated by kernel launches, so
 computing fewer rows would not make it faster.
 
 No paper describes this method. docs/methods.md explains what it shares with other methods. results/frontier.md shows how much
@@ -28,7 +28,8 @@ from evoprune.methods.farthest import ALPHA, assign_clusters, farthest_points, p
 from evoprune.methods.plans import Grid, Stage, TowerShape
 from evoprune.methods.types import Selection, Tokens
 
-# A unit counts as changed if one of its blocks differs by at least this many of 255 levels (Euclidean over red, green and blue).
+# A unit has changed if one of its blocks differs by at least this many of 255 levels (Euclidean distance over red, green, and
+# blue).
 THRESHOLD = 8.0
 
 
@@ -36,15 +37,14 @@ THRESHOLD = 8.0
 class Reuse(EncoderMethod):
     """Combines reuse with a selector of the user's choice, as in `reuse+divprune` or `reuse:threshold=5+visionzip`.
 
-    The selector still sees every unit of the clip, because units that are not encoded again take their features from an earlier
-    frame pair.
+    The selector still sees every unit of the clip, because reused units take their features from an earlier frame pair.
     """
 
     name = "reuse"
     source = "this project"
     combines = True
 
-    # A unit is encoded again if its pixels changed by at least this many of 255 levels.
+    # Units are re-encoded if their pixels changed by at least this many of 255 levels.
     threshold: Annotated[float, "(0, inf]"] = THRESHOLD
 
     @property
@@ -55,15 +55,15 @@ class Reuse(EncoderMethod):
         return []
 
 
-INNER = ("auto", "always")  # the possible values of `EvoPruneMethod.inner`
-WITHIN = 0.01  # the value of `within` for `--budget auto`
-# Scales the powers `rows` and `first` for inputs with a single frame pair, because they have no repetition over time.
+INNER = ("auto", "always")  # possible values of `EvoPruneMethod.inner`
+WITHIN = 0.01  # value of `within` for `--budget auto`
+# Scales the powers `rows` and `first` for single-frame-pair inputs, which have no temporal redundancy.
 ONE_PAIR_POWER = 2 / 3
 
 
 @dataclass(frozen=True)
 class FarthestPoints(Selector):
-    """Selects units by farthest-point sampling over features and time. For the fields, see `EvoPruneMethod`."""
+    """Selects units by farthest-point sampling over features and time. See `EvoPruneMethod` for the fields."""
 
     source: ClassVar[str] = "this project"
     drops: ClassVar[bool] = False
@@ -73,8 +73,8 @@ class FarthestPoints(Selector):
     average: bool = True
     count: float = 0.5
     within: float = 0.0
-    # Whether to compare rows before the next layer's norm is applied. After the norm, patches without any texture would differ from
-    # each other as much as all other patches do.
+    # Whether to compare rows before the next layer's norm is applied. After the norm, untextured patches would differ from each
+    # other as much as any other patches do.
     before_norm: bool = False
 
     @property
@@ -109,26 +109,26 @@ class EvoPruneMethod(EncoderMethod):
     name: ClassVar[str] = "evoprune"
     source: ClassVar[str] = "this project; same goal as arXiv 2603.03681"
 
-    # A unit is encoded again if its pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
+    # Units are re-encoded if their pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: Annotated[float, "[0, inf]"] = THRESHOLD
-    # The share of the tower's layers that run before the second selection. With 1, units are selected only after the tower.
+    # The fraction of the tower's layers that run before the second selection. With 1, units are selected only after the tower.
     depth: Annotated[float, "(0, 1]"] = 0.125
-    alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of time in the selection's distance
-    # units * budget ** first rows enter the tower, and units * budget ** rows remain after the second selection. A power of 0
-    # keeps all units, and a power of 1 keeps as many rows as tokens.
+    alpha: Annotated[float, "[0, inf)"] = ALPHA  # weight of the time difference in the selection's distance
+    # units * budget ** first rows enter the tower, and units * budget ** rows remain after the second selection. A power of 0 keeps
+    # all units. A power of 1 keeps as many rows as tokens.
     first: Annotated[float, "[0, 1]"] = 0.4
     rows: Annotated[float, "[0, 1]"] = 0.75
     # The minimum number of units to keep in each frame pair, as a fraction of an equal share of the budget.
     floor: Annotated[float, "[0, 1]"] = 0.0
     average: bool = True  # whether a token becomes the mean of its cluster
-    # The language model's attention weights each token by (cluster size) ** count. With 0, all tokens have equal weight. A value of
-    # 1 corresponds to ToMe's proportional attention (arXiv 2210.09461, section 3).
+    # The language model's attention weights each token by (cluster size) ** count. With 0, all tokens are weighted equally. A value
+    # of 1 corresponds to ToMe's proportional attention (arXiv 2210.09461, section 3).
     count: Annotated[float, "[0, inf)"] = 0.5
     # The last selection stops once every unit is within this distance of a selected unit, but it keeps at least 1/20 of the units.
     # With 0, it selects as many units as the budget allows.
     within: Annotated[float, "[0, inf)"] = 0.0
-    # "auto" prunes small, launch-bound inputs only after the tower and without reuse. "always" prunes every input inside the tower,
-    # on every device.
+    # "auto" prunes small, launch-bound inputs only after the tower and disables reuse for them. "always" prunes every input inside
+    # the tower, on every device.
     inner: str = "auto"
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """EvoPrune (arXiv 2603.03681), which merges similar rows layer by layer inside windows and frame pairs.
 
-This module provides the method with the paper's settings and with settings that work better on the demo model.
+This module provides two variants of the method: one with the paper's settings, and one with settings that work better on the demo
+model.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from evoprune.methods.ranking import alternate, match
 from evoprune.methods.types import Candidates, arange_on
 
 FEATURES = ("keys", "keys_rotary", "hidden")
-MAX_SCORES = 1 << 22  # the maximum number of scores in memory at a time (16 MiB), unless one row per group needs more
+MAX_SCORES = 1 << 22  # maximum number of scores in memory at a time (16 MiB), unless a single row per group needs more
 ALL = slice(None)
 
 
@@ -28,15 +29,16 @@ class EvoPrunePaper(Merger):
     source = "arXiv 2603.03681"
     absorbed = 1  # which of every two consecutive rows may merge into another row: 0 for the first, 1 for the second
 
-    allocation: str = "skip"  # how merging is spread over the layers from `first` to `last` (relative depths)
+    allocation: str = "skip"  # how merging is distributed over the layers from `first` to `last` (relative depths)
     first: float = 0.2
     last: float = 0.5
-    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # the weights of the score's two penalties (see `composite_score`)
+    diversity: Annotated[float, "(-inf, inf)"] = 0.1  # weights of the score's two penalties (see `composite_score`)
     attention: Annotated[float, "(-inf, inf)"] = 0.1
-    # The share of each group's rows that are protected because they receive the most attention: they merge after all other rows.
+    # The fraction of each group's rows to protect because they receive the most attention. They merge after all other rows.
     critical: Annotated[float, "[0, 1]"] = 0.1
-    neighbours: Annotated[int, "[1, inf)"] = 4  # the number of nearest rows from which the density is computed
-    # The features whose cosine similarity is compared: the layer's "keys", its "keys_rotary" (after rotary) or "hidden" states.
+    neighbours: Annotated[int, "[1, inf)"] = 4  # number of nearest rows for computing the density
+    # The features to compare by cosine similarity: the layer's "keys", its "keys_rotary" (after rotary embedding), or "hidden"
+    # states.
     features: str = "keys"
     size_bias: bool = True  # whether attention weights a merged row by its cluster size
 
@@ -68,7 +70,7 @@ class EvoPrunePaper(Merger):
 
     def rounds(self, rows: int, left: int) -> int:
         count = 0
-        while rows > left:  # each round removes at most every second row
+        while rows > left:  # each round can remove at most every second row
             count = count + 1
             rows = rows - min(rows - left, rows // 2)
         return count
@@ -98,18 +100,18 @@ class EvoPrunePaper(Merger):
         if not self.critical:
             return torch.zeros_like(valid)
         rank = attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        # Computed in float64 and lowered slightly, so that 0.15 of 100 rows does not become 16.
+        # Computed in float64 and reduced slightly, so that 0.15 of 100 rows does not become 16.
         return valid & (rank < (valid.sum(1, keepdim=True).double() * self.critical - 1e-9).ceil())
 
 
 def strips(groups: int, rows: int) -> list[slice]:
-    """Split `rows` into slices small enough that a score matrix `[groups, slice, rows]` has at most `MAX_SCORES` entries."""
+    """Split `rows` into slices small enough for a score matrix `[groups, slice, rows]` to have at most `MAX_SCORES` entries."""
     step = max(1, MAX_SCORES // max(1, groups * rows))
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
-    """Compute the cosine similarity between the selected `rows` and all rows of the same group.
+    """Compute the cosine similarity between the given `rows` and all rows of the same group.
 
     Args:
         features: `[B, n, D]`, the features of B groups.
@@ -123,7 +125,7 @@ def similarity(features: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
 
 
 def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, rows: slice = ALL) -> torch.Tensor:
-    """Return the mean similarity between each row and its nearest neighbors: `[B, m]`. A row without any neighbors gets 1.
+    """Return the mean similarity between each row and its nearest neighbors: `[B, m]`, with 1 for rows without neighbors.
 
     Args:
         cosine: `[B, m, n]`, from `similarity`.
@@ -141,7 +143,7 @@ def local_density(cosine: torch.Tensor, valid: torch.Tensor, neighbours: int, ro
 
 
 def relative_attention(received: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Divide the attention that each row receives by the maximum in its group. Returns `[B, n]`, with 0 for padding."""
+    """Divide each row's received attention by the maximum in its group. Returns `[B, n]`, with 0 for padding."""
     top = received.masked_fill(~valid, 0).amax(1, keepdim=True)
     return torch.where(valid, received / top.clamp(min=1e-12), 0)
 
@@ -160,14 +162,14 @@ def composite_score(
 
     Args:
         cosine: s, `[B, m, n]`, from `similarity`.
-        density: d, the local density `[B, n]`, which discourages merging rows that are unlike all others. None if its weight is 0.
+        density: d, the local density `[B, n]`, which discourages merging rows unlike all others. None if its weight is 0.
         attention: a, the relative attention `[B, n]`. None if its weight is 0.
         diversity_weight: w_div.
         attention_weight: w_att.
         rows: The m rows in dimension 1 of `cosine`.
 
     Returns:
-        `[B, m, n]`. Dimension 1 is the row that would be absorbed.
+        `[B, m, n]`. Dimension 1 is the row to be absorbed.
     """
     score = cosine
     if diversity_weight:
@@ -181,16 +183,16 @@ def composite_score(
 def best_partners(
     score: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the row with the highest merge score for every source row.
+    """For each source row, find the row with the highest merge score.
 
     Args:
         score: `[B, m, n]`, from `composite_score`.
         source: bool `[B, m]`, True for rows that may merge into another row.
-        destination: bool `[B, n]`, True for rows that sources may merge into.
+        destination: bool `[B, n]`, True for rows that source rows may merge into.
 
     Returns:
-        `[B, m]`, each row's highest score (-inf for rows that are not sources), and int64 `[B, m]`, the index of the destination
-        with that score. Ties go to the lower index.
+        `[B, m]`, each row's highest score (-inf for non-source rows), and int64 `[B, m]`, the index of the corresponding
+        destination. Ties go to the lower index.
     """
     allowed = source[:, :, None] & destination[:, None, :]
     return tuple(score.masked_fill(~allowed, -torch.inf).max(2))

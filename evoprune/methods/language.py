@@ -1,7 +1,7 @@
 """Methods that drop visual tokens inside the language model: their plans, their inputs, and the code that drops the tokens.
 
-To write a new method, derive a class from `LanguageMethod` and implement `drops` and either `score` or `select`. The shortest
-example is contrib/fastv.py.
+To write a new method, subclass `LanguageMethod` and implement `drops` and either `score` or `select`. For a minimal example, see
+contrib/fastv.py.
 """
 
 import math
@@ -22,48 +22,49 @@ from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model import heads_of, norm, rotate
 
-MAX_WEIGHTS = 1 << 24  # the maximum number of attention weights to compute at a time
+MAX_WEIGHTS = 1 << 24  # maximum number of attention weights to compute at a time
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """The inputs and outputs of the language-model layer that ran last, for C columns. A *column* is one token of the prompt."""
+    """The inputs and outputs of the most recent language-model layer, for C columns. A *column* is one token of the prompt."""
 
-    after: int  # the number of layers that have run, including this one
+    after: int  # number of layers run so far, including this one
     entering: torch.Tensor  # `[C, hidden]`, the layer's input
     x: torch.Tensor  # `[C, hidden]`, the layer's output
     places: tuple[torch.Tensor, torch.Tensor]  # rotary cosines and sines of the columns
-    bias: torch.Tensor | None  # `[C]`, added to the attention logits of each column
+    bias: torch.Tensor | None  # `[C]`, added to each column's attention logits
     queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
     keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
     values: torch.Tensor  # same shape as `keys`
 
 
 class Drop(NamedTuple):
-    """A layer after which visual tokens are dropped, and the number of tokens that remain."""
+    """A layer after which visual tokens are dropped, and the number of remaining tokens."""
 
-    after: int  # the number of layers that have run, at least 1
-    left: int  # the number of visual tokens that the remaining layers read
+    after: int  # number of layers run before the drop, at least 1
+    left: int  # number of visual tokens that the remaining layers read
 
 
 @dataclass(frozen=True)
 class LanguagePlan:
-    """A plan for dropping visual tokens inside the language model, which tells how many of them each layer reads."""
+    """A plan for dropping visual tokens inside the language model, which specifies how many tokens each layer reads."""
 
-    depth: int  # the number of layers of the language model
-    tokens: int  # the number of visual tokens that reach the language model
-    drops: tuple[Drop, ...]  # drops in order, each leaving fewer tokens; empty if nothing is dropped
-    exact: bool = True  # whether the counts are exact; otherwise they are upper bounds
-    looks: tuple[int, ...] = ()  # the numbers of layers after which the method is called; same as in `drops` if `exact`
-    blind: int = 0  # the number of initial layers in which the text after the visual tokens does not attend to them
+    depth: int  # number of layers of the language model
+    tokens: int  # number of visual tokens that reach the language model
+    drops: tuple[Drop, ...]  # drops in layer order, each leaving fewer tokens; empty if nothing is dropped
+    exact: bool = True  # whether the counts are exact; otherwise, they are upper bounds
+    looks: tuple[int, ...] = ()  # numbers of layers after which the method is called; same as in `drops` if `exact`
+    blind: int = 0  # number of initial layers in which the text after the visual tokens does not attend to them
 
     @classmethod
     def of(cls, depth: int, tokens: int, left: Mapping[int, int], **more: Any) -> Self:
-        """Return a plan from a mapping of layer counts to token counts.
+        """Create a plan from a mapping of layer counts to token counts.
 
         Args:
             tokens: The number of visual tokens that reach the language model.
-            left: The number of tokens to leave after each number of layers. Entries that would drop nothing are ignored.
+            left: The number of tokens to leave, keyed by the number of layers run before the drop. Entries that would not drop any
+                tokens are ignored.
             more: Values for other fields. `looks` defaults to the layers in `drops`.
         """
         drops: list[Drop] = []
@@ -86,10 +87,10 @@ class LanguagePlan:
 
     @property
     def work(self) -> tuple[tuple[int, int, int], ...] | None:
-        """The amount of work per layer, which the cost estimate and the memory check use before any frame is read.
+        """The amount of work per layer, used by the cost estimate and the memory check before any frame is read.
 
-        For each layer, there are three numbers of visual tokens: those with keys and values, those with queries and an attention
-        output, and those that go through the MLP. If the plan is not `exact`, the numbers are upper bounds. None if every layer
+        For each layer, there are three visual token counts: tokens with keys and values, tokens with queries and an attention
+        output, and tokens that go through the MLP. If the plan is not `exact`, the counts are upper bounds. None if every layer
         computes everything for all visual tokens.
         """
         if not self.drops:
@@ -117,7 +118,7 @@ def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePl
 
     Args:
         place: The relative depth at which tokens are dropped, from 0 to 1.
-        budget: The share of tokens to leave. The plan leaves `Budget.count(budget, tokens)` of them.
+        budget: The fraction of tokens to leave. The plan leaves `Budget.count(budget, tokens)` tokens.
     """
     return LanguagePlan.of(depth, tokens, {LanguagePlan.layers_before(place, depth): Budget.count(budget, tokens)})
 
@@ -130,12 +131,13 @@ def several_drops(
     Args:
         tokens: The number of visual tokens before the first drop.
         places: The relative depths of the drops.
-        shares: A function that takes a number from 0 to 1 and returns the share of tokens left after each drop. It must increase
-            with the number, so that a binary search can find the shares that meet the budget.
-        budget: The share of tokens that is left on average over the layers after the first drop.
+        shares: A function that takes a number from 0 to 1 and returns the fraction of tokens left after each drop. The fractions
+            must increase with the number, so that a binary search can find the ones that meet the budget.
+        budget: The fraction of tokens left, averaged over the layers after the first drop.
     """
     layers = [LanguagePlan.layers_before(place, depth) for place in places]
-    runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]  # layers up to the next drop
+    # Number of layers until the next drop.
+    runs = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]
     low = 0.0
     high = 1.0
     for _ in range(60):
@@ -145,7 +147,7 @@ def several_drops(
             low = middle
         else:
             high = middle
-    # The product is rounded to 6 decimal places first, because the search may stop slightly below an exact half.
+    # The product is first rounded to 6 decimal places, because the search may stop slightly below an exact half.
     counts = [max(1, math.floor(round(share * tokens, 6) + 0.5)) for share in shares(high)]
     # If several drops follow the same layer, the last one applies.
     return LanguagePlan.of(depth, tokens, dict(zip(layers, counts, strict=True)))
@@ -153,27 +155,27 @@ def several_drops(
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """The n visual tokens after a layer of the language model, as its pruning method sees them.
+    """The n visual tokens after a language-model layer, as seen by the pruning method.
 
     A *column* is one token of the prompt. The prompt has C columns.
     """
 
-    after: int  # the number of layers that have run, including this one
-    left: int  # the number of tokens to leave; an upper bound if the method is not `exact`
-    due: bool  # whether the plan has a drop after this layer; a method that is not `exact` may also drop earlier or later
+    after: int  # number of layers run so far, including this one
+    left: int  # number of tokens to leave; an upper bound if the method is not `exact`
+    due: bool  # whether the plan has a drop after this layer; a non-`exact` method may also drop earlier or later
     hidden: torch.Tensor  # [n, hidden], the layer's output for the visual tokens, in the model's dtype
     visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the layer's C columns, ascending
-    pair: torch.Tensor  # int64 [n], the index of the frame pair that contains the token
-    place: torch.Tensor  # float32 [n, 2], row and column in the frame, as fractions of its height and width
+    pair: torch.Tensor  # int64 [n], the index of the token's frame pair
+    place: torch.Tensor  # float32 [n, 2], the token's row and column in the frame, as fractions of its height and width
     queries: torch.Tensor  # [Q, heads, head_dim], queries of the text after the last visual token, rotated
     keys: torch.Tensor  # [C, kv_heads, head_dim], keys of the columns, rotated; neighboring heads share a key
     values: torch.Tensor  # [C, kv_heads, head_dim]
-    bias: torch.Tensor | None  # [C], added to the attention logits of each column
-    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as they entered the first layer
-    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token as it entered the first layer
+    bias: torch.Tensor | None  # [C], added to each column's attention logits
+    visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as fed to the first layer
+    text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token, as fed to the first layer
     memory: dict = field(default_factory=dict)  # state that the method carries between layers; empty for a new prompt
     # Functions that return the same tokens with different queries and keys: `following` uses the next layer's projections,
-    # `unrotated` skips the rotary embedding, and `evened` replaces all visual tokens' keys with their mean.
+    # `unrotated` skips the rotary embedding, and `evened` replaces the keys of all visual tokens with their mean.
     following: Callable[[], "LayerTokens"] | None = None
     unrotated: Callable[[], "LayerTokens"] | None = None
     evened: Callable[[], "LayerTokens"] | None = None
@@ -190,8 +192,8 @@ class LayerTokens:
 
         Args:
             rows: int64 `[q]`, the queries to include, as indices into `queries`. None uses only the last token of the prompt.
-            most: Whether to take the maximum over heads and queries instead of the mean.
-            causal: Whether each query attends only to columns up to its own.
+            most: Whether to take the maximum over heads and queries instead of their mean.
+            causal: Whether to apply the causal mask, so that each query attends only to columns up to its own.
         """
         if rows is None:
             rows = arange_on(len(self.queries), self.queries.device)[-1:]
@@ -213,12 +215,12 @@ class LayerTokens:
         return weights.unflatten(0, (-1, len(last))).mean(1)
 
     def _weights(self, rows: torch.Tensor, keys: torch.Tensor, causal: bool) -> torch.Tensor:
-        """Compute the attention weights of some of the `queries`.
+        """Compute the attention weights for some of the `queries`.
 
         Args:
             rows: int64 `[q]`, indices into `queries`.
             keys: float32 `[kv_heads, head_dim, C]`, one key per column.
-            causal: Whether each query attends only to columns up to its own.
+            causal: Whether to apply the causal mask, so that each query attends only to columns up to its own.
 
         Returns:
             `[heads * q, C]`, ordered by head.
@@ -238,16 +240,17 @@ class LayerTokens:
 class LanguageMethod(Method, ABC):
     """Drops the lowest-scoring visual tokens after certain layers of the language model, while the model reads the prompt.
 
-    Dropped tokens are no longer available to later layers and to decoding. The remaining tokens keep their positions. If the method
-    is used alone (`fastv -b 0.25`), it has to meet the budget. If it follows another method (`evoprune+fastv`), the budget applies
-    to the other method, and this method leaves `share` of the tokens that it receives. Both the budget and `share` are averages
-    over the layers after the first drop.
+    Dropped tokens are no longer available to later layers or during decoding. The remaining tokens keep their positions. If the
+    method is used alone (`fastv -b 0.25`), it must meet the budget itself. If it follows another method (`evoprune+fastv`), the
+    budget applies to the other method, and this method keeps a `share` fraction of the tokens that it receives. Both the budget and
+    `share` are averages over the layers after the first drop.
     """
 
     acts: ClassVar[Literal["language"]] = "language"
-    default_share: ClassVar[float] = 0.5  # the share that the method's paper uses
+    default_share: ClassVar[float] = 0.5  # the fraction used in the method's paper
 
-    share: float | None = None  # this method's budget after another method, in (0, 1]; None uses `default_share`
+    # This method's budget when it follows another method, in (0, 1]; None uses `default_share`.
+    share: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -256,55 +259,55 @@ class LanguageMethod(Method, ABC):
 
     @property
     def left(self) -> float:
-        """The share of visual tokens that this method leaves if it follows another method."""
+        """The fraction of visual tokens that this method keeps if it follows another method."""
         return self.default_share if self.share is None else self.share
 
     @abstractmethod
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
-        """Plan how many tokens to drop, and after which layers.
+        """Plan how many tokens to drop after which layers.
 
         Args:
             tokens: The number of visual tokens that reach the language model.
-            budget: The share of these tokens to leave, averaged over the layers after the first drop.
+            budget: The fraction of these tokens to leave, averaged over the layers after the first drop.
         """
 
     def score(self, tokens: LayerTokens) -> torch.Tensor:
-        """Return a nonnegative score for each visual token: float32 `[n]`. Tokens with the highest scores stay.
+        """Return a nonnegative score for each visual token: float32 `[n]`. The highest-scoring tokens are kept.
 
-        By default, the score is the attention that a token receives from the last token of the prompt.
+        By default, the score is the attention that a token receives from the last prompt token.
         """
         return tokens.attention()
 
     def select(self, tokens: LayerTokens) -> Selection | None:
-        """Select the visual tokens that stay after a layer. The plan lists these layers in `looks`.
+        """Select the visual tokens to keep after one of the layers listed in the plan's `looks`.
 
         An `exact` method must select `tokens.left` tokens. Other methods may select fewer, or return None to drop no tokens after
-        this layer. The selection's indices refer to `tokens.visual`. Its `size` is ignored, because tokens keep their cluster
-        sizes.
+        this layer. The selection's indices refer to `tokens.visual`. The selection's `size` is ignored, because tokens keep their
+        cluster sizes.
         """
-        # Scores with a relative difference below 1/10,000 are treated as ties.
+        # Scores with a relative difference below 1/10,000 are considered ties.
         return Selection(highest(snap(self.score(tokens).log()), tokens.left))
 
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
     ) -> "Dropping":
-        """Return the object that drops tokens while the decoder reads one prompt. For the arguments, see `Dropping`."""
+        """Return the object that drops tokens while the decoder reads one prompt. See `Dropping` for the arguments."""
         plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
         return Dropping(self, plan, model, embeds, visual, pair, place)
 
 
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
-    """Run a method's `select`, and validate its result if the method comes from another package.
+    """Run a method's `select`, and validate its result if the method is provided by another package.
 
     Returns:
-        The visual tokens that stay after this layer of the language model, or None if no tokens are dropped.
+        The visual tokens to keep after this language-model layer, or None if no tokens are dropped.
 
     Raises:
         PluginError: If the selection is invalid.
     """
     name = method.package
     count = len(tokens.visual)
-    # The keys and values belong to the KV cache, and a method from another package may modify its arguments in place.
+    # The keys and values belong to the KV cache, and methods from other packages may modify their arguments in place.
     if name:
         tokens = tokens.copied()
     selection = call(name, method.select, tokens)
@@ -316,14 +319,14 @@ def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection
 
 
 class Dropping:
-    """Drops visual tokens after certain layers of the language model while it reads one prompt.
+    """Drops visual tokens after certain language-model layers while the model reads one prompt.
 
     Args:
         method: The method that selects the tokens.
-        plan: The layers after which tokens are dropped, and the number of tokens to leave.
+        plan: The layers after which to drop tokens, and the number of tokens to leave.
         embeds: `[C, hidden]`, the embeddings of the prompt.
-        visual: int64 `[n]`, the columns of the visual tokens, ascending. The prompt's last column is never among them.
-        pair: int64 `[n]`, the frame pair that contains each visual token.
+        visual: int64 `[n]`, the columns of the visual tokens, ascending. They never include the last column of the prompt.
+        pair: int64 `[n]`, the frame pair of each visual token.
         place: float32 `[n, 2]`, each token's row and column in the frame, as fractions of its height and width.
     """
 
@@ -346,10 +349,11 @@ class Dropping:
         self._plan = plan
         self._visual, self._pair, self._place = (to_device(tensor, embeds.device) for tensor in (visual, pair, place))
         self._others = len(embeds) - len(visual)
-        self._text = len(embeds) - 1 - int(visual[-1])  # the number of columns after the last visual token
+        self._text = len(embeds) - 1 - int(visual[-1])  # number of columns after the last visual token
         self._embeds = embeds[self._visual], embeds[len(embeds) - self._text :]
         self._memory: dict = {}
-        self.dropped: list[tuple[int, int]] = []  # for each drop, (layers that had run, visual tokens left)
+        # For each drop, (number of layers run before it, number of visual tokens left).
+        self.dropped: list[tuple[int, int]] = []
         self.timer = Timer(embeds.device)
 
     @property
@@ -363,17 +367,17 @@ class Dropping:
         return tokens_of_layers(self._plan.depth, self._plan.tokens, self.dropped)
 
     def before(self, layer: int, columns: int) -> tuple[tuple[torch.Tensor, int] | None, list[torch.Tensor]]:
-        """Return which computations a layer can skip.
+        """Determine which computations a layer can skip.
 
         Args:
             layer: The index of the layer.
             columns: The number of prompt columns that the layer reads.
 
         Returns:
-            A restriction of attention and a restriction of columns. The restriction of attention consists of the columns (int64)
-            that the text after the visual tokens attends to and the column at which this text starts. It is None if the text
-            attends to all columns. The restriction of columns is a list of the columns (int64, ascending) for which the layer
-            computes keys, queries and the MLP, respectively. The list is empty if the layer computes everything.
+            An attention restriction and a column restriction. The attention restriction consists of the columns (int64) that the
+            text after the visual tokens attends to, and the column at which this text starts. It is None if the text attends to all
+            columns. The column restriction is a list of the columns (int64, ascending) for which the layer computes keys, queries,
+            and the MLP, respectively. The list is empty if the layer computes everything.
         """
         if layer >= self._plan.blind:
             return None, []
@@ -381,11 +385,11 @@ class Dropping:
         return (self._with_text(columns, no_token, 0), columns - self._text), []
 
     def _with_text(self, columns: int, stays: torch.Tensor, count: int) -> torch.Tensor:
-        """Return the columns of all text tokens and of the visual tokens that stay: int64, ascending.
+        """Return the columns of all text tokens and of the kept visual tokens: int64, ascending.
 
         Args:
             columns: The number of prompt columns before the drop.
-            stays: bool `[n]`, True for visual tokens that stay.
+            stays: bool `[n]`, True for visual tokens to keep.
             count: The number of True entries in `stays`.
         """
         mask = torch.ones(columns, dtype=torch.bool, device=stays.device).index_copy_(0, self._visual, stays)
@@ -401,7 +405,7 @@ class Dropping:
             deepstack: `[n, C, hidden]`, the features to add to the columns after each of the next n layers.
 
         Returns:
-            The layer's output for the columns that remain, their `deepstack` features, and their int64 indices among the C columns.
+            The layer's output for the remaining columns, their `deepstack` features, and their int64 indices among the C columns.
             The indices are None if all columns remain.
         """
         if state.after not in self._plan.looks:
@@ -425,13 +429,13 @@ class Dropping:
             return new[0], new[1:], stay
 
     def _selected(self, state: LayerState) -> Selection | None:
-        """Return the selection of visual tokens that stay after this layer, or None if all of them stay."""
+        """Return the selection of visual tokens to keep after this layer, or None to keep all of them."""
         plan = self._plan
         left = plan.left(state.after) if plan.exact else plan.drops[-1].left
         return self._chosen(state, left)
 
     def _chosen(self, state: LayerState, left: int) -> Selection | None:
-        """Return the `left` tokens that the method selects. If the method comes from a plug-in, its selection is validated."""
+        """Return the method's selection of `left` tokens. Selections by plug-in methods are validated."""
         return select_in_language(self._method, self._seen(state, left))
 
     def _seen(self, state: LayerState, left: int) -> LayerTokens:

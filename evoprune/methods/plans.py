@@ -1,7 +1,7 @@
 """Plans, which describe how the vision encoder prunes a video. This module does not import torch.
 
-A method makes its plan before the first frame is read, and the encoder executes it. The memory check, the cost estimate and the
-cache key are based on the plan as well.
+A method creates its plan before the first frame is read, and the encoder executes the plan. The memory check, the cost estimate,
+and the cache key are also based on the plan.
 """
 
 import math
@@ -21,13 +21,12 @@ from evoprune.model import VisionConfig
 def spread(keep: int, pairs: int) -> list[int]:
     """Divide `keep` tokens evenly among frame pairs.
 
-    If they cannot be divided equally, some frame pairs get one token more than others. These frame pairs are evenly spaced over the
-    clip.
+    If they cannot be divided evenly, some frame pairs get one extra token. These frame pairs are evenly spaced over the clip.
     """
     return [(i + 1) * keep // pairs - i * keep // pairs for i in range(pairs)]
 
 
-# The encoder's plan: the number of tokens to keep, and the stages that gradually reduce the number of rows.
+# The encoder's plan: the number of tokens to keep, and the stages that progressively reduce the number of rows.
 
 ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 
@@ -36,12 +35,13 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The properties of a vision tower on which pruning plans depend, such as its depth and its window size."""
+    """The properties of a vision tower that pruning plans depend on, such as its depth and window size."""
 
     depth: int
-    full_layers: tuple[int, ...]  # layers whose attention spans a whole frame pair; other layers attend inside windows
-    window: int = 4  # side length of a window in units
-    launch_bound: int = 0  # inputs with fewer units are launch-bound: computing fewer rows saves no time
+    # Layers with attention over a whole frame pair; all other layers attend within windows.
+    full_layers: tuple[int, ...]
+    window: int = 4  # window side length, in units
+    launch_bound: int = 0  # inputs with fewer units are launch-bound, so computing fewer rows would not save time
 
     @classmethod
     def of(cls, sizes: VisionConfig, device: str) -> Self:
@@ -72,16 +72,16 @@ class Merge:
 
 @dataclass(frozen=True)
 class SetAside(ABC):
-    """A reduction that sets rows of each frame pair aside and restores them after the last layer.
+    """A reduction that sets aside rows of each frame pair and restores them after the last layer.
 
     The method defines how the rows are restored. For an example, see contrib/ipcv.py.
     """
 
-    left: int  # the number of rows per frame pair that are not set aside
+    left: int  # number of rows per frame pair that are not set aside
 
     @abstractmethod
     def hook(self, first_layer: int) -> Callable:
-        """Return the `Hook` (vision/hooks.py) that sets rows of a video aside and restores them.
+        """Return the `Hook` (vision/hooks.py) that sets aside and restores rows of a video.
 
         Args:
             first_layer: The number of layers that run before rows are set aside.
@@ -90,13 +90,13 @@ class SetAside(ABC):
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a pruning plan that reduces the number of rows after a certain layer of the vision tower."""
+    """A step of a pruning plan that reduces the number of rows after a certain vision tower layer."""
 
-    # The number of layers that run before the stage. With 0, the stage acts on the patch embeddings. If this is the depth of the
-    # tower, the stage acts on the tower's output.
+    # The number of layers that run before the stage. If 0, the stage acts on the patch embeddings. If equal to the tower depth, it
+    # acts on the tower's output.
     first_layer: int
-    rows: int  # the number of rows in the whole video after the stage; an upper bound if not `exact`
-    reduce: Any  # a `Selector` of rows (or of tokens, after the last layer), a `Merge` or a `SetAside`
+    rows: int  # number of rows in the whole video after the stage; an upper bound if not `exact`
+    reduce: Any  # a `Selector` of rows (or of tokens, after the last layer), a `Merge`, or a `SetAside`
     exact: bool = True  # whether `rows` is exact regardless of the content
     whole_pairs: bool = False  # whether the selector keeps or drops whole frame pairs
     # Whether to keep only the tokens before the inflection point of the selector's sorted scores (methods/selecting.py).
@@ -104,7 +104,7 @@ class Stage:
 
     @property
     def inside_pairs(self) -> bool:
-        """Whether the stage merges or sets aside rows inside each frame pair, rather than selecting from all rows of the video."""
+        """Whether the stage merges or sets aside rows within each frame pair, rather than selecting from all rows of the video."""
         return isinstance(self.reduce, Merge | SetAside)
 
     @property
@@ -115,20 +115,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """The plan for encoding one video: its size, the stages that prune it, and the number of tokens that remain.
+    """The plan for encoding one video: its size, its pruning stages, and the number of remaining tokens.
 
     Raises:
         ValueError: If stages are out of order, or if rows are merged or set aside after a selection from all rows of the video.
     """
 
-    grid: Grid  # (T, H, W) in units, as the encoder sees it; an input method makes it smaller than the video's grid
+    grid: Grid  # (T, H, W) in units, as seen by the encoder; an input method makes it smaller than the video's grid
     keep: int  # K, the number of tokens for the language model
-    depth: int  # the number of layers of the tower
-    # A unit is encoded again if its pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
+    depth: int  # number of layers in the tower
+    # Units are re-encoded if their pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: float = 0.0
-    stages: tuple[Stage, ...] = ()  # in the order of their layers; the final stage may select tokens after the tower
-    # Inputs with fewer units than this are pruned only after the tower. Larger inputs are pruned inside it as well. 0 if inputs of
-    # all sizes are treated alike.
+    stages: tuple[Stage, ...] = ()  # in layer order; the final stage may select tokens after the tower
+    # Inputs with fewer units than this are pruned only after the tower, while larger inputs are also pruned inside it. 0 if inputs
+    # of all sizes are treated the same.
     after_tower_below: int = 0
 
     def __post_init__(self):
@@ -155,12 +155,14 @@ class EncoderPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether `layers` and `rows` are exact. They are only upper bounds if the actual numbers depend on the content."""
+        """Whether `layers` and `rows` are exact. If the actual counts depend on the content, `layers` and `rows` are only upper
+        bounds.
+        """
         return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
 
     @property
     def token_stage(self) -> Stage | None:
-        """The stage that selects tokens after the vision tower, or None if there is no such stage."""
+        """The stage that selects tokens after the vision tower, or None if there is none."""
         if not self.stages:
             return None
         last = self.stages[-1]
@@ -170,7 +172,7 @@ class EncoderPlan:
 
     @property
     def inside_pairs(self) -> list[Stage]:
-        """The stages that merge rows or set them aside inside each frame pair. They precede all other stages."""
+        """The stages that merge rows or set them aside within each frame pair. They precede all other stages."""
         return [stage for stage in self.stages if stage.inside_pairs]
 
     @property
@@ -180,7 +182,7 @@ class EncoderPlan:
 
     @property
     def steps(self) -> list[tuple[range, Stage | None]]:
-        """The sequence in which the encoder runs layers and stages, as pairs of a range of layers and the stage after it.
+        """The sequence in which the encoder runs layers and stages, as pairs of a layer range and the stage after it.
 
         There is one pair per stage in `row_stages`. The final pair contains the remaining layers, and its stage is None.
         """
@@ -190,13 +192,13 @@ class EncoderPlan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The number of rows that each layer computes, summed over the whole video."""
+        """The number of rows computed by each layer, summed over the whole video."""
         edges = [(0, self.units), *((s.first_layer, s.rows) for s in self.stages), (self.depth, 0)]
         return tuple(rows for (first, rows), (last, _) in pairwise(edges) for _ in range(first, last))
 
     @property
     def rows(self) -> int:
-        """The number of rows in the output of the vision tower."""
+        """The number of rows in the vision tower's output."""
         fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
         counts = [self.units, *(stage.rows for stage in fewer)]
         return counts[-1]
@@ -208,7 +210,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     The allocations come from EvoPrune (arXiv 2603.03681).
 
     Args:
-        allocation: How the reduction is distributed over the layers. One of `ALLOCATIONS`.
+        allocation: How to distribute the reduction over the layers. One of `ALLOCATIONS`.
         first, last: The range of layers as relative depths, where layer l ends at (l + 1) / depth. The range always covers at least
             one layer.
 
@@ -224,7 +226,7 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
     n = len(layers)
     weights = {
         "mean": lambda i: 1,
-        "skip": lambda i: (n - 1 - i) % 2 == 0,  # every second layer, including the last one of the range
+        "skip": lambda i: (n - 1 - i) % 2 == 0,  # every second layer, including the last layer of the range
         "first": lambda i: i < (n + 1) // 2,
         "last": lambda i: i >= n // 2,
         "increasing": lambda i: i + 1,
@@ -237,8 +239,8 @@ def layer_weights(depth: int, allocation: str, first: float, last: float) -> dic
 def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
     """Return the number of rows in one frame pair after each layer, from `units` down to `keep`.
 
-    A layer that merges inside windows has to leave at least one row in each window. The next full-attention layer removes these
-    excess rows, even if it is not in `weights`. In a tower without full-attention layers, more than `keep` rows can remain.
+    A layer that merges within windows must leave at least one row in each window. The next full-attention layer removes any excess
+    rows, even if it is not in `weights`. In a tower without full-attention layers, more than `keep` rows can remain.
 
     Args:
         weights: Each layer's share of the reduction, from `layer_weights`.
@@ -251,7 +253,7 @@ def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, we
         wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
         if tower.scope(layer) == "window":
             wish = max(wish, windows)
-            if layer not in weights:  # among layers that are not in `weights`, only full-attention layers reduce rows
+            if layer not in weights:  # among layers not listed in `weights`, only full-attention layers reduce rows
                 wish = rows
         rows = min(rows, wish)
         counts.append(rows)

@@ -16,7 +16,7 @@ def highest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def alternate(valid: torch.Tensor, first: int = 1) -> torch.Tensor:
-    """Choose every second row in a group as a source, which is a row that may merge into another row.
+    """Mark every second row in a group as a source, that is, a row that may merge into another row.
 
     Args:
         valid: bool `[B, n]`, False for padding.
@@ -34,17 +34,17 @@ def match(
     """Merge the source rows with the highest scores into their best partners.
 
     Args:
-        best, partner: `[B, n]`, each row's highest score and the index of the row with this score, from `best_partners`.
+        best, partner: `[B, n]`, each row's highest score and the index of the corresponding row, from `best_partners`.
         source: bool `[B, n]`, True for rows that may merge into another row.
         last: bool `[B, n]`, True for critical rows, which merge only after all other sources.
         remove: int64 `[B]`, the number of sources to merge in each group. If a group has fewer sources, all of them merge.
 
     Returns:
-        int64 `[B, n]`, the index of the row that each row merges into. A row that stays gets its own index.
+        int64 `[B, n]`, the index of the row that each row merges into. Kept rows map to themselves.
     """
     b, n = source.shape
-    # Rows are ordered as follows: sources by score, then critical sources, then all other rows. The sorts are stable, so ties go to
-    # the lower index.
+    # Rows are ordered as follows: sources by score, then critical sources, then all other rows. Because the sorts are stable, ties
+    # go to the lower index.
     order = best.argsort(dim=1, descending=True, stable=True)
     late = (last & source).gather(1, order).to(torch.int8) + 2 * (~source).gather(1, order).to(torch.int8)
     order = order.gather(1, late.argsort(dim=1, stable=True))

@@ -1,8 +1,7 @@
 """The registry of pruning methods, which looks up a method by its name.
 
-It contains the core methods and all methods that packages register as entry points in the `evoprune.methods` group. The methods of
-evoprune.contrib are entry points as well. `MethodText.parts` is the only code that parses the text that users write. Importing this
-module does not import torch.
+The registry contains the core methods and all methods that packages register as entry points in the `evoprune.methods` group,
+including those of evoprune.contrib. Only `MethodText.parts` parses user-supplied text. Importing this module does not import torch.
 """
 
 import hashlib
@@ -22,8 +21,8 @@ from evoprune.util import did_you_mean
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
 
-# Entry point groups. Methods that act inside the language model are in the second group, so they can be told apart without loading
-# them.
+# Entry point groups. Methods that act inside the language model have their own group, so they can be identified without being
+# loaded.
 GROUPS = ("evoprune.methods", "evoprune.language_methods")
 # The default method and its baselines, which are always available. All other methods, including evoprune.contrib, are entry points.
 CORE = {
@@ -36,25 +35,25 @@ CORE = {
     "pool": "evoprune.methods.baselines:Pool",
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
-# Names that papers use for methods that have a different name here, reduced to letters and digits.
+# Paper names of methods that have a different name here, reduced to letters and digits.
 PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
 RESIZING = ("downscale", "subsample")  # this project's input methods (class `InputMethod`)
-REUSE = "reuse"  # a prefix of selectors, as in reuse+divprune
+REUSE = "reuse"  # the prefix for selectors, as in reuse+divprune
 OWN = "evoprune"  # the distribution that provides this project's entry points
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # matches a numeric value of a setting
 
 
 class Named(NamedTuple):
-    """A method as users write it, in the form NAME:SETTING=VALUE:SETTING=VALUE."""
+    """A method as specified by the user, in the form NAME:SETTING=VALUE:SETTING=VALUE."""
 
-    text: str  # the full text, including the settings
+    text: str  # full text, including the settings
     name: str
-    settings: tuple[tuple[str, str | None], ...]  # (setting, value) pairs; without an equals sign, the value is None
+    settings: tuple[tuple[str, str | None], ...]  # (setting, value) pairs; the value is None if there is no equals sign
 
 
 @dataclass(frozen=True)
 class MethodText:
-    """One or more methods as users write them, joined by plus signs. Only `members` imports torch."""
+    """One or more methods as specified by the user, joined with plus signs. Only `members` imports torch."""
 
     DEFAULT: ClassVar[str] = "evoprune"
 
@@ -62,7 +61,7 @@ class MethodText:
 
     @property
     def parts(self) -> list[Named]:
-        """The methods in the text, which is split at plus signs. A plus sign inside a number such as 1e+1 is not a separator."""
+        """The methods in the text, split at plus signs. A plus sign inside a number such as 1e+1 is not a separator."""
         hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), self.text)
         found = []
         for part in hidden.split("+"):
@@ -75,7 +74,7 @@ class MethodText:
     def check(self) -> None:
         """Check that the methods exist and can be combined in this order.
 
-        Plug-ins are not loaded, so this check does not find all errors.
+        Because plug-ins are not loaded, this check does not detect all errors.
 
         Raises:
             UsageError: If a method does not exist, or if the methods cannot be combined in this order.
@@ -90,7 +89,7 @@ class MethodText:
         for name in names:
             if name != REUSE and name not in available():
                 raise _unknown(name)
-        # Maps the names of this project's entry points to whether they act inside the language model.
+        # Maps the names of this project's entry points to whether the method acts inside the language model.
         own = {name: entry.group == GROUPS[1] for name, entry in _plugins().items() if _is_own(entry)}
         *before, last = names
         if len(names) > 3 or REUSE in names[1:] or any(own.get(name) for name in before):
@@ -109,11 +108,11 @@ class MethodText:
         return [_instantiate(each) for each in self.parts]
 
     def completions(self) -> list[str]:
-        """Return shell completions: the text up to its last plus sign, followed by each method name that can come next."""
+        """Return shell completions: the text up to its last plus sign, followed by each valid next method name."""
         before = self.text.removesuffix(self.parts[-1].text)
         texts = [before + name for name in available() if MethodText(before + name)._is_possible]
         if self.text and f"{REUSE}+".startswith(self.text) and not any(text.startswith(self.text) for text in texts):
-            return MethodText(f"{REUSE}+").completions()  # reuse cannot be used without a selector
+            return MethodText(f"{REUSE}+").completions()  # reuse requires a selector
         return texts
 
     @property
@@ -126,7 +125,7 @@ class MethodText:
 
     @property
     def may_resize(self) -> bool:
-        """Whether a method in the text might make inputs smaller. True for all plug-ins, because they are not loaded here."""
+        """Whether any method in the text may make inputs smaller. True for all plug-ins, because they are not loaded here."""
         own = available(plugins=False)
         return any(each.name in RESIZING or not (each.name == REUSE or each.name in own) for each in self.parts)
 
@@ -154,7 +153,7 @@ def available(plugins: bool = True) -> list[str]:
 
 
 def _is_list(text: str) -> bool:
-    """Return True if `text` is a list of methods separated by commas. A comma in the value of a setting does not count."""
+    """Return True if `text` is a comma-separated list of methods. Commas in setting values do not count."""
     later = {MethodText(part.strip()).parts[0].name for part in text.split(",")[1:]}
     return any("," in each.name for each in MethodText(text).parts) or not later.isdisjoint((*available(), REUSE))
 
@@ -166,24 +165,24 @@ def _unknown(name: str) -> UsageError:
     near = did_you_mean(name, same or known, 3)
     if letters in PAPER_NAMES:
         near = f"{PAPER_NAMES[letters]} is based on it; "
-    if len(available(plugins=False)) == len(CORE):  # the checkout was installed before it had these entry points
+    if len(available(plugins=False)) == len(CORE):  # the checkout was installed before these entry points were added
         near = "the methods of evoprune.contrib are not installed: reinstall evoprune with pip; "
     return UsageError(f"unknown pruning method {name!r}", f"{near}evoprune methods lists them all")
 
 
 def _letters(name: str) -> str:
-    """Convert a name to lower case and remove all characters except letters and digits."""
+    """Convert a name to lowercase, and remove all characters except letters and digits."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def impossible(text: str) -> UsageError:
-    """Return the error to raise if methods cannot be combined in the order given in `text`."""
+    """Return the error for methods that cannot be combined in the order given in `text`."""
     kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
     return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
 
 
 def get(text: str) -> "Method":
-    """Create the method that `text` describes, such as `evoprune:depth=0.25`.
+    """Create a method from its text, such as `evoprune:depth=0.25`.
 
     Raises:
         UsageError: If the method or a setting does not exist, or if the text contains more than one method.
@@ -222,7 +221,7 @@ def _instantiate(named: Named) -> "Method":
 def settings_hint(method: type, name: str | None = None) -> str:
     """Return a hint for an error message about a method's settings.
 
-    If `name` is one of the settings, the hint shows how to give it a value. Otherwise, it lists all settings and their defaults.
+    If `name` is a valid setting, the hint shows how to set it. Otherwise, it lists all settings and their defaults.
     """
     known = {f.name: f"{f.name}={f.default}" for f in fields(method)}
     if name in known:
@@ -231,10 +230,10 @@ def settings_hint(method: type, name: str | None = None) -> str:
 
 
 def _parsed(method: type, setting: Field, text: str) -> Any:
-    """Parse the value of a setting from `text`.
+    """Parse a setting's value from `text`.
 
-    The value gets the same type as the setting's default. If the default is None, the value gets the first type in the setting's
-    annotation. If that type has a `read` function, `text` is the path of a file to read.
+    The value has the same type as the setting's default or, if the default is None, the first type in the setting's annotation. If
+    that type has a `read` function, `text` is the path of a file to read.
     """
     if setting.default is None and text == "None":
         return None
@@ -254,7 +253,7 @@ def _parsed(method: type, setting: Field, text: str) -> Any:
 def _warn_of_ignored(name: str) -> None:
     """Warn if a plug-in method is ignored because another method has the same name.
 
-    The function is cached, so it warns at most once per name and process.
+    The function is cached, so it warns at most once per name in each process.
     """
     for entry in _entry_points():
         if entry.name == name and _plugins().get(name) is not entry:
@@ -283,7 +282,7 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
     """Return the Python files that a plug-in method's module might import from its own package.
 
     If the module is part of a package, these are all Python files in the top-level package folder. Otherwise, they are the files
-    that were installed together with the module.
+    installed together with the module.
     """
     folder = file.parent
     while (folder.parent / "__init__.py").exists():
@@ -298,10 +297,10 @@ def _code_files(entry: EntryPoint, file: Path) -> list[Path]:
 
 
 def plugins() -> dict[str, str]:
-    """Load the methods of all other packages and describe the result.
+    """Load the methods from all other packages, and describe the results.
 
     Returns:
-        A description of each method, keyed by name: the package that provides it, and why the method cannot be used, if so.
+        A description of each method, keyed by name: the package that provides it and, for unusable methods, the reason.
     """
     states = {}
     for entry in _entry_points():
@@ -330,7 +329,7 @@ def _entry_points() -> tuple[EntryPoint, ...]:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """Return the usable entry points, keyed by name. Entry points whose name is invalid or already taken are excluded."""
+    """Return the usable entry points, keyed by name. Entry points with an invalid or duplicate name are excluded."""
     entries = {}
     for entry in _entry_points():
         if entry.name not in (*CORE, REUSE) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
@@ -344,7 +343,7 @@ def _is_own(entry: EntryPoint) -> bool:
 
 @cache
 def _name_of(distribution: Distribution) -> str:
-    """Return the name of a package. The result is cached because accessing the property parses the package's metadata each time."""
+    """Return a package's name. The result is cached, because each access to the property parses the package's metadata."""
     return distribution.name
 
 
@@ -359,7 +358,7 @@ def _load(entry: EntryPoint) -> type["Method"]:
 
     try:
         loaded = entry.load()
-    except (Exception, SystemExit) as problem:  # importing a module from another package may raise anything
+    except (Exception, SystemExit) as problem:  # importing a module from another package may raise any exception
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         raise _broken(entry, f"cannot be loaded ({reason})") from problem
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):

@@ -1,4 +1,4 @@
-"""Functions that run a selector, and validate its selection if the selector comes from another package.
+"""Functions that run a selector, and validate its selection if the selector is provided by another package.
 
 The validation synchronizes the GPU, so it is skipped for this project's own methods.
 """
@@ -14,7 +14,7 @@ from evoprune.methods.budget import AUTO_LEAST, Budget
 from evoprune.methods.types import Selection, Tokens, arange_on
 from evoprune.model import without_autocast
 
-HOST = torch.device("cpu")  # `kept` may be on the CPU even if the rows are on another device
+HOST = torch.device("cpu")  # `kept` may be on the CPU even if the rows are on a different device
 
 
 def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = False) -> Selection:
@@ -22,7 +22,7 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
 
     Args:
         keep: The number of tokens to select.
-        inflection: Whether the number of tokens is derived from the curve of the selector's scores. `keep` is then the maximum.
+        inflection: Whether to derive the number of tokens from the curve of the selector's scores, with `keep` as the maximum.
 
     Raises:
         PluginError: If a selector from another package fails or returns an invalid selection.
@@ -32,7 +32,7 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
     if inflection:
         keep = tokens_before_inflection(selector, tokens, keep)
     with without_autocast():
-        # A selector from another package may modify its arguments in place, but in an evaluation other methods use the same rows.
+        # Selectors from other packages may modify their arguments in place, but in an evaluation, other methods use the same rows.
         if name:
             tokens = tokens.copied()
         selection = call(name, selector.select, tokens, keep)
@@ -44,12 +44,12 @@ def select(selector: Selector, tokens: Tokens, keep: int, inflection: bool = Fal
 
 
 def check_selection(name: str, selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> None:
-    """Validate the selection that a method returned.
+    """Validate a selection returned by a method.
 
     Args:
-        name: The name of the method in the error message.
+        name: The method name for the error message.
         enough: Whether the number of selected units is valid.
-        keep: The number of units that were requested.
+        keep: The requested number of units.
         units: The number of units in the video.
 
     Raises:
@@ -64,7 +64,7 @@ def check_selection(name: str, selection: Selection, enough: bool, keep: int, un
 def _faults(selection: Selection, enough: bool, keep: int, units: int, device: torch.device) -> Iterator[str]:
     """Yield descriptions of the errors in a selection.
 
-    Only the first error is reliable, because each check assumes that all earlier checks passed.
+    Only the first error is reliable, because each check assumes that all previous checks have passed.
     """
     if not isinstance(selection, Selection):
         yield f"an object of class {type(selection).__name__} instead of a Selection"
@@ -115,7 +115,7 @@ def _wrong_means(means: tuple[torch.Tensor, ...], count: int, units: int, device
 def _unlike(
     name: str, value: torch.Tensor, dtype: torch.dtype, length: int | None, device: torch.device
 ) -> Iterator[str]:
-    """Yield error descriptions if `value` is not a one-dimensional tensor with this dtype, device and length.
+    """Yield error descriptions if `value` is not a one-dimensional tensor with the given dtype, device, and length.
 
     If `length` is None, any length is accepted.
     """
@@ -131,13 +131,13 @@ def _unlike(
 
 
 def tokens_before_inflection(selector: Selector, tokens: Tokens, keep: int) -> int:
-    """Derive the number of tokens to keep from the curve of the selector's scores (arXiv 2409.01162), up to a maximum of `keep`."""
+    """Derive the number of tokens to keep, up to `keep`, from the curve of the selector's scores (arXiv 2409.01162)."""
     min_keep = min(keep, Budget.count(AUTO_LEAST, len(tokens.unit_to_row)))
     return min(keep, max(min_keep, inflection_point(call(selector.package, selector.scores, tokens))))
 
 
 def inflection_point(scores: torch.Tensor) -> int:
-    """Return the number of scores before the inflection point of their sorted curve, or all N if there is no such point.
+    """Return the number of scores before the inflection point of the sorted curve, or N if there is no such point.
 
     `scores` is float `[N]`. At the inflection point, the curve, scaled to the unit square, is farthest below the diagonal.
     """

@@ -1,7 +1,7 @@
 """Inputs and results of pruning methods: small frozen dataclasses of tensors, and helpers for counting and indexing rows.
 
 Nothing in this module synchronizes the GPU, because all shapes are known from the plan. `bincount`, `nonzero` and boolean indexing
-would synchronize it, because the shapes of their results depend on values.
+would synchronize it, because the shapes of their results depend on the data.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ def arange_on(count: int, device: torch.device | str) -> torch.Tensor:
 
 
 def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the first `count` indices at which a mask is True, without synchronizing the GPU.
+    """Return the indices of the first `count` True entries of a mask without synchronizing the GPU.
 
     Args:
         mask: bool `[n]`.
@@ -39,17 +39,17 @@ def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The video features that a selector works on, taken either after the encoder or between two of its layers.
+    """The video features passed to a selector, taken either after the encoder or between two of its layers.
 
     For the full contract, see docs/methods.md. Some properties raise a TypeError unless the method declares them in `needs` or
     `reads_question`.
     """
 
-    rows: torch.Tensor  # [E, D], ordered by unit; one row per unit, unless some units were not encoded
+    rows: torch.Tensor  # [E, D], in unit order; one row per unit, unless some units were not encoded
     unit_to_row: torch.Tensor  # int64 [N], the row that represents each unit, or -1
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seed: int = 0  # the seed for random draws, passed through `generator_seed`
-    # The inputs that the method declared: float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D] and "question" [Q, D].
+    seed: int = 0  # seed for random draws, passed through `generator_seed`
+    # The inputs requested by the method: float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D], and "question" [Q, D].
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class Tokens:
 
     @cached_property
     def features(self) -> torch.Tensor:
-        """The units' features, `[N, D]`, one frame pair after another and in raster order within each frame pair."""
+        """The units' features, `[N, D]`, ordered by frame pair and in raster order within each frame pair."""
         return self._of_units(self.rows)
 
     @property
@@ -71,7 +71,7 @@ class Tokens:
         return F.normalize(self.features.float(), dim=1)
 
     def by_pair(self, x: torch.Tensor) -> torch.Tensor:
-        """Reshape `x` from `[N, ...]` to `[T, H * W, ...]`, so that there is one entry per frame pair."""
+        """Reshape `x` from `[N, ...]` to `[T, H * W, ...]`, with one entry per frame pair."""
         return x.view(self.grid[0], -1, *x.shape[1:])
 
     @cached_property
@@ -79,7 +79,7 @@ class Tokens:
         """The attention that each unit receives within its frame pair in the tower's last full-attention layer, float32 `[N]`.
 
         The attention is averaged over heads and queries, summed over the unit's patches, and multiplied by the number of units per
-        frame pair. A value of 1 therefore means an equal share.
+        frame pair. Therefore, a value of 1 corresponds to uniform attention.
         """
         return self._of_units(self._given("attention"))
 
@@ -87,7 +87,7 @@ class Tokens:
     def keys(self) -> torch.Tensor:
         """Each unit's keys in the tower's last full-attention layer, before rotary embedding, float32 `[N, 4 d]`.
 
-        The keys are averaged over heads, and the keys of the unit's four patches are concatenated.
+        The keys are averaged over heads, and those of the unit's four patches are concatenated.
         """
         return self._of_units(self._given("keys"))
 
@@ -101,7 +101,7 @@ class Tokens:
 
     @property
     def question(self) -> torch.Tensor:
-        """The language model's embeddings of the question, without the rest of the prompt, float32 `[Q, D]`."""
+        """The language model's embeddings of the question, excluding the rest of the prompt, float32 `[Q, D]`."""
         return self._given("question")
 
     def _given(self, name: str) -> torch.Tensor:
@@ -118,24 +118,25 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that a selector keeps. In the prompt, each token has the position of its unit."""
+    """The tokens kept by a selector. In the prompt, each token has the position of its unit."""
 
     kept: torch.Tensor  # int64 [K], the kept units, ascending
-    # int64 [N]: for each unit, the index in `kept` of the token whose mean the unit joins, or -1. A kept unit joins its own token.
-    # None if tokens are not means.
+    # int64 [N]: for each unit, the index in `kept` of the token whose mean includes the unit, or -1. Kept units belong to their own
+    # token. None if tokens are not means.
     unit_to_token: torch.Tensor | None = None
-    weight: torch.Tensor | None = None  # float32 [N]: each unit's weight in the mean, above 0 if kept; None if equal
+    # float32 [N]: each unit's weight in the mean, above 0 for kept units; None for equal weights.
+    weight: torch.Tensor | None = None
     size: torch.Tensor | None = None  # float32 [K]: the language model's attention adds log(size); None means 1 for all
     # Used instead of `unit_to_token` if a unit can contribute to several tokens: int64 [m] indices into `kept`, int64 [m] units,
     # and float32 [m] weights. Each kept unit must contribute to its own token.
     means: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    # Whether tokens are means of units. If False, each token equals its kept unit, and `unit_to_token` only tells which units the
-    # token represents.
+    # Whether tokens are means of units. If False, each token equals its kept unit, and `unit_to_token` only specifies which units
+    # the token represents.
     averages: bool = True
 
     @classmethod
     def of_pairs(cls, kept: Iterable[torch.Tensor], per_pair: int) -> Self:
-        """Combine selections of single frame pairs into a selection of the whole video.
+        """Combine per-frame-pair selections into a selection for the whole video.
 
         Args:
             kept: For each frame pair, the int64 indices of the units to keep, ascending and relative to the frame pair.
@@ -144,7 +145,7 @@ class Selection:
         return cls(torch.cat([places + pair * per_pair for pair, places in enumerate(kept)]))
 
     def features(self, rows: torch.Tensor, row_of: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the features of the selected tokens, either by copying rows or by averaging them.
+        """Compute the features of the selected tokens by either copying or averaging rows.
 
         Args:
             rows: `[E, D]`, the features of the encoded units.
@@ -164,7 +165,7 @@ class Selection:
         if self.means is not None:
             into, unit, weight = self.means
             row = row[unit]
-        else:  # units without a token get weight 0, because filtering them out would synchronize the GPU
+        else:  # units without a token have weight 0, because filtering them out would synchronize the GPU
             into = self.unit_to_token.clamp(min=0)
             weight = (self.unit_to_token >= 0).float()
             if self.weight is not None:
@@ -174,14 +175,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The rows that a merger may merge, as B groups that are padded to n rows per group.
+    """The rows that a merger may merge, as B groups padded to n rows each.
 
     Each group is a window or a frame pair. Rows merge only within their group.
     """
 
     features: torch.Tensor  # float32 [B, n, D], the feature that the merger declared in `needs`
-    attention: torch.Tensor | None  # float32 [B, n], the attention received in this layer; None unless declared
+    attention: torch.Tensor | None  # float32 [B, n], the attention received in this layer; None unless requested
     place: torch.Tensor  # int64 [B, n], each row's raster index in the frame pair
-    size: torch.Tensor  # int64 [B, n], the number of units that have merged into each row
-    valid: torch.Tensor  # bool [B, n], False for the padding at the end of a group
-    width: int  # W, the number of units across the frame
+    size: torch.Tensor  # int64 [B, n], the number of units merged into each row
+    valid: torch.Tensor  # bool [B, n], False for padding at the end of a group
+    width: int  # W, the width of the frame in units

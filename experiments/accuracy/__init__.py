@@ -1,1 +1,1 @@
-"""Compare the answers of methods, presets, settings and precisions, on the clips and questions of `experiments.demo`."""
+"""Compare the answers of methods, presets, settings, and precisions, on the clips and questions from `experiments.demo`."""

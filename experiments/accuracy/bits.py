@@ -1,10 +1,10 @@
-"""Compare 8-bit weights with float32 on the same clips and questions: the accuracy, and how much the answers differ.
+"""Compare 8-bit weights with float32 on the same clips and questions, in terms of accuracy and differences between answers.
 
     python -m experiments.accuracy.bits --block 53 --clips 300 --processes 2
 
-The table has one row per budget for each world and each set of weights in `experiments.accuracy.frontier`. Agreement is the share
-of tokens in the float32 answer for which both models predict the same token. KL is the divergence KL(float32 || 8 bits) at these
-tokens.
+For each world and each set of weights in `experiments.accuracy.frontier`, the table has one row per budget. Agreement is the
+fraction of tokens in the float32 answer for which both models predict the same token. KL is the KL divergence, KL(float32 || 8
+bits), at these tokens.
 """
 
 import argparse
@@ -40,13 +40,13 @@ COLUMNS = (
 
 
 def start(model: str, kind: str, folder: str) -> Callable[[ClipName], list[dict]]:
-    """Load the float32 and the quantized model in a worker process, and return a function that asks both about a clip."""
+    """Load the float32 and quantized models in a worker process, and return a function that asks both about a clip."""
     loaded = [load_model(ModelOptions(model, dtype="fp32", threads=1, quantize=bits)) for bits in ("none", kind)]
     return partial(answers_about, loaded, Path(folder))
 
 
 def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
-    """Ask both models all questions about a clip at each budget, and return their answers and how well they agree."""
+    """Ask both models all questions about a clip at each budget, and return their answers and agreement."""
     made = []
     with demo_video(clip, folder) as video:
         for budget in BUDGETS if video.rows else ():
@@ -55,7 +55,7 @@ def answers_about(loaded: list, folder: Path, clip: ClipName) -> list[dict]:
                 said = exact.ask(row.prompt, max_new_tokens=TOKENS)
                 given = Reference.of(exact, row.prompt, said.ids, said.report.finish_reason == "stop")
                 found = given.agreement(bits)
-                # If both models predict the same tokens throughout, their answers are equal.
+                # If both models predict the same tokens throughout, their answers are identical.
                 other = said if found.agrees.all() else bits.ask(row.prompt, max_new_tokens=TOKENS)
                 made.append(
                     {"video": str(clip), "id": row.id, "budget": budget, "agrees": found.agrees.tolist()}

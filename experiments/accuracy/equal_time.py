@@ -1,15 +1,16 @@
-"""Compare all methods with `evoprune`: how much accuracy each method keeps, what it costs, and which is better at equal speed.
+"""Compare all methods with `evoprune`: the accuracy that each keeps, its cost, and which method is better at equal speed.
 
     python -m experiments.accuracy.equal_time results/frontier.md --presets DIR --rivals DIR DIR -o tables.md --chart FILE.svg
 
-The folders are written by `experiments.accuracy.frontier`. The folder for `--presets` contains the presets on many clips and is
-used for the chart. The folders for `--rivals` contain the methods to compare, using only the clips that all of them have in common.
+The folders are written by `experiments.accuracy.frontier`. The `--presets` folder contains the presets evaluated on many clips and
+is used for the chart. The `--rivals` folders contain the methods to compare, restricted to the clips that all of them have in
+common.
 
-The page contains speeds from `evoprune profile` in two kinds of tables: some have budgets as columns (`| | -b 0.25 |`), and others
-have rows named `METHOD -b BUDGET`. If a setting was measured more than once, the slowest run is used. A method that selects after
-the encoder gets the speed of the bound, which does not include the time for the method's selection.
+The page contains speeds from `evoprune profile` in two types of tables: some have budgets as columns (`| | -b 0.25 |`), and others
+have rows named `METHOD -b BUDGET`. If a setting was measured more than once, the slowest run is used. Methods that select after the
+encoder are assigned the speed of the bound, which excludes the selection time.
 
-To draw only the chart, from existing tables:
+To draw only the chart from existing tables:
 
     python -m experiments.accuracy.equal_time results/frontier.md --tables results/comparison.md --chart results/frontier.svg
 """
@@ -43,7 +44,7 @@ NONE: Key = "none", 1.0
 
 
 def read(folders: Sequence[Path]) -> Samples:
-    """Load the rows in all folders, keeping only the questions that every row of a set has answered."""
+    """Load the rows from all folders, keeping only questions answered by every row in a set."""
     found: Samples = {}
     for name in SETS:
         rows: dict[Key, dict] = {}
@@ -60,7 +61,7 @@ def read(folders: Sequence[Path]) -> Samples:
 
 
 def speeds(page: str) -> dict[Key, float]:
-    """Return the first-token speedups over Hugging Face that the page lists, by method and video budget.
+    """Return the first-token speedups over Hugging Face listed in the page, by method and video budget.
 
     If the page lists a method and budget more than once, the lowest speedup is used.
     """
@@ -87,7 +88,7 @@ def speeds(page: str) -> dict[Key, float]:
 def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
     """Return the speedup of a method at a budget, or None if it was not measured.
 
-    Methods that select after the encoder get the speedup of the bound.
+    Methods that select after the encoder are assigned the speedup of the bound.
     """
     name, budget = key
     if MethodChain.parse(name).acts == "after":
@@ -96,17 +97,17 @@ def speed_of(key: Key, fast: dict[Key, float]) -> float | None:
 
 
 def worst(samples: Samples, key: Key) -> float:
-    """Return the percentage of the full accuracy that a method keeps at a budget in its worst set."""
+    """Return the percentage of full accuracy that a method keeps at a budget in its worst set."""
     return min(kept(rows[key], rows[NONE]) for rows in samples.values())
 
 
 def rows_of(samples: Samples) -> set[Key]:
-    """Return the methods and budgets that were evaluated in every set."""
+    """Return the methods and budgets evaluated in every set."""
     return set.intersection(*(set(rows) for rows in samples.values()))
 
 
 def summary_table(samples: Samples, world: str, fast: dict[Key, float]) -> list[str]:
-    """Return a table of one world's methods: the accuracy each keeps per set, its share of operations, and its speed."""
+    """Return a table of one world's methods: the accuracy kept in each set, the share of operations, and the speed."""
     sets = [rows for name, rows in samples.items() if name.split(",")[0] == world]
     budgets = [
         budget for budget in Budget.PRESETS if any(key[0] != OURS and key[1] == budget for key in rows_of(samples))
@@ -144,7 +145,7 @@ def verdicts(samples: Samples, key: Key, ours: Key) -> list[str]:
 
 
 def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
-    """Return a table that compares every other method with the most accurate `evoprune` setting that is at least as fast."""
+    """Return a table that compares every other method with the most accurate `evoprune` setting of at least the same speed."""
     rows = rows_of(samples)
     ours = {key: speed_of(key, fast) for key in rows if key[0] == OURS} | {NONE: fast[NONE]}
     ours = {key: speed for key, speed in ours.items() if speed}
@@ -176,21 +177,21 @@ def table(samples: Samples, fast: dict[Key, float]) -> list[str]:
 
 
 def worst_of(samples: Samples) -> dict[Key, float]:
-    """Return, for each method and budget, the percentage of the full accuracy kept in the worst set."""
+    """Return the percentage of full accuracy kept in the worst set, for each method and budget."""
     return {key: worst(samples, key) for key in rows_of(samples)}
 
 
 def worst_in_tables(page: str, compared: str) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Read the accuracy kept from existing tables: that of the presets from `page`, that of other methods from `compared`.
+    """Read the accuracy kept from existing tables: for presets from `page`, and for other methods from `compared`.
 
     Returns:
-        Two dicts, for the presets and for the other methods, with the percentage kept in the worst set.
+        Two dicts with the percentage kept in the worst set, one for presets and one for other methods.
     """
     presets = re.findall(r"^\| `-b (\w+)` \| ([\d.]+) \| [^|]*\(", page, re.M)
     others = re.findall(r"^\| `([\w-]+) -b (\w+)` \| [\d.]+ \| ([\d.]+) \|", compared, re.M)
     ours = {
         (OURS, preset): float(kept) for preset, kept in reversed(presets)
-    }  # reversed, so that the first of several tables wins
+    }  # reversed, so that the first of several tables takes precedence
     return ours, {(name, budget): float(kept) for name, budget, kept in others}
 
 
@@ -198,9 +199,9 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
     """Return an SVG chart that plots the accuracy kept against the speed of the first token.
 
     Args:
-        presets: the accuracy that each preset keeps in its worst set, in percent.
-        others: the accuracy that each other method keeps in its worst set, in percent.
-        fast: the result of `speeds`.
+        presets: The accuracy that each preset keeps in its worst set, in percent.
+        others: The accuracy that each other method keeps in its worst set, in percent.
+        fast: The result of `speeds`.
     """
     inside = []
     after = []
@@ -230,7 +231,7 @@ def chart(presets: dict[Key, float], others: dict[Key, float], fast: dict[Key, f
 
 
 def page(samples: Samples, fast: dict[Key, float]) -> str:
-    """Return the tables of each world, at equal time, and by kind of question, in Markdown."""
+    """Return the Markdown tables: for each world, at equal time, and by question type."""
     blocks = []
     for world in dict.fromkeys(name.split(",")[0] for name in SETS):
         about = len({s["video"] for s in samples[world][NONE]})

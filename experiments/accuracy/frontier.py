@@ -1,8 +1,8 @@
 """Measure the accuracy that presets keep: `python -m experiments.accuracy.frontier OUT --split heldout --seed N --limit N`.
 
-Evaluates both worlds, each with two sets of weights. Every combination of a world and weights is called a set and has its own
-folder in OUT. If the folder already contains a run, the run is resumed. For each method and budget, the table shows the percentage
-of the full accuracy that is kept, the difference from the full model in percentage points with its 95% interval, and the worst set.
+Evaluates both worlds, each with two sets of weights. Each combination of a world and weights is called a set and has its own folder
+in OUT. If the folder already contains a run, that run is resumed. For each method and budget, the table shows the percentage of
+full accuracy kept, the difference from the full model in percentage points with its 95% interval, and the worst set.
 """
 
 import argparse
@@ -35,25 +35,25 @@ GROUPS = ("picture", "video", "text", "events")  # only the world of scenes has 
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Return the folder inside `out` that stores the evaluation of one set."""
+    """Return the folder inside `out` that stores one set's evaluation."""
     return out / name.replace(", ", "-")
 
 
 def samples_of(out: Path, name: str) -> list[dict]:
-    """Load the samples stored by the evaluation of one set, except those that failed."""
+    """Load the samples stored by one set's evaluation, excluding failed samples."""
     with open(folder_of(out, name) / "samples.jsonl", encoding="utf-8") as file:
         return [sample for sample in map(json.loads, file) if "error" not in sample]
 
 
 def evaluated(out: Path, name: str, args: argparse.Namespace) -> list[dict]:
-    """Run the evaluation of one set and return its samples."""
+    """Run one set's evaluation, and return its samples."""
     world, model = SETS[name]
     settings = EvalSettings(
         data_text(world, args.split, args.seed),
         tuple(Budget.parse(text).recorded for text in args.budget.split(",")),
         tuple(args.method.split(",")),
         limit=args.limit,
-        # Run on the CPU, because evoprune prunes such small clips inside the tower only on CPUs.
+        # Run on the CPU, because evoprune prunes clips this small inside the tower only on CPUs.
         model=ModelOptions(model, device="cpu", dtype="fp32"),
     )
     with demo_videos(clips_asked(world, args.split, args.seed, args.limit)) as videos:
@@ -71,7 +71,7 @@ def kept(mine: Sequence[dict], full: Sequence[dict]) -> float:
 
 
 def table(samples: dict[str, list[dict]]) -> list[str]:
-    """Return a Markdown table with a row for each method and budget, a column for each set and group, and one for the worst set."""
+    """Return a Markdown table with a row for each method and budget, and columns for each set, each group, and the worst set."""
     columns = [(name, group) for name in samples for group in (None, *(GROUPS if "scenes" in name else ()))]
     heads = [name if group is None else f"{name}: {group}" for name, group in columns]
     lines = []
@@ -92,7 +92,7 @@ def table(samples: dict[str, list[dict]]) -> list[str]:
 
 
 def against(samples: dict[str, list[dict]], others: dict[str, list[dict]]) -> list[str]:
-    """Return a Markdown table of accuracy differences from the same rows of another run, on the clips that both runs share.
+    """Return a Markdown table of accuracy differences from the same rows in another run, on the clips that both runs share.
 
     The differences are in percentage points.
     """

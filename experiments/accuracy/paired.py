@@ -1,4 +1,4 @@
-"""Compare two rows of an evaluation on the same questions. Imported by experiments; not run by itself."""
+"""Compare two rows of an evaluation on the same questions. Imported by other experiments; not a script."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ DRAWS = 4000
 
 
 def paired_difference(samples: Sequence[dict], others: Sequence[dict]) -> tuple[float, float, float]:
-    """Return how much more accurate the first row is, with a 95% confidence interval over videos. All values are fractions.
+    """Return how much more accurate the first row is, along with a 95% confidence interval over videos. All values are fractions.
 
     Both rows must have answered the same questions, in any order. If there are fewer than `LEAST_VIDEOS` videos, the interval is
     infinite.

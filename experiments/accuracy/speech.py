@@ -3,7 +3,7 @@
     python -m experiments.accuracy.speech MODEL
 
 MODEL is any model that `--speech` accepts. espeak-ng reads sentences aloud in different voices and at different speeds, and FFmpeg
-turns them into a video. Punctuation and capital letters are removed from both the reference and the transcript.
+turns them into a video. Punctuation and capitalization are removed from both the reference and the transcript.
 """
 
 import re
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
-    """Return the minimum number of words to replace, add or remove to get from one list to the other (Levenshtein distance)."""
+    """Return the minimum number of word replacements, insertions, and deletions between two lists (Levenshtein distance)."""
     before = list(range(len(heard) + 1))
     for row, word in enumerate(said, 1):
         now = [row]
@@ -62,7 +62,7 @@ def word_errors(said: Sequence[str], heard: Sequence[str]) -> int:
 
 
 def speak(folder: Path) -> tuple[Path, list[str]]:
-    """Write a video in which every voice reads every sentence at every speed. Returns the video's path and the spoken words."""
+    """Create a video in which every voice reads every sentence at every speed. Returns the video path and the spoken words."""
     said = []
     raw = folder / "said.raw"
     with raw.open("wb") as sound:

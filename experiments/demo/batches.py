@@ -1,4 +1,4 @@
-"""Generate the demo model's training data: infinite, seeded batches of clips with labels or questions. Imported by `train`."""
+"""Generate training data for the demo model: infinite, seeded batches of clips with labels or questions. Imported by `train`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from experiments.demo.lessons import ask_all
 from experiments.demo.questions import Question
 from experiments.demo.training_clips import dense_grid, through_codec
 
-# Number of classes of each attribute that the auxiliary head predicts for the object whose center lies in a unit. The last class
-# of "shape" means that the unit contains no object's center.
+# Number of classes of each attribute that the auxiliary head predicts for the object centered in a unit. The last class of "shape"
+# means that there is no object centered in the unit.
 ATTRIBUTES = {
     "shape": len(SHAPES) + 1,  # digits count as one more shape
     "colour": len(COLOURS),
@@ -24,20 +24,21 @@ ATTRIBUTES = {
     "motion": len(MOTIONS),
     "digit": 10,
 }
-# Size of the largest grid whose rows and columns the head can predict.
+# Size of the largest grid for which the head can predict rows and columns.
 ROWS = 12
 COLUMNS = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters of a training run. Training is seeded, so they and the code determine the resulting weights."""
+    """Training run hyperparameters. Training is seeded, so the resulting weights are determined by the hyperparameters and the
+    code."""
 
     seed: int = 0
     vision_steps: int = 1500
     steps: int = 3000
-    short_steps: int = 300  # steps of the second stage that use only short clips and small frames
-    small_steps: int = 1700  # steps of the second stage that do not use the largest frames
+    short_steps: int = 300  # number of steps in the second stage that use only short clips and small frames
+    small_steps: int = 1700  # number of steps in the second stage that exclude the largest frames
     vision_batch: int = 64  # batch size of the first stage, as a number of grids with 4x6 units
     units: int = 2304  # approximate number of merge units in a batch of clips
     questions: int = 10  # number of questions about a clip per step, doubled if a batch has only a few clips
@@ -45,20 +46,20 @@ class Recipe:
     muon_lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.5  # share of a stage during which the learning rate decays
+    decay: float = 0.5  # fraction of a stage over which the learning rate decays
 
 
-# Frame sizes as ((height, width) in units, weight). SMALL is for early training; LARGE also has larger frames and is used later.
+# Frame sizes as ((height, width) in units, weight). SMALL is for early training; LARGE adds larger frames and is used later.
 SMALL = (((4, 6), 4.0), ((6, 4), 1.0), ((4, 4), 0.7), ((5, 7), 1.5), ((6, 8), 2.0))
 LARGE = (((4, 6), 2.0), ((6, 4), 0.5), ((4, 4), 0.3), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.8))
-SHORT = 3  # maximum number of grids in a clip during `short_steps`, which also use only the first three frame sizes
+SHORT = 3  # maximum number of grids per clip during `short_steps`, which also use only the first three frame sizes
 LENGTHS = ((1, 0.5), (2, 0.7), (3, 1.2), (4, 2.0), (6, 3.0), (8, 1.5), (12, 0.3))
-MOST = 800  # maximum number of merge units in one clip
+MOST = 800  # maximum number of merge units per clip
 PACES = (1.0, 1.0, 1.0, 1.0, 0.5, 2 / 3, 0.8, 1.25, 1.5, 2.0)  # seconds per grid
 
 
 def unit_labels(clip: Clip, times: Sequence[float], height: int, width: int) -> np.ndarray:
-    """Return the labels of every unit in every grid, int64 `[T * height * width, attributes]`. -100 means no label."""
+    """Return the labels of every unit in every grid, int64 `[T * height * width, attributes]`. -100 means unlabeled."""
     grids = len(times) // 2
     labels = np.full((grids, height, width, len(ATTRIBUTES)), -100)
     labels[..., 0] = ATTRIBUTES["shape"]  # the class after all shapes and digits, which means "no object"
@@ -84,7 +85,7 @@ def noisy(frames: np.ndarray, rng: np.random.Generator, gop: int) -> np.ndarray:
 
 
 def vision_batches(recipe: Recipe, first: int):
-    """Yield an infinite sequence of batches for stage 1, which consist of crowded single grids.
+    """Yield an infinite sequence of batches for stage 1, consisting of crowded single grids.
 
     Each batch is `(frames uint8 [2 * G, H, W, 3], labels, (height, width))`.
     """
@@ -108,7 +109,7 @@ def vision_batches(recipe: Recipe, first: int):
 
 
 def draw(rng: np.random.Generator, choices):
-    """Draw a random value from `((value, weight), ...)`, with probabilities in proportion to the weights."""
+    """Draw a random value from `((value, weight), ...)`, with probabilities proportional to the weights."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
@@ -155,16 +156,16 @@ def question_batches(recipe: Recipe, tokenizer, first: int):
         step += 1
 
 
-ROW = 64  # number of tokens in a row of questions, or more if a single question needs more
+ROW = 64  # number of tokens per row of questions, or more if a single question requires more
 
 
 def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Tensor]:
     """Pack each prompt's questions and answers into rows, with several questions per row if they fit.
 
     Returns:
-        Four int64 tensors `[prompts, rows, L]`. `tokens` contains the tokens. `place` contains their positions, which restart at
-        `start` for every question. `segment` is the one-based number of the question, or -1 for padding. `target` contains the
-        answer's tokens, each at the place that predicts it, and -100 everywhere else.
+        Four int64 tensors `[prompts, rows, L]`. `tokens` contains the token IDs. `place` contains their positions, which restart at
+        `start` for every question. `segment` is the one-based question number, or -1 for padding. `target` contains the answer
+        tokens, each at the position that predicts it, and -100 everywhere else.
     """
     after = ids(AFTER_QUESTION)
     filled = []
@@ -180,7 +181,7 @@ def packed(prompts: list[list[Question]], ids, start: int) -> dict[str, torch.Te
             )
             longest = max(longest, n)
         filled.append(parts)
-    # Round up so that there are few different lengths, because matrix kernels are compiled for every shape.
+    # Round up to limit the number of different lengths, because matrix kernels are compiled for every shape.
     longest = -(-longest // 16) * 16
     made = [_in_rows(parts, longest) for parts in filled]
     rows = max(map(len, made))

@@ -1,4 +1,4 @@
-"""Builds the untrained demo model: its architecture, tokenizer and initial weights. Imported by `train`."""
+"""Build the untrained demo model: architecture, tokenizer, and initial weights. Imported by `train`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ VOCABULARY = 1024
 
 
 def build_config():
-    """Return a config with exactly the architecture of Qwen2.5-VL, but with tiny dimensions."""
+    """Return a config with the exact architecture of Qwen2.5-VL, but with tiny dimensions."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
@@ -58,7 +58,7 @@ def shapes_texts() -> Iterator[str]:
 def build_tokenizer(texts: Iterable[str] | None = None):
     """Return a byte-level BPE tokenizer with Qwen's special tokens and pre-tokenizer.
 
-    It is trained on `texts` or, if `texts` is None, on questions and answers about shapes.
+    The tokenizer is trained on `texts` or, if None, on questions and answers about shapes.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer

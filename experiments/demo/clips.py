@@ -1,12 +1,12 @@
 """Procedural clips: shapes and digits that move, appear, vanish and flash on a cluttered background, which may also move.
 
-A clip is determined by its split, seed, frame size and length. It is defined in continuous time, so it can be drawn at any frame
+A clip is determined by its split, seed, frame size, and length. It is defined in continuous time, so it can be drawn at any frame
 rate.
 
-Each feature exposes a weakness that a pruning method may have. Objects as small as one or two merge units, digits of ten pixels and
-similar colors require spatial detail. Flashes and arrivals require temporal detail. Questions about counts and places require that
-tokens cover the whole frame. Clutter misleads methods that keep whatever stands out, a panning background misleads methods that
-keep whatever changes, and noise misleads methods that reuse only identical pixels.
+Each feature exposes a potential weakness of pruning methods. Objects as small as one or two merge units, ten-pixel digits, and
+similar colors require spatial detail. Flashes and arrivals require temporal detail. Questions about counts and locations require
+tokens that cover the whole frame. Clutter misleads methods that keep anything that stands out, a panning background misleads
+methods that keep anything that changes, and noise misleads methods that reuse only identical pixels.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ COLOURS = {
     "purple": (155, 50, 200), "orange": (245, 140, 25), "cyan": (50, 215, 225), "white": (245, 245, 245),
 }  # fmt: skip
 SIZES = {"small": (6, 8), "large": (10, 13)}
-DIGITS = {"small": 5, "large": 7}  # half of a digit's height, in pixels
+DIGITS = {"small": 5, "large": 7}  # half of the digit height, in pixels
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# First part of the seed, which is different for every split, so that no two splits share a clip.
-# "portrait" is a separate family of clips with upright frames and a panning camera. No settings are tuned on it.
+# First part of the seed, which is different for each split, so that no two splits share a clip. "portrait" is a separate family of
+# clips with portrait frames and a panning camera. No settings are tuned on it.
 SPLITS = {"train": 0, "validation": 1, "heldout": 2, "samples": 3, "portrait": 4}
-# Frame sizes (height and width in merge units of 28 pixels) and lengths (in grids of one second) of evaluation clips, each with its
-# probability. The last two entries in both lists are never used in training.
+# Frame sizes (height and width in merge units of 28 pixels) and lengths (in grids of one second) of evaluation clips, with their
+# probabilities. The last two entries in both lists are never used in training.
 FRAMES = (((8, 12), 0.55), ((6, 8), 0.25), ((8, 10), 0.1), ((10, 14), 0.1))
 LENGTHS = ((4, 0.3), (6, 0.4), (8, 0.15), (7, 0.075), (10, 0.075))
 
@@ -42,7 +42,7 @@ class Moving:
 
 
 def event_of(start: float, end: float, seconds: float) -> str:
-    """Classify an object that is visible during [start, end) by what it does in the clip: stay, appear, vanish or flash."""
+    """Classify an object that is visible during [start, end) by its behavior in the clip: stay, appear, vanish, or flash."""
     comes = start > 0
     goes = end < seconds
     if comes and goes:
@@ -54,7 +54,7 @@ def event_of(start: float, end: float, seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Thing(Moving):
-    """A shape or a digit that is visible in [start, end). Its center at time 0 is (x, y), in pixels."""
+    """A shape or digit that is visible during [start, end). Its center at time 0 is (x, y), in pixels."""
 
     kind: str  # a name in SHAPES, or the digit
     colour: str
@@ -80,7 +80,7 @@ class Thing(Moving):
         return self.start <= t < self.end
 
     def box(self, seconds: float) -> tuple[float, float, float, float]:
-        """Return the bounding box (x0, y0, x1, y1) of the object's whole path."""
+        """Return the bounding box (x0, y0, x1, y1) of the object's entire path."""
         (xa, ya), (xb, yb) = self.centre(0), self.centre(seconds)
         r = self.radius
         return min(xa, xb) - r, min(ya, yb) - r, max(xa, xb) + r, max(ya, yb) + r
@@ -99,8 +99,8 @@ class Clip:
     seconds: float
     things: tuple[Thing, ...]
     noise: float
-    pan: tuple[float, float] = (0.0, 0.0)  # speed of the camera in pixels per second; it does not move the objects
-    clutter: float = 0.0  # number of grey blots and strokes per million pixels of background
+    pan: tuple[float, float] = (0.0, 0.0)  # camera speed in pixels per second; it does not move the objects
+    clutter: float = 0.0  # number of gray blots and strokes per million background pixels
 
     @property
     def shapes(self) -> tuple[Thing, ...]:
@@ -108,7 +108,7 @@ class Clip:
 
 
 def setting(split: str, seed: int) -> tuple[int, int, int]:
-    """Choose a clip's height and width in pixels and its number of grids, which last one second each."""
+    """Choose a clip's height and width in pixels, and its number of grids, which last one second each."""
     rng = np.random.default_rng((7, SPLITS[split], seed))
     height, width = FRAMES[rng.choice(len(FRAMES), p=[odds for _, odds in FRAMES])][0]
     grids = LENGTHS[rng.choice(len(LENGTHS), p=[odds for _, odds in LENGTHS])][0]
@@ -127,8 +127,8 @@ def make_clip(
 ) -> Clip:
     """Make clip number `seed` of a split. No two splits share a clip.
 
-    The seed determines the size in pixels and the length unless they are given. A grid consists of two sampled frames and lasts
-    `seconds` / `grids`. No flash is shorter than one grid.
+    The seed determines the size and the length, unless specified. A grid consists of two sampled frames and lasts `seconds` /
+    `grids`. No flash is shorter than one grid.
     """
     drawn = setting(split, seed)
     height = height or drawn[0]
@@ -168,7 +168,7 @@ def make_clip(
 
 
 def place(things: list[Thing], rng, kind, colour, height, width, seconds, step, fates) -> None:
-    """Add an object whose path stays on the frame and clear of other objects. Gives up after 30 attempts."""
+    """Add an object whose path stays within the frame and clear of other objects. Gives up after 30 attempts."""
     digit = kind.isdigit()
     size = "small" if rng.random() < 0.5 else "large"
     radius = DIGITS[size]

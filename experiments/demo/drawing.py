@@ -11,9 +11,9 @@ from experiments.demo.painting import add_noise, blend, glyph_mask, outline_mask
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
-    """Draw the clip at the given times, in seconds. Return uint8 `[len(times), height, width, 3]`."""
+    """Draw a clip at the given times, in seconds. Returns uint8 `[len(times), height, width, 3]`."""
     rng = np.random.default_rng((9, *clip.seed))
-    # The scenery covers everything that the camera will see. The camera starts in the corner opposite to its motion.
+    # The scenery covers everything the camera will see. The camera starts in the corner opposite to its motion.
     reach = [abs(v) * clip.seconds for v in clip.pan]
     scenery = _background(rng, clip.height + int(reach[1]) + 1, clip.width + int(reach[0]) + 1)
     _litter(scenery, clip.clutter, rng)
@@ -64,17 +64,17 @@ def _litter(scenery: np.ndarray, density: float, rng: np.random.Generator) -> No
 
 @lru_cache(maxsize=64)
 def _stretch(length: int, cell: int) -> np.ndarray:
-    """Return the weights of a linear interpolation with a knot every `cell` pixels, `[length, knots]`."""
+    """Return linear interpolation weights with a knot every `cell` pixels, `[length, knots]`."""
     at = np.arange(length) / cell
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(int(at[-1]) + 2))).astype(np.float32)
 
 
 def thing_mask(kind: str, radius: int) -> np.ndarray:
-    """Return the share of each pixel that a shape or a digit covers. The width of a digit is five sevenths of its height."""
+    """Return the fraction of each pixel covered by a shape or digit. A digit's width is five sevenths of its height."""
     return glyph_mask(kind, 2 * radius) if kind.isdigit() else outline_mask(kind, radius, bar=0.33, hole=0.55)
 
 
 def write_video(clip: Clip, path: str | Path, fps: int = 12, **encoding) -> None:
-    """Encode the clip as a video file. For the arguments in `encoding`, see `painting.write_frames`."""
+    """Encode a clip as a video file. See `painting.write_frames` for the arguments in `encoding`."""
     frames = render(clip, [i / fps for i in range(round(clip.seconds * fps))])
     write_frames(frames, path, (clip.height, clip.width), fps, **encoding)

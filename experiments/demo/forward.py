@@ -1,7 +1,8 @@
-"""The vision tower's forward pass, rewritten for training on a CPU. Weights and output are the same as in the Hugging Face class.
+"""The vision tower's forward pass, rewritten for CPU training. The weights and the output are the same as in the Hugging Face
+class.
 
-All clips in a batch have the same frame size, so windows are batched by a few reshapes instead of a loop. Attention is implemented
-with basic operations, because the fused kernel's backward pass is slow on CPUs.
+Because all clips in a batch have the same frame size, windows are batched with a few reshapes instead of a loop. Attention is
+implemented with basic operations, because the fused kernel's backward pass is slow on CPUs.
 """
 
 from functools import lru_cache
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 @lru_cache(maxsize=32)
 def window_buckets(height: int, width: int, side: int = 4) -> list[torch.Tensor]:
-    """Return the windows of a grid of height x width units as raster indices, with one int64 `[windows, units]` per window size."""
+    """Return the windows of a height x width grid (in units) as raster indices: int64 `[windows, units]` for each window size."""
     index = torch.arange(height * width).view(height, width)
     windows = [
         index[y : y + side, x : x + side].flatten() for y in range(0, height, side) for x in range(0, width, side)
@@ -41,14 +42,13 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
     """Run the vision tower on G grids of height x width units.
 
     Args:
-        visual: `model.model.visual`.
+        visual: The vision tower, `model.model.visual`.
         patches: `[G * height * width * 4, 1176]` in Hugging Face's order.
-        height: number of units in a column.
-        width: number of units in a row.
+        height: The grid height, in units.
+        width: The grid width, in units.
 
     Returns:
-        The merged features `[G, units, D]` and the patches' states in the last layer `[G, units, 4 * hidden]`, both in raster
-        order.
+        The merged features `[G, units, D]` and the last layer's patch states `[G, units, 4 * hidden]`, both in raster order.
     """
     units = height * width
     x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1)).float()  # the residual stream stays in float32
@@ -59,7 +59,7 @@ def tower(visual, patches: torch.Tensor, height: int, width: int) -> tuple[torch
     where = torch.stack(
         [(y.flatten()[:, None] * 2 + inner[0]).flatten(), (xs.flatten()[:, None] * 2 + inner[1]).flatten()]
     )
-    # Sort the rows by window, so that each window is a slice.
+    # Sort rows by window, so that each window is a slice.
     buckets = window_buckets(height, width)
     order = torch.cat([b.flatten() for b in buckets])
     x = x.view(grids, units, 4, -1)[:, order].flatten(1, 2)

@@ -1,8 +1,8 @@
-"""Lessons: questions that are used only in training. Each one asks for a single step of a harder question type.
+"""Lessons, which are training-only questions that ask for a single step of a harder question type.
 
-For example, lessons ask for the position of one object, because other questions ask for the relation between two objects, and for
-the time of one event, because other questions ask for the order of events. Imported by `experiments.demo.batches` and
-`experiments.demo.build`; not run by itself.
+For example, lessons ask for the position of one object to prepare for questions about the relation between two objects, and for the
+time of one event to prepare for questions about the order of events. Imported by `experiments.demo.batches` and
+`experiments.demo.build`; not a script.
 """
 
 import numpy as np
@@ -78,5 +78,5 @@ LESSONS = {
 
 
 def ask_all(clip: Clip, rng: np.random.Generator, count: int) -> list[Question]:
-    """Ask questions about a clip like `questions.ask`, but also include lessons."""
+    """Ask questions about a clip as in `questions.ask`, but including lessons."""
     return ask(clip, rng, count, MAKERS | LESSONS, WEIGHTS | {"when": 1.5})

@@ -1,11 +1,11 @@
-"""Muon in float32, batched by matrix shape. PyTorch's version uses bfloat16, which is ten times slower on CPUs without support."""
+"""Muon in float32, batched by matrix shape. PyTorch uses bfloat16, which is ten times slower on CPUs without bfloat16 support."""
 
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
-# As in PyTorch. The polynomial is steep at zero, so that singular values end up between 0.5 and 1.5.
+# Same as in PyTorch. The polynomial is steep at zero, so singular values end up between 0.5 and 1.5.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Update every matrix that has a gradient. `closure` is not called."""
+        """Update all matrices with a gradient. `closure` is not called."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for p in group["params"]:
@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
     def _smoothed(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Return the Nesterov momentum of the gradients of `p`."""
+        """Return the Nesterov momentum of the gradient of `p`."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Push the singular values of matrices `[N, rows, columns]` close to 1 with five Newton-Schulz iterations."""
+    """Push the singular values of the matrices, `[N, rows, columns]`, close to 1 with five Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT.contiguous() if tall else matrices

@@ -1,4 +1,4 @@
-"""Deterministic drawing tools for both worlds: outlines, characters, sprites, noise and video files."""
+"""Deterministic drawing tools for both worlds: outlines, characters, sprites, noise, and video files."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -8,7 +8,7 @@ import numpy as np
 
 from evoprune.bundled import DEMOS
 
-# Each character is seven rows of five dots, written as a hexadecimal number.
+# Each character consists of seven rows of five dots, encoded as a hexadecimal number.
 _DOTS = {
     "0": "0E 11 13 15 19 11 0E", "1": "04 0C 04 04 04 04 0E", "2": "0E 11 01 06 08 10 1F", "3": "1F 02 04 02 01 11 0E",
     "4": "02 06 0A 12 1F 02 02", "5": "1F 10 1E 01 01 11 0E", "6": "06 08 10 1E 11 11 0E", "7": "1F 01 02 04 08 08 08",
@@ -25,7 +25,7 @@ CHARACTERS = "".join(_DOTS)
 
 @lru_cache(maxsize=1024)
 def glyph_mask(character: str, height: int) -> np.ndarray:
-    """Return the share of each pixel that a character covers, float32 `[height, round(height * 5 / 7)]` in [0, 1]."""
+    """Return the fraction of each pixel covered by a character, float32 `[height, round(height * 5 / 7)]` in [0, 1]."""
     rows = [int(row, 16) for row in _DOTS[character].split()]
     dots = np.array([[row >> (4 - i) & 1 for i in range(5)] for row in rows], np.float32)
     width = round(height * 5 / 7)
@@ -35,10 +35,10 @@ def glyph_mask(character: str, height: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def outline_mask(outline: str, radius: int, bar: float = 0.34, hole: float = 0.5) -> np.ndarray:
-    """Return the share of each pixel that an outline covers, float32 `[2 * radius, 2 * radius]` in [0, 1].
+    """Return the fraction of each pixel covered by an outline, float32 `[2 * radius, 2 * radius]` in [0, 1].
 
-    Each pixel is sampled at 4x4 points. `bar`, which is half the thickness of a cross, and `hole`, which is the inner radius of a
-    ring, are relative to `radius`.
+    Each pixel is sampled at 4x4 points. `bar` (half the thickness of a cross) and `hole` (the inner radius of a ring) are relative
+    to `radius`.
     """
     n = 8 * radius
     axis = (np.arange(n) + 0.5) / (n / 2) - 1
@@ -63,7 +63,7 @@ def blend(canvas: np.ndarray, colours, cover: np.ndarray, left: int, top: int) -
     """Draw a sprite with its top left corner at (left, top), cropped to the canvas.
 
     Returns:
-        The area that was drawn, as slices of the canvas and of the sprite.
+        The drawn area, as slices of the canvas and of the sprite.
     """
     x0, y0 = max(left, 0), max(top, 0)
     x1 = max(x0, min(left + cover.shape[1], canvas.shape[1]))
@@ -83,7 +83,7 @@ def _white_noise() -> np.ndarray:
 
 
 def add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float, out: np.ndarray) -> None:
-    """Add sensor noise to the canvas and write the result to `out` as uint8. The noise is a random slice of a precomputed bank."""
+    """Add sensor noise to the canvas, and write the result to `out` as uint8. The noise is a random slice of a precomputed bank."""
     bank = _white_noise()
     pixels = canvas.size
     start = 0
@@ -109,22 +109,22 @@ def write_frames(
     """Encode frames, uint8 `[height, width, 3]`, as a video file.
 
     Args:
-        size: height and width, which must both be even.
-        crf: constant rate factor. If it is `LOSSLESS`, x264 keeps red, green and blue exactly.
-        tag: comment to store in the file's metadata.
+        size: The height and width, which must both be even.
+        crf: x264's constant rate factor. `LOSSLESS` preserves red, green, and blue exactly.
+        tag: A comment to store in the file metadata.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: If the file cannot be written.
     """
     import av
 
-    # On some processors, macroblock trees differ between runs. Without them, the same clip always gives the same file.
+    # On some processors, macroblock trees differ between runs. Without them, the same clip always produces the same file.
     of_codec = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
     of_file = {}
     pix_fmt = "yuv420p"
     if "vp9" in codec:
         of_codec = {"crf": str(crf), "b": "0"}
-        of_file = {"fflags": "+bitexact"}  # so that WebM files have no random ID
+        of_file = {"fflags": "+bitexact"}  # prevents a random ID in WebM files
     if crf == LOSSLESS:
         codec = "libx264rgb"
         pix_fmt = "rgb24"
@@ -133,7 +133,7 @@ def write_frames(
         stream = container.add_stream(codec, rate=fps, options=of_codec)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
-        stream.codec_context.thread_count = 1  # the output depends on the number of threads
+        stream.codec_context.thread_count = 1  # the output depends on the thread count
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing
 
-# Relative frequency per question type. The types that take longest to learn are asked most often.
+# Relative frequency by question type. Types that take the longest to learn are asked most often.
 WEIGHTS = {"relation": 3.0, "order": 5.0, "place": 2.0, "event": 1.5, "describe": 0.5}
 # Question types, grouped by the ability that they test.
 GROUPS = {
@@ -19,7 +19,8 @@ GROUPS = {
     "space": ("relation", "place", "count"),
     "rest": ("exists", "describe"),
 }
-# Function that yields all questions of one type about a clip as tuples: question, answer, and the objects it refers to.
+# Function that yields all questions of one type about a clip, as tuples: question, answer, and the objects that the question refers
+# to.
 Maker = Callable[[Clip, np.random.Generator], Iterable[tuple]]
 
 
@@ -33,7 +34,7 @@ class Question:
     options: tuple[str, ...] = ()
     groups: tuple[
         str, ...
-    ] = ()  # for shapes: abilities, flash, camera; for scenes: the clip's family, then finer groups
+    ] = ()  # for shapes: abilities, flash, camera; for scenes: the clip's family, followed by finer groups
 
 
 def ask(
@@ -46,8 +47,8 @@ def ask(
     """Ask up to `count` different questions about a clip.
 
     Args:
-        makers: the question types, by default MAKERS.
-        weights: relative frequency per type. Types that are missing have weight 1.
+        makers: The question types. Defaults to MAKERS.
+        weights: The relative frequency by type. Missing types have a weight of 1.
     """
     if makers is None:
         makers = MAKERS
@@ -76,7 +77,7 @@ def pick(rng, *phrases):
 
 
 def refer(clip: Clip, thing: Thing, rng) -> str:
-    """Return an unambiguous name for an object, such as `circle`, `red shape`, `red circle` or `digit`."""
+    """Return an unambiguous name for an object, such as `circle`, `red shape`, `red circle`, or `digit`."""
     if thing.is_digit:
         return "digit"
     names = [thing.name]
@@ -88,7 +89,7 @@ def refer(clip: Clip, thing: Thing, rng) -> str:
 
 
 def _only(clip: Clip, part: str) -> list[Thing]:
-    """Return the shapes that share the attribute `part` (kind or color) with no other shape in the clip."""
+    """Return all shapes whose attribute `part` (kind or color) is unique in the clip."""
     counts = Counter(getattr(t, part) for t in clip.shapes)
     return [t for t in clip.shapes if counts[getattr(t, part)] == 1]
 
@@ -98,7 +99,7 @@ def _digits(clip: Clip) -> list[Thing]:
 
 
 def _each(things: Callable[[Clip], Iterable[Thing]], part: str, *phrases: str, called=refer) -> Maker:
-    """Return a maker that asks for one attribute of every object, using one of the phrases with the object's name filled in.
+    """Return a maker that asks for one attribute of each object, inserting the object's name into one of the phrases.
 
     `part` is the name of the attribute, and `called` returns an object's name.
     """
@@ -129,7 +130,8 @@ def _count(clip, rng):
 
 
 def _count_end(clip, rng):
-    # If an object vanishes shortly before the end, no sampled frame may show that it is gone. Such clips get no question.
+    # If an object vanishes shortly before the end, it might be visible in all sampled frames. No question is asked about such
+    # clips.
     if not any(0 < clip.seconds - t.end < clip.seconds * 0.12 for t in clip.shapes):
         seen = sum(t.visible(clip.seconds * (1 - 1e-6)) for t in clip.shapes)
         yield pick(rng, "How many shapes are there at the end?", "How many shapes are left at the end?"), str(seen)
@@ -142,7 +144,7 @@ def _event(clip, rng):
         for t in clip.things
         for x in [refer(clip, t, rng)]
     ]
-    # Most objects stay. Questions about them are asked less often, so that "stays" is not the best guess.
+    # Most objects stay. Questions about them are asked less often, so that "stays" isn't the best guess.
     return [m for m in made if m[1] != "stays" or rng.random() < 0.5]
 
 
@@ -203,7 +205,7 @@ def _exists(clip, rng):
     if names and rng.random() < 0.5:
         name = pick(rng, *sorted(names))
         answer = "yes"
-    else:  # a shape and a color that are both in the clip, but not in the same object, if possible
+    else:  # a shape and a color that both occur in the clip, but if possible not in the same object
         kinds = list(SHAPES)
         if rng.random() < 0.7:
             kinds = sorted({t.kind for t in clip.shapes})
@@ -219,7 +221,7 @@ def _exists(clip, rng):
 
 
 def _describe(clip, rng):
-    """Describe the clip in complete sentences that list the objects from left to right."""
+    """Describe the clip in complete sentences, listing the objects from left to right."""
     said = []
     for t in sorted(clip.things, key=lambda t: t.centre(max(t.start, 0.0))[0]):
         event = t.event(clip.seconds)

@@ -1,10 +1,9 @@
 """Render the clips in `samples/` and their questions: `python -m experiments.demo.samples samples`.
 
-The clips have their own split, "samples". They were chosen so that they are varied, and so that the demo model answers their
-questions correctly both without pruning and with the default settings. Its answers about these clips are therefore not a
-measurement.
+The clips have their own split, "samples". They were chosen for variety, and so that the demo model answers their questions
+correctly both without pruning and with the default settings. Therefore, its answers about these clips are not a measurement.
 
-The clip from the second world, in `samples/scenes/`, has no questions. It was chosen by looking at its frames and its overlay,
+The clip from the second world, in `samples/scenes/`, has no questions. It was chosen by inspecting its frames and its overlay,
 because its objects move at different times in front of a static camera.
 """
 
@@ -80,7 +79,7 @@ def render(folder: Path) -> None:
 
 
 def questions() -> list[dict[str, str]]:
-    """Return the records of `questions.jsonl`, one per question."""
+    """Return the `questions.jsonl` records, one per question."""
     rows = []
     for name, (seed, *_, wanted) in CLIPS.items():
         clip = drawn(name, seed)

@@ -21,26 +21,27 @@ from experiments.demo.scenes_model import prompt
 from experiments.demo.training_clips import through_codec
 
 GROUPS = ("text", "look", "place", "count", "gist", "events", "motion", "moment", "choice", "open", "lesson")
-# IDs of the tokens <|image_pad|> and <|video_pad|>.
+# Token IDs of <|image_pad|> and <|video_pad|>.
 IMAGE = 6
 VIDEO = 7
 
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """Hyperparameters of a training run. Steps of stage 2 are counted from the start of that stage."""
+    """Training run hyperparameters. Stage 2 steps are counted from the start of that stage."""
 
     seed: int = 0
-    reader: str = ""  # folder of a trained model whose language model is used as the starting point; "" means a new one
-    processes: int = 4  # number of processes, each of which has its own batches
+    reader: str = ""  # folder of a trained model whose language model serves as the starting point; "" means a new one
+    processes: int = 4  # number of processes, each with its own batches
     vision_steps: int = 1600
-    match_steps: int = 400  # steps that train only the merger to produce the visual tokens of `reader`, if there is one
+    # Number of steps that train only the merger to produce the visual tokens of `reader`, if there is one.
+    match_steps: int = 400
     steps: int = 7000
-    open_steps: int = 600  # steps on questions without options about small pictures, with the tower frozen
-    still_steps: int = 1200  # steps on small pictures only
-    small_steps: int = 5600  # steps without the largest frames and lengths
-    vision_units: int = 768  # number of units in a batch of the first stage
-    units: int = 768  # approximate number of units in a batch of the second stage
+    open_steps: int = 600  # number of steps on questions without options about small images, with the tower frozen
+    still_steps: int = 1200  # number of steps on small images only
+    small_steps: int = 5600  # number of steps without the largest frames and lengths
+    vision_units: int = 768  # number of units in a first-stage batch
+    units: int = 768  # approximate number of units in a second-stage batch
     tower_rate: float = (
         0.4  # learning rate factor for the merger in the second stage, while the rest of the tower is frozen
     )
@@ -48,11 +49,12 @@ class ScenesRecipe:
     thaw_steps: int = 300  # number of steps until the learning rate reaches its value with `thawed`
     reader_rate: float = 0.4  # learning rate factor for a language model that has already been trained
     labels: float = 0.3  # weight of the auxiliary loss in the second stage
-    lessons: float = 0.4  # share of lessons among the questions in the second stage, once some questions have options
+    # Fraction of lessons among the questions in the second stage, once some questions have options.
+    lessons: float = 0.4
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.4  # share of a stage during which the learning rate decays
+    decay: float = 0.4  # fraction of a stage over which the learning rate decays
 
 
 # Frame sizes as ((height, width) in units, weight).
@@ -64,21 +66,21 @@ STILLS = (
     ((12, 8), 0.5),
     ((9, 16), 0.8),
     ((12, 18), 0.4),
-)  # additional sizes of pictures, while videos are still small
+)  # additional image sizes, used while videos are still small
 LARGE = (((4, 6), 1.0), ((5, 7), 1.0), ((6, 8), 2.0), ((8, 12), 3.0), ((12, 8), 0.6), ((9, 16), 0.8), ((12, 18), 0.4))
 PAIRS = ((1, 1.5), (2, 0.5), (3, 0.7), (4, 2.0), (6, 1.5), (8, 1.5), (12, 0.6), (16, 0.3))
-MOST = 1200  # maximum number of units in one clip
+MOST = 1200  # maximum number of units per clip
 PACES = (1.0, 1.0, 1.0, 0.5, 0.8, 1.25, 2.0)  # seconds per frame pair
 UNITS_PER_QUESTION = 6  # the text of a question costs about as much computation as this many units
 NEVER_OPEN = ("extreme", "there", "missing")
-OFFSET = 16_000  # maximum offset that is added to the positions of a prompt's inputs
+OFFSET = 16_000  # maximum offset to add to the positions of a prompt's inputs
 
 
 def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Render a clip for training. One time in five, the frames have the artifacts of a video codec.
+    """Render a clip for training. One time in five, the frames contain video codec artifacts.
 
     Returns:
-        The frames, the labels of patches and units (see `dense_labels`), and the labels of units over time (see `story_labels`).
+        The frames, the patch and unit labels (see `dense_labels`), and the unit labels over time (see `story_labels`).
     """
     times = SamplingPlan.even(0.0, clip.seconds, 2 * clip.pairs).times_s
     frames, maps = render_with_map(clip, times)
@@ -88,10 +90,10 @@ def drawn(clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def vision_batches(recipe: ScenesRecipe, first: int, rank: int = 0):
-    """Yield an infinite sequence of batches for stage 1, which consist of crowded frame pairs.
+    """Yield an infinite sequence of batches for stage 1, consisting of crowded frame pairs.
 
-    Each batch is `(frames uint8 [2 * G, H, W, 3], labels of patches, labels of units, (height, width))`. Every second batch has
-    clips of two frame pairs in which objects and cameras move.
+    Each batch is `(frames uint8 [2 * G, H, W, 3], patch labels, unit labels, (height, width))`. Every second batch has clips of two
+    frame pairs with moving objects and cameras.
     """
     step = first
     while True:
@@ -174,7 +176,7 @@ def question_batches(recipe: ScenesRecipe, tokenizer, first: int, rank: int = 0)
 
 
 def _shape(recipe: ScenesRecipe, step: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Choose a random height and width in units, and a number of frame pairs, that suit the training step."""
+    """Choose a random height and width, in units, and a number of frame pairs that suit the training step."""
     if step < recipe.still_steps:
         return *draw(rng, TINY), 1
     while True:
@@ -203,14 +205,14 @@ def _questions(units: int, plain: bool) -> int:
 def _asked(
     clips: list[Clip], noun: str, rng: np.random.Generator, count: int, plain: bool, taught: float
 ) -> list[Question]:
-    """Ask questions about the clips in one prompt. They are worded as the model gets them, and sorted in packing order.
+    """Ask questions about the clips in one prompt. The questions are worded as the model sees them, and sorted in packing order.
 
     Args:
-        clips: one or two clips.
-        noun: the word for a clip in questions about two clips.
-        count: number of questions.
-        plain: whether to ask questions without options.
-        taught: share of lessons among the questions.
+        clips: One or two clips.
+        noun: The word for a clip in questions about two clips.
+        count: The number of questions.
+        plain: Whether to ask questions without options.
+        taught: The fraction of lessons among the questions.
     """
     questions = []
     for number, clip in enumerate(clips):
@@ -232,7 +234,7 @@ def _asked(
 def _prefix(
     ids, grid, pace: float, inputs: int, pad: int, rng: np.random.Generator
 ) -> tuple[list[int], torch.Tensor, int]:
-    """Return the token IDs before a question, their positions, and the position after them."""
+    """Return the token IDs that precede a question, their positions, and the next position."""
     before = ids(BEFORE_VIDEO)
     n = int(np.prod(grid))
     prefix = before[:-1]

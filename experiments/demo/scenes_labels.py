@@ -1,4 +1,4 @@
-"""Labels for the auxiliary head, which describe what patches and units show in a clip of scenes. Imported by `scenes_batches`."""
+"""Auxiliary head labels, which describe what patches and units show in a clip of scenes. Imported by `scenes_batches`."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ NOTHING = len(LOOKS)
 BLANK = len(CHARACTERS)
 PATCH = 14
 SLOT = 7
-# How a unit has changed since the previous frame pair. If it shows an object, the object was already there, has moved in along
-# one of the MOTIONS, is new, or has changed. If it shows no object, the previous object has disappeared or moved away, or there was
-# no object before either.
+# How a unit has changed since the previous frame pair. If it shows an object, the object was already there, moved in along one of
+# the MOTIONS, is new, or has changed. Otherwise, the previous object disappeared or moved away, or there was no object before
+# either.
 STILL = 0
 CAME = 1
 NEW = 5
@@ -27,9 +27,9 @@ GONE = 7
 LEFT = 8
 EMPTY = 9
 STORY_WEIGHT = torch.tensor([0.2, 1, 1, 1, 1, 1, 1, 1, 1, 0.05])
-# The labels of a patch are the outline, the texture and the color of the object at its center, the characters in its left and
-# right half, and the object's motion between the two frames of the pair. The label of a unit tells whether it contains the center
-# of an object.
+# A patch's labels are the outline, texture, and color of the object at its center, the characters in its left and right halves, and
+# the object's motion between the two frames of the pair. A unit's label indicates whether the unit contains the center of an
+# object.
 PATCH_CLASSES = {
     "outline": NOTHING + 1, "texture": len(TEXTURES), "colour": len(COLOURS), "left": BLANK + 1, "right": BLANK + 1,
     "motion": 1 + len(MOTIONS),
@@ -38,11 +38,11 @@ ROWS = COLUMNS = 24
 
 
 def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of patches and units in Hugging Face's order. IGNORED means that there is no label.
+    """Return patch and unit labels in Hugging Face's order. IGNORED means unlabeled.
 
     Args:
-        times: two times for each frame pair, in seconds.
-        maps: index of the object that each pixel shows, `[len(times), height, width]`.
+        times: Two times for each frame pair, in seconds.
+        maps: The index of the object shown at each pixel, `[len(times), height, width]`.
 
     Returns:
         int64 `[pairs, units, 4, 6]` for patches, and int64 `[pairs, units]` for units.
@@ -76,13 +76,12 @@ def dense_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> tuple[
 def story_labels(clip: Clip, times: Sequence[float], maps: np.ndarray) -> np.ndarray:
     """Return how each unit has changed since the previous frame pair, int64 `[pairs, units]`. In the first pair, it is IGNORED.
 
-    For the arguments, see `dense_labels`.
+    See `dense_labels` for the arguments.
     """
     pairs = len(times) // 2
     height = clip.height // 28
     width = clip.width // 28
-    # A unit shows the object with the highest number among the centers of its patches, so objects take precedence over the
-    # background.
+    # A unit shows the highest-numbered object among its patch centers, so objects take precedence over the background.
     shown = maps[::2, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(pairs, height, 2, width, 2).astype(np.int64)
     shown = shown.transpose(0, 1, 3, 2, 4).reshape(pairs, height * width, 4).max(-1)
     labels = np.full((pairs, height * width), IGNORED)
@@ -109,7 +108,7 @@ def _story(clip: Clip, thing, before: float, now: float) -> int:
 
 
 def _looks(thing, t: float) -> tuple[int, int, int]:
-    """Return the labels of an object's outline, texture and color at time t."""
+    """Return the labels for an object's outline, texture, and color at time t."""
     outline = LOOKS.index(thing.outline)
     colours = list(COLOURS)
     if thing.is_sign:
@@ -119,10 +118,10 @@ def _looks(thing, t: float) -> tuple[int, int, int]:
 
 
 def _motion(clip: Clip, thing, t: float, then: float, least: float = 2.0) -> int:
-    """Return the label of an object's motion on the frame between the times `t` and `then`, including the motion of the camera.
+    """Return the label for an object's motion within the frame between times `t` and `then`, including camera motion.
 
-    0 means that the object moves by less than half of `least` pixels, 1 + i stands for direction i of MOTIONS, and IGNORED means
-    that the motion is unclear.
+    0 means that the object moves by less than half of `least` pixels, 1 + i means direction i of MOTIONS, and IGNORED means that
+    the motion is unclear.
     """
     dx, dy = (b - a for a, b in zip(_on_frame(clip, thing, t), _on_frame(clip, thing, then), strict=True))
     far, less = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
@@ -140,7 +139,7 @@ def _on_frame(clip: Clip, thing, t: float, dx: float = 0.0) -> tuple[float, floa
 
 
 def _write(slots: np.ndarray, clip: Clip, number: int, t: float, seen: np.ndarray) -> None:
-    """Label each slot that contains the center of a visible character of a sign."""
+    """Label all slots that contain the center of a visible sign character."""
     thing = clip.things[number]
     text = thing.after if thing.is_sign and t >= thing.turn else thing.text
     for at, character in enumerate(text):
@@ -162,11 +161,11 @@ class Head(nn.Module):
         """Return the loss, and the accuracy of each label for the log.
 
         Args:
-            flat: states in the last layer, `[G, units, 4 * hidden]`.
-            patches: labels of patches from `dense_labels`.
-            units: labels of units from `dense_labels`.
-            height: number of units in a column.
-            width: number of units in a row.
+            flat: The states in the last layer, `[G, units, 4 * hidden]`.
+            patches: The patch labels from `dense_labels`.
+            units: The unit labels from `dense_labels`.
+            height: The grid height, in units.
+            width: The grid width, in units.
         """
         outs = self.patch(flat.unflatten(-1, (4, -1))).float().split(list(PATCH_CLASSES.values()), -1)
         middle, row, column = self.unit(flat).float().split([2, ROWS, COLUMNS], -1)
@@ -196,11 +195,11 @@ class Head(nn.Module):
         return loss, right
 
     def told(self, states: torch.Tensor, story: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the loss and the accuracies when labels are predicted from visual tokens inside the language model.
+        """Return the loss and the accuracies for labels predicted from visual tokens inside the language model.
 
         Args:
-            states: states of the visual tokens, `[..., D]`.
-            story: labels from `story_labels`, `[...]`.
+            states: The visual token states, `[..., D]`.
+            story: The labels from `story_labels`, `[...]`.
         """
         if not (story != IGNORED).any():
             return states.new_zeros(()), {}

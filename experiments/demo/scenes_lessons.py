@@ -1,7 +1,7 @@
-"""Lessons: questions about scenes that are used only in training. Each one asks for a single step of a harder question type.
+"""Lessons, which are training-only questions about scenes that ask for a single step of a harder question type.
 
-For example, a lesson asks for the position of one object, because another question asks which object is "furthest to the left".
-Another lesson asks for the time of one event, because another question asks "which happens first". Imported by `scenes_batches`.
+For example, a lesson about the position of one object prepares for questions about which object is "furthest to the left", and a
+lesson about the time of one event prepares for questions about "which happens first". Imported by `scenes_batches`.
 """
 
 from experiments.demo.questions import pick
@@ -16,7 +16,7 @@ VERBS = {"appears": "appear", "vanishes": "vanish", "flashes": "flash"}
 
 
 def _cells(clip, rng):
-    """Ask for the row or the column of an object, in units."""
+    """Ask for an object's row or column, in units."""
     drafts = []
     for when, t in times_asked(clip).items():
         for thing, x, y in placed(clip, t):
@@ -28,7 +28,7 @@ def _cells(clip, rng):
 
 
 def _beside(clip, rng):
-    """Ask about the relative position of two objects that do not move."""
+    """Ask about the relative position of two static objects."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = [t for t in clip.things if not t.speed]
@@ -44,7 +44,7 @@ def _beside(clip, rng):
 
 
 def _lists(clip, rng):
-    """Ask to list everything, or all objects with one attribute, from left to right."""
+    """Ask for a list of all objects, or all objects with one attribute, from left to right."""
     if clip.camera.travels or not clip.is_uncut:
         return []
     lie = sorted((t for t in clip.things if not t.speed and not t.after), key=lambda t: t.x)

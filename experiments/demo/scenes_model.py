@@ -1,4 +1,4 @@
-"""Builds the untrained model for the second world: architecture, tokenizer and initial weights. Imported by `train_scenes`."""
+"""Build the untrained model for the second world: architecture, tokenizer, and initial weights. Imported by `train_scenes`."""
 
 from collections.abc import Iterator
 
@@ -14,15 +14,15 @@ from experiments.demo.scenes.compose import make_clip
 from experiments.demo.scenes.happening import types_for
 
 HIDDEN = 128
-# Every trained vision tower has a few channels in the residual stream that have large values in all rows. These are the indices and
-# the values of such channels in this tower. They are a bias of the first layer, because Qwen's patch embedding has no bias.
+# Every trained vision tower has a few residual stream channels with large values in all rows. These are the indices and values of
+# such channels in this tower. They are implemented as a bias of the first layer, because Qwen's patch embedding has no bias.
 LARGE = {5: 9.0, 37: -14.0, 90: 7.0}
 
 
 def scenes_config():
-    """Return a config with exactly the architecture of Qwen2.5-VL.
+    """Return a config with the exact architecture of Qwen2.5-VL.
 
-    As in the real tower, the first layer with full attention comes after a quarter of the layers.
+    As in the real tower, the first full-attention layer comes after a quarter of the layers.
     """
     from transformers import Qwen2_5_VLConfig
 
@@ -51,14 +51,14 @@ def keep_large(visual) -> None:
 
 
 def prompt(question: Question) -> str:
-    """Return the text of a question as the model gets it. It is the same as in `evoprune eval`, with a letter for each option."""
+    """Return a question's text as the model sees it. It is the same as in `evoprune eval`, with a letter for each option."""
     return Row("", (), (), question.question, options=question.options).prompt
 
 
 def scenes_tokenizer(clips: int = 1200):
-    """Return a tokenizer like the one for shapes, but trained on the questions about `clips` clips of scenes.
+    """Return a tokenizer like the one for shapes, but trained on questions about `clips` clips of scenes.
 
-    The texts on signs are left out, so that the model reads signs letter by letter.
+    Sign text is excluded, so that the model reads signs letter by letter.
     """
 
     def texts() -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The language model's forward pass for training on a CPU, in which many questions share a prompt. Logits equal Hugging Face's.
+"""The language model's forward pass for CPU training, with many questions per prompt. The logits are the same as in Hugging Face.
 
-A prompt is processed once, and each row of questions attends to the prompt and to itself. This needs far less computation than one
-long sequence in which the questions are masked from each other.
+A prompt is processed once, and each row of questions attends to the prompt and to itself. This requires far less computation than
+one long sequence with questions masked from each other.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BARRED = -1e4
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a batch (prompts, tokens per prompt, rows per prompt, tokens per row) and the numbers of attention heads."""
+    """The sizes of a batch (prompts, tokens per prompt, rows per prompt, tokens per row) and the number of attention heads."""
 
     prompts: int
     length: int
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def before(self) -> int:
-        """Total number of prompt tokens, which precede the tokens of the rows in a flat list."""
+        """Total number of prompt tokens, which precede the row tokens in a flat list."""
         return self.prompts * self.length
 
     def of_prompts(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,13 +52,13 @@ def hidden_of_rows(
     """Run the language model on prompts followed by rows. A row attends to its prompt and to itself, but not to other rows.
 
     Args:
-        text: `model.model.language_model`.
-        prefix: embeddings of the prompts, `[B, P, D]`.
-        where: M-RoPE positions of the prompts, int64 `[3, P]`.
-        rows: embeddings of the rows, `[B, S, Q, D]`.
-        place: positions of the rows, int64 `[B, S, Q]`, the same on all axes.
-        own: attention mask within a row, bool `[B, S, Q, Q]`.
-        section: `mrope_section` of the configuration.
+        text: The language model, `model.model.language_model`.
+        prefix: The prompt embeddings, `[B, P, D]`.
+        where: The prompts' M-RoPE positions, int64 `[3, P]`.
+        rows: The row embeddings, `[B, S, Q, D]`.
+        place: The row positions, int64 `[B, S, Q]`, the same on all axes.
+        own: The attention mask within a row, bool `[B, S, Q, Q]`.
+        section: `mrope_section` from the configuration.
 
     Returns:
         The rows' normalized hidden states, `[B, S, Q, D]`, and the prompts' states after half of the layers, `[B, P, D]`.
@@ -93,7 +93,7 @@ def hidden_of_rows(
 def _angles(
     inv_freq: torch.Tensor, prompts: int, where: torch.Tensor, place: torch.Tensor, section: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosine and the sine of the tokens' rotary angles in flat order, both `[tokens, 1, dim]`."""
+    """Return the cosine and sine of the tokens' rotary angles in flat order, both `[tokens, 1, dim]`."""
     freqs = where[..., None] * inv_freq
     freqs = torch.cat([part[i % 3] for i, part in enumerate(freqs.split(section, dim=-1))], dim=-1)
     freqs = torch.cat([freqs.repeat(prompts, 1), (place[..., None] * inv_freq).flatten(0, 2)])

@@ -1,7 +1,7 @@
 """Data-parallel training. Each process computes gradients on its own batches, and all processes apply the mean gradient.
 
-On a CPU, two processes with one thread each are faster than one process with two threads, because most operations in a small model
-are too small to parallelize.
+On a CPU, two single-threaded processes are faster than one process with two threads, because most operations in a small model are
+too small to parallelize.
 """
 
 import tempfile
@@ -15,14 +15,14 @@ from torch import multiprocessing
 
 
 class Team:
-    """The group of processes in a training run, as seen by one of them. Rank 0 writes the log and the checkpoints."""
+    """The process group of a training run, as seen by one of its processes. Rank 0 writes the log and the checkpoints."""
 
     def __init__(self, rank: int, size: int):
         self.rank = rank
         self.size = size
 
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace each tensor by its mean over all processes, which must pass the same shapes."""
+        """Replace each tensor with its mean over all processes, which must pass the same shapes."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -32,7 +32,7 @@ class Team:
             tensor.copy_(part.view_as(tensor))
 
     def complete(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give parameters a zero gradient if they have a gradient only in other processes."""
+        """Set a zero gradient for parameters with a gradient only in other processes."""
         if self.size == 1:
             return
         has = [p.grad is not None for p in parameters]
@@ -43,7 +43,7 @@ class Team:
                 p.grad = torch.zeros_like(p)
 
     def any(self, flag: bool) -> bool:
-        """Return True, in all processes, if the flag is set in any of them."""
+        """Return True, in all processes, if the flag is set in any process."""
         if self.size == 1:
             return flag
         votes = torch.tensor(float(flag), dtype=torch.float32, device="cpu")
@@ -52,7 +52,7 @@ class Team:
 
 
 def run_team(work: Callable[..., None], size: int, *args) -> None:
-    """Run `work(team, *args)` in `size` processes with one thread each, or in this process if `size` is 1."""
+    """Run `work(team, *args)` in `size` single-threaded processes, or in this process if `size` is 1."""
     if size == 1:
         torch.set_num_threads(1)
         work(Team(0, 1), *args)
@@ -63,7 +63,7 @@ def run_team(work: Callable[..., None], size: int, *args) -> None:
 
 def _member(rank: int, size: int, meet: Path, work: Callable[..., None], args: tuple) -> None:
     torch.set_num_threads(1)
-    # A run may be paused for hours and continued, so the timeout is long.
+    # The timeout is long, because a run may be paused for hours and then resumed.
     dist.init_process_group("gloo", f"file://{meet}", timedelta(days=7), world_size=size, rank=rank)
     try:
         work(Team(rank, size), *args)

@@ -1,12 +1,12 @@
 """Train the bundled demo model from scratch on procedural clips: `python -m experiments.demo.train OUT`.
 
 Training has two stages. In the first stage, the vision tower learns on its own to name what its merge units show, using crowded
-single grids. In the second stage, the tower is frozen, so that the language model's input does not change, and the language model
-learns to answer many questions about each clip. The clips are short at first. In the end, the frames are as large as in the
+single grids. In the second stage, the tower is frozen so that the language model's input doesn't change, and the language model
+learns to answer many questions about each clip. The clips are short at first, and by the end, the frames are as large as in the
 evaluation.
 
-Training is seeded. It writes a checkpoint every few minutes and resumes from it if it is run again. The training curve is written
-to `OUT/log.jsonl`. The finished model in OUT has the hub's file layout.
+Training is seeded. It writes a checkpoint every few minutes and resumes from it when run again. The training curve is written to
+`OUT/log.jsonl`. The finished model in OUT has the hub's file layout.
 """
 
 import argparse
@@ -36,22 +36,22 @@ from experiments.demo.training import (
 
 
 class Head(nn.Module):
-    """The auxiliary head, which predicts the content and the position of every merge unit. It is discarded after training."""
+    """The auxiliary head, which predicts the content and position of each merge unit. It is discarded after training."""
 
     def __init__(self, features: int):
         super().__init__()
         self.sizes = [*ATTRIBUTES.values(), ROWS, COLUMNS]
-        self.sizes[0] += 1  # one more class, for units that show no object
+        self.sizes[0] += 1  # one additional class, for units that don't show an object
         self.linear = nn.Linear(features, sum(self.sizes))
 
     def forward(self, flat: torch.Tensor, labels: torch.Tensor, height: int, width: int):
-        """Return the loss and, for the log, the accuracy of each attribute.
+        """Return the loss and, for the log, the accuracy for each attribute.
 
         Args:
-            flat: states of the units, `[G, units, F]`.
-            labels: labels of the units, `[G, units, A]`.
-            height: number of units in a column.
-            width: number of units in a row.
+            flat: The unit states, `[G, units, F]`.
+            labels: The unit labels, `[G, units, A]`.
+            height: The grid height, in units.
+            width: The grid width, in units.
         """
         outs = self.linear(flat).float().split(self.sizes, -1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -60,7 +60,7 @@ class Head(nn.Module):
         right = {}
         for name, out, label in zip([*ATTRIBUTES, "row", "column"], outs, [*labels.unbind(-1), *places], strict=True):
             weight = None
-            if name == "shape":  # most units show nothing
+            if name == "shape":  # most units don't show an object
                 weight = torch.ones(out.shape[-1])
                 weight[-1] = 0.2
             if not (label >= 0).any():
@@ -122,7 +122,7 @@ def train_stage(run: Run, stage: int, model, head: Head, tokenizer, state: dict 
 
 
 def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
-    """Run one training step of stage 1, in which the vision tower learns to predict labels."""
+    """Run one stage 1 training step, in which the vision tower learns to predict labels."""
     frames, labels, (height, width) = batch
     with half_precision():
         _, flat = tower(visual, normalised(pixel_patches(frames)), height, width)
@@ -134,7 +134,7 @@ def vision_step(visual, head: Head, batch: tuple, learn: Learn, log: Log) -> Non
 
 
 def question_steps(model, batch: dict, learn: Learn, log: Log) -> None:
-    """Train on one batch of stage 2, with one optimizer step for each pack of questions."""
+    """Train on one stage 2 batch, with one optimizer step per pack of questions."""
     with half_precision():
         flat = look(model.model.visual, batch)
     for pack in batch["packs"]:

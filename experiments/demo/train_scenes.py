@@ -2,24 +2,24 @@
 
 Training has two stages. In the first stage, the tower learns on its own to name what each patch shows, including the characters on
 signs. In the second stage, the tower and the language model together learn to answer many questions about each clip. At first,
-these are questions without options about small pictures, and the tower is frozen, because the gradients of an untrained language
-model would destroy what the tower has learned. After that, the tower is trained as well, so that its attention becomes meaningful.
-Short and small videos are added later, and finally frames as large as in the evaluation.
+these are questions without options about small images, and the tower is frozen, because the gradients from an untrained language
+model would destroy what the tower has learned. After that, the tower is also trained, so that its attention becomes meaningful.
+Later, training adds short and small videos, and finally frames as large as in the evaluation.
 
-Two out of five questions are lessons (`scenes_lessons`), because with hard questions alone, the accuracy stayed at chance level for
-thousands of steps. The accuracy of most questions about time also stayed at chance level, until the tower was trained to name
-motion, and the language model to name how each unit has changed since the previous frame pair.
+Two out of five questions are lessons (`scenes_lessons`), because with hard questions alone, accuracy stayed at chance level for
+thousands of steps. Accuracy on most questions about time also stayed at chance level until the tower was trained to name motion,
+and the language model to name how each unit has changed since the previous frame pair.
 
-With `--reader`, the language model is taken from a trained model. In this case, the merger is trained alone between the two stages
+With `--reader`, the language model is taken from a trained model. In this case, the merger alone is trained between the two stages
 to produce that model's visual tokens, because a new tower's merger learns only slowly from answers.
 
-A question with options is answered with the text of an option. Answers that consist of the option's letter were tried, but after
-thousands of questions they were still random. It made no difference whether the letters were first taught from text, or whether a
-head scored each option.
+Questions with options are answered with an option's text. Answering with the option's letter was also tried, but the answers were
+still random after thousands of questions. It made no difference whether the letters were first taught from text, or whether a head
+scored each option.
 
-Training is seeded. It writes a checkpoint with the optimizers' state every few minutes and resumes from it if it is run again, so
-it can be run in phases (`--minutes`). The training curve is written to `OUT/log.jsonl`. The finished model in OUT has the hub's
-file layout.
+Training is seeded. It writes a checkpoint with the optimizer state every few minutes and resumes from it when run again, so it can
+be run in phases (`--minutes`). The training curve is written to `OUT/log.jsonl`. The finished model in OUT has the hub's file
+layout.
 """
 
 import argparse
@@ -55,7 +55,7 @@ MATCH = "match"  # the stage between stages 1 and 2, which trains the merger
 
 
 def build(folder: Path, recipe: ScenesRecipe):
-    """Return the untrained model, the auxiliary head and the tokenizer. If `folder` already contains a tokenizer, it is reused."""
+    """Return the untrained model, the auxiliary head, and the tokenizer. If `folder` already contains a tokenizer, it is reused."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     seed = recipe.seed
@@ -76,7 +76,7 @@ def build(folder: Path, recipe: ScenesRecipe):
 
 
 def trained(folder: str):
-    """Return the trained model in `folder` in float32, without its output layer."""
+    """Load the trained model from `folder` in float32, without its output layer."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
@@ -104,7 +104,7 @@ def train(team: Team, folder: Path, recipe: ScenesRecipe, minutes: float) -> Non
 def train_stage(
     team: Team, run: Run, stage: int | str, model, head: Head, tokenizer, state: dict | None, end: float
 ) -> bool:
-    """Run one stage, resuming from `state` if it is a checkpoint of this stage. Return True if the stage is finished."""
+    """Run one stage, resuming from `state` if it is a checkpoint of this stage. Returns True if the stage is finished."""
     recipe = run.recipe
     visual = model.model.visual
     steps = {1: recipe.vision_steps, MATCH: recipe.match_steps, 2: recipe.steps}[stage]
@@ -123,7 +123,7 @@ def train_stage(
     first = resumed(opts, state)
     if stage == 2:
         batches = in_worker(question_batches, recipe, tokenizer, first, team.rank)
-    else:  # the merger is trained on the same kind of batches as the first stage
+    else:  # the merger is trained on the same type of batches as the first stage
         start = first + (recipe.vision_steps if stage == MATCH else 0)
         batches = in_worker(vision_batches, recipe, start, team.rank)
 
@@ -147,7 +147,7 @@ def train_stage(
 def tower_share(step: int, recipe: ScenesRecipe) -> float:
     """Return the factor by which `tower_rate` is multiplied at a step of stage 2.
 
-    The factor is 1 as long as only the merger is trained. After that, it is small, so that the tower does not forget.
+    The factor is 1 while only the merger is trained. After that, it is small, to prevent the tower from forgetting.
     """
     if step < recipe.open_steps:
         return 1.0
@@ -155,7 +155,7 @@ def tower_share(step: int, recipe: ScenesRecipe) -> float:
 
 
 def vision_step(model, head: Head, batch: tuple, learn: Learn, log: Log) -> None:
-    """Run one training step of stage 1, in which the vision tower learns to predict labels."""
+    """Run one stage 1 training step, in which the vision tower learns to predict labels."""
     frames, patches, units, (height, width) = batch
     with half_precision():
         _, flat = tower(model.model.visual, normalised(pixel_patches(frames)), height, width)
@@ -181,7 +181,7 @@ def match_step(visual, aim, batch: tuple, learn: Learn, log: Log) -> None:
 
 
 def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels: float) -> None:
-    """Run one training step of stage 2. `labels` is the weight of the auxiliary loss. If it is 0, the tower is frozen."""
+    """Run one stage 2 training step. `labels` is the auxiliary loss weight. If it is 0, the tower is frozen."""
     _, height, width = batch["grid"]
     with half_precision():
         with torch.set_grad_enabled(labels > 0):

@@ -1,4 +1,4 @@
-"""Code shared by both training scripts: optimizers, checkpoints, the loss on answers, and the files of a finished model."""
+"""Code shared by both training scripts: optimizers, checkpoints, the loss on answers, and the files of the finished model."""
 
 import json
 import math
@@ -22,12 +22,12 @@ LOG_EVERY = 30.0  # interval between log lines, in seconds
 SAVE_EVERY = 180.0
 Learn = Callable[[torch.Tensor], None]  # function that takes a loss and runs one step of all optimizers
 
-# torch reads this variable at its first operation. With the default, which is too small, kernels would be rebuilt.
+# torch reads this variable during its first operation. The default is too small, so kernels would be rebuilt.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 
 def half_precision() -> torch.autocast:
-    """Autocast to bfloat16 on CPUs with bfloat16 matmul. Do nothing on other CPUs, where float32 is several times as fast."""
+    """Autocast to bfloat16 on CPUs with bfloat16 matmul. Disabled on other CPUs, where float32 is several times as fast."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -35,14 +35,14 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
     """Return the loss on the answers to one pack of questions.
 
     Args:
-        video: the merger's output, `[prompts, units of a prompt, D]`.
-        batch: `prefix`, ids `[P]` shared by all prompts; `slots`, a mask of the visual ids, bool `[P]`; `where`, positions `[3,
-            P]`.
-        pack: see `batches.packed`.
+        video: The merger's output, `[prompts, units per prompt, D]`.
+        batch: A dict with `prefix`, the token IDs shared by all prompts, `[P]`; `slots`, a mask of the visual token IDs, bool
+            `[P]`; and `where`, the positions, `[3, P]`.
+        pack: The result of `batches.packed`.
 
     Returns:
-        The loss; the numbers of the answers, `64 * prompt + segment`; whether all tokens of an answer are right, bool; and the
-        states of the visual tokens after half of the language model, `[prompts, units of a prompt, D]`.
+        The loss; the answer numbers, `64 * prompt + segment`; whether all tokens in each answer are correct, bool; and the visual
+        token states after half of the language model, `[prompts, units per prompt, D]`.
     """
     text = model.model.language_model
     prompts, _, longest = pack["tokens"].shape
@@ -70,10 +70,10 @@ def answer_loss(model, video: torch.Tensor, batch: dict, pack: dict) -> tuple[to
 def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) -> list[torch.optim.Optimizer]:
     """Return Muon for hidden matrices and AdamW for all other parameters.
 
-    Each parameter group records its peak learning rate (`peak`) and the index of its module (`module`).
+    Each parameter group records its peak learning rate (`peak`) and its module index (`module`).
 
     Args:
-        share: a learning rate factor for each module. Missing factors are 1.
+        share: A learning rate factor for each module. Missing factors default to 1.
     """
     made = []
     for matrix, rate in ((True, recipe.muon_lr), (False, recipe.adam_lr)):
@@ -95,7 +95,7 @@ def optimizers(recipe, modules: list[nn.Module], share: Sequence[float] = ()) ->
 
 
 def rate(step: int, steps: int, recipe) -> float:
-    """Return the learning rate factor at a step: warm-up, then constant at 1, then a cosine decay to a fiftieth."""
+    """Return the learning rate factor at a step: warm-up, then constant at 1, then cosine decay to one fiftieth."""
     start = steps * (1 - recipe.decay)
     if step < start:
         return min(1.0, (step + 1) / recipe.warmup)
@@ -158,7 +158,7 @@ class Run:
 
 
 class Log:
-    """Running means of the losses and accuracies since the last log line."""
+    """Running means of losses and accuracies since the last log line."""
 
     def __init__(self, run: Run, stage: int | str):
         self.run = run
@@ -175,7 +175,7 @@ class Log:
         self.sums[name] = old[0] + total, old[1] + count
 
     def write(self, step: int, last: bool = False) -> None:
-        """Write a log line if enough time has passed since the last one. `step` is the number of finished steps."""
+        """Write a log line if enough time has passed since the last one. `step` is the number of completed steps."""
         self.steps += 1
         passed = time.monotonic() - self.clock
         if passed < LOG_EVERY and not last:
@@ -186,7 +186,7 @@ class Log:
 
 
 def resumed(opts: list[torch.optim.Optimizer], state: dict | None) -> int:
-    """Load the optimizers' state from a checkpoint if there is one, and return the next step."""
+    """Load the optimizer state from a checkpoint, if there is one, and return the next step."""
     if state is None:
         return 0
     for optimizer, saved in zip(opts, state["optimizers"], strict=True):
@@ -205,14 +205,14 @@ def run_stage(
     end: float = math.inf,
     share: Callable[[int, int], float] = lambda step, module: 1.0,
 ) -> bool:
-    """Run the steps of a stage, writing the log and checkpoints. Return True if the stage is finished.
+    """Run the steps of a stage, writing the log and checkpoints. Returns True if the stage is finished.
 
     Args:
-        saved: the modules whose weights are stored in the checkpoint.
-        one_step: a function that trains on the next batch.
-        team: the processes of the run, by default only this one.
-        end: time at which to write a checkpoint and stop, on the clock `time.monotonic`.
-        share: a function that returns the learning rate factor for a step and a module's index in `optimizers`.
+        saved: The modules whose weights are stored in the checkpoint.
+        one_step: A function that trains on the next batch.
+        team: The processes of the run. Defaults to only this process.
+        end: The time at which to write a checkpoint and stop, as measured by `time.monotonic`.
+        share: A function that returns the learning rate factor, given a step and a module's index in `optimizers`.
     """
     team = team or Team(0, 1)
     parameters = [p for optimizer in opts for group in optimizer.param_groups for p in group["params"]]
@@ -249,7 +249,7 @@ def in_worker(make, *args) -> Iterator:
 
 
 def export(folder: Path, model, tokenizer, most: int = 10 * 14, frames: int = 24) -> None:
-    """Write the model with bfloat16 weights in the hub's file layout, limited to `most` units per frame and `frames` frames."""
+    """Save the model with bfloat16 weights in the hub's file layout, limited to `most` units per frame and `frames` frames."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     limits = {"size": {"shortest_edge": 4 * 4 * 784, "longest_edge": most * 784}}

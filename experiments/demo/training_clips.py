@@ -1,4 +1,4 @@
-"""Clips that are used only in training: crowded single grids, and frames with codec artifacts. Imported by `batches`."""
+"""Training-only clips: crowded single grids, and frames with codec artifacts. Imported by `batches`."""
 
 from fractions import Fraction
 
@@ -8,7 +8,7 @@ from experiments.demo.clips import COLOURS, SHAPES, Clip, Thing, place
 
 
 def dense_grid(rng: np.random.Generator, height: int, width: int, count: int) -> Clip:
-    """Return a one-second scene that is crowded with up to `count` objects, on which the tower is trained."""
+    """Return a one-second scene crowded with up to `count` objects, for training the tower."""
     things: list[Thing] = []
     for _ in range(count):
         kind = str(rng.integers(10)) if rng.random() < 0.4 else str(rng.choice(SHAPES))
@@ -23,8 +23,8 @@ def through_codec(frames: np.ndarray, quality: int, gop: int = 12) -> np.ndarray
 
     Args:
         frames: uint8 `[T, H, W, 3]`.
-        quality: quantizer from 2 (fine) to 31 (coarse).
-        gop: number of frames between keyframes.
+        quality: The quantizer, from 2 (fine) to 31 (coarse).
+        gop: The number of frames between keyframes.
     """
     import av
 

@@ -1,7 +1,7 @@
 """Measure how well a world reproduces the published ranking of methods: `python -m experiments.demo.validity -m FOLDER`.
 
-Only methods by other authors are run, on pictures and videos of scenes. The table compares the share of the full accuracy that each
-method keeps with its published figure for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is chosen based on this
+Only methods by other authors are run, on images and videos of scenes. For each method, the table compares the fraction of full
+accuracy kept with the published figure for Qwen2.5-VL (docs/methods.md). The mix of clips and questions is chosen based on this
 table. This project's own methods are not run, so that the mix cannot be tuned in their favor.
 """
 
@@ -34,10 +34,10 @@ NEAR, ENOUGH, AGREED = 6.0, 8, 0.7
 
 @dataclass(frozen=True)
 class Cell:
-    """A published figure: the percentage of the full accuracy that a method keeps in a group of questions at a budget.
+    """A published figure: the percentage of full accuracy that a method keeps on a question group at a budget.
 
-    `counted` is True for the twelve cells that decide whether the world is close enough. `ranked` is True if the cell is part of
-    the rank correlation for its group and budget. `within` restricts the questions to a finer group.
+    `counted` is True for the twelve cells that decide whether the world is close enough. `ranked` is True if the cell is included
+    in the rank correlation for its group and budget. `within` restricts the questions to a more specific group.
     """
 
     group: str
@@ -75,9 +75,9 @@ CELLS = (
 def kept(
     model: str, limit: int, seed: int, split: str, processes: int
 ) -> tuple[dict[Cell, float], list[str], list[dict]]:
-    """Measure how much accuracy the method of each cell keeps, as a percentage of the full accuracy.
+    """Measure how much accuracy each cell's method keeps, as a percentage of full accuracy.
 
-    Also returns one line per group with its full and blind accuracy, and all answers.
+    Also returns all answers, and one line per group with its full and blind accuracy.
     """
     found = {}
     facts = []
@@ -87,7 +87,8 @@ def kept(
             for budget in dict.fromkeys(cell.budget for cell in CELLS if cell.group == group):
                 cells = [cell for cell in CELLS if (cell.group, cell.budget) == (group, budget)]
                 first = budget == next(cell.budget for cell in CELLS if cell.group == group)
-                settings = EvalSettings(  # on the CPU, because evoprune prunes such small clips inside the tower only on CPUs
+                # On the CPU, because evoprune prunes clips this small inside the tower only on CPUs.
+                settings = EvalSettings(
                     data_text(SCENES.name, split, seed), (budget,), tuple(dict.fromkeys(cell.method for cell in cells)),
                     blind=first, groups=(group,), limit=limit, model=ModelOptions(model, device="cpu", dtype="fp32"),
                     generation=GenerationOptions(max_new_tokens=LONGEST),
@@ -119,7 +120,7 @@ def _progress(what: str) -> None:
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Return the one-based ranks of the values. Equal values get their mean rank."""
+    """Return the one-based ranks of the values. Tied values get their mean rank."""
     array = np.asarray(values, float)
     return np.array([((array < v).sum() + (array <= v).sum() + 1) / 2 for v in array])
 
@@ -132,7 +133,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def table(found: dict[Cell, float], facts: list[str]) -> str:
-    """Return the table of published and measured figures, the number of cells that are near, and the rank correlations."""
+    """Return the table of published and measured figures, the number of near cells, and the rank correlations."""
     rows = []
     for counted in (True, False):
         for cell in (cell for cell in CELLS if cell.counted == counted):

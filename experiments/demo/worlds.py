@@ -1,4 +1,4 @@
-"""Common interface of the worlds: make a clip from a split and a seed, ask questions about it, and write it to a file."""
+"""The worlds' common interface: create a clip from a split and a seed, ask questions about it, and write it to a file."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from experiments.demo.scenes import drawing as scenes_drawing
 from experiments.demo.scenes.happening import types_for
 
 QUESTIONS = 6  # number of questions per clip
-# In scenes, the groups that occur in only one family of clips. All other groups occur in both families.
+# For scenes, the groups that occur in only one family of clips. All other groups occur in both families.
 FAMILIES = {
     "picture": ("picture", "text", "look", "place", "count"),
     "video": ("video", "gist", "events", "motion", "moment"),
@@ -27,13 +27,15 @@ class World:
     """A generator of synthetic clips and of questions about them."""
 
     name: str
-    splits: tuple[str, ...]  # a split to report on, a split to tune on, and possibly a family that is never tuned on
-    crf: tuple[int, int]  # lowest and highest x264 rate factor; the seed determines which one is used
+    # A split for reporting, a split for tuning, and possibly a family that is never used for tuning.
+    splits: tuple[str, ...]
+    crf: tuple[int, int]  # lowest and highest x264 rate factor; the seed determines the factor for a clip
     make: Callable[[str, int], Any]  # makes a clip from a split and a seed
     ask: Callable[[Any, int], list[Question]]  # returns the questions about a clip, given its seed
-    suffix: Callable[[Any, int], str]  # returns the suffix of a clip's file at a rate factor
-    write: Callable[[Any, Path, int], None]  # writes a clip's file at a rate factor, where 0 is lossless
-    may_hold: Callable[[int, Collection[str]], bool]  # returns whether a seed's clip can have questions in these groups
+    suffix: Callable[[Any, int], str]  # returns the file suffix of a clip at a rate factor
+    write: Callable[[Any, Path, int], None]  # writes a clip to a file at a rate factor, where 0 is lossless
+    # Returns whether the clip for a seed can have questions in these groups.
+    may_hold: Callable[[int, Collection[str]], bool]
 
 
 SHAPES = World(

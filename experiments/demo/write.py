@@ -1,9 +1,9 @@
-"""Write clips from a demo model's world, and questions about them: `python -m experiments.demo.write FOLDER --clips 60`.
+"""Write clips from a demo model's world along with questions: `python -m experiments.demo.write FOLDER --clips 60`.
 
 To ask the questions, run `evoprune eval --data FOLDER/questions.jsonl`; for clips of scenes, add `-m demo-scenes`. A clip is
-determined by its split, block and number, and its file is the same every time. By default, the files are lossless. The figures in
-results/ are measured on compressed files (`--compressed`), whose rate factors depend on the clip's number. `frontier.py` and other
-scripts create these files themselves.
+determined by its split, block, and number, and its file is the same every time. Files are lossless by default. The figures in
+results/ are measured on compressed files (`--compressed`), with a rate factor that depends on the clip's number. `frontier.py` and
+other scripts create these files themselves.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from evoprune.errors import UsageError
 from experiments.demo.painting import LOSSLESS
 from experiments.demo.worlds import SHAPES, WORLDS
 
-BLOCK = 100_000  # number of seeds in a block; once results on a block have been reported, it is not used again
+BLOCK = 100_000  # number of seeds in a block; a block is not reused once results on it have been reported
 
 
 @dataclass(frozen=True)
 class ClipName:
-    """Identifies a clip in a world. Its string is the clip's name in results."""
+    """Identifies a clip in a world. Its string representation is the clip's name in results."""
 
     split: str
     seed: int
@@ -43,10 +43,10 @@ def seeds(block: int, limit: int) -> range:
 
 
 def clips_asked(world: str, split: str, block: int, limit: int, groups: Collection[str] = ()) -> list[ClipName]:
-    """Return the first `limit` clips in a block that can have a question in one of the groups.
+    """Return the first `limit` clips in a block that support a question in one of the groups.
 
     Raises:
-        UsageError: the world has no such split, or the block has too few clips.
+        UsageError: If the world has no such split, or the block has too few clips.
     """
     if split not in WORLDS[world].splits:
         raise UsageError(f"{world} has no split {split!r}", f"one of {', '.join(WORLDS[world].splits)}")
@@ -58,19 +58,19 @@ def clips_asked(world: str, split: str, block: int, limit: int, groups: Collecti
 
 
 def data_text(world: str, split: str, block: int) -> str:
-    """Return the name by which the results of an evaluation refer to a set of clips."""
+    """Return the name that evaluation results use for a set of clips."""
     return f"{world} ({split}, block {block})"
 
 
 def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()) -> VideoQuestions:
-    """Write a clip to a file in `folder`, and return it with its questions.
+    """Write a clip to a file in `folder`, and return the video with its questions.
 
     Args:
-        crf: x264's constant rate factor. 0 keeps every pixel exactly, and None means that the seed determines the factor.
-        groups: if this is not empty, only questions in these groups are returned.
+        crf: x264's constant rate factor. 0 preserves every pixel exactly, and None means that the seed determines the factor.
+        groups: If not empty, only questions in these groups are returned.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: If the file cannot be written.
     """
     world = WORLDS[name.world]
     clip = world.make(name.split, name.seed)
@@ -100,7 +100,7 @@ def write_clip(name: ClipName, folder: Path, crf: int | None = None, groups: Col
 def demo_video(
     name: ClipName, folder: Path, crf: int | None = None, groups: Collection[str] = ()
 ) -> Iterator[VideoQuestions]:
-    """Context manager that writes a clip like `write_clip` and removes the file at the end."""
+    """Context manager that writes a clip as in `write_clip` and removes the file on exit."""
     video = write_clip(name, folder, crf, groups)
     try:
         yield video
@@ -110,13 +110,13 @@ def demo_video(
 
 @contextmanager
 def demo_videos(clips: Iterable[ClipName], groups: Collection[str] = ()) -> Iterator[list[VideoQuestions]]:
-    """Yield the clips that have questions, as compressed files that are removed when the context ends."""
+    """Yield all clips with questions, as compressed files that are removed when the context exits."""
     with TemporaryDirectory(prefix="evoprune-clips-") as folder:
         yield [video for clip in clips if (video := write_clip(clip, Path(folder), groups=groups)).rows]
 
 
 def write(clips: Iterable[ClipName], folder: Path, crf: int | None = LOSSLESS, groups: Collection[str] = ()) -> Path:
-    """Write clips and their `questions.jsonl`, and return that file's path. For the arguments and exceptions, see `write_clip`."""
+    """Write clips and their `questions.jsonl`, and return that file's path. See `write_clip` for arguments and exceptions."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for clip in clips:

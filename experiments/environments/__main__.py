@@ -14,8 +14,8 @@
 | device | the tests in tests/second_device, on a second device other than the CPU |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
-The environment gets the same version of torch as the running one, because older builds are too large to try, and because other
-packages would install a newer version.
+The environment gets the same torch version as the current environment, because older builds are too large to test, and because
+other packages would install a newer version.
 """
 
 import argparse
@@ -36,12 +36,12 @@ OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # lets PyPI's torchvision
 
 @dataclass(frozen=True)
 class Recipe:
-    """The commands for one environment, as arguments for its Python. `main` replaces the placeholders in braces.
+    """The commands for one environment, as arguments to its Python. `main` replaces placeholders in braces.
 
     Attributes:
-        make: the commands that install what the tests need.
-        test: the command that runs the tests. Options for pytest may be appended.
-        block: a page, and a word that identifies one of its `sh` blocks. This block is run unchanged before `make`.
+        make: The commands that install the test dependencies.
+        test: The command that runs the tests. Pytest options may be appended.
+        block: A page, and a word that identifies one of its `sh` blocks. That block is run unchanged before `make`.
     """
 
     make: tuple[str, ...]
@@ -110,10 +110,10 @@ RECIPES = {
 
 
 def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int:
-    """Run Python in the checkout, without capturing its output, and return the exit status.
+    """Run Python in the checkout without capturing its output, and return the exit status.
 
     Raises:
-        subprocess.CalledProcessError: the command failed, and `check` is True.
+        subprocess.CalledProcessError: If the command failed, and `check` is True.
     """
     command = [str(python), *arguments]
     print("$", shlex.join(command), flush=True)
@@ -121,26 +121,26 @@ def run(python: Path | str, arguments: Sequence[str], check: bool = True) -> int
 
 
 def block_of(page: str, word: str) -> str:
-    """Return the text of the only `sh` block in a page that contains the given word."""
+    """Return the contents of a page's only `sh` block that contains the given word."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     (found,) = (block for block in blocks if word in block)
     return found
 
 
 def run_block(text: str, python: Path) -> None:
-    """Run a block of shell commands in the checkout with the environment's `python` and `pip`. For the exceptions, see `run`."""
+    """Run a block of shell commands in the checkout with the environment's `python` and `pip`. See `run` for exceptions."""
     print(text, flush=True)
     own = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     subprocess.run(["bash", "-e", "-c", text], check=True, cwd=ROOT, env=own)  # noqa: S603, S607
 
 
 def filled(arguments: str, words: dict) -> list[str]:
-    """Split a command into arguments and replace the placeholders in braces."""
+    """Split a command into arguments, and replace placeholders in braces."""
     return [argument.format(**words) for argument in shlex.split(arguments)]
 
 
 def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line into this script's options and the pytest options that follow `--`."""
+    """Parse the command line into this script's options and the pytest options after `--`."""
     own = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.environments",

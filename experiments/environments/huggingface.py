@@ -1,14 +1,13 @@
-"""Run transformers' own tests for all model families on models that prune. Also contains the pytest plugin that makes them prune.
+"""Run transformers' own tests for all model families with pruning enabled. Also contains the pytest plugin that enables pruning.
 
     python -m experiments.environments.huggingface --source DIR
 
-DIR is a checkout of transformers at the installed version. The tests for these models, including the common and the generation
-tests, run on images and on videos. Each of them runs three times: unpatched, with the `none` method, and with `evoprune` at budget
-1.0. A test that fails unpatched is ignored. In every other test, the patched models must pass or evoprune must raise one of its own
-errors.
+DIR is a checkout of transformers at the installed version. The tests for these models, including the common and generation tests,
+run on images and videos. Each test runs three times: unpatched, with the `none` method, and with `evoprune` at budget 1.0. Tests
+that fail unpatched are ignored. In all other tests, the patched models must pass, or evoprune must raise one of its own errors.
 
-In the tests, the towers have one patch per unit, which evoprune rejects. Therefore, the plugin gives them 2x2 identical patches per
-unit, which does not change the prompts. The plugin can also turn the images in the common inputs into videos.
+The towers in the tests have one patch per unit, which evoprune rejects. Therefore, the plugin gives them 2x2 identical patches per
+unit, which does not change the prompts. The plugin can also convert the images in the common inputs to videos.
 """
 
 import argparse
@@ -38,11 +37,11 @@ PATCHED = ("none", "evoprune")
 MEDIA = ("pictures", "videos")
 MERGE = 2
 
-Outcomes = dict[str, dict]  # test -> the last record that the plugin made for it
+Outcomes = dict[str, dict]  # test -> the last record that the plugin created for it
 
 
 def outcomes(source: Path, families: Sequence[str], method: str, media: str, options: Sequence[str]) -> Outcomes:
-    """Run the tests in a separate process and return their outcomes. Exit this script if a test file did not run."""
+    """Run the tests in a separate process, and return their outcomes. Exits this script if a test file did not run."""
     tests = [TESTS.format(family) for family in families]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with TemporaryDirectory() as folder:
@@ -64,10 +63,10 @@ def outcomes(source: Path, families: Sequence[str], method: str, media: str, opt
 
 
 def compare(before: Outcomes, after: Outcomes) -> tuple[Counter, list[dict]]:
-    """Compare the outcomes of the tests that passed without the patch.
+    """Compare the outcomes of tests that passed without the patch.
 
     Returns:
-        The number of times that evoprune raised each of its own errors, by message, and the records of all other failures.
+        The number of times that evoprune raised each of its own errors, keyed by message, and the records of all other failures.
     """
     passed = [name for name, record in before.items() if record["outcome"] == "passed"]
     missing = {"outcome": "failed", "refused": False, "message": "did not run"}
@@ -149,7 +148,7 @@ def pytest_sessionfinish(session) -> None:
 
 
 def _adapt_inputs(cls, videos: bool) -> None:
-    """Patch the test class `cls` so that its common inputs have 2x2 patches per unit and, if `videos`, videos instead of images."""
+    """Patch the test class `cls` to use common inputs with 2x2 patches per unit and, if `videos`, videos instead of images."""
     set_up = cls.setUp
 
     @functools.wraps(set_up)
@@ -160,7 +159,7 @@ def _adapt_inputs(cls, videos: bool) -> None:
             return
         make_config = tester.get_config
         make_inputs = tester.prepare_config_and_inputs_for_common
-        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # a copy, because the config may change it
+        rope = copy.deepcopy(getattr(tester, "rope_parameters", None))  # a copy, because the config may modify it
         config = make_config()
         if not hasattr(config, "vision_config"):  # a language model without a tower
             return
@@ -171,7 +170,7 @@ def _adapt_inputs(cls, videos: bool) -> None:
             for_generate = self.prepare_config_and_inputs_for_generate
 
             def fewer(*args, **kwargs) -> tuple:
-                """Return inputs with fewer prompts. Patches are added last, because the tests slice their own tensors first."""
+                """Return inputs with fewer prompts. Patches are added last, because the tests first slice their own tensors."""
                 adapted_inputs = tester.prepare_config_and_inputs_for_common
                 tester.prepare_config_and_inputs_for_common = make_inputs
                 try:
@@ -192,7 +191,7 @@ def _config(tester, make_config, rope: dict | None):
 
 
 def _with_units(config):
-    """Set 2x2 patches per unit, the activation and rotation of published models, and a valid full-attention layer in a config."""
+    """Configure 2x2 patches per unit, the activation and rotation of published models, and a valid full-attention layer."""
     vision = config.vision_config
     if getattr(vision, "rope_parameters", None):
         vision.rope_parameters["rope_theta"] = 10000.0
@@ -207,8 +206,8 @@ def with_patches(config, inputs: dict, before: int, videos: bool) -> tuple:
     """Return the config and the inputs with 2x2 patches per unit.
 
     Args:
-        before: number of patches along the side of a unit in the tests' own inputs.
-        videos: whether to turn images into videos, so that the rows of an image become successive time steps.
+        before: The number of patches along a unit's side in the tests' own inputs.
+        videos: Whether to convert images to videos, so that an image's rows become successive time steps.
     """
     config = _with_units(config)
     if "image_grid_thw" not in inputs:

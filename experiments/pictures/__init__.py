@@ -1,1 +1,1 @@
-"""Draw the pictures and write the examples for README and docs."""
+"""Draw the images and write the examples for README and docs."""

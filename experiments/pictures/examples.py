@@ -1,7 +1,7 @@
-"""Regenerate the pictures and examples in README and docs: `python -m experiments.pictures.examples`.
+"""Regenerate the images and examples in README and docs: `python -m experiments.pictures.examples`.
 
-These are the figure that explains the method with its counts, the overlay, the terminal transcript, and the JSON in docs/json.md
-and docs/cli.md. This takes a minute or two. The charts and tables in results/ are created by other commands.
+This covers the figure that explains the method with its counts, the overlay, the terminal transcript, and the JSON in docs/json.md
+and docs/cli.md. It takes a minute or two. The charts and tables in results/ are created by other commands.
 """
 
 import argparse
@@ -39,12 +39,12 @@ JSON = {
     "Errors": ("ask", "gone.mp4", "What happens?", "--json"),
 }  # fmt: skip
 WIDTH = 128  # maximum length of a line of JSON
-# Beginnings of lines that differ between runs or that appear only if a step takes at least a millisecond.
+# Beginnings of lines that differ between runs, or that appear only if a step takes at least a millisecond.
 MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "memory", " " * 11)
 
 
 def run(*arguments: str) -> tuple[str, str]:
-    """Run `evoprune` with a temporary cache folder, and return what it writes to stdout and stderr."""
+    """Run `evoprune` with a temporary cache folder, and return its stdout and stderr."""
     with tempfile.TemporaryDirectory() as kept:
         own = os.environ | {"EVOPRUNE_CACHE_DIR": kept}
         command = [sys.executable, "-m", "evoprune_cli", *arguments]
@@ -57,7 +57,7 @@ def run(*arguments: str) -> tuple[str, str]:
 def filled(shape: Any, real: Any) -> Any:
     """Fill the JSON structure of `shape` with values from `real`, keeping the fields of `shape` and their order.
 
-    Objects in lists are matched by name. An object without a match gets the values of the first object in the other list.
+    Objects in lists are matched by name. An object without a match takes its values from the first object in the other list.
     """
     if isinstance(shape, dict):
         return {name: filled(each, real[name]) for name, each in shape.items()}
@@ -72,13 +72,13 @@ def _name(row: dict) -> tuple:
 
 
 def counts(text: str) -> list[list[str]]:
-    """Return the words of a transcript that do not change between runs, leaving out times, bars, memory and the processor."""
+    """Return the parts of a transcript that don't change between runs, excluding times, bars, memory, and the processor."""
     lines = [line for line in text.splitlines() if line and not line.startswith(MEASURED)]
     return [re.sub(r"^(\S+|  pruning) +[\d.,]+ *#*", r"\1 ", line).split() for line in lines]
 
 
 def examples(page: str) -> dict[str, str]:
-    """Return the JSON example for each section of docs/json.md."""
+    """Return the JSON example from each section of docs/json.md."""
     sections = re.split(r"^##+ (.*)\n", page, flags=re.M)
     found = {
         title: re.search(r"^```json\n(.*?)^```", text, re.S | re.M)
@@ -88,7 +88,7 @@ def examples(page: str) -> dict[str, str]:
 
 
 def wrapped(content: Any) -> str:
-    """Format data as JSON with lines of at most `WIDTH` characters, without breaking a line inside a string."""
+    """Format data as JSON with lines of at most `WIDTH` characters, without line breaks inside strings."""
     words = re.sub(r'"(?:[^"\\]|\\.)*"(: )?', lambda text: text[0].replace(" ", "\0"), json.dumps(content)).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -100,7 +100,7 @@ def wrapped(content: Any) -> str:
 
 
 def overlay_facts(record: dict) -> str:
-    """Return the JSON metadata that the overlay's PNG file stores: the numbers of units, the method and the budget."""
+    """Return the JSON metadata stored in the overlay's PNG file: the unit counts, the method, and the budget."""
     return json.dumps({name: value for name, value in record["overlay"].items() if name != "file"}, sort_keys=True)
 
 
@@ -133,7 +133,7 @@ def make_method() -> None:
 
 
 def make_overlay() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # because evoprune replaces only files that it has written
+    with tempfile.TemporaryDirectory() as folder:  # because evoprune overwrites only files that it has written
         file = Path(folder, "overlay.png")
         record = json.loads(run(*OVERLAY, str(file))[0])
         facts = PngImagePlugin.PngInfo()
@@ -185,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="python -m experiments.pictures.examples", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--only", nargs="+", choices=MAKERS, default=MAKERS, help="make these alone")
-    os.chdir(ROOT)  # so that the transcript shows the clip's path as README does
+    os.chdir(ROOT)  # makes the transcript show the clip's path as README does
     for name in parser.parse_args(args).only:
         print(name, flush=True)
         MAKERS[name]()

@@ -1,7 +1,8 @@
-"""Draw a figure of a real `evoprune` run on one clip with at most eight frame pairs. Imported by `experiments.pictures.examples`.
+"""Draw a figure of an actual `evoprune` run on one clip with at most eight frame pairs. Imported by
+`experiments.pictures.examples`.
 
-Three strips of frame pairs show the input units, the encoded units, and the selected units with the sizes of their clusters. Below
-these strips, bars show how many rows each layer of the tower computes, compared with a method that prunes after the encoder.
+Three strips of frame pairs show the input units, the encoded units, and the selected units with their cluster sizes. Below these
+strips, bars show how many rows each tower layer computes, compared with a method that prunes after the encoder.
 """
 
 import base64
@@ -26,7 +27,7 @@ OURS = COLOURS[0]
 OTHERS = COLOURS[1]
 REUSED = "#CFE3F1"
 STRIPS, PITCH, GAP = 78, 138, 10  # in pixels: top of the first strip, distance between strips, gap between frames
-# Position of the baseline of the layers' bars, and height of a bar that stands for all units.
+# Baseline position of the layer bars, and height of a bar that represents all units.
 BARS = 644
 TALL = 84
 GRID = "#E4E4E4"
@@ -37,11 +38,11 @@ class Run:
     """A run to draw.
 
     Attributes:
-        name: the clip's name.
-        budget: the share of units that are kept.
-        video: the frames and the fates of the units.
-        layers: number of rows that each layer of the tower computes. After the second selection, there are fewer rows.
-        live_share: mean of `layers`, as a share of the number of units.
+        name: The clip name.
+        budget: The fraction of units kept.
+        video: The frames and the unit fates.
+        layers: The number of rows computed by each tower layer, which is lower after the second selection.
+        live_share: The mean of `layers`, as a fraction of the number of units.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Run:
 
     @property
     def sizes(self) -> torch.Tensor:
-        """Cluster sizes, int64 `[N]`: for a selected unit, the number of units that its row represents; 0 for all other units."""
+        """Cluster sizes, int64 `[N]`: for a selected unit, the number of units that its row represents; for all other units, 0."""
         fates = self.video.fates
         return torch.bincount(fates.owner[fates.owner >= 0], minlength=len(fates.owner)) * fates.chosen
 
@@ -66,7 +67,7 @@ def measure(clip: str, budget: float) -> Run:
     """Encode a clip with the demo model.
 
     Raises:
-        EvopruneError: from `VideoQA`.
+        EvopruneError: From `VideoQA`.
     """
     qa = VideoQA.load("demo", budget=budget)
     report = qa.encode(clip).report.pruning
@@ -112,7 +113,7 @@ def figure(run: Run) -> str:
 
 
 def _panel(video: TracedVideo) -> tuple[float, float]:
-    """Return the width and height of a frame in the figure, in pixels."""
+    """Return a frame's width and height in the figure, in pixels."""
     pairs = video.plan.grid[0]
     width = (WIDTH - 2 * EDGE - GAP * (pairs - 1)) / pairs
     return width, width * video.plan.height / video.plan.width
@@ -155,7 +156,7 @@ def _units(run: Run, strip: int) -> Iterator[str]:
 
 
 def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
-    """Yield the outline of a unit, and its cluster size if that is more than 1."""
+    """Yield a unit's outline and, if greater than 1, its cluster size."""
     place = f'x="{x + 0.75:.2f}" y="{y + 0.75:.2f}" width="{side - 1.5:.2f}" height="{side - 1.5:.2f}"'
     yield f'<rect {place} fill="none" stroke="{OURS}" stroke-width="1.5"/>'
     if size > 1:
@@ -169,7 +170,7 @@ def _marked(x: float, y: float, side: float, size: int) -> Iterator[str]:
 
 
 def _towers(run: Run) -> Iterator[str]:
-    """Yield the layers' bars and the language model's box, for this run and for a method that prunes after the encoder."""
+    """Yield the layer bars and the language model box, for this run and for a method that prunes after the encoder."""
     n = run.video.fates.counts()
     total = len(run.layers)
     before = run.first_layers
@@ -202,9 +203,9 @@ def _towers(run: Run) -> Iterator[str]:
 
 
 def _bars(left: float, wide: float, step: float, rows: Sequence[int], units: int, colour: str) -> Iterator[str]:
-    """Yield a bar for each layer in proportion to its number of rows, in front of a pale bar that stands for all units.
+    """Yield a bar for each layer, proportional to its row count, in front of a pale bar that represents all units.
 
-    The number of rows is written next to the first layer and wherever it changes.
+    The row count is written next to the first layer and next to each layer where it changes.
     """
     for number, count in enumerate(rows):
         x = left + number * step
@@ -221,7 +222,7 @@ def _arrow(left: float, right: float) -> Iterator[str]:
 
 
 def _model(left: float, width: float, lines: Sequence[str]) -> Iterator[str]:
-    """Yield a box that stands for the language model and contains some lines of text."""
+    """Yield a box that represents the language model and contains lines of text."""
     tall = 26 + 17 * len(lines)
     top = BARS - TALL / 2 - tall / 2
     yield f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{tall}" rx="6" fill="#F3F6F9" stroke="#B8C4CE"/>'

@@ -1,8 +1,8 @@
-"""Write a checkpoint that has a published model's dimensions and the hub's file layout, but random weights.
+"""Write a checkpoint with a published model's dimensions and the hub's file layout, but with random weights.
 
     python -m experiments.speed.checkpoint CKPT                                    # 3B: 7.5 GB in two shards
 
-The checkpoint is as large as the published one and takes as long to read, but the model's answers are meaningless.
+The checkpoint is as large as the published one and takes as long to load, but the model's answers are meaningless.
 `experiments.speed.first_word` creates such a checkpoint.
 """
 
@@ -19,8 +19,8 @@ from evoprune.model import Config, QwenVL
 from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-WORDS = 151_643  # size of the published vocabulary without the special tokens
-# Sorted by ID. Their IDs follow the ID of the last word.
+WORDS = 151_643  # size of the published vocabulary without special tokens
+# Sorted by ID. Their IDs follow the last word's ID.
 SPECIAL_TOKENS = (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end",
     "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
 
 
 def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
-    """Write bf16 weights and the config, tokenizer and processor settings to `folder`, which must not exist yet."""
+    """Write bf16 weights and the config, tokenizer, and processor settings to `folder`, which must not exist yet."""
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
     _write_weights(made, describe(ModelOptions(model, load_format="dummy")).config, shards)
@@ -37,13 +37,13 @@ def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
 
 
 def write_settings(folder: Path, model: str = MODEL) -> None:
-    """Write the config, tokenizer and processor settings to `folder`, which is all that a model with random weights needs."""
+    """Write the config, tokenizer, and processor settings to `folder`. A model with random weights requires nothing else."""
     shutil.copyfile(BUNDLED_CONFIGS[model], folder / "config.json")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copyfile(DEMOS["demo"].folder / name, folder / name)
     tokenizer = _tokenizer(json.loads((DEMOS["demo"].folder / "tokenizer.json").read_text(encoding="utf-8")))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    # There is no end-of-sequence token, so every answer reaches its maximum length.
+    # There is no end-of-sequence token, so all answers reach the maximum length.
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
 
 
@@ -69,12 +69,12 @@ def _write_weights(folder: Path, config: Config, shards: int) -> None:
 
 
 def _published(name: str) -> str:
-    """Return the name that a weight has in published checkpoints: the inverse of `name_in_memory` (session/loading/weights.py)."""
+    """Return a weight's name in published checkpoints: the inverse of `name_in_memory` (session/loading/weights.py)."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 
 def _tokenizer(demo: dict) -> dict:
-    """Return a tokenizer with as many words as the published one, which are the demo's words and random concatenations of them."""
+    """Return a tokenizer with as many words as the published one: the demo's words, and random concatenations of them."""
     special = {token["content"] for token in demo["added_tokens"]}
     words = [word for word in demo["model"]["vocab"] if word not in special]
     known = set(words)

@@ -14,8 +14,8 @@
 | start | the same times from the start of a process, CPU time, memory, and the stats that `evoprune ask` prints |
 
 First, the script creates the clips (10 and 60 minutes; 3 GB), a checkpoint with 3B dimensions and random weights (7 GB), and an
-environment with the other readers. It keeps all of them in DIR. Each side (evoprune, transformers or a reader) runs in its own
-process. The sides take turns, round after round, and each part ends when its time is up. On a CPU, the whole run takes a few hours.
+environment with the other readers. All of them are kept in DIR. Each side (evoprune, transformers, or a reader) runs in its own
+process. The sides take turns in rounds, and each part ends when its time is up. On a CPU, the whole run takes a few hours.
 DIR/first_word.json is updated after every turn, and the tables in DIR/first_word.md are updated after every part.
 """
 
@@ -40,7 +40,7 @@ from experiments.speed.first_word_readers import OURS, READERS, make_environment
 from experiments.speed.processes import ROOT, Side, end_group, last_line, limits_of, run_process
 
 PREPARE, READING, LOADED, START = PARTS = ("prepare", "reading", "loaded", "start")
-# Time limits in seconds, first for each part and then for a single turn. On a GPU, all parts together take eight minutes.
+# Time limits in seconds, for each part and for a single turn. On a GPU, all parts together take eight minutes.
 SECONDS = {
     "cpu": {PREPARE: 1800, READING: 7200, LOADED: 3600, START: 2400},
     "cuda": {PREPARE: 150, READING: 70, LOADED: 180, START: 80},
@@ -48,12 +48,12 @@ SECONDS = {
 TURN_S = {"cpu": {READING: 60, LOADED: 400, START: 400}, "cuda": {READING: 20, LOADED: 60, START: 40}}
 TINY_S = 120  # time limit for each part of a trial run, in seconds
 BUDGETS = ("full", "balanced", "fast")
-# Number of frames for a whole clip; length in seconds and frame rate of the dense case.
+# Number of frames for a whole clip; length (in seconds) and frame rate of the dense case.
 SPARSE, DENSE_S, DENSE_FPS = 64, 60, 2
-BEGIN_S = 1.0137  # start of the dense case, chosen so that no requested time equals a frame's timestamp
+BEGIN_S = 1.0137  # start of the dense case, chosen so that no requested time coincides with a frame timestamp
 NEW_TOKENS = 32
-BEGIN_LIMIT_S = 60  # time limit for a reader's process to start and to read two frames, in seconds
-AGAIN = 1.5  # a turn starts only if the remaining time is at least this many times as long as the previous turn took
+BEGIN_LIMIT_S = 60  # time limit for starting a reader process and reading two frames, in seconds
+AGAIN = 1.5  # a turn starts only if the remaining time is at least this multiple of the previous turn's duration
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Frames:
 
 
 class Run:
-    """A run of the measurements. `record` holds all results and is written to the folder after each turn."""
+    """A measurement run. `record` contains all results and is written to the folder after each turn."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -116,7 +116,7 @@ class Run:
 
     @property
     def questions(self) -> list[tuple[Clip, int | None]]:
-        """Clips to ask about, each with a number of frames, or None if the model's frame rate and limits determine it."""
+        """Clips to ask about, each with a number of frames, or None if the model's frame rate and limits determine the number."""
         hd = [clip for clip in self.clips if clip.kind == "hd"]
         return [(hd[-1], SPARSE), (hd[0], None)] if self.on_gpu else [(hd[0], None)]
 
@@ -187,9 +187,9 @@ def prepare(run: Run, until: float) -> None:
 
 
 def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
-    """Run a module that creates the file or folder `path`, unless it exists.
+    """Run a module that creates the file or folder `path`, unless it already exists.
 
-    A failure is only logged. The parts that need the file or folder then report that it is missing.
+    Failures are only logged. Parts that require the file or folder then report it as missing.
     """
     if not path.exists():
         log = run.folder / "logs" / f"{path.stem}.txt"
@@ -198,7 +198,7 @@ def make(run: Run, path: Path, module: Sequence[str], until: float) -> None:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """Return the machine, the package versions and the settings of this run."""
+    """Return the machine, the package versions, and the settings of this run."""
     from evoprune import __version__
     from evoprune.backend import Device, Host
 
@@ -245,7 +245,7 @@ def reading(run: Run, until: float) -> None:
 
 
 def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until: float) -> None:
-    """Run rounds in which every reader has one turn for each case."""
+    """Run rounds in which each reader has one turn per case."""
     module = "experiments.speed.first_word_readers"
     sides = {name: run.side(sys.executable if name in OURS else run.peers, module, name) for name in names}
     done: dict[tuple, dict] = {}
@@ -259,7 +259,7 @@ def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until:
                     before = done.get((case, name))
                     if round_ and ("error" in before or left < AGAIN * before["seconds"]):
                         continue
-                    if not side.running:  # start the process first, so that its imports are not timed
+                    if not side.running:  # start the process first to exclude its imports from the measured time
                         side.ask(facts | {"times_s": case.times_s[:2]}, min(BEGIN_LIMIT_S, left))
                     limit_s = run.turn_s(READING)
                     if round_ == 0:
@@ -273,10 +273,10 @@ def read_in_turn(run: Run, cases: Sequence[Frames], names: Sequence[str], until:
 
 
 def loaded(run: Run, until: float) -> None:
-    """Measure how long a model that is already loaded takes to answer questions.
+    """Measure how long an already loaded model takes to answer questions.
 
     On a CPU, there may not be enough memory for more than one process, so only one runs at a time and gets each question twice. On
-    a GPU, the processes keep their models while they wait for their turns, and get each question once per turn.
+    a GPU, processes keep their models loaded while they wait for their turn, and get each question once per turn.
     """
     warm_files(run)
     module = "experiments.speed.first_word_asks"
@@ -309,7 +309,7 @@ def loaded(run: Run, until: float) -> None:
 
 
 def start(run: Run, until: float) -> None:
-    """Measure the times to the first and the last word from the start of a process, including imports and loading."""
+    """Measure the times to the first and last word from process start, including imports and loading."""
     warm_files(run)
     clip, frames = run.questions[0]
     video = str(clip.path.absolute())
@@ -336,7 +336,7 @@ def model_options(run: Run) -> tuple[str, ...]:
 
 
 def warm_files(run: Run) -> None:
-    """Read the clips and the model's files into the page cache."""
+    """Read the clips and model files into the page cache."""
     for path in [*(clip.path for clip, _ in run.questions), *run.model.glob("*")]:
         cached(path)
 
@@ -345,8 +345,8 @@ def run_once(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any
     """Run a process and measure when its output arrives.
 
     Returns:
-        The seconds from the start of the process to the first and the last words, its CPU time and its memory. If there is no
-        answer, `"error"` with the reason instead.
+        The times from process start to the first and last words in seconds, the CPU time, and the memory. If there is no answer,
+        `"error"` with the reason instead.
     """
     if seconds <= 0:
         return {"error": "not started: no time was left"}
@@ -425,7 +425,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the measurements or, with `--readme`, write the results of an earlier run into the documents."""
+    """Run the measurements or, with `--readme`, write the results of an earlier run to the documents."""
     from experiments.speed.first_word_tables import document, write_documents
 
     args = parsed(argv)
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = [folder / "first_word.json" for folder in (args.output, *args.also)]
         write_documents([json.loads(file.read_text(encoding="utf-8")) for file in files], ROOT)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a side that is running is terminated as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ensures that a running side is also terminated
     run = Run(args)
     for part, measure in MEASURES.items():
         if part == PREPARE or part in args.parts:

@@ -1,11 +1,11 @@
 """Answer questions for `experiments.speed.first_word` with one loaded model: evoprune at a budget, or plain transformers.
 
-`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers requests from stdin until end of file (see `serve`). With
-`--once FILE`, it asks one question and prints each word of the answer as it arrives.
+`python -m experiments.speed.first_word_asks SIDE -m CKPT` answers requests from stdin until end of file (see `serve`). With `--once
+FILE`, it asks a single question and prints each word of the answer as it arrives.
 
-transformers gets its inputs in the fastest way that is available here. The frames come from the fastest reader that can be
-imported, and are resized by torch and cut into patches. The patches are the same as those from transformers' processor, which would
-need torchvision. The times and the size of the frames are the same as for evoprune.
+transformers gets its inputs in the fastest way available. The frames come from the fastest importable reader, and are resized by
+torch and cut into patches. The patches are the same as from transformers' processor, which would require torchvision. The frame
+timestamps and the frame size are the same as for evoprune.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from experiments.speed.processes import serve
 
 QUESTION = "What happens in the video?"
 TRANSFORMERS = "transformers"
-# Modules, each with the name of the reader that needs it, fastest first.
+# Modules and the names of the readers that need them, fastest first.
 FEEDS = {"torchcodec": "torchcodec", "decord": "decord", "av": "PyAV, seeking"}
 Word = Callable[[str], None]  # called with each piece of the answer
 
@@ -38,7 +38,7 @@ class Ours:
         self.facts = {"load": time.perf_counter() - begun}
 
     def ask(self, video: str, frames: int | None, new_tokens: int, word: Word) -> dict[str, Any]:
-        os.utime(video)  # a new mtime invalidates the patches that an earlier question left in the cache
+        os.utime(video)  # a new mtime invalidates the patches cached by an earlier question
         begun = time.perf_counter()
         if frames is None:
             answer = self._qa.ask(video, QUESTION, max_new_tokens=new_tokens)
@@ -67,7 +67,7 @@ class Ours:
 
 
 class Transformers:
-    """Answers questions with the `generate` method of transformers, using the same weights and dtype, and a KV cache."""
+    """Answers questions with transformers' `generate`, using the same weights and dtype, and a KV cache."""
 
     def __init__(self, args: argparse.Namespace):
         begun = time.perf_counter()
@@ -137,7 +137,7 @@ class Transformers:
         }
 
     def _plan(self, video: str, frames: int | None):
-        """Return the plan that evoprune would use, so that the frame times and the frame size are the same."""
+        """Return the plan that evoprune would use, so that the frame timestamps and frame size are the same."""
         from evoprune.video import Plan, SamplingOptions, probe
 
         info = probe(video)
@@ -145,7 +145,7 @@ class Transformers:
         return Plan.of(info, self._found.limits[info.kind], sampling)
 
     def _inputs(self, plan) -> dict[str, Any]:
-        """Return the inputs for the transformers model, the same as its processor would create from the video and the question."""
+        """Return the transformers model's inputs, identical to what its processor would create from the video and the question."""
         import torch
 
         from evoprune.session import prompt_about
@@ -175,7 +175,7 @@ class Transformers:
         return inputs
 
     def _frames(self, plan, pair: int) -> Iterator[Any]:
-        """Yield blocks that consist of whole frame pairs, uint8 `[n, height, width, 3]`."""
+        """Yield blocks of whole frame pairs, uint8 `[n, height, width, 3]`."""
         import numpy as np
 
         from experiments.speed.first_word_readers import BLOCK, READERS
@@ -192,7 +192,7 @@ class Transformers:
 
 
 def first_feed() -> str:
-    """Import the first reader in `FEEDS` that is available, and return its name. Raises ImportError if none is available."""
+    """Import the first available reader in `FEEDS`, and return its name. Raises ImportError if none is available."""
     for module, reader in FEEDS.items():
         try:
             import_module(module)
@@ -203,7 +203,7 @@ def first_feed() -> str:
 
 
 class _Words:
-    """A streamer for `generate` that records in `moments` when each token was generated, without the prompt."""
+    """A streamer for `generate` that records the time at which each token was generated in `moments`, excluding the prompt."""
 
     def __init__(self, clock: Callable[[], float], tokenizer, word: Word):
         self.moments: list[float] = []
@@ -224,7 +224,7 @@ class _Words:
 
 
 def _clock(device) -> Callable[[], float]:
-    """Return a function that waits until the device is idle and returns the time in seconds."""
+    """Return a function that waits until the device is idle and then returns the time in seconds."""
     from evoprune.backend import Device
 
     return Device(device).now

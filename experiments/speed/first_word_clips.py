@@ -1,8 +1,8 @@
 """Create the clips for `first_word`: `python -m experiments.speed.first_word_clips KIND FILE --seconds N`.
 
-A piece that lasts a few seconds is encoded once, and the clip repeats the encoded piece. Each frame shows its number within the
-piece, so that it is possible to check which frames a reader returns. The clips resemble real recordings: they have sliding
-backgrounds with the spectrum of natural images, moving objects in the foreground, grain, and cuts.
+A piece that lasts a few seconds is encoded once, and the clip repeats the encoded piece. Each frame displays its number within the
+piece, which makes it possible to check which frames a reader returns. The clips resemble real recordings: they have sliding
+backgrounds with the spectrum of natural images, moving foreground objects, grain, and cuts.
 """
 
 import argparse
@@ -16,23 +16,23 @@ from pathlib import Path
 import numpy as np
 
 BITS = 12  # number of bits in the frame number
-STRIPE = 20  # the stripes that show the frame number take up 1/20 of the height
-CLOCK = Fraction(1, 1000)  # time base of files with a variable frame rate
+STRIPE = 20  # the stripes that encode the frame number take up 1/20 of the height
+CLOCK = Fraction(1, 1000)  # time base for variable-frame-rate files
 MAX_BYTES = 4 * 2**30  # maximum size of a clip
-SCREEN_CYCLE = 8  # number of seconds after which the activity on the screen repeats
-TINY = 8  # in a trial run, height and width are divided by this
+SCREEN_CYCLE = 8  # number of seconds after which the screen activity repeats
+TINY = 8  # in a trial run, the height and width are divided by this
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of clip.
+    """A type of clip.
 
     Attributes:
-        size: height and width in pixels.
-        piece_s: length in seconds of the piece that is encoded and then repeated.
-        gop: maximum number of frames between two keyframes. 0 means the encoder's default.
-        cuts: times in the piece at which a new scene begins, in seconds.
-        screen: whether the clip is a screen recording, which has a new frame only when something changes.
+        size: The height and width in pixels.
+        piece_s: The length in seconds of the encoded piece, which is then repeated.
+        gop: The maximum number of frames between two keyframes. 0 uses the encoder's default.
+        cuts: The times at which a new scene begins in the piece, in seconds.
+        screen: Whether the clip is a screen recording, which has a new frame only when something changes.
     """
 
     title: str
@@ -48,17 +48,17 @@ class Kind:
 
     @property
     def times_s(self) -> list[float]:
-        """Presentation times of the piece's frames, in seconds."""
+        """Presentation timestamps of the piece's frames, in seconds."""
         if not self.screen:
             return [number / self.fps for number in range(self.piece_s * self.fps)]
         return [time_s for second in range(self.piece_s) for time_s in _screen_times(second, self.fps)]
 
     def seconds(self, asked: float) -> int:
-        """Return the length in seconds of the shortest clip of whole pieces that lasts at least `asked` seconds."""
+        """Return the length, in seconds, of the shortest clip of whole pieces that lasts at least `asked` seconds."""
         return max(1, math.ceil(asked / self.piece_s - 1e-9)) * self.piece_s
 
     def number_at(self, time_s: float) -> int:
-        """Return the number of the frame that is on screen at the given time in the clip."""
+        """Return the number of the frame on screen at the given time in the clip."""
         return bisect_right(self.times_s, time_s % self.piece_s + 1e-6) - 1
 
 
@@ -78,17 +78,17 @@ KINDS = {
 
 
 def _screen_times(second: int, fps: int) -> list[float]:
-    """Return the times of the frames in one second of the screen cycle. The page scrolls, is typed on, and then stays still."""
+    """Return the frame times within one second of the screen cycle. The page scrolls, is typed on, and then stays still."""
     moment = second % SCREEN_CYCLE
     if moment == 0:
         return [second + number / fps for number in range(fps)]
     if moment < SCREEN_CYCLE / 2:
         return [float(second), second + 0.4, second + 0.7]
-    return [second + 1 - 1 / fps] if moment == SCREEN_CYCLE - 1 else []  # so that the file lasts as long as the piece
+    return [second + 1 - 1 / fps] if moment == SCREEN_CYCLE - 1 else []  # makes the file last as long as the piece
 
 
 def even(side: int) -> int:
-    """Return half of `side`, rounded down to an even number, as encoders require. The result is at least 2."""
+    """Return half of `side`, rounded down to an even number as required by encoders, but at least 2."""
     return max(2, side // 2 * 2)
 
 
@@ -124,7 +124,7 @@ def _scenes(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return an image of two-color noise whose amplitude falls with frequency, uint8 `[height, width, 3]`."""
+    """Return an image of two-color noise with an amplitude that falls with frequency, uint8 `[height, width, 3]`."""
     rows = np.fft.fftfreq(height)[:, None]
     columns = np.fft.rfftfreq(width)[None, :]
     fall = 1 / np.maximum(np.hypot(rows, columns), 1 / max(height, width))
@@ -137,7 +137,7 @@ def _scenery(draw: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
-    """Yield frames that show a white page with lines of words, which scrolls and is then typed on."""
+    """Yield frames showing a white page with lines of words, which scrolls and is then typed on."""
     draw = np.random.default_rng(1)
     line = max(4, height // 45)
     page = np.full((2 * height, width, 3), 250, np.uint8)
@@ -160,14 +160,14 @@ def _screen(kind: Kind, height: int, width: int) -> Iterator[np.ndarray]:
 
 
 def _write_number(frame: np.ndarray, number: int) -> None:
-    """Draw a frame's number into the frame, in place, as stripes at the bottom. The stripe on the left is the highest bit."""
+    """Draw a frame's number onto the frame, in place, as stripes at the bottom. The leftmost stripe is the highest bit."""
     bits = np.array([(number >> bit) & 1 for bit in reversed(range(BITS))], np.uint8)
     width = frame.shape[1]
     frame[-_stripe(frame) :] = (bits[np.arange(width) * BITS // width] * 180 + 40)[None, :, None]
 
 
 def number_of(frame: np.ndarray) -> int:
-    """Read the number that was drawn into a decoded frame."""
+    """Read the number drawn onto a decoded frame."""
     stripes = frame[-_stripe(frame) // 2 :]
     width = frame.shape[1]
     number = 0
@@ -205,10 +205,10 @@ def write_piece(path: Path, kind: Kind, shrink: int = 1) -> None:
 
 
 def join(piece: Path, clip: Path, kind: Kind, seconds: float) -> None:
-    """Write a clip that repeats the encoded piece, without re-encoding it, until the clip lasts at least `seconds`.
+    """Write a clip that repeats the encoded piece, without re-encoding, until it lasts at least `seconds` seconds.
 
     Raises:
-        ValueError: the clip would be larger than `MAX_BYTES`.
+        ValueError: If the clip would be larger than `MAX_BYTES`.
     """
     import av
 
@@ -232,7 +232,7 @@ def join(piece: Path, clip: Path, kind: Kind, seconds: float) -> None:
 
 
 def make_clip(path: Path, name: str, seconds: float, shrink: int = 1) -> None:
-    """Write a clip of a kind, unless it exists, and keep its piece next to it. For the exceptions, see `join`."""
+    """Write a clip of the given kind, unless it exists, and keep its piece next to it. See `join` for exceptions."""
     kind = KINDS[name]
     if path.exists():
         return

@@ -1,8 +1,8 @@
-"""Read frames for `experiments.speed.first_word` with each reader, in the way that its documentation or transformers uses it.
+"""Read frames for `experiments.speed.first_word` with each reader, following the reader's documentation or its use in transformers.
 
 `python -m experiments.speed.first_word_readers NAME` starts a process that reads frames with the given reader on request (see
 `serve`). All readers except evoprune's are installed in a separate environment, which `make_environment` layers on top of the
-running one.
+current one.
 """
 
 import subprocess
@@ -20,17 +20,19 @@ import numpy as np
 from experiments.speed.first_word_clips import KINDS, number_of
 from experiments.speed.processes import serve
 
-EARLIER_S = (0.0, 1.0, 4.0, 16.0)  # how many seconds before a time `pyav_seeking` seeks to, one attempt after another
+# How many seconds before a requested time `pyav_seeking` seeks to, one attempt after another.
+EARLIER_S = (0.0, 1.0, 4.0, 16.0)
 TOLERANCE_S = 1e-6
 BLOCK = 16  # number of frames per call, for readers that return all requested frames at once
 OURS = EXACT, KEYFRAMES = "evoprune", "evoprune, keyframes"
-PACKAGES = ("torchcodec==0.13.0", "decord==0.6.0", "opencv-python-headless")  # later torchcodec needs CUDA libraries
+# Later versions of torchcodec require CUDA libraries.
+PACKAGES = ("torchcodec==0.13.0", "decord==0.6.0", "opencv-python-headless")
 
 Frames = Iterator[np.ndarray]  # RGB frames, uint8 [height, width, 3], in the order of the requested times
 
 
 def evoprune(path: str, times_s: Sequence[float], part_s: float, seek: str = "exact") -> Frames:
-    """Read frames with evoprune. `part_s` is the interval between the times.
+    """Read frames with evoprune. `part_s` is the interval between the requested times.
 
     If `seek` is "keyframes", a frame may be off by half of this interval.
     """
@@ -45,7 +47,7 @@ def keyframes(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def torchcodec(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Read frames with torchcodec, opening the file as transformers does. Its times include the stream's start time."""
+    """Read frames with torchcodec, opening the file as transformers does. Timestamps include the stream's start time."""
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=0, dimension_order="NHWC")
@@ -55,7 +57,7 @@ def torchcodec(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def decord(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Read frames with decord as transformers does, by indices that are computed from the average frame rate."""
+    """Read frames with decord as transformers does, by index computed from the average frame rate."""
     from decord import VideoReader, cpu
 
     reader = VideoReader(path, ctx=cpu(0))
@@ -64,7 +66,7 @@ def decord(path: str, times_s: Sequence[float], part_s: float) -> Frames:
 
 
 def opencv_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Read frames with OpenCV, seeking to the index of each one. Raises OSError if OpenCV finds no frame there."""
+    """Read frames with OpenCV, seeking to each frame's index. Raises OSError if OpenCV does not find a frame there."""
     import cv2
 
     video = cv2.VideoCapture(path)
@@ -79,9 +81,9 @@ def opencv_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames
 
 
 def pyav_seeking(path: str, times_s: Sequence[float], part_s: float) -> Frames:
-    """Read frames with PyAV. Seek to each time, and then decode with FFmpeg's threads up to the frame on screen at that time.
+    """Read frames with PyAV. Seeks to each time, and then decodes with FFmpeg's threads up to the frame on screen at that time.
 
-    If seeking lands after the time, which happens in files without an index, the next attempt seeks to an earlier time.
+    If a seek lands after the requested time, which happens in files without an index, the next attempt seeks to an earlier time.
     """
     import av
 
@@ -107,7 +109,7 @@ def blocks(times_s: Sequence[float]) -> Iterator[Sequence[float]]:
 
 
 def index_of(time_s: float, rate: float, count: int) -> int:
-    """Return the index of the frame at a time, computed from the average frame rate."""
+    """Return the index of the frame at a given time, computed from the average frame rate."""
     return max(0, min(count - 1, int(time_s * rate + 0.01)))
 
 
@@ -125,13 +127,13 @@ def read(name: str, request: dict[str, Any]) -> dict[str, Any]:
     """Read frames from a clip, and report how long this took and whether the reader returned the right frames.
 
     Args:
-        name: a key in `READERS`.
-        request: a dict with "path", "kind", "times_s" (in ascending order) and "part_s".
+        name: A key in `READERS`.
+        request: A dict with "path", "kind", "times_s" (in ascending order), and "part_s".
 
     Returns:
-        A dict with the time in "seconds", the number of "frames" and their "size". "others" counts the frames that are not on
-        screen at the requested times, and "moved_s" is the largest distance of such a frame in seconds. If the reader returned the
-        wrong number of frames, the dict has only an "error".
+        A dict with the time in "seconds", the number of "frames", and their "size". "others" counts frames that are not on screen
+        at the requested times, and "moved_s" is the largest distance of such a frame, in seconds. If the reader returned the wrong
+        number of frames, the dict contains only an "error".
     """
     kind = KINDS[request["kind"]]
     times_s = request["times_s"]
@@ -153,7 +155,7 @@ def read(name: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def distance(kind, number: int, other: int) -> float:
-    """Return the number of seconds between two frames in a repeating piece, or half the piece's length if `number` is invalid."""
+    """Return the seconds between two frames in a repeating piece, or half the piece's length if `number` is invalid."""
     shown = kind.times_s
     if not 0 <= number < len(shown):
         return kind.piece_s / 2
@@ -162,13 +164,13 @@ def distance(kind, number: int, other: int) -> float:
 
 
 def make_environment(folder: Path, wheels: Path | None = None) -> Path:
-    """Create an environment that adds the other readers to the running environment's packages, and return its Python.
+    """Create an environment that adds the other readers to the current environment's packages, and return its Python.
 
-    Packages are installed one at a time and without their dependencies, so that the others are usable if one of them fails.
+    Packages are installed one at a time and without dependencies, so that a failed installation does not affect the other packages.
 
     Args:
-        folder: where to create the environment. If the folder exists, it is reused.
-        wheels: a folder with wheels to install from without network access, or None to use the package index.
+        folder: The folder in which to create the environment. If it exists, it is reused.
+        wheels: A folder of wheels for installing without network access, or None to use the package index.
     """
     python = folder / "bin" / "python"
     if not folder.exists():

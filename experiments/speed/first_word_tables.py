@@ -1,4 +1,4 @@
-"""Write the tables and the chart of `experiments.speed.first_word` from its records, and insert them into the documents."""
+"""Write the tables and the chart for `experiments.speed.first_word` from its records, and insert them into the documents."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,19 +16,19 @@ END = "<!-- end of first word -->"
 PAGE = "first_word.md"
 CHART = "first_word.svg"
 STAGES = {"reading and preparing": "#E69F00", "encode": "#0072B2", "prefill": "#56B4E9"}
-RIGHT_S = 0.02  # a frame is counted as wrong if it is more than this many seconds from the requested one
+RIGHT_S = 0.02  # a frame is considered wrong if it is more than this many seconds from the requested one
 Row = dict[str, Any]
 
 
 def seconds(value: float | None) -> str:
-    """Format seconds with two or three digits. None becomes an empty string."""
+    """Format seconds with two or three digits. Returns an empty string for None."""
     if value is None:
         return ""
     return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def times_as_fast(value: float | None) -> str:
-    """Format a ratio with two digits. None becomes an empty string."""
+    """Format a ratio with two digits. Returns an empty string for None."""
     if value is None:
         return ""
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
@@ -45,7 +45,7 @@ def machine(record: Row) -> str:
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    """Group rows by a key. The groups are in the order in which they first appear."""
+    """Group rows by a key, in order of first appearance."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -53,22 +53,22 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def middle(rows: Sequence[Row], name: str) -> float | None:
-    """Return the median of a value over the rows that have it, or None if no row has it."""
+    """Return the median of a value over the rows that contain it, or None if there are none."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return median(values) if values else None
 
 
 def middle_row(rows: Sequence[Row]) -> Row | None:
-    """Return the successful turn with the median time to the first word, or None if all turns failed.
+    """Return the successful turn with the median time to first word, or None if all turns failed.
 
-    The stages of a single turn add up to the time that the table shows, unlike the medians of the stages.
+    Unlike the medians of the stages, the stages of a single turn add up to the time shown in the table.
     """
     ordered = sorted((row for row in rows if "error" not in row), key=lambda row: row["first_word"])
     return ordered[(len(ordered) - 1) // 2] if ordered else None
 
 
 def ratio(others: Sequence[Row], rows: Sequence[Row], name: str) -> float | None:
-    """Return the median ratio of the other side's value to this side's, over the rounds that both sides finished."""
+    """Return the median ratio of the other side's value to this side's, over the rounds completed by both sides."""
     theirs = {row["round"]: row[name] for row in others if name in row}
     found = [theirs[row["round"]] / row[name] for row in rows if name in row and row["round"] in theirs]
     return median(found) if found else None
@@ -83,7 +83,7 @@ def error_of(rows: Sequence[Row]) -> str:
 
 
 def title_of(side: str, rows: Sequence[Row] = ()) -> str:
-    """Return the name of a side as shown in the tables."""
+    """Return a side's name as shown in the tables."""
     if not side.startswith(TRANSFORMERS):
         return f"evoprune `-b {side}`"
     reader = next((row["reader"] for row in rows if "reader" in row), None)
@@ -95,7 +95,7 @@ def title_of(side: str, rows: Sequence[Row] = ()) -> str:
 def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
     """Return the turns of the `loaded` part, grouped by case and side.
 
-    The first question of a process is used only if no later question of the case succeeded.
+    A process's first question is used only if no later question for the case succeeded.
     """
     found = {}
     for case, rows in grouped(record.get("loaded", []), lambda row: (row["clip"], row["asked_frames"])).items():
@@ -109,15 +109,16 @@ def waits(record: Row) -> dict[tuple, dict[str, list[Row]]]:
 
 
 def stages(row: Row) -> list[float]:
-    """Return the time in each of `STAGES`, in seconds.
+    """Return the time spent in each of `STAGES`, in seconds.
 
-    The time for reading is what remains after encoding and prefill, so it does not include reading that overlaps with encoding.
+    The reading time is the time that remains after subtracting encoding and prefill, so it excludes reading that overlaps with
+    encoding.
     """
     return [max(0.0, row["first_word"] - row["encode"] - row["prefill"]), row["encode"], row["prefill"]]
 
 
 def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
-    """Return the clip's name with the number and size of the frames."""
+    """Return the clip name with the number and size of its frames."""
     row = next((row for rows in sides.values() for row in rows if row.get("size")), None)
     if row is None:
         return clip
@@ -126,7 +127,7 @@ def case_title(clip: str, sides: dict[str, list[Row]]) -> str:
 
 
 def loaded_tables(record: Row) -> list[str]:
-    """Return a table for each question that shows the times of the stages, the first word and the last word."""
+    """Return a table for each question with the times of the stages, the first word, and the last word."""
     lines = []
     all_first = [row for row in record.get("loaded", []) if row["first"]]
     for (clip, asked), sides in waits(record).items():
@@ -163,7 +164,7 @@ def loaded_tables(record: Row) -> list[str]:
 
 
 def start_table(record: Row) -> list[str]:
-    """Return the table of the times from the start of a process."""
+    """Return the table of times from process start."""
     rows = record.get("start", [])
     if not rows:
         return []
@@ -194,7 +195,7 @@ def start_table(record: Row) -> list[str]:
 
 
 def reading_cell(turns: Sequence[Row]) -> str:
-    """Return the median time, with the number of wrong frames and their largest distance, or the reason why the reader failed."""
+    """Return the median time with the number of wrong frames and their largest distance, or the reason for a reader's failure."""
     value = middle(turns, "seconds")
     if value is None:
         over = next((row["over_s"] for row in turns if "over_s" in row), None)
@@ -207,7 +208,7 @@ def reading_cell(turns: Sequence[Row]) -> str:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """Return the distinct reasons why readers failed."""
+    """Return the distinct reasons for reader failures."""
     failed = [row for row in rows if "error" in row and "over_s" not in row]
     said = grouped(failed, lambda row: (row["side"], row["error"]))
     return [
@@ -236,7 +237,7 @@ def reading_table(record: Row) -> list[str]:
 
 
 def settings(record: Row) -> list[str]:
-    """Return the machine, the versions and the settings as a Markdown list."""
+    """Return the machine, the versions, and the settings as a Markdown list."""
     about = record["about"]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in about["versions"].items())
     threads = about["omp_num_threads"]
@@ -261,7 +262,7 @@ def settings(record: Row) -> list[str]:
 
 
 def sections(record: Row) -> list[str]:
-    """Return the tables of a run under their headings."""
+    """Return a run's tables under their headings."""
     made = {
         "With the model loaded": loaded_tables(record),
         "From the start of a process": start_table(record),
@@ -283,7 +284,7 @@ def document(records: Sequence[Row]) -> str:
 
 
 def chart_title(records: Sequence[Row]) -> str:
-    """Return a sentence with the chart's results, which is used as its title and as its alt text."""
+    """Return a sentence with the chart's results, used as both its title and its alt text."""
     said = []
     for record in records:
         for (clip, _), sides in waits(record).items():
@@ -302,7 +303,7 @@ TALL = 17
 
 
 def chart(records: Sequence[Row]) -> str:
-    """Return an SVG chart with a bar for each side and question, which is divided into stages."""
+    """Return an SVG chart with a bar for each side and question, divided into stages."""
     elements = [svg.text(svg.EDGE, 34, "From the path to the first word, with the model loaded", size=17, weight=600)]
     x = svg.EDGE
     for name, colour in STAGES.items():
@@ -349,7 +350,7 @@ def _bar(y: float, row: Row, longest: float, said: str) -> list[str]:
 
 
 def write_tables(records: Sequence[Row], folder: Path) -> None:
-    """Write the page and the chart to a folder, if every record already has its "about"."""
+    """Write the page and the chart to a folder, if all records have their "about" entry."""
     if not all("about" in record for record in records):
         return
     (folder / PAGE).write_text(document(records), encoding="utf-8")
@@ -358,9 +359,9 @@ def write_tables(records: Sequence[Row], folder: Path) -> None:
 
 
 def write_documents(records: Sequence[Row], root: Path) -> None:
-    """Write the results between the marks in README.md and results/first_word.md, and draw the chart.
+    """Write the results between the markers in README.md and results/first_word.md, and draw the chart.
 
-    Raises ValueError if a mark is missing.
+    Raises ValueError if a marker is missing.
     """
     fill(root / "README.md", f"![{chart_title(records)}](results/{CHART})")
     fill(root / "results" / PAGE, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
@@ -368,7 +369,7 @@ def write_documents(records: Sequence[Row], root: Path) -> None:
 
 
 def fill(page: Path, words: str) -> None:
-    """Replace the text between the marks in a page. Raises ValueError if the page has no marks."""
+    """Replace the text between the markers in a page. Raises ValueError if the page has no markers."""
     text = page.read_text(encoding="utf-8")
     begin = text.find(BEGIN)
     end = text.find(END)

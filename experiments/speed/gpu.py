@@ -1,4 +1,4 @@
-"""Measure evoprune on one GPU. This takes at most six minutes, and requires neither network access nor a checkpoint.
+"""Measure evoprune on one GPU. This takes at most six minutes and requires neither network access nor a checkpoint.
 
     python -m experiments.speed.gpu -o DIR                            # all parts
     python -m experiments.speed.gpu -o DIR --parts table,first        # some parts
@@ -28,9 +28,9 @@ from typing import Any
 from experiments.speed.processes import last_line, limits_of, run_process
 from experiments.tables import table
 
-SECONDS = {"table": 190, "decoding": 55, "first": 85}  # time limit for all steps of a part together
+SECONDS = {"table": 190, "decoding": 55, "first": 85}  # combined time limit for all steps of a part, in seconds
 DRY_SECONDS = 120
-SPARE = 6.0  # seconds before its time limit in which a step starts no further turn
+SPARE = 6.0  # a step starts no further turns this many seconds before its time limit
 QWEN = "Qwen/Qwen{}-Instruct"
 M3, M7, Q4, Q35 = *(QWEN.format(name) for name in ("2.5-VL-3B", "2.5-VL-7B", "3-VL-4B")), "Qwen/Qwen3.5-4B"
 SMALL = "8x224x336"
@@ -43,7 +43,7 @@ PLAIN = {"EVOPRUNE_PLAIN": "1"}
 
 @dataclass(frozen=True)
 class Step:
-    """A measurement that runs in its own process, which is stopped at `until`, given as a share of the part's time limit."""
+    """A measurement that runs in its own process, which is stopped at `until`, given as a fraction of the part's time limit."""
 
     part: str
     name: str
@@ -53,7 +53,7 @@ class Step:
 
 
 def steps(settings: str) -> list[Step]:
-    """Return the steps of all parts, in the order in which they run.
+    """Return the steps of all parts, in execution order.
 
     `settings` is a folder with the 3B model's settings but without weights, which the `first` part uses.
     """
@@ -86,7 +86,7 @@ def dry_steps() -> list[Step]:
 
 
 def run_part(todo: Sequence[Step], seconds: float, folder: Path) -> list[dict[str, Any]]:
-    """Run the steps of one part and return their records. Time that a step does not use is available to the next steps."""
+    """Run the steps of one part, and return their records. Unused time from a step is available to the next steps."""
     begun = time.monotonic()
     done = []
     for step in todo:
@@ -205,7 +205,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running step is terminated
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ensures that a running step is terminated
     if args.dry:
         todo = dry_steps()
     else:

@@ -1,7 +1,7 @@
 """Run one step of `experiments.speed.gpu`, which starts this script as `python -m experiments.speed.gpu_steps STEP -o FILE`.
 
-A step writes its results to FILE (JSON) after each turn, and starts no turn after `--seconds`. The weights have the dimensions of
-the published model but are random, because the speed does not depend on their values.
+A step writes its results to FILE (JSON) after each turn, and does not start a turn after `--seconds`. The weights have the
+published model's dimensions but are random, because the speed does not depend on their values.
 """
 
 import argparse
@@ -25,7 +25,7 @@ INSIDE = "evoprune:inner=always"  # the setting that a GPU uses for larger input
 
 
 class Record:
-    """Results of a step so far, in `found`. `save` writes them to the step's file, and `left` is the remaining time in seconds."""
+    """A step's results so far, in `found`. `save` writes them to the step's file, and `left` is the remaining time in seconds."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -43,7 +43,7 @@ class Record:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return the name of the GPU and the versions of the packages that use it."""
+    """Return the GPU name and the versions of the packages that use it."""
     import torch
 
     found = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
@@ -71,7 +71,7 @@ def bench_of(args: argparse.Namespace, new_tokens: int, methods: Sequence[str] =
     options = ModelOptions(model=args.model, device=args.device, dtype=args.dtype)
     cases = [Case(*map(int, case.split("x"))) for case in args.cases]
     settings = ProfileSettings(budgets=tuple(args.budgets), methods=tuple(methods), new_tokens=new_tokens)
-    profile = Profile(settings, options, cases, exact=False)  # so that every model has the same number of units
+    profile = Profile(settings, options, cases, exact=False)  # makes all models have the same number of units
     unit = profile.model.limits["video"].unit
     bench, rows = profile.bench()
 
@@ -94,9 +94,9 @@ def label(row) -> str:
 
 
 def varlen_attention(q, k, v, ends, longest: int):
-    """Compute attention within groups of rows `[n, heads, d]`, using a single kernel call on a GPU.
+    """Compute attention within groups of rows `[n, heads, d]` using a single kernel call on a GPU.
 
-    `ends` contains the boundaries of the groups as int32, starting with 0. `longest` is the size of the largest group.
+    `ends` contains the group boundaries as int32, starting with 0. `longest` is the size of the largest group.
     """
     import torch
 
@@ -118,7 +118,7 @@ def varlen_tower(bench) -> Iterator[None]:
     attention = type(bench._reference.model.visual.blocks[0].attn)
     rotate = sys.modules[attention.__module__].apply_rotary_pos_emb_vision
     plain = attention.forward
-    groups = {}  # size of the longest group, which is read once for all layers
+    groups = {}  # size of the longest group, read once for all layers
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
         if id(cu_seqlens) not in groups:
@@ -171,7 +171,7 @@ def case_text(case) -> str:
 
 
 def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """Return the medians of each row's turns, and the speedups of the first token over transformers and over evoprune at 1.0."""
+    """Return the medians of each row's turns, and the first-token speedups over transformers and over evoprune at 1.0."""
     made = []
     for (case, name), own in turns.items():
         ms = {stage: 1000 * median(getattr(t.sample, stage) for t in own) for stage in ("encode", "prune", "prefill")}
@@ -199,7 +199,7 @@ def rows_of(turns: dict[tuple[str, str], list], errors: dict[tuple[str, str], st
 def decoding(record: Record) -> None:
     """Measure the time per token after the prompt. The first turn of each row is recorded separately.
 
-    With `--hf`, transformers' forward pass in a loop and its `generate` are measured as well.
+    With `--hf`, transformers' forward pass in a loop and its `generate` are also measured.
     """
     args = record.args
     bench, rows = bench_of(args, args.tokens)
@@ -231,7 +231,7 @@ def forced(bench, row) -> tuple[float, list[int]]:
 
 
 def generated(bench, count: int) -> tuple[float, list[int]]:
-    """Run transformers' `generate` on a text as long as the smallest prompt. Return the milliseconds per token and the tokens.
+    """Run transformers' `generate` on text as long as the smallest prompt. Returns the milliseconds per token and the tokens.
 
     The time to generate one token is subtracted from the time to generate `count` tokens.
     """
@@ -254,7 +254,7 @@ def generated(bench, count: int) -> tuple[float, list[int]]:
 
 
 def first(record: Record) -> None:
-    """Measure the first question that a process answers after loading, and then the same question again."""
+    """Measure the first question that a process answers after loading, followed by the same question again."""
     args = record.args
     import torch
 
@@ -291,7 +291,7 @@ def first(record: Record) -> None:
 
 
 def sample(folder: Path) -> Path:
-    """Return the sample clip `pan.mp4` or, if PyAV is not installed, a folder with frames of a similar size."""
+    """Return the sample clip `pan.mp4` or, if PyAV is not installed, a folder of similarly sized frames."""
     from importlib.util import find_spec
 
     if find_spec("av"):

@@ -1,7 +1,7 @@
-"""Measure single kernels and steps, and print the times as Markdown tables: `python -m experiments.speed.kernels`.
+"""Measure individual kernels and steps, and print the times as Markdown tables: `python -m experiments.speed.kernels`.
 
-The measurements are matrix products of single rows (which is the work of decoding), memory bandwidth, and packing and quantizing
-weights. The weights are random, are in bf16 on the CPU, and have the dimensions of the 3B model.
+The measurements cover single-row matrix products (the work of decoding), memory bandwidth, and weight packing and quantization. The
+weights are random, in bf16 on the CPU, with the dimensions of the 3B model.
 """
 
 import argparse
@@ -32,13 +32,13 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the measurements.
+    """Measurement sizes.
 
     Attributes:
-        config: config of the model whose dimensions are used.
-        product: number of input and output features of the single-row products.
-        copies: number of copies of each weight, which together are too large for any CPU cache.
-        read_bytes: size of the tensor that is read to measure memory bandwidth.
+        config: The config of the model whose dimensions are used.
+        product: The number of input and output features of the single-row products.
+        copies: The number of copies of each weight, which together are too large for any CPU cache.
+        read_bytes: The size of the tensor read to measure memory bandwidth.
     """
 
     config: Config
@@ -77,7 +77,7 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     yield "int8, integer products (as built)", int8[0].nbytes, int8
     int4 = converted(layers, lambda module: Quantization("int4").apply(module, call_layers))
     yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
-    # The quantized layer supports only groups of 32. The values may be arbitrary, because the time does not depend on them.
+    # The quantized layer supports only groups of 32. The values are arbitrary, because the time does not depend on them.
     group = 128
     numbers = torch.randint(16, (outer, inner), dtype=torch.int32)
     scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
@@ -89,7 +89,7 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
 def converted(layers: Sequence[nn.Linear], convert: Callable[[nn.Module], None]) -> list[nn.Module]:
     """Return copies of the layers after applying `convert`, which changes a module in place.
 
-    The module that is passed to `convert` contains the copies and has the same structure as a language model.
+    The module passed to `convert` contains the copies and has the same structure as a language model.
     """
     copies = nn.ModuleList(map(shared_copy, layers))
     module = tree(model=tree(language_model=copies))
@@ -106,7 +106,7 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
     """Print how long a single-row product takes with each kernel, and how fast the kernel reads its weights."""
     x = torch.randn(1, sizes.product[0]).to(DTYPE)
     names, sizes_bytes, weights = zip(*kernels(*sizes.product, sizes.copies), strict=True)
-    # Pass a new view each time, because layers would otherwise share the conversion of the activations.
+    # Pass a new view each time; otherwise, layers would share the converted activations.
     ms = medians([lambda products=products: [product(x[:]) for product in products] for products in weights], repeat)
     ms = [each / sizes.copies for each in ms]
     rows = [
@@ -118,17 +118,17 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
 
 
 def memory(sizes: Sizes, repeat: int) -> None:
-    """Print the rate at which all threads together read memory."""
+    """Print the combined memory read rate of all threads."""
     numbers = torch.ones(sizes.read_bytes // 4)
     (ms,) = medians([numbers.sum], repeat)
     print(f"\nMemory: {sizes.read_bytes / 2**20:,.0f} MiB summed at {numbers.nbytes / ms / 1e6:.1f} GB/s")
 
 
-# Startup: packing and quantising weights.
+# Startup: packing and quantizing weights.
 
 
 def call_layers(module: nn.Module) -> None:
-    """Call every linear layer of a module with one row of zeros."""
+    """Call every linear layer in a module with one row of zeros."""
     for layer in [each for each in module.modules() if hasattr(each, "in_features")]:
         layer(torch.zeros(1, layer.in_features, dtype=DTYPE))
 

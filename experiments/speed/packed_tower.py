@@ -1,9 +1,9 @@
-"""Measure how fast a Hugging Face model's tower encodes a video: by itself, with `EvoPrune`, and with `EvoPrune(pack=True)`.
+"""Measure how fast a Hugging Face model's tower encodes a video on its own, with `EvoPrune`, and with `EvoPrune(pack=True)`.
 
     python -m experiments.speed.packed_tower --threads 1
 
-The tower has the dimensions of a published model and random weights, because the speed does not depend on the values. Nothing is
-pruned. The three variants take turns, round after round, and their median times are compared.
+The tower has a published model's dimensions and random weights, because the speed does not depend on the values. Nothing is pruned.
+The three variants take turns in rounds, and their median times are compared.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from experiments.timing import medians
 
 
 def random_tower(name: str, dtype: torch.dtype):
-    """Return a transformers tower with the dimensions of the model `name`, random weights and sdpa attention."""
+    """Return a transformers tower with the dimensions of the model `name`, random weights, and sdpa attention."""
     config = describe(ModelOptions(name), local=True).config
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
     return hugging_face_model(QwenVL.random(config, dtype, torch.device("cpu"))).model.visual
 
 
 def measure(visual, patches: torch.Tensor, grid_thw: torch.Tensor, rounds: int) -> list[tuple[str, float, float]]:
-    """Return each variant's name, its median time in milliseconds, and its tokens' relative deviation from Hugging Face's."""
+    """Return each variant's name, its median time in milliseconds, and its tokens' relative deviation from Hugging Face."""
     packed = PackedTower(visual)
     none = PruneConfig.of(Budget.parse(1.0), "none")
     ways = {

@@ -1,11 +1,12 @@
-"""Compare evoprune with llama.cpp, which a user with only a CPU could run instead.
+"""Compare evoprune with llama.cpp, an alternative for users with only a CPU.
 
     python -m experiments.speed.checkpoint CKPT                       # 3B dimensions, random weights
     python -m experiments.speed.peers CKPT -o DIR --llama ENV/bin/python --gguf model-q8.gguf,model-q4.gguf --mmproj mmproj.gguf
 
-All sides get the same weights, frames, question and number of threads. Each side runs in its own process, and the sides take turns.
-The first round is a warm-up. Frames are read and resized before the clock starts. The time of an answer of 128 tokens is computed:
-the time to the first token plus 127 times the time per token. For the commands that create llama.cpp's files, see results/peers.md.
+All sides get the same weights, frames, question, and number of threads. Each side runs in its own process, and the sides take
+turns. The first round is a warm-up. Frames are read and resized before the clock starts. The time for a 128-token answer is
+computed as the time to first token plus 127 times the time per token. For the commands that create llama.cpp's files, see
+results/peers.md.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def _sides(args: argparse.Namespace) -> dict[str, tuple[Side, dict[str, Any]]]:
-    """Return the process of each row, and the fields that it adds to a request. Rows with the same model share a process."""
+    """Return each row's process, and the fields that the row adds to a request. Rows with the same model share a process."""
     import sys
 
     log = args.output / "peers.log"
@@ -83,7 +84,7 @@ def _sides(args: argparse.Namespace) -> dict[str, tuple[Side, dict[str, Any]]]:
 
 
 def _write_frames(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Write the frames as PNG files and as one file of raw RGB, and return the request fields that point to them."""
+    """Write the frames as PNG files and as one raw RGB file, and return the request fields that point to them."""
     from PIL import Image
 
     from evoprune.bench import synthetic_clip

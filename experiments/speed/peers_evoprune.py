@@ -1,4 +1,4 @@
-"""Answer the requests of `experiments.speed.peers` with evoprune."""
+"""Answer requests from `experiments.speed.peers` with evoprune."""
 
 import argparse
 import resource

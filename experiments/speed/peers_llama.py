@@ -1,6 +1,6 @@
-"""Answer the requests of `experiments.speed.peers` with llama.cpp, in an environment with llama-cpp-python.
+"""Answer requests from `experiments.speed.peers` with llama.cpp, in an environment with llama-cpp-python.
 
-This script imports nothing from this repository. It reads one request per line of stdin, and answers each with a line of JSON.
+This script imports nothing from this repository. It reads one request per line from stdin, and answers each with a line of JSON.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ AFTER = "What happens in this video?<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Model:
-    """A model with its projector. llama.cpp joins every two frames into a frame pair, as Qwen2.5-VL does."""
+    """A model with its projector. Like Qwen2.5-VL, llama.cpp joins every two frames into a frame pair."""
 
     def __init__(self, model: str, projector: str, threads: int):
         begun = time.perf_counter()
@@ -38,7 +38,7 @@ class Model:
         self.load_s = time.perf_counter() - begun
 
     def chunks(self, frames: np.ndarray):
-        """Return the pieces of the prompt. `frames`: uint8 `[N, H, W, 3]`."""
+        """Return the prompt as a sequence of chunks. `frames` is uint8 `[N, H, W, 3]`."""
         count, height, width, _ = frames.shape
         bitmaps = (mtmd_cpp.mtmd_bitmap_p_ctypes * count)()
         for i, frame in enumerate(np.ascontiguousarray(frames)):
@@ -53,7 +53,7 @@ class Model:
         return made
 
     def answer(self, frames: np.ndarray, new: int) -> dict:
-        """Return the times of encode, prefill and each of `new` tokens in seconds, and the numbers of tokens."""
+        """Return the times for encode, prefill, and each of `new` tokens in seconds, along with the token counts."""
         made = self.chunks(frames)
         pieces = [mtmd_cpp.mtmd_input_chunks_get(made, i) for i in range(mtmd_cpp.mtmd_input_chunks_size(made))]
         counts = [mtmd_cpp.mtmd_input_chunk_get_n_tokens(piece) for piece in pieces]

@@ -1,7 +1,7 @@
-"""Run measurements in separate processes. When its time is up, a process is killed together with its children.
+"""Run measurements in separate processes. When a process runs out of time, it is killed along with its children.
 
-`Side` and `serve` are the two ends of a process that takes turns with other processes. It waits while another process works, reads
-each request as a line of JSON, and answers with a line of JSON.
+`Side` and `serve` are the two ends of a process that takes turns with other processes. Such a process waits while another process
+works, reads each request as a line of JSON, and answers with a line of JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Side:
-    """A process that is started by its first request, and restarted by the next request if it has exited.
+    """A process that is started by its first request and restarted by the next request if it has exited.
 
     Its stderr is written to a file.
     """
@@ -35,7 +35,7 @@ class Side:
         return self._process is not None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Return the answer to a request, or `{"error": text}` if the process exits or does not answer within `seconds`."""
+        """Send a request, and return the answer, or `{"error": text}` if the process exits or does not answer within `seconds`."""
         if seconds <= 0:
             return {"error": "not started: no time was left"}
         if self._process is None:
@@ -55,7 +55,7 @@ class Side:
         return json.loads(line)
 
     def end(self, kill: bool = False) -> int | None:
-        """Terminate the process and its children. Return its exit code, or None if it is not running."""
+        """Terminate the process and its children. Returns the exit code, or None if the process is not running."""
         if self._process is None:
             return None
         process = self._process
@@ -86,7 +86,7 @@ class Side:
 
 
 def _forward(lines, into: queue.Queue) -> None:
-    """Put lines into a queue as they arrive, and None at the end of the file."""
+    """Put lines into a queue as they arrive, followed by None at end of file."""
     for line in lines:
         into.put(line)
     into.put(None)
@@ -95,10 +95,10 @@ def _forward(lines, into: queue.Queue) -> None:
 def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
     """Answer the requests on stdin, one per line, until end of file.
 
-    Anything that libraries print to stdout is redirected to stderr.
+    Library output to stdout is redirected to stderr.
 
     Args:
-        make: a function that is called at the first request and returns the function that answers requests. If either function
+        make: A function that is called on the first request and returns the function that answers requests. If either function
             raises an exception, the answer is an error.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -108,7 +108,7 @@ def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> Non
         try:
             answer = answer or make()
             said = answer(json.loads(line))
-        except Exception as problem:  # libraries may raise any exception, which is reported as the result
+        except Exception as problem:  # libraries may raise any exception, and it is reported as the result
             said = {"error": f"{type(problem).__name__}: {problem}".strip()[:300]}
         print(json.dumps(said), file=answers, flush=True)
 
@@ -139,7 +139,7 @@ def run_process(arguments: Sequence[str], log: Path, seconds: float, environment
 
 
 def end_group(number: int) -> None:
-    """Kill a session leader together with the processes that it started."""
+    """Kill a session leader along with the processes that it started."""
     try:
         os.killpg(number, signal.SIGKILL)
     except ProcessLookupError:
@@ -147,7 +147,7 @@ def end_group(number: int) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Return the last non-empty line of a file, which is the error message if the file ends with a traceback."""
+    """Return the last non-empty line of a file. If the file ends with a traceback, this is the error message."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
@@ -156,7 +156,7 @@ def limits_of(text: str, usual: dict[str, float]) -> dict[str, float]:
     """Return the time limit of each part in seconds: the defaults in `usual`, overridden by `text`, such as "table=300,first=60".
 
     Raises:
-        ValueError: there is no such part, or the time is not a number.
+        ValueError: If there is no such part, or the time is not a number.
     """
     made = dict(usual)
     for each in filter(None, text.split(",")):

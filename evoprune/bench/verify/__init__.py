@@ -1,1 +1,1 @@
-"""The implementation of `evoprune verify`, which checks that a model gives the same results as in transformers on this machine."""
+"""The implementation of `evoprune verify`, which checks that a model produces the same results as transformers on this machine."""

@@ -1,4 +1,4 @@
-"""The checks of `evoprune verify`, which compare evoprune with transformers or with plain PyTorch, using the same weights."""
+"""The checks for `evoprune verify`, which compare evoprune with transformers or plain PyTorch using the same weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ from evoprune.vision import Encoded
 
 
 def weights(subject: Subject) -> Outcome:
-    """Check that evoprune's weights are bitwise equal to the tensors that transformers reads from the same files."""
+    """Check that evoprune's weights match the tensors that transformers reads from the same files bit for bit."""
     count = len(list(subject.transformers.parameters()))
     if subject.not_read:
         return skipped(subject.not_read)
@@ -54,7 +54,7 @@ def weights(subject: Subject) -> Outcome:
 
 
 def tower(subject: Subject) -> Outcome:
-    """Compare the features that evoprune's and transformers' vision towers compute without pruning."""
+    """Compare the features computed by evoprune's and transformers' vision towers without pruning."""
     encoded = subject.encode(1.0).encoded
     theirs = subject.about(subject.video).features.flatten(0, 1)
     return _within(gap(encoded.every_feature, theirs), subject.features_noise)
@@ -63,23 +63,23 @@ def tower(subject: Subject) -> Outcome:
 def positions(subject: Subject) -> Outcome:
     """Compare the rotary positions of a prompt's tokens with transformers.
 
-    Within an input, the positions must be the same as in transformers. The text after an input must continue with the position
-    after the input's largest position, as in Qwen's code.
+    Within an input, the positions must be the same as in transformers. The text after an input must start at the position following
+    the input's largest position, as in Qwen's code.
     """
     pair = subject.loaded.video.temporal_patch_size
     for paths in ([subject.video], [subject.picture, subject.video]):
         asked = subject.about(*paths)
         ours = asked.positions
         call = {name: value.cpu() for name, value in asked.call.items()}
-        # The seconds must be exact. With rounded seconds, a product that should be a whole number may be slightly smaller, so it
-        # would be truncated to the previous position.
+        # The seconds must be exact. With rounded seconds, a product that should be an integer may be slightly smaller, so it would
+        # be truncated to the previous position.
         if "second_per_grid_ts" in call:
             seconds = [asked.plans[-1].sampling.seconds_per_pair(pair)]
             if seconds[0] % 1 and not takes_encoded(subject.transformers):
                 return skipped("this transformers cuts seconds from one frame pair to the next to whole ones")
             call["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         theirs = model_positions(subject.transformers, call, call["attention_mask"], False)[:, 0]
-        # There is one run per text, image or video in the prompt.
+        # The prompt has one run per text, image, or video.
         runs = []
         at = 0
         _, lengths = call["mm_token_type_ids"][0].unique_consecutive(return_counts=True)
@@ -95,7 +95,7 @@ def positions(subject: Subject) -> Outcome:
 
 
 def logits(subject: Subject) -> Outcome:
-    """Compare the logits of evoprune's and transformers' language models, given the features from transformers' vision tower."""
+    """Compare the logits of evoprune's and transformers' language models, given features from transformers' vision tower."""
     language = subject.loaded.language
     asked = subject.about(subject.video)
     last, *inner = asked.features
@@ -116,9 +116,9 @@ def logits(subject: Subject) -> Outcome:
 def answer(subject: Subject) -> Outcome:
     """Check that transformers would give the same greedy answer as evoprune.
 
-    The answer is fed to transformers, which must consider evoprune's token most probable at each position, up to rounding errors.
-    If evoprune's language model is itself a transformers module, both sides read the features from evoprune's tower, so that
-    smaller differences can be detected. The features are then compared separately.
+    The answer is fed to transformers, which must consider evoprune's token the most probable at each position, up to rounding
+    errors. If evoprune's language model is itself a transformers module, both sides read features from evoprune's tower, so that
+    smaller differences can be detected. In this case, the features are compared separately.
     """
     inputs = subject.encode(1.0)
     answer = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
@@ -136,7 +136,7 @@ def answer(subject: Subject) -> Outcome:
     chosen = [theirs[row, token] for row, token in enumerate(ids[:rows])]
     chosen += [theirs[row, ends].max() for row in range(len(ids), rows)]
     ours = torch.stack(chosen)
-    # 0 if both sides choose the same token, and 1 if our token only has an average logit.
+    # 0 if both sides choose the same token, and 1 if our token's logit is only average.
     margin = (theirs.amax(1) - ours) / (theirs.amax(1) - theirs.mean(1))
     first = next((row for row in range(rows) if margin[row] > 0), None)
     same = f"{counted(rows, 'token')} equal, {len(text)} characters"
@@ -155,7 +155,7 @@ def _within(distance: Gap, noise: Gap) -> Outcome:
 
 @contextmanager
 def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
-    """Count the rows that each layer of a vision tower computes. Yields a list of counts that is updated during forward passes."""
+    """Count the rows computed by each vision tower layer. Yields a list of counts that is updated during forward passes."""
     rows = [0] * len(visual.blocks)
 
     def note(layer: int, _, given: tuple[torch.Tensor]) -> None:
@@ -170,7 +170,7 @@ def counted_rows(visual: torch.nn.Module) -> Iterator[list[int]]:
 
 
 def counts(subject: Subject) -> Outcome:
-    """Check that the numbers of rows in each layer and of tokens are exactly as planned, at two budgets and without reuse."""
+    """Check that the row counts per layer and the token count match the plan exactly, at two budgets and without reuse."""
     summaries = []
     for budget in (BUDGET, 0.1):
         with counted_rows(subject.loaded.model.model.visual) as rows:
@@ -191,9 +191,9 @@ ROUNDS = 3
 
 
 def first_token(subject: Subject) -> Outcome:
-    """Compare the time to the first token, which includes encoding a clip and prefilling the prompt.
+    """Compare the time to first token, which includes encoding a clip and prefilling the prompt.
 
-    Evoprune and transformers take turns, so that changes in the machine's speed affect both.
+    Evoprune and transformers take turns, so that changes in machine speed affect both.
     """
     loaded = subject.loaded
     config = PruneOptions(BUDGET, "evoprune").config()
@@ -217,13 +217,13 @@ GRID = (6, 9, 13)
 ROWS = 500
 WIDTH = 128
 STEPS = 16384  # distances are measured in steps, as in methods/farthest.py
-SAME = 0.99  # share of units that must be equal; other units may differ, because sums are rounded differently
+SAME = 0.99  # fraction of units that must be equal; the others may differ because of rounding in sums
 
 
 def accelerated(subject: Subject) -> Outcome:
     """Compare the results of GPU kernels and CUDA graphs with plain PyTorch.
 
-    If decoding cannot use a CUDA graph, and all other comparisons pass, the outcome is `SKIPPED`.
+    If decoding cannot use a CUDA graph but all other comparisons pass, the outcome is `SKIPPED`.
     """
     if not Device(subject.device).uses_kernels:
         return skipped("kernels and graphs need CUDA and are off with EVOPRUNE_PLAIN")
@@ -250,10 +250,10 @@ def accelerated(subject: Subject) -> Outcome:
 
 
 def _selections(device: torch.device) -> dict[str, float]:
-    """Compare the operators for selection and reuse with plain PyTorch on random data.
+    """Compare the selection and reuse operators with plain PyTorch on random data.
 
     Returns:
-        The share of values that are equal, keyed by operator.
+        The fraction of equal values, keyed by operator.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -266,7 +266,7 @@ def _selections(device: torch.device) -> dict[str, float]:
     row = torch.randint(ROWS, (units,), generator=random, dtype=torch.int64, device="cpu").to(device)
     index = arange_on(units, device)
     time = (index // (units // GRID[0])).float() / (GRID[0] - 1)
-    tubes = index.view(GRID).transpose(0, 1).flatten(1)  # one tube for each row of the frame
+    tubes = index.view(GRID).transpose(0, 1).flatten(1)  # one tube per frame row
     tubes = F.pad(tubes, (0, 5), value=units)
     half = place.square().sum(1) / 2
     weight = STEPS * salience**2
@@ -292,10 +292,10 @@ def _selections(device: torch.device) -> dict[str, float]:
 
 @torch.inference_mode()
 def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Compute the logits at each position of an answer twice, with CUDA graphs and with plain PyTorch.
+    """Compute the logits at each answer position twice, with CUDA graphs and with plain PyTorch.
 
     Returns:
-        Two tensors `[n, vocabulary]`, or the reason why graphs cannot be used.
+        Two tensors `[n, vocabulary]`, or the reason why CUDA graphs cannot be used.
     """
     if Device(subject.device).capture is None:
         return "this device has no graphs"
@@ -314,7 +314,7 @@ def _decoded(subject: Subject) -> tuple[torch.Tensor, torch.Tensor] | str:
     state = language.prefill(embeds, positions, 64)
     try:
         decoded = state.graph_logits_along(ids[:-1])
-    except Exception as problem:  # if capturing a graph fails, evoprune decodes answers with plain PyTorch
+    except Exception as problem:  # if graph capture fails, evoprune decodes answers with plain PyTorch
         if is_out_of_memory(problem):
             raise
         return first_line(problem)

@@ -1,4 +1,4 @@
-"""The code that runs the checks of `evoprune verify` within a time limit and records their outcomes."""
+"""The code that runs the checks for `evoprune verify` within a time limit and records their outcomes."""
 
 import platform
 import re
@@ -31,12 +31,12 @@ VERDICTS = {
     SKIPPED: "nothing was compared",
 }
 UNLIMITED_S = 86_400.0
-DIGITS = 4  # number of significant digits of figures in the record
-# The size of the synthetic clip. Its height and width are not multiples of 28 or 32, so that the frames have to be resized.
+DIGITS = 4  # number of significant digits for figures in the record
+# The size of the synthetic clip. Its height and width are not multiples of 28 or 32, so the frames have to be resized.
 FRAMES = 8
 HEIGHT = 120
 WIDTH = 180
-# The checks in the order of execution. Checks that are cheap, or that other checks rely on, come first.
+# The checks in execution order. Cheap checks, and checks that other checks rely on, come first.
 CHECKS = (
     Check("weights", "every tensor, against the same files read by transformers", checks.weights),
     Check("positions", "positions of prompt tokens, against transformers", checks.positions),
@@ -53,7 +53,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """A check that has been run, with its outcome and its duration in seconds."""
+    """A completed check, with its outcome and its duration in seconds."""
 
     check: Check
     outcome: Outcome
@@ -62,10 +62,10 @@ class Finding:
 
 @dataclass
 class VerifyResults(Results):
-    """The results of the checks that have been run so far.
+    """The results of the checks run so far.
 
     Attributes:
-        findings: The outcomes, in the order of the checks.
+        findings: The outcomes, in check order.
         seconds: The duration of the run so far.
         error: The error that ended the run early, or None.
     """
@@ -80,11 +80,11 @@ class VerifyResults(Results):
 
     @property
     def verdict(self) -> str:
-        """The overall result: `DIFFERS` if any check found a difference, otherwise `HELD`, or `SKIPPED` if nothing was compared."""
+        """The overall result: `DIFFERS` if any check found a difference, `SKIPPED` if nothing was compared, otherwise `HELD`."""
         return next((state for state in (DIFFERS, HELD) if self.of(state)), SKIPPED)
 
     def document(self) -> dict[str, Any]:
-        """Return the record of the run as a dict for JSON output. It contains no paths, prompts or machine names."""
+        """Return the record of the run as a JSON-serializable dict. It contains no paths, prompts, or machine names."""
         loaded = self.loaded
         env = Device(loaded.device).environment()
         counts = {state: len(self.of(state)) for state in (HELD, DIFFERS, SKIPPED)}
@@ -110,7 +110,7 @@ class VerifyResults(Results):
         }
 
     def table(self, width: int) -> str:
-        """Return the results as text: the model and the machine, one line per check with its figures, and the verdict."""
+        """Return the results as text: the model, the machine, one line per check with its figures, and the verdict."""
         return render(self.document(), width)
 
 
@@ -127,7 +127,7 @@ def render(document: dict[str, Any], width: int) -> str:
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
-    """Return the properties of the model for the record, but not its path. The model's ID is included only if it is public."""
+    """Return the model's properties for the record, excluding its path. The model's ID is included only if it is public."""
     config = loaded.model.config
     known = loaded.id in (*BUNDLED_CONFIGS, *DEMOS)
     vision = config.vision_config
@@ -150,9 +150,9 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
-    """Create the subject of the checks, using the video or image at `path`, or a synthetic clip if `path` is None.
+    """Create the subject for the checks from the video or image at `path`, or from a synthetic clip if `path` is None.
 
-    If `path` is not a video or image, this raises the same exceptions as `probe`.
+    If `path` is not a video or image, raises the same exceptions as `probe`.
     """
     with temporary_folder("evoprune-verify-") as folder:
         video, picture = _material(Path(folder))
@@ -165,7 +165,7 @@ def subject_of(loaded: LoadedModel, path: str | None) -> Iterator[Subject]:
 
 
 def _material(folder: Path) -> tuple[Path, Path]:
-    """Write a synthetic clip as a folder of frames, and its first frame as an image file. Returns the paths of both."""
+    """Write a synthetic clip as a folder of frames and its first frame as an image file. Returns both paths."""
     from PIL import Image
 
     unit = clips.UNIT
@@ -192,9 +192,9 @@ def run_checks(
     Args:
         path: The video or image to use, or None for a synthetic clip.
         time_limit_s: The time limit for the whole run, or None for no limit.
-        begun: The time at which the run started, as returned by `time.perf_counter`.
+        begun: The start time of the run, as returned by `time.perf_counter`.
 
-    For the other arguments, see `verify`. For the exceptions, see `load_model`.
+    See `verify` for the other arguments and `load_model` for exceptions.
     """
     limit = TimeLimit(UNLIMITED_S if time_limit_s is None else time_limit_s, begun=begun)
     progress("loading model", 0, 0, "")
@@ -220,8 +220,8 @@ def verify(
 
     Args:
         quick: Whether to skip the slow checks.
-        progress: Called with "check", the number of finished checks, the total, and the name of the next check.
-        failed: Called with the exception if a check raises one. The outcome of the check is then `DIFFERS`.
+        progress: A callback that is passed "check", the number of finished checks, the total, and the name of the next check.
+        failed: A callback that is passed any exception raised by a check. The outcome of that check is `DIFFERS`.
     """
     results = VerifyResults(subject.loaded)
     for number, check in enumerate(checks):
@@ -240,7 +240,7 @@ def verify(
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Turn off TF32 for float32 convolutions on CUDA within the context, because it rounds their inputs to 10 bits."""
+    """Disable TF32 for float32 convolutions on CUDA within the context, because it rounds their inputs to 10 bits."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -1,11 +1,11 @@
-"""The two models that `evoprune verify` compares: evoprune's model, and a transformers model built from the same files.
+"""The two models compared by `evoprune verify`: evoprune's model, and a transformers model built from the same files.
 
-This module also defines the outcome of a check (held, differs or skipped) and the distance between the results of the two models.
+This module also defines the outcome of a check (held, differs, or skipped) and the distance between the two models' results.
 
 The results may differ by a small multiple of the transformers model's rounding error. To measure this error, the transformers model
-is also run in a wider dtype than that of its weights. This needs no second copy of the weights, because each module widens its own
-weights while it computes, and large weights are widened piece by piece. Modules with quantized weights cannot compute in another
-dtype, so their outputs are randomly rounded a second time instead.
+is also run in a wider dtype than its weights. This does not require a second copy of the weights, because each module widens its
+own weights during computation, and large weights are widened piece by piece. Modules with quantized weights cannot compute in
+another dtype, so their outputs are instead randomly rounded a second time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +31,12 @@ from evoprune.video_qa import VideoQA
 HELD = "held"
 DIFFERS = "differs"
 SKIPPED = "skipped"
-# The maximum distance between two results that are rounded differently, as a multiple of the distance between one of them and the
-# exact result. The largest of many distances varies more than their mean, so a higher multiple is allowed for it.
+# The maximum distance between two differently rounded results, as a multiple of the distance between one of them and the exact
+# result. The largest of many distances varies more than their mean, so its multiple is higher.
 MEAN = 2.0
 LARGEST = 3.0
 FEW = 8  # with fewer rows than this, the mean distance varies as much as the largest distance
-# A relative error above this is never attributed to rounding. For comparison, unrelated logits differ by 1.4, and a bug may cause
+# Relative errors above this are never attributed to rounding. For comparison, unrelated logits differ by 1.4, and a bug may cause
 # an error of only 0.3.
 COARSE = 0.25
 
@@ -47,7 +47,7 @@ class Outcome:
 
     Attributes:
         state: `HELD`, `DIFFERS` or `SKIPPED`.
-        says: One line that describes the difference, the reason why the check was skipped, or the figures.
+        says: A one-line description of the difference, the reason for skipping the check, or the figures.
         figures: The measured numbers, keyed by name. The limit for the number NAME is stored as NAME_limit.
     """
 
@@ -61,9 +61,9 @@ class Check:
     """A check that `evoprune verify` can run.
 
     Attributes:
-        name: The name that is shown to users.
-        compares: A description of the comparison that is shown to users.
-        run: The function that does the comparison. It is called with a `Subject`.
+        name: The name shown to users.
+        compares: A description of the comparison, shown to users.
+        run: The function that runs the comparison, given a `Subject`.
         slow: Whether `--quick` skips the check.
     """
 
@@ -81,12 +81,12 @@ def judged(says: str, limits: dict[str, tuple[float, float]]) -> Outcome:
     """Compare figures with their limits, and return the resulting outcome.
 
     Args:
-        says: The text of the outcome if all figures are within their limits.
+        says: The outcome's text if all figures are within their limits.
         limits: Pairs of a figure and its limit, keyed by name.
 
     Returns:
         `DIFFERS` if a figure is NaN or exceeds its limit. `SKIPPED` if all figures are within their limits but an error exceeds
-        `COARSE`, because rounding errors this large could hide a bug. Otherwise `HELD`.
+        `COARSE`, because rounding errors this large could hide a bug. Otherwise, `HELD`.
     """
     figures: dict[str, float | None] = {}
     for name, (value, limit) in limits.items():
@@ -112,11 +112,11 @@ class Gap(NamedTuple):
     def limits(self, noise: "Gap", times: float = 1.0) -> dict[str, tuple[float, float]]:
         """Return pairs of a distance and its limit, keyed by name.
 
-        The mean distance is left out if there are fewer than `FEW` rows.
+        The mean distance is omitted if there are fewer than `FEW` rows.
 
         Args:
-            noise: The distances that rounding causes.
-            times: A factor by which all limits are multiplied.
+            noise: The distances caused by rounding.
+            times: A factor to multiply all limits by.
         """
         limits = {}
         if self.rows >= FEW:
@@ -154,7 +154,7 @@ WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.floa
 
 
 def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return a wider dtype in which to measure the rounding error of `dtype`, or None if the device supports no wider dtype."""
+    """Return a wider dtype for measuring the rounding error of `dtype`, or None if the device supports none."""
     wide = WIDER.get(dtype)
     if wide == torch.float64 and device.type == "mps":
         return None
@@ -163,13 +163,13 @@ def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Make all modules of `model` that have weights compute in `dtype` within the context."""
+    """Make all weight-carrying modules of `model` compute in `dtype` within the context."""
     held = [module for module in model.modules() if own_weights(module) and type(module) is not nn.Conv1d]
     for module in held:
         module.forward = partial(_forward_of(module), module, type(module).forward, dtype)
     config = getattr(model.config, "text_config", None)
     experts = getattr(config, "_experts_implementation", None)
-    if experts is not None:  # fused expert kernels do not support float64
+    if experts is not None:  # fused expert kernels don't support float64
         config._experts_implementation = "eager"
     try:
         yield
@@ -186,7 +186,7 @@ def own_weights(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     These are the module's own weights and the weights of its child convolutions, which it reads without calling them.
 
     Returns:
-        Triples of the module that has the weight, the weight's name, and the weight.
+        Triples of the module that owns the weight, the weight's name, and the weight.
     """
     holders = [module, *(child for child in module.children() if type(child) is nn.Conv1d)]
     return [(holder, name, weight) for holder in holders for name, weight in holder.named_parameters(recurse=False)]
@@ -213,7 +213,7 @@ def _embedding(layer: nn.Embedding, forward: Callable, dtype: torch.dtype, ids: 
 
 
 def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: torch.Tensor, **named) -> torch.Tensor:
-    """Run the forward pass of a norm, a convolution, a gate or experts with the module's weights converted to `dtype`."""
+    """Run the forward pass of a norm, convolution, gate, or experts module with its weights converted to `dtype`."""
     plain = own_weights(module)
     for holder, name, weight in plain:
         if weight.is_floating_point():
@@ -227,10 +227,10 @@ def _others(module: nn.Module, forward: Callable, dtype: torch.dtype, *given: to
 
 @contextmanager
 def rounding_again(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Randomly round the outputs of all modules a second time within the context, if the outputs are in `dtype`.
+    """Randomly round all module outputs in `dtype` a second time within the context.
 
-    The output of a matrix product is changed by as much as rounding to `dtype` would change it, or rounding in an fp32 sum with the
-    same number of terms, whichever is larger.
+    The output of a matrix product is changed by as much as rounding to `dtype` or rounding in an fp32 sum with the same number of
+    terms would change it, whichever is larger.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -255,21 +255,21 @@ QUESTION = "What happens in this video?"
 SAMPLING = SamplingOptions(frames=8, max_visual_tokens=128)
 NEW_TOKENS = 16
 BUDGET = 0.25
-INSIDE = "evoprune:inner=always"  # because a GPU would otherwise prune such small clips only after the tower
+INSIDE = "evoprune:inner=always"  # because a GPU would otherwise prune clips this small only after the tower
 
 
 class Subject:
-    """The model and the two input files that the checks use. Everything derived from them is computed when a check first needs it.
+    """The model and the two input files used by the checks. Everything derived from them is computed on first use.
 
-    Frames may be smaller than the model normally allows, so that several frame pairs need only a few tokens.
+    Frames may be smaller than the model normally allows, so that several frame pairs require only a few tokens.
 
     Attributes:
         loaded: The model, without its minimum frame size. Its weights are not packed, and the transformers model shares them.
-        video: The video or image on which the two models are compared.
+        video: The video or image on which to compare the two models.
         image: An image to ask about together with the video.
-        differing: The names of tensors that transformers reads differently from the same files. Filled when `transformers` is first
-            used.
-        not_read: The reason why transformers does not read the files, or None if it does.
+        differing: The names of tensors that transformers reads differently from the same files. Populated on first use of
+            `transformers`.
+        not_read: The reason why transformers doesn't read the files, or None if it does.
     """
 
     def __init__(self, loaded: LoadedModel, video: Path, picture: Path):
@@ -283,10 +283,10 @@ class Subject:
 
     @cached_property
     def transformers(self):
-        """The transformers model, with the IDs of its special tokens set.
+        """The transformers model, with its special token IDs set.
 
-        If the model has files and there is enough memory for a second copy of the weights, transformers reads the files itself, and
-        equal tensors are shared afterward. Otherwise, the transformers model is built from evoprune's tensors.
+        If the model has files and there is enough memory for a second copy of the weights, transformers reads the files itself.
+        Afterward, equal tensors are shared between the models. Otherwise, the transformers model is built from evoprune's tensors.
         """
         model = self.loaded.model
         origin = self.loaded.description
@@ -316,7 +316,7 @@ class Subject:
         return self.loaded.model.dtype
 
     def asking(self, budget: float, method: str = INSIDE) -> VideoQA:
-        """Return a `VideoQA` for evoprune's side of the comparison. With a budget of 1.0, it does not prune."""
+        """Return a `VideoQA` for evoprune's side of the comparison. A budget of 1.0 disables pruning."""
         if budget == 1:
             method = "none"
         return VideoQA(self.loaded, budget=budget, method=method)
@@ -326,7 +326,7 @@ class Subject:
         return self.asking(budget, method).encode(self.video, **vars(SAMPLING))
 
     def about(self, *paths: Path) -> "Asked":
-        """Return the question about these inputs, prepared for both models. The result is cached."""
+        """Return the question about the given inputs, prepared for both models. The result is cached."""
         if paths not in self._asked:
             self._asked[paths] = Asked(self, paths)
         return self._asked[paths]
@@ -336,7 +336,7 @@ class Subject:
         """Compute the features of a prompt's inputs with transformers' vision tower.
 
         Returns:
-            `[1 + n, tokens, hidden]`, with tokens in prompt order: the final features, followed by n levels of DeepStack features.
+            `[1 + n, tokens, hidden]`, in prompt order: the final features, followed by n levels of DeepStack features.
         """
         kinds = call["mm_token_type_ids"][0]
         parts = {}
@@ -362,15 +362,15 @@ class Subject:
         last: int = 1,
         first: int = 0,
     ) -> torch.Tensor:
-        """Compute the logits of transformers' language model after each of the last tokens.
+        """Compute the transformers language model's logits after each of the last tokens.
 
         Args:
-            positions: int64 `[3, L]`, the positions of the prompt. The positions of the answer continue from these.
-            features: The features of the inputs, from the method `features` or from evoprune's tower.
+            positions: int64 `[3, L]`, the positions of the prompt. The answer positions continue from these.
+            features: The input features, from the method `features` or from evoprune's tower.
             answer: The tokens that follow the prompt.
             last: The number of tokens at the end of the prompt and answer for which to return logits.
-            first: The number of tokens to read into a KV cache before all other tokens. They must include all visual tokens. With
-                0, no cache is used.
+            first: The number of tokens to process into a KV cache before all other tokens. They must include all visual tokens.
+                With 0, no cache is used.
 
         Returns:
             `[last, vocabulary]`.
@@ -438,11 +438,11 @@ class Subject:
 
     @cached_property
     def logits_noise(self) -> Gap:
-        """The rounding error of transformers' logits if they are computed from pixels, including the error of the features."""
+        """The rounding error of transformers' logits when computed from pixels, including the feature error."""
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
-        """Raise a distance to at least the rounding error of a single number, because a short sum may be exact by chance."""
+        """Raise a distance to at least the rounding error of a single number, because short sums may be exact by chance."""
         rounding = torch.finfo(self.dtype).eps
         return distance.worse((rounding, rounding))
 
@@ -450,7 +450,7 @@ class Subject:
     def _same_features(self) -> torch.Tensor:
         """Logits that differ from `video_logits` only in rounding, as if another language model had read the same features.
 
-        If both sides run the same transformers modules, these logits are computed by reading the prompt in two parts.
+        If both sides run the same transformers modules, these logits are computed by processing the prompt in two parts.
         """
         if not self.loaded.language.runs_modules:
             return self._otherwise[1]
@@ -460,7 +460,7 @@ class Subject:
 
     @cached_property
     def language_noise(self) -> Gap:
-        """The rounding error of the logits if both language models read the same features."""
+        """The rounding error of the logits when both language models read the same features."""
         return self.noise(gap(self.video_logits, self._same_features, centred=True))
 
     @cached_property
@@ -490,7 +490,7 @@ class Asked:
         units = sum(plan.units for plan in self.plans)
         self.prompt = session.fitting_prompt(self.plans, QUESTION, GenerationOptions(), units)
         self.positions = loaded.positions_of(self.prompt, self.plans)
-        # The frames must be resized in the same way as by evoprune's encoder.
+        # Frames must be resized in the same way as by evoprune's encoder.
         read = [read_patches(plan, loaded.limits[plan.kind], subject.device) for plan in self.plans]
         call = arguments(self.prompt, read, loaded.limits, loaded.model.config.vision_config)
         self.call = {name: value.to(subject.device) for name, value in call.items()}

@@ -1,4 +1,4 @@
-"""Draw questions about a clip of scenes. Each question has exactly one answer and offers either four options or none."""
+"""Draw questions about a clip of scenes. Each question has exactly one correct answer and offers either four options or none."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,19 +10,19 @@ from experiments.demo.questions import Question, pick
 from experiments.demo.scenes.clip import COLOURS, OUTLINES, Clip, Thing
 
 OPTIONS = 4
-CHOICE = 0.75  # share of questions that offer options, among those that could also be asked without
-MOMENT = 0.1  # chance that a question about a video is about a flash, if there is one
+CHOICE = 0.75  # fraction of questions with options, among those that could also be asked without options
+MOMENT = 0.1  # probability that a question about a video is about a flash, if there is one
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A question that can be asked about a clip, before its options are drawn."""
+    """A potential question about a clip, before its options are drawn."""
 
     text: str
     answer: str
-    wrong: tuple[str, ...] = ()  # the first three become options; if there are fewer, the question is open
+    wrong: tuple[str, ...] = ()  # the first three become options; if there are fewer, the question has no options
     about: tuple[Thing, ...] = ()
-    open: bool = True  # whether it can be answered without options
+    open: bool = True  # whether the question can be answered without options
 
 
 Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
@@ -31,14 +31,14 @@ Maker = Callable[[Clip, np.random.Generator], Iterable[Draft]]
 @dataclass(frozen=True)
 class QuestionType:
     make: Maker
-    group: str  # name of the group, which is finer than picture or video
+    group: str  # group name, more specific than picture or video
     weight: float = 1.0  # relative frequency
 
 
 def ask(
     clip: Clip, rng: np.random.Generator, count: int, types: Mapping[str, QuestionType], choice: float = CHOICE
 ) -> list[Question]:
-    """Draw up to `count` different questions about the clip, by weight. For `choice`, see CHOICE."""
+    """Draw up to `count` different questions about a clip, by weight. See CHOICE for `choice`."""
     pool = [(name, draft) for name, type in types.items() for draft in type.make(clip, rng)]
     flash = np.array([any(t.event(clip.seconds) == "flashes" for t in draft.about) for _, draft in pool])
     per_type = Counter((name, b) for (name, _), b in zip(pool, flash, strict=True))
@@ -65,7 +65,7 @@ def ask(
 
 
 def shuffled(rng, texts) -> tuple[str, ...]:
-    """Return the distinct texts in random order."""
+    """Return the distinct strings in random order."""
     different = sorted(set(texts))
     return tuple(different[i] for i in rng.permutation(len(different)))
 
@@ -73,7 +73,7 @@ def shuffled(rng, texts) -> tuple[str, ...]:
 def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
     """Return a name that identifies the object within the clip, or None if there is no such name.
 
-    `hide` is an attribute (outline, texture or colour) that the name must not contain.
+    `hide` is an attribute (outline, texture, or colour) that must not appear in the name.
     """
     if thing.is_sign:
         if len(clip.signs) == 1:
@@ -99,7 +99,7 @@ def refer(clip: Clip, thing: Thing, rng, hide: str = "") -> str | None:
 
 
 def referred(clip: Clip, rng, things: Iterable[Thing] | None = None, hide: str = "") -> Iterator[tuple[Thing, str]]:
-    """Yield objects (by default all objects in the clip) with names from `refer`, skipping those without a unique name."""
+    """Yield objects (by default, all objects in the clip) with names from `refer`, skipping objects without a unique name."""
     if things is None:
         things = clip.things
     for thing in things:
@@ -113,18 +113,18 @@ def name(thing: Thing) -> str:
 
 
 def distinct(clip: Clip) -> list[Thing]:
-    """Return the shapes whose color never changes and whose `name` is unique in the clip."""
+    """Return all shapes with a constant color and a unique `name` in the clip."""
     counts = Counter((colour, t.outline) for t in clip.shapes for colour in t.colours)
     return [t for t in clip.shapes if len(t.colours) == 1 and counts[t.colour, t.outline] == 1]
 
 
 def unhurried(clip: Clip) -> list[Thing]:
-    """Return the shapes that have a unique name (see `distinct`) and do not flash."""
+    """Return all non-flashing shapes with a unique name (see `distinct`)."""
     return [t for t in distinct(clip) if t.event(clip.seconds) != "flashes"]
 
 
 def absent(clip: Clip, rng, count: int) -> list[str]:
-    """Return names of objects that are not in the clip, preferring colors and outlines that occur in it."""
+    """Return names of objects missing from the clip, preferring colors and outlines that do occur in it."""
     there = {f"{colour} {t.outline}" for t in clip.shapes for colour in t.colours}
     near = {f"{a.colour} {b.outline}" for a in clip.shapes for b in clip.shapes} - there
     far = {f"{c} {o}" for c in COLOURS for o in OUTLINES} - there - near
@@ -132,9 +132,9 @@ def absent(clip: Clip, rng, count: int) -> list[str]:
 
 
 def one_of_four(clip: Clip, rng, text: str, ones: Sequence[Thing], others, fill: bool = False) -> Iterator[Draft]:
-    """Ask which of four objects is in `ones`. The wrong options come from `others`, which must contain at least three objects.
+    """Ask which of four objects is in `ones`. The incorrect options come from `others`, which must contain at least three objects.
 
-    If `fill` is True, one object in `others` is enough, and objects that are not in the clip make up the missing options.
+    If `fill` is True, `others` needs only one object, and objects missing from the clip make up the other options.
     """
     least = 3
     if fill:

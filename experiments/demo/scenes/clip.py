@@ -19,19 +19,20 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thing(clips.Moving):
-    """An object or a sign. Its position is on the ground of the scene, and later objects lie on top of earlier ones."""
+    """An object or a sign. Its position is on the scene's ground, and later objects lie on top of earlier ones."""
 
     outline: str  # a name from OUTLINES, or `sign`
     texture: str
     colour: str
-    rgb: tuple[int, int, int]  # the color in RGB, with jitter
-    radius: int  # half the height and, except for signs, half the width, in pixels
+    rgb: tuple[int, int, int]  # RGB color, with jitter
+    radius: int  # half the height and (except for signs) half the width, in pixels
     x: float
     y: float
     motion: str = "still"
     speed: float = 0.0
-    spans: tuple[Span, ...] = ((0.0, math.inf),)  # when it is visible, as ascending intervals [start, end) in seconds
-    text: str = ""  # text of a sign
+    # When the object is visible, as ascending intervals [start, end) in seconds.
+    spans: tuple[Span, ...] = ((0.0, math.inf),)
+    text: str = ""  # a sign's text
     turn: float = math.inf  # time in seconds at which its color or text changes to `after`
     after: str = ""
     under: int = -1  # index of the object underneath, in the clip's list
@@ -57,7 +58,7 @@ class Thing(clips.Moving):
         return (len(self.text) * self.pitch + 6) / 2 if self.is_sign else float(self.radius)
 
     def looks(self, part: str) -> tuple[str, ...]:
-        """Return all values that the outline, texture or color takes over time. Only the color can change."""
+        """Return all values that the outline, texture, or color takes over time. Only the color can change."""
         return self.colours if part == "colour" else (getattr(self, part),)
 
     def visible(self, t: float) -> bool:
@@ -69,10 +70,10 @@ class Thing(clips.Moving):
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera: `still`, `shake`, `pan` or `zoom`.
+    """The camera, whose type is `still`, `shake`, `pan`, or `zoom`.
 
-    A pan moves by (dx, dy) ground pixels per second, and closer layers move faster than distant ones. A zoom is centered and goes
-    from one factor to another.
+    A pan moves by (dx, dy) ground pixels per second, and closer layers move faster than distant ones. A zoom is centered and
+    changes from one factor to another.
     """
 
     motion: str = "still"
@@ -83,7 +84,7 @@ class Camera:
 
     @property
     def travels(self) -> bool:
-        """Whether the camera moves, so that static objects move on the frame. A shake is too small to matter."""
+        """Whether the camera moves, so that static objects move within the frame. A shake is too small to matter."""
         return self.motion in ("pan", "zoom")
 
     def factor(self, t: float, seconds: float) -> float:
@@ -93,7 +94,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of `seconds` on a frame of height x width pixels, sampled by `pairs` frame pairs.
+    """A clip of `seconds` seconds with a frame size of height x width pixels, sampled as `pairs` frame pairs.
 
     `seed` also determines the scenery and the noise.
     """
@@ -105,8 +106,8 @@ class Clip:
     pairs: int
     things: tuple[Thing, ...]
     camera: Camera = Camera()
-    cut: float = math.inf  # time in seconds at which a second scene replaces the first one
-    clutter: float = 0.5  # share of the ground that is covered by leaves
+    cut: float = math.inf  # time at which a second scene replaces the first one, in seconds
+    clutter: float = 0.5  # fraction of the ground covered by leaves
     poles: int = 0  # posts in the foreground
     noise: float = 2.0  # standard deviation of the sensor noise
     blur: int = 0  # number of times that a small blur is applied
@@ -128,7 +129,7 @@ class Clip:
         return tuple(t for t in self.things if t.is_sign)
 
     def on_frame(self, x: float, y: float, t: float) -> tuple[float, float]:
-        """Return the pixel that shows the ground point (x, y) at time t, ignoring the shake."""
+        """Return the pixel that shows the ground point (x, y) at time t, ignoring camera shake."""
         x, y = x - self.camera.dx * t, y - self.camera.dy * t
         z = self.camera.factor(t, self.seconds)
         return self.width / 2 + z * (x - self.width / 2), self.height / 2 + z * (y - self.height / 2)

@@ -1,7 +1,7 @@
-"""Choose the content of a clip of scenes from a seed: size, length, objects, and what happens to them.
+"""Choose the content of a clip of scenes from a seed: its size, its length, its objects, and what happens to them.
 
-Even seeds give pictures, which are one frame pair without events. Odd seeds give videos. Each video has a plot, which is its most
-frequent kind of event, so that questions that need more than one such event can be asked often enough.
+Even seeds produce images, which consist of a single frame pair without events. Odd seeds produce videos. Each video has a plot,
+which is its most frequent event type, so that questions that require more than one such event can be asked often enough.
 """
 
 import math
@@ -14,23 +14,23 @@ from experiments.demo.scenes.clip import COLOURS, MOTIONS, OUTLINES, SIGN, TEXTU
 from experiments.demo.scenes.signs import draw_text, similar_text
 
 SPLITS = {"train": 10, "validation": 11, "heldout": 12, "samples": 13}
-# Frames (height x width in units of 28 pixels) and lengths (in frame pairs) of evaluation clips, with odds. The last two frames of
-# videos and the last two lengths are never used in training.
+# Frame sizes (height x width in units of 28 pixels) and lengths (in frame pairs) of evaluation clips, with their odds. The last two
+# video frame sizes and the last two lengths are never used in training.
 PICTURES = (((8, 12), 0.15), ((9, 16), 0.25), ((12, 18), 0.3), ((10, 14), 0.15), ((16, 24), 0.15))
 FRAMES = (((8, 12), 0.4), ((12, 8), 0.1), ((9, 16), 0.2), ((12, 18), 0.15), ((10, 14), 0.1), ((16, 24), 0.05))
 LENGTHS = ((4, 0.05), (8, 0.25), (12, 0.35), (16, 0.25), (6, 0.05), (10, 0.05))
 FATES = ("stays", "appears", "vanishes", "flashes", "blinks", "turns")
 PLOTS = {
-    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # probabilities of the fates, and share of moving objects
+    "quiet": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.3),  # probabilities of the fates, and fraction of moving objects
     "arrivals": ((0.6, 0.28, 0.03, 0.09, 0.0, 0.0), 0.1),
     "departures": ((0.6, 0.03, 0.28, 0.09, 0.0, 0.0), 0.1),
     "blinks": ((0.65, 0.03, 0.03, 0.09, 0.2, 0.0), 0.1),
     "changes": ((0.65, 0.03, 0.03, 0.09, 0.0, 0.2), 0.1),
     "traffic": ((0.85, 0.03, 0.03, 0.09, 0.0, 0.0), 0.5),
 }
-CUTS = 0.15  # share of videos with two scenes
-PAGES = 0.3  # share of pictures that consist almost only of signs
-SIGNS = 0.22, 0.85  # share of signs among objects, in most clips and in such pictures
+CUTS = 0.15  # fraction of videos with two scenes
+PAGES = 0.3  # fraction of images that consist almost entirely of signs
+SIGNS = 0.22, 0.85  # fraction of signs among objects, in most clips and in such images
 UNITS_PER_THING = (5.0, 12.0)
 MOST = 20
 
@@ -54,13 +54,13 @@ def make_clip(split: str, seed: int) -> Clip:
 
 
 def draw(rng: np.random.Generator, choices):
-    """Draw a random value from `((value, weight), ...)`, with probabilities in proportion to the weights."""
+    """Draw a random value from `((value, weight), ...)`, with probabilities proportional to the weights."""
     odds = np.array([odds for _, odds in choices])
     return choices[rng.choice(len(choices), p=odds / odds.sum())][0]
 
 
 def compose(key: tuple[int, ...], height: int, width: int, pairs: int, seconds: float, crowd: float = 1.0) -> Clip:
-    """Make a clip with `pairs` frame pairs of height x width units, and with `crowd` times the usual number of objects."""
+    """Create a clip of `pairs` frame pairs with height x width units, and with `crowd` times the usual number of objects."""
     rng = np.random.default_rng(key)
     camera = Camera()
     if pairs > 1:
@@ -115,7 +115,7 @@ def _camera(rng: np.random.Generator, width: int, seconds: float) -> Camera:
 
 
 class _Placer:
-    """Places objects so that they can be identified: they have unique names, stay on the frame, and are never completely hidden."""
+    """Places objects so that they can be identified: they have unique names, stay within the frame, and are never fully hidden."""
 
     def __init__(self, rng, clip: Clip):
         self.rng = rng
@@ -152,7 +152,7 @@ class _Placer:
         return colour, tuple(min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], jitter, strict=True))
 
     def _sign(self, turns: bool) -> Thing:
-        """Draw a random sign without a position. Its height is 8 to 24 pixels, usually small, and limited by the frame's width."""
+        """Draw a random sign without a position. Its height is 8 to 24 pixels, usually small, and limited by the frame width."""
         colour = self._colour()
         text = draw_text(self.rng)
         most = min(24.0, 0.6 * self.clip.width / len(text) * 7 / 6)
@@ -190,14 +190,14 @@ class _Placer:
             return ((start, start + length),)
         if fate == "blinks":
             gaps = int(rng.integers(1, 1 + min(4, int(seconds / step / 2.4))))
-            # Visible and hidden spans of similar length, each longer than a frame pair.
+            # Visible and hidden spans have similar lengths, each longer than a frame pair.
             edges = np.linspace(0, seconds, 2 * gaps + 2)[1:-1] + rng.uniform(-0.08, 0.08, 2 * gaps) * step
             ends = [0.0, *(float(e) for e in edges), math.inf]
             return tuple(zip(ends[::2], ends[1::2], strict=True))
         return (scene,)
 
     def _somewhere(self, thing: Thing) -> Thing | None:
-        """Place an object so that its path stays on the frame and it hides nothing permanently. Returns None after 12 attempts."""
+        """Place an object so that its path stays within the frame and hides nothing permanently. Returns None after 12 attempts."""
         clip = self.clip
         camera = self.clip.camera
         dx, dy = MOTIONS.get(thing.motion, (0, 0))
@@ -231,7 +231,7 @@ class _Placer:
         return None
 
     def _clear(self, thing: Thing) -> int | None:
-        """Return the index of the object that `thing` lies on, -1 if it lies on none, or None if too much would be hidden."""
+        """Return the index of the object beneath `thing`, -1 if there is none, or None if `thing` would hide too much."""
         under = -1
         for number in self.taken:
             other = self.things[number]

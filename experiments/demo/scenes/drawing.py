@@ -1,4 +1,4 @@
-"""Draw frames of a clip of scenes at given times, optionally with maps of the object that each pixel shows."""
+"""Draw frames of a clip of scenes at given times, optionally with maps of the object shown at each pixel."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -14,11 +14,11 @@ from experiments.demo.scenes.clip import Clip
 from experiments.demo.scenes.scenery import FAR, GROUND, NEAR, Scenery, Sprite, make_scenery, thing_shadow, thing_sprite
 
 NOTHING = -1
-FINEST = 18  # lowest x264 rate factor, and thus best quality, of the world's clips
+FINEST = 18  # lowest x264 rate factor (highest quality) of the world's clips
 
 
 def render(clip: Clip, times: Sequence[float]) -> np.ndarray:
-    """Draw the clip at `times` (seconds) and return uint8 `[len(times), height, width, 3]`."""
+    """Draw the clip at `times` (in seconds). Returns uint8 `[len(times), height, width, 3]`."""
     return render_with_map(clip, times)[0]
 
 
@@ -26,11 +26,11 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
     """Write a still clip as a JPEG file or any other clip as a video, and tag the file as a clip of scenes.
 
     Args:
-        crf: x264's constant rate factor. For stills, the world's finest factor is mapped to JPEG quality 95 and its coarsest factor
-            to 65. If it is `LOSSLESS`, stills are written as PNG files.
+        crf: x264's constant rate factor. For stills, the world's lowest factor maps to JPEG quality 95 and its highest to 65. With
+            `LOSSLESS`, stills are written as PNG files.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: If the file cannot be written.
     """
     if clip.is_still:
         still = Image.fromarray(render(clip, [clip.seconds / 2])[0])
@@ -47,7 +47,7 @@ def write_file(clip: Clip, path: str | Path, crf: int = 23, fps: int = 8) -> Non
 
 
 def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the clip like `render`, with a map of object indices per pixel: int8 `[len(times), height, width]`, or NOTHING."""
+    """Draw the clip as in `render`, and map each pixel to an object index: int8 `[len(times), height, width]`, or NOTHING."""
     rng = np.random.default_rng((9, *clip.seed))
     frames = np.empty((len(times), clip.height, clip.width, 3), np.uint8)
     maps = np.empty(frames.shape[:3], np.int8)
@@ -62,7 +62,7 @@ def render_with_map(clip: Clip, times: Sequence[float]) -> tuple[np.ndarray, np.
 
 
 def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Sprite]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the float32 frame at time t before blur and noise, and its map of object indices."""
+    """Return the float32 frame at time t, before blur and noise, and its map of object indices."""
     camera = clip.camera
     shake = _shake(clip, t)
     margin = scenery.margin
@@ -98,7 +98,7 @@ def _sharp(clip: Clip, t: float, scenery: Scenery, sprite_of: Callable[..., Spri
 
 
 def _shake(clip: Clip, t: float) -> tuple[int, int]:
-    """Return the offset of a handheld camera in whole pixels: a sum of slow waves."""
+    """Return a handheld camera's offset in whole pixels, computed as a sum of slow waves."""
     a = clip.camera.shake
     phase = clip.seed[-1] % 628 / 100
     if not a:
@@ -110,7 +110,7 @@ def _shake(clip: Clip, t: float) -> tuple[int, int]:
 
 
 def _magnified(canvas: np.ndarray, seen: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the middle of the frame and its map, magnified by `factor`; the frame is interpolated linearly."""
+    """Return the middle of the frame and its map, magnified by `factor`. The frame is interpolated linearly."""
     nearest = []
     for axis in (0, 1):
         n = canvas.shape[axis]

@@ -1,4 +1,4 @@
-"""Questions about more than one moment of a clip: events and their order, directions, counts, changes, and objects that stay."""
+"""Questions about more than one moment of a clip: events and their order, directions, counts, changes, and persistent objects."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import Draft, QuestionType, distinct, one_of_four, referred, shuffled
@@ -7,11 +7,11 @@ from experiments.demo.scenes.looking import CHECKED, COUNTED, LOOKING, times_ask
 from experiments.demo.scenes.signs import similar_text
 
 EVENTS = ("stays", "appears", "vanishes", "flashes", "blinks")
-# Chance of keeping a draft with this answer, so that no answer is the best guess.
+# Probability of keeping a draft with this answer, so that no answer is the best guess.
 STAYS = 0.12
 FLASHES = 0.15
 STILL = 0.15
-# the same chance for yes/no questions
+# the same probability for yes/no questions
 THERE = 0.3
 STILL_ASKED = 0.3
 CAMERA = ("stands still", "pans left", "pans right", "pans up", "pans down", "zooms in", "zooms out")
@@ -67,7 +67,7 @@ def _often(clip, rng):
 
 
 def _turns(clip, rng):
-    """Ask what an object or a sign looks like before and after it changes, and which object changes."""
+    """Ask how an object or sign looks before and after it changes, and which object changes."""
     changing = [t for t in clip.things if t.after]
     for t, x in referred(clip, rng, changing):
         for when, answer in (("start", t.text or t.colour), ("end", t.after)):
@@ -143,7 +143,7 @@ HAPPENING = {
     "camera": QuestionType(_camera, "motion", 0.9),
 }  # fmt: skip
 CHECKED_OVER_TIME = {"then": QuestionType(_at, "events", 0.8), "does_move": QuestionType(_does_move, "motion", 3.0)}
-# Videos also get the questions for pictures. These mostly ask about objects that can be seen at a glance.
+# Videos also get the image questions, which mostly ask about objects that can be seen at a glance.
 GLANCE = 1.8
 CLOSER = 0.6
 GIST = {name: QuestionType(found.make, "gist", CLOSER * found.weight) for name, found in LOOKING.items()}
@@ -151,5 +151,5 @@ GIST |= {name: QuestionType(found.make, "gist", GLANCE * found.weight) for name,
 
 
 def types_for(clip: Clip) -> dict[str, QuestionType]:
-    """Return the question types that fit a clip's family."""
+    """Return the question types for a clip's family."""
     return LOOKING | CHECKED if clip.is_still else GIST | HAPPENING | CHECKED_OVER_TIME

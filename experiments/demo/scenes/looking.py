@@ -1,4 +1,4 @@
-"""Questions that can be answered from a single moment: texts on signs, looks, positions and counts."""
+"""Questions that can be answered from a single moment: text on signs, appearance, positions, and counts."""
 
 from experiments.demo.questions import pick
 from experiments.demo.scenes.asking import (
@@ -17,17 +17,17 @@ from experiments.demo.scenes.signs import similar_text
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 MOST_COUNTED = 4
-COUNTED = (0.5, 0.6, 0.7, 0.9)  # chance of asking about counts 1 to 4; small counts occur most often
+COUNTED = (0.5, 0.6, 0.7, 0.9)  # probability of asking about counts 1 to 4; small counts occur most often
 
 
 def times_asked(clip: Clip) -> dict[str, float]:
-    """Return the times that questions refer to, by their wording: the middle of the first and of the last frame pair."""
+    """Return the times that questions refer to, keyed by their wording: the middle of the first and last frame pairs."""
     half = clip.seconds / clip.pairs / 2
     return {"": half} if clip.is_still else {" at the start": half, " at the end": clip.seconds - half}
 
 
 def placed(clip: Clip, t: float) -> list[tuple[Thing, float, float]]:
-    """Return the objects that are on the frame at time `t`, each with the pixel position of its center."""
+    """Return all objects within the frame at time `t`, each with the pixel position of its center."""
     found = [(thing, *clip.on_frame(*thing.centre(t), t)) for thing in clip.things if thing.visible(t)]
     return [(thing, x, y) for thing, x, y in found if 0 <= x < clip.width and 0 <= y < clip.height]
 
@@ -59,7 +59,7 @@ def _attribute(hide: str, values, *phrases: str):
     def make(clip, rng):
         for t, x in referred(clip, rng, [t for t in clip.shapes if not t.after], hide):
             right = getattr(t, hide)
-            # Half of the time, attributes of other objects in the clip come first among the wrong answers.
+            # Half of the time, attributes of other objects in the clip come first among the incorrect answers.
             others = shuffled(rng, {getattr(o, hide) for o in clip.shapes} - {right})
             rest = shuffled(rng, set(values) - {right, *others})
             wrong = (*others, *rest) if rng.random() < 0.5 else shuffled(rng, {*others, *rest})
@@ -76,7 +76,7 @@ def _where(clip, rng):
 
 
 def _top(clip, rng):
-    """Ask what lies on top of an object; wrong answers are other objects in the clip."""
+    """Ask what lies on top of an object. The incorrect answers are other objects in the clip."""
     named = distinct(clip)
     for t in named:
         if t.under < 0:

@@ -1,7 +1,7 @@
-"""The parts of a frame of scenes: sprites of objects and signs, and the layers in the background and foreground.
+"""The components of a scene frame: object and sign sprites, and background and foreground layers.
 
-A layer consists of 1/f noise and of dead leaves, which are discs and polygons whose sizes follow a power law. The leaves are taken
-from a bank that is drawn once per process.
+A layer consists of 1/f noise and dead leaves, which are discs and polygons with power-law sizes. The leaves come from a bank that
+is drawn once per process.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ import numpy as np
 from experiments.demo.painting import blend, glyph_mask, outline_mask
 from experiments.demo.scenes.clip import COLOURS, SIGN, Clip, Thing
 
-FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # speed of each layer, relative to the camera
+FAR, GROUND, NEAR = 0.5, 1.0, 1.6  # each layer's speed, relative to the camera
 BANK = 384
 SMALLEST = 4
 LARGEST = 60
-PERIOD = 512  # period of the noise bank in pixels
-Sprite = tuple[np.ndarray, np.ndarray]  # colours float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
+PERIOD = 512  # period of the noise bank, in pixels
+Sprite = tuple[np.ndarray, np.ndarray]  # colors float32 [h, w, 3] and coverage float32 [h, w] in [0, 1]
 
 
 @lru_cache(maxsize=1024)
 def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.ndarray:
-    """Return the share of the second color at each pixel of a `size` x `size` square, float32 in [0, 1].
+    """Return the proportion of the second color at each pixel of a `size` x `size` square, float32 in [0, 1].
 
     Args:
-        period: number of pixels after which the texture repeats.
-        turn: rotation in eighths of a half circle.
+        period: The number of pixels after which the texture repeats.
+        turn: The rotation, in eighths of a half circle.
     """
     axis = np.arange(size) - (size - 1) / 2
     cos = np.cos(turn * np.pi / 8)
@@ -45,11 +45,11 @@ def texture_field(texture: str, size: int, period: int, turn: int = 0) -> np.nda
 
 
 def thing_sprite(thing: Thing, changed: bool) -> Sprite:
-    """Return the sprite of an object or a sign, before or after its change."""
+    """Return the sprite of an object or a sign, either before or after its change."""
     if thing.is_sign:
         return _board(thing.after if changed else thing.text, thing)
     first = np.array(COLOURS[thing.after] if changed else thing.rgb, np.float32)
-    # The second color of a texture is darker than a light first color, and lighter than a dark one.
+    # A texture's second color is darker than a light first color, and lighter than a dark one.
     light = first.mean() > 95
     second = first * np.float32(0.3) if light else first * np.float32(0.35) + np.float32(165)
     r = thing.radius
@@ -76,7 +76,7 @@ def _board(text: str, sign: Thing) -> Sprite:
 
 @lru_cache(maxsize=2048)
 def thing_shadow(outline: str, height: int, width: int) -> np.ndarray:
-    """Return the shadow of an object or a sign's board as float32, two pixels larger on each side. Sizes are in pixels."""
+    """Return the shadow of an object or a sign board as float32, two pixels larger on each side. Sizes are in pixels."""
     cover = np.ones((height, width), np.float32) if outline == SIGN else outline_mask(outline, height // 2)
     return soft_shadow(cover, 2) * np.float32(0.4)
 
@@ -94,7 +94,7 @@ def soft_shadow(cover: np.ndarray, reach: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def pink_noise() -> np.ndarray:
-    """Return seamless 1/f noise: float32 `[PERIOD, PERIOD, 3]`, mean 0, standard deviation 1."""
+    """Return seamless 1/f noise: float32 `[PERIOD, PERIOD, 3]`, with mean 0 and standard deviation 1."""
     rng = np.random.default_rng(11)
     f = np.hypot(np.fft.fftfreq(PERIOD)[:, None], np.fft.fftfreq(PERIOD)[None, :])
     f[0, 0] = np.inf
@@ -107,7 +107,7 @@ def pink_noise() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return the bank of leaves, smallest first. Each leaf has a coverage mask, a mixture of two colors, and a shadow."""
+    """Return the bank of leaves, smallest first. Each leaf has a coverage mask, a mix of two colors, and a shadow."""
     rng = np.random.default_rng(12)
     # Radii with density r^-3, which makes dead leaves scale-invariant.
     u = (np.arange(BANK) + 0.5) / BANK
@@ -127,7 +127,7 @@ def leaves() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
-    """Return a disc or a convex polygon of 3 to 7 corners, squeezed and rotated: float32 `[2 * radius, 2 * radius]`."""
+    """Return a disc or a convex polygon with 3 to 7 corners, squeezed and rotated: float32 `[2 * radius, 2 * radius]`."""
     axis = (np.arange(2 * radius) + 0.5) - radius
     angle = rng.uniform(0, np.pi)
     squeeze = rng.uniform(0.5, 1)
@@ -144,7 +144,7 @@ def _leaf_cover(rng: np.random.Generator, radius: int) -> np.ndarray:
 
 @dataclass
 class Scenery:
-    """The layers of a scene, each larger than the frame by `margin` pixels on every side."""
+    """A scene's layers, each larger than the frame by `margin` pixels on every side."""
 
     margin: int
     far: np.ndarray  # colours float32 `[h, w, 3]`, opaque
@@ -165,7 +165,7 @@ def make_scenery(clip: Clip, scene: int) -> Scenery:
     far = noise * np.float32(rng.uniform(8, 24)) + (hue * light).astype(np.float32)
     _strew(far, None, rng, clip.clutter, hue * light)
     ground = near = None
-    if margin and camera.motion == "pan":  # otherwise one layer is enough, because there is no parallax
+    if margin and camera.motion == "pan":  # otherwise, one layer is enough, because there is no parallax
         ground = _layer(height, width)
         _strew(*ground, rng, 0.3 * clip.clutter, hue * light)
     if clip.poles:
@@ -187,7 +187,7 @@ def _layer(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def _strew(
     canvas: np.ndarray, cover: np.ndarray | None, rng: np.random.Generator, density: float, tint: np.ndarray
 ) -> None:
-    """Scatter leaves on the canvas, each on top of the previous ones, so that they cover about the share `density` of it."""
+    """Scatter leaves on the canvas, each on top of the previous ones, so that they cover about a `density` fraction of it."""
     bank, (height, width, _) = leaves(), canvas.shape
     # Approximate mean area of a leaf, given the squeezed and clipped shapes.
     count = int(density * height * width / 190)

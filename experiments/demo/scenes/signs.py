@@ -1,4 +1,4 @@
-"""Random texts for signs."""
+"""Random text for signs."""
 
 import numpy as np
 
@@ -26,14 +26,14 @@ BY_LENGTH = {n: tuple(word for word in WORDS if len(word) == n) for n in (3, 4, 
 
 
 def draw_text(rng: np.random.Generator) -> str:
-    """Return a number of 2 to 5 digits, or a word of 3 to 6 letters."""
+    """Return a random number with 2 to 5 digits, or a random word with 3 to 6 letters."""
     if rng.random() < 0.5:
         return "".join(str(d) for d in rng.integers(0, 10, int(rng.integers(2, 6))))
     return pick(rng, *BY_LENGTH[int(rng.integers(3, 7))])
 
 
 def similar_text(text: str, rng: np.random.Generator) -> str:
-    """Return a similar text: a number with one or two digits changed, or a word of the same length (perhaps the same word)."""
+    """Return similar text: a number with one or two different digits, or a word of the same length (possibly the same word)."""
     if text.isdigit():
         digits = list(text)
         for at in rng.choice(len(text), min(len(text), int(rng.integers(1, 3))), replace=False):
