@@ -129,10 +129,7 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing. `EvoPrune` itself is not a context manager.
-
-        Python looks up this method before calling `__enter__`, whose error message explains the correct usage.
-        """
+        """Do nothing. Python looks up this method before calling `__enter__`, whose error message explains the correct usage."""
 
 
 EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # wrap the method that `dataclass` generated
