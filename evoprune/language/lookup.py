@@ -27,7 +27,7 @@ class Lookup:
     def __init__(self, prompt: torch.Tensor, dtype: torch.dtype):
         self._tie = max(MIN_TIE, TIE_STEPS * torch.finfo(dtype).eps)
         self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}  # maps each n-gram to the index of the token after its latest occurrence
+        self._places: dict[tuple[int, ...], int] = {}  # maps n-grams to the index after their latest occurrence
         self._answer_length = 0
         self._resting = 0  # answer length at which drafting resumes
         self._extend(prompt.tolist())

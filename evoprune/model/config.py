@@ -159,7 +159,7 @@ class VisionConfig:
     intermediate_size: Size  # number of features per patch inside the MLPs
     num_heads: Size
     out_hidden_size: Size  # number of features per merged unit, equal to the language model's hidden size
-    fullatt_block_indexes: LayerNumbers  # layers that attend to the entire frame pair (all layers, except in Qwen2.5-VL)
+    fullatt_block_indexes: LayerNumbers  # layers with full attention in a frame pair (all, except in Qwen2.5-VL)
     window_size: Size = 112  # attention window size in pixels; without window attention, it only affects the row order
     patch_size: Size = 14  # patch width and height in pixels
     temporal_patch_size: Size = 2  # number of frames in a frame pair
@@ -167,7 +167,7 @@ class VisionConfig:
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, Rule.number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Annotated[str, TEXT] = "silu"
-    num_position_embeddings: Annotated[int | None, SIZE] = None  # number of entries in the square table of learned positions
+    num_position_embeddings: Annotated[int | None, SIZE] = None  # entries in the square table of learned positions
     # Indices of the layers with their own merger, in ascending order. The features from each of these mergers are added in one of
     # the first language model layers (DeepStack).
     deepstack_visual_indexes: LayerNumbers = ()
@@ -234,9 +234,7 @@ class DeltaNet:
     Unlike a KV cache, the state of a Gated DeltaNet doesn't grow with the prompt length.
     """
 
-    layer_types: Annotated[
-        tuple[str, ...], Rule.list_of(TEXT)
-    ]  # `FULL` or `LINEAR` for each language model layer
+    layer_types: Annotated[tuple[str, ...], Rule.list_of(TEXT)]  # `FULL` or `LINEAR` for each language model layer
     linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # kernel size of the convolution, in columns
     linear_num_key_heads: Size
     linear_num_value_heads: Size  # a multiple of `linear_num_key_heads`

@@ -51,9 +51,9 @@ class Qwen4:
     heads_per_ngram: Small
     ngram_vocab_size_base: Annotated[int, Rule.whole(1, 2**27)]
     make_ngram_vocab_size_divisible_by: Annotated[int, Rule.whole(1, 2**20)]
-    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors that each table is split into in the weight files
+    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors per table in the weight files
     seed: Annotated[int, Rule.whole(0, 2**62)]
-    output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None means the same as in MLPs
+    output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None means same as in MLPs
 
     def problem(self, linear: list[bool], turned: int) -> str | None:
         """Return the reason why transformers cannot build a model with these settings, or None if it can.

@@ -195,7 +195,7 @@ class Chat(Uncopied):
         self.system = system
         self._inputs = inputs
         self._turns = [*turns]
-        self._latest = object()  # identifies the latest question; answers to earlier questions aren't added to the conversation
+        self._latest = object()  # identifies the latest question; answers to earlier questions aren't remembered
 
     def __repr__(self) -> str:
         return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"

@@ -151,7 +151,7 @@ class OpenInput:
         self._release_reading()
 
     def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
-        """Read, preprocess and encode the input.
+        """Read, preprocess, and encode the input.
 
         Args:
             progress: Called in the current thread with a stage, the amount done so far, and the total. The stage is "read"
@@ -441,7 +441,7 @@ class OpenInputs:
         return self.inputs[0].clock.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
-        """Read, preprocess and encode the inputs one after another.
+        """Read, preprocess, and encode the inputs one after another.
 
         Args:
             progress: See `OpenInput.encode`. If there are multiple inputs, this is also called with "input", the number of the next
