@@ -29,7 +29,7 @@ def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Options for generating an answer, including its maximum length, sampling, thinking, and format constraints.
+    """Options for generating an answer, such as its maximum length, sampling, thinking, and constraints on its format.
 
     Raises:
         UsageError: If a value is out of range, or two options cannot be combined.

@@ -42,8 +42,8 @@ SHARE = 0.25  # maximum fraction of the available memory for a static cache
 class StaticCache(ABC):
     """A KV cache at fixed memory addresses, together with the inputs, outputs, and CUDA graphs of decoding steps.
 
-    It serves one answer at a time, and is protected by a lock. Each graph is captured for a fixed number of attention columns,
-    which is at most `capacity`.
+    It serves one answer at a time, and is protected by a lock. Each graph is captured for a fixed number of columns read by
+    attention, which is at most `capacity`.
     """
 
     def __init__(self, model, capacity: int):

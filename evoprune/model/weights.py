@@ -128,7 +128,7 @@ class Model(Tree):
         return self.model.language_model.embed_tokens.weight.device
 
     def fill_random(self, device: torch.device) -> None:
-        """Set biases to zero, other vectors to one, and matrices to seeded random noise. Tied weights stay tied."""
+        """Set biases to zero, other vectors to one, and all other weights to seeded random noise. Tied weights stay tied."""
         made: dict[nn.Parameter, nn.Parameter] = {}
         for module in self.modules():  # `to_empty` would import torch's compiler, which takes two seconds
             for name, weight in [*module.named_parameters(recurse=False)]:

@@ -85,7 +85,11 @@ class Askable(ABC, Uncopied):
         """
 
     def _ended(self, turn: int) -> None:
-        """Called when an answer is complete, closed, or has failed. `turn` is the question number."""
+        """Handle the end of an answer. Called when the answer is complete, is closed, or has failed.
+
+        Args:
+            turn: The question number.
+        """
 
     @overload
     def ask(

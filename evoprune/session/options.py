@@ -282,7 +282,7 @@ class PruneOptions:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Options for watching a live stream, including the window length and the memory size.
+    """Options for watching a live stream, which set the window length and the size of the memory.
 
     Raises:
         UsageError: If a time span or a number of tokens isn't greater than 0.

@@ -1,8 +1,8 @@
 """Keep multiple inputs in flight: open and read the next inputs while the model answers questions about the current one.
 
-Inputs are read in order. If there are idle cores, multiple inputs are read at a time, and the queue size matches the number of
-readers. If the model runs on the CPU and uses all cores, only one input is read ahead, so that reading doesn't slow down the
-answers.
+Inputs are read in order. If there are idle cores, multiple inputs are read at a time. The queue never contains more inputs than
+there are readers. If the model runs on the CPU and uses all cores, only one input is read ahead, so that reading doesn't slow down
+the answers.
 """
 
 import time
