@@ -1,6 +1,6 @@
-"""Prune videos inside a user's own Hugging Face model, with `evoprune.EvoPrune`, `evoprune.apply` or `evoprune.encode`.
+"""Prune videos inside a user's own Hugging Face model using `evoprune.EvoPrune`, `evoprune.apply`, or `evoprune.encode`.
 
-The model's `generate` and `forward` accept the usual inputs from the model's processor, but run on fewer video tokens.
+The model's `generate` and `forward` methods accept the usual inputs from the processor, but run on fewer video tokens.
 """
 
 from typing import TYPE_CHECKING

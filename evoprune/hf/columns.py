@@ -1,12 +1,12 @@
 """Remove pruned tokens from the arguments of a call to a Hugging Face model.
 
-A column is a token position in a batch of prompts, and a call is a dict that contains the arguments of `forward` or `generate` by
-name. M-RoPE positions still refer to the whole prompt, so they have gaps after pruning. Attention masks are built from each token's
+A column is a token position in a batch of prompts, and a call is a dict with the keyword arguments of `forward` or `generate`.
+M-RoPE positions still refer to the unpruned prompt, so they have gaps after pruning. Attention masks are built from each token's
 index within its row, which has no gaps.
 
-The remaining columns are aligned to the right, so that all rows still end where the answer begins. Rows with fewer remaining
-columns are padded on the left, and padding that no row needs is removed. Callbacks passed to `generate` still receive the ids of
-the whole prompt.
+The remaining columns are right-aligned, so that all rows still end where the answer begins. Rows with fewer remaining columns are
+padded on the left, and unneeded padding is removed. Callbacks passed to `generate` still receive the token IDs of the unpruned
+prompt.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,30 +25,30 @@ from evoprune.methods import arange_on
 from evoprune.vision import Encoded
 
 VISION_ARGUMENTS = {True: ("pixel_values_videos", "video_grid_thw"), False: ("pixel_values", "image_grid_thw")}
-PAST = "evoprune"  # attribute of a KV cache, which copies of the cache inherit
+PAST = "evoprune"  # KV cache attribute, which is inherited by copies of the cache
 
 
 @dataclass(frozen=True, repr=False)
 class Columns:
     """Maps the columns of a pruned batch to columns of the original batch.
 
-    A column of the pruned batch is called a place, because each remaining column is moved to one.
+    Columns of the pruned batch are called places, to distinguish them from columns of the original batch.
     """
 
-    # int64 `[B, C]`, which contains for each place the column of the original batch that was moved there. Each row starts with its
-    # padding, which is -1, followed by its columns in ascending order.
+    # int64 `[B, C]`, which maps each place to its original column. Each row starts with padding (-1), followed by the remaining
+    # columns in ascending order.
     index: torch.Tensor
     width: int  # number of columns in the unpruned batch
 
     @classmethod
     def of(cls, left: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None = None) -> "Columns":
-        """Align the remaining columns of each row to the right, with only as many places as the longest row needs.
+        """Right-align each row's remaining columns, using only as many places as needed for the longest row.
 
         Args:
-            left: One tensor per row that lists the row's remaining columns in ascending order, int64 `[n]`.
-            ids: The token ids of the unpruned batch, int64 `[B, L]`.
-            mask: The attention mask `[B, L]`, which is 0 at padding, or None if there is no padding. Padding before the first token
-                of a row is removed if it would take more places than the longest row needs.
+            left: One tensor per row, listing the remaining columns in ascending order, int64 `[n]`.
+            ids: Token IDs of the unpruned batch, int64 `[B, L]`.
+            mask: The attention mask `[B, L]`, which is 0 at padding, or None if there is no padding. Padding before a row's first
+                token is removed if it would take more places than needed for the longest row.
         """
         needed = left
         if mask is not None:
@@ -62,37 +62,37 @@ class Columns:
 
     @property
     def places(self) -> int:
-        """Number of places (C), which is the number of columns in the pruned batch."""
+        """Number of columns in the pruned batch (C)."""
         return self.index.shape[1]
 
     @property
     def padded(self) -> bool:
-        """Whether any row is padded because it has fewer remaining columns than the longest row."""
+        """Whether any row is padded to the length of the longest row."""
         return bool((self.index < 0).any())
 
     def take(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """Select the entries of a tensor that belong to the remaining columns.
+        """Select the tensor entries that correspond to the remaining columns.
 
         Args:
             x: A tensor with one entry per column of the unpruned batch, `[..., B or 1, width]`.
-            fill: The value to put at padding.
+            fill: The padding value.
 
         Returns:
-            A tensor with one entry per place, `[..., B, C]`.
+            A tensor with one entry per column of the pruned batch, `[..., B, C]`.
         """
         index = self.index.to(x.device)
         x = x.expand(*x.shape[:-2], len(index), -1)
         return x.gather(-1, index.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(index < 0, fill)
 
     def following(self, width: int) -> "Columns":
-        """Return these columns, followed by the new columns of a batch that has grown to `width` columns."""
+        """Return a copy with new columns appended for a batch that has grown to `width` columns."""
         more = arange_on(width, self.index.device)[self.width :]
         return Columns(torch.cat([self.index, more.expand(len(self.index), -1)], 1), width)
 
     def first(self, places: int) -> "Columns":
-        """Return a copy that is cropped to the first `places` places.
+        """Return a copy cropped to the first `places` columns of the pruned batch.
 
-        The width of the copy also includes the pruned columns between its last place and the next one.
+        The copy's width includes the pruned columns between its last remaining column and the next one.
 
         Raises:
             UsageError: If the rows would be cropped at different columns of the unpruned batch.
@@ -104,32 +104,32 @@ class Columns:
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
-        """Repeat each row `times` times, for beam search or several answers per prompt."""
+        """Repeat each row `times` times, for beam search or multiple answers per prompt."""
         return Columns(self.index.repeat_interleave(times, 0), self.width)
 
 
 def _right_aligned(rows: Sequence[torch.Tensor], places: int, fill: float) -> torch.Tensor:
-    """Stack rows of different lengths into a tensor `[B, places]`, cropping or padding each row on the left."""
+    """Stack rows of varying lengths into a tensor `[B, places]`, cropping or padding each row on the left."""
     return torch.stack([pad(row, (places - len(row), 0), value=fill) for row in rows])  # negative padding crops a row
 
 
 def with_whole_prompt(prompt: torch.Tensor, places: int, ids: torch.Tensor) -> torch.Tensor:
-    """Replace the pruned prompt at the start of every row with the whole prompt.
+    """Replace the pruned prompt at the start of each row with the unpruned prompt.
 
     Args:
-        prompt: The whole prompts, int64 `[B, L]`.
+        prompt: The unpruned prompts, int64 `[B, L]`.
         places: Number of columns in the pruned prompts.
-        ids: The pruned prompts and the tokens generated after them, int64 `[B * n, places + new]`.
+        ids: The pruned prompts and the subsequently generated tokens, int64 `[B * n, places + new]`.
     """
     prompt = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
     return torch.cat([prompt, ids[:, places:]], 1)
 
 
 def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
-    """Adapt a `generate` call with a pruned prompt, so that length limits and callbacks still refer to the whole prompt.
+    """Adapt a `generate` call with a pruned prompt so that length limits and callbacks still refer to the unpruned prompt.
 
     Args:
-        call: The call with the whole prompt.
+        call: The call with the unpruned prompt.
         pruned_call: The same call with the pruned prompt.
     """
     prompt = call["input_ids"]
@@ -159,7 +159,7 @@ def with_whole_prompts(model, call: dict, pruned_call: dict) -> dict:
 
 
 class _WholePromptCallback:
-    """Wraps a logits processor or a stopping criterion, so that it receives the ids of the whole prompt."""
+    """Wraps a logits processor or a stopping criterion so that it receives the token IDs of the unpruned prompt."""
 
     def __init__(self, wrapped: Callable, prompt: torch.Tensor, places: int):
         self._wrapped = wrapped
@@ -174,7 +174,7 @@ class _WholePromptCallback:
 
 
 class _WholePromptStreamer:
-    """Wraps a streamer, so that it receives the whole prompt instead of the pruned one."""
+    """Wraps a streamer so that it receives the unpruned prompt instead of the pruned prompt."""
 
     def __init__(self, wrapped, prompt: torch.Tensor):
         self._wrapped = wrapped
@@ -192,29 +192,29 @@ class _WholePromptStreamer:
 
 @dataclass(frozen=True)
 class Visuals:
-    """The videos and images in a call that will be pruned."""
+    """The videos and images to prune in a call."""
 
-    places: list[list[Place]]  # places of the inputs in each row of the batch; columns include padding
-    pixels: torch.Tensor  # patches of the inputs, in the order of their places, `[patches, values]`
-    grids: torch.Tensor  # one size in patches per input, int64 `[n, 3]`
+    places: list[list[Place]]  # input locations in each batch row; columns include padding
+    pixels: torch.Tensor  # input patches in order of occurrence, `[patches, values]`
+    grids: torch.Tensor  # size of each input in patches, int64 `[n, 3]`
     videos: tuple[bool, ...]  # whether each input is a video
-    seconds: tuple[float, ...]  # seconds between frame pairs, for each input
+    seconds: tuple[float, ...]  # time between each input's frame pairs, in seconds
 
 
 @dataclass(frozen=True)
 class Past:
-    """Information about a pruned prompt that later calls with the same KV cache need."""
+    """Information about a pruned prompt needed for later calls with the same KV cache."""
 
-    columns: Columns  # columns of the prompt that remain after pruning
-    # int64 `[B, L]`, one value per column of the prompt. If the prompt is cropped right after a column, the position of a later
-    # token is that column's value plus the number of tokens before the later token.
+    columns: Columns  # prompt columns that remain after pruning
+    # int64 `[B, L]`, one value per prompt column. If the prompt is cropped right after a column, the position of a later token is
+    # that column's value plus the number of preceding tokens.
     delta: torch.Tensor
     sizes: torch.Tensor | None = None  # cluster sizes of the remaining columns, float32 `[B, C]`; None if all are 1
 
     def cropped(self, length: int) -> "Past":
-        """Return the `Past` of the same KV cache after it has been cropped to `length` columns.
+        """Return the `Past` for the same KV cache after cropping to `length` columns.
 
-        If the cache still contains the whole prompt, this object itself is returned.
+        If the cache still contains the entire prompt, this returns the object itself.
         """
         if length >= self.columns.places:
             return self
@@ -224,17 +224,17 @@ class Past:
 
 
 def remember(past: Past | None, results: Iterable[Any]) -> None:
-    """Attach `past` to the KV cache among the results of a call, so that later calls with this cache can find it."""
+    """Attach `past` to the KV cache in a call's results, so that later calls with this cache can find it."""
     for cache in results:
         if past is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, PAST, past)
 
 
 def find_visuals(model, call: dict, pictures: bool) -> Visuals:
-    """Find the videos of a call with a new prompt, and also its images if `pictures` is True.
+    """Find the videos in a call with a new prompt, and also the images if `pictures` is True.
 
     Raises:
-        UsageError: If the videos or images do not match the prompt.
+        UsageError: If the videos or images don't match the prompt.
     """
     kinds = [
         video for video in (True, False) if call.get(VISION_ARGUMENTS[video][0]) is not None and (video or pictures)
@@ -265,11 +265,11 @@ def find_visuals(model, call: dict, pictures: bool) -> Visuals:
 
 
 def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
-    """Extend the place of a video to include the timestamps and markers around its frame pairs.
+    """Extend a video's location in the prompt to include the timestamps and markers around its frame pairs.
 
-    In a video with timestamps, every frame pair is a separate run of placeholders, and its timestamp lies between the end marker of
-    the previous run and its own start marker. The first timestamp has no end marker before it, so it is located by searching
-    backward for the token with which the second timestamp begins. `ids` contains the token ids of the whole row.
+    In a video with timestamps, each frame pair is a separate run of placeholders. Its timestamp is located between the end marker
+    of the previous run and its own start marker. The first timestamp has no preceding end marker, so it is found by searching
+    backward for the first token of the second timestamp. `ids` contains the token IDs of the entire row.
     """
     runs = place.runs
     if len(runs) == 1:
@@ -288,7 +288,7 @@ def _with_times(place: Place, ids: list[int], end_marker: int) -> Place:
 
 
 def _check_placeholders(model, call: dict, video: bool) -> None:
-    """Raise UsageError if the number of video or image placeholders in the prompt does not match the grids."""
+    """Raise UsageError if the number of video or image placeholders in the prompt doesn't match the grids."""
     name = interface.PREFIXES[video]
     grids = call.get(f"{name}_grid_thw")
     found = int((call["input_ids"] == getattr(model.config, f"{name}_token_id")).sum())
@@ -301,10 +301,10 @@ def _check_placeholders(model, call: dict, video: bool) -> None:
 
 
 def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> UsageError | None:
-    """Return an error that explains why evoprune cannot run a call with a new prompt and videos, or None if it can.
+    """Return an error explaining why evoprune cannot run a call with a new prompt and videos, or None if it can.
 
     Args:
-        optional: Whether the model's own code could run the call instead, with the same result.
+        optional: Whether the model's own code could run the call instead and produce the same result.
     """
     visual = model.model.visual
     given = [call.get(name) for name in ("pixel_values_videos", "pixel_values")]
@@ -312,8 +312,8 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
         return UsageError(
             f"the inputs in {interface.ENCODED} are already encoded", "pass the processor's pixels instead"
         )
-    # Weights require gradients by default, even in eval mode, where gradients are rarely needed. If they are needed after all,
-    # `backward` raises an error.
+    # Weights require gradients by default, even in eval mode, where gradients are rarely needed. In those rare cases, `backward`
+    # raises an error.
     training = visual.training or optional
     traced = any(pixels is not None and pixels.requires_grad for pixels in given)
     if torch.is_grad_enabled() and (traced or (training and trained_weights(visual))):
@@ -330,7 +330,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
     if ids.ndim != 2:
         return UsageError(f"input_ids has shape {list(ids.shape)}, not [prompts, columns]", "pass input_ids[None]")
     for name in (*per_column, "position_ids"):
-        # The shape of `position_ids` varies, so compare only its last dimension.
+        # The shape of `position_ids` varies, so compare only the last dimension.
         compared = slice(-1, None) if name == "position_ids" else slice(None)
         if call.get(name) is not None and call[name].shape[compared] != ids.shape[compared]:
             shapes = f"shape {list(call[name].shape)} of {name} does not match {list(ids.shape)} of input_ids"
@@ -353,7 +353,7 @@ def unsupported_reason(model, call: dict, generating: bool, optional: bool) -> U
 
 
 def _has_packed_sequences(call: dict) -> bool:
-    """Return True if a row of the batch contains several packed sequences, according to the text indices in `position_ids`."""
+    """Return True if a batch row contains multiple packed sequences, based on the text indices in `position_ids`."""
     at = call.get("position_ids")
     mask = call.get("attention_mask")
     if at is None or len(at) != 4 or at.ndim != 3 or not (mask is None or mask.all()):
@@ -368,7 +368,7 @@ def without_pruned(
 
     Args:
         encoded: The encoded videos and images, in the order of `visuals`.
-        positions: The rule for computing positions ("qwen" or "host"), which is ignored if the call has `position_ids`.
+        positions: How to compute positions ("qwen" or "host"). Ignored if the call has `position_ids`.
 
     Returns:
         A tuple of the new call and the `Past` to attach to its KV cache.
@@ -386,7 +386,7 @@ def without_pruned(
         prune_prompt(row, places, list(islice(left, len(places))))
         for row, places in zip(ids.cpu(), visuals.places, strict=True)
     ]
-    # If all tokens are kept, keep the padding as well, so that the model returns the same result as without pruning.
+    # If all tokens are kept, keep the padding as well, so that the results are the same as without pruning.
     prunes = any(len(prompt) < ids.shape[1] for prompt in prompts)
     padding = mask if prunes else None
     columns = Columns.of([prompt.columns for prompt in prompts], ids, padding)
@@ -402,12 +402,12 @@ def without_pruned(
     if len(at) == 4:
         pruned_call["position_ids"][0] = interface.text_positions(columns.take(used))
     trained = trained_weights(model.model.visual)
-    features_of = {True: [], False: []}  # features of the videos (True) and of the images (False)
+    features_of = {True: [], False: []}  # features of videos (True) and images (False)
     for each, is_video in zip(encoded, visuals.videos, strict=True):
         features = each.features
         if (
             trained and torch.is_grad_enabled()
-        ):  # a model in eval mode is rarely trained, so raise an error only in `backward`
+        ):  # models in eval mode are rarely trained, so raise an error only in `backward`
             features = _NoGradients.apply(features, trained[0])
         features_of[is_video].append((features, each.deepstack))
     pruned_call |= interface.encoded_inputs(model, call, features_of[True], features_of[False] or None)
@@ -416,14 +416,14 @@ def without_pruned(
 
 
 def _targets(call: dict, columns: Columns, used: torch.Tensor) -> dict:
-    """Return the labels of the remaining columns, as `labels` or `shift_labels`, depending on what the call contains.
+    """Return the labels of the remaining columns, as `labels` or `shift_labels`, depending on the arguments of the call.
 
-    Each remaining column predicts the token in the next remaining column. Entries of `labels` are the tokens in the same columns,
-    whereas entries of `shift_labels` are the tokens in the next columns.
+    Each remaining column predicts the token in the next remaining column. `labels` contains the token in the same column, whereas
+    `shift_labels` contains the token in the next column.
 
     Args:
-        used: The attention mask `[B, L]`, which is 0 at padding. Padding gets no labels, because its length depends on how many
-            columns are pruned from other rows.
+        used: The attention mask `[B, L]`, which is 0 at padding. Padding has no labels, because its length depends on the number of
+            columns pruned from other rows.
     """
     first = columns.take(used).cumsum(1)[:, :-1] == 0
     targets = {}
@@ -450,9 +450,9 @@ def _sizes(prompts: Sequence[PrunedPrompt], columns: Columns) -> torch.Tensor | 
 
 
 def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generating: bool) -> torch.Tensor:
-    """Return the M-RoPE positions of the whole prompt's columns, int64 `[3 or 4, B, L]`.
+    """Return the M-RoPE positions of all columns in the unpruned prompt, int64 `[3 or 4, B, L]`.
 
-    If there are four positions per column, the first one is the zero-based index of the token in its row.
+    If there are four positions per column, the first one is the token's zero-based index in its row.
     """
     ids = call["input_ids"]
     used = interface.mask_or_ones(ids, mask)
@@ -469,15 +469,15 @@ def _positions(model, call: dict, mask: torch.Tensor | None, rule: str, generati
 
 
 def continued(model, call: dict, past: Past, length: int, generating: bool) -> dict:
-    """Remove the pruned columns from a call that continues from the KV cache of a pruned prompt.
+    """Remove the pruned columns from a call that continues from a pruned prompt's KV cache.
 
     Args:
-        past: The `Past` of the cache, already cropped to the length of the cache (`Past.cropped`).
+        past: The cache's `Past`, already cropped to the cache length (`Past.cropped`).
         length: Number of columns in the cache.
-        generating: Whether this is a call to `generate`, whose ids and mask also cover the columns in the cache.
+        generating: Whether this is a call to `generate`, whose token IDs and mask also cover the cached columns.
 
     Raises:
-        UsageError: If the call has images, or if its rows or columns do not match the whole prompt in the cache.
+        UsageError: If the call has images, or its rows or columns don't match the unpruned prompt in the cache.
     """
     ids = call.get("input_ids")
     mask = call.get("attention_mask")

@@ -1,14 +1,14 @@
-"""Prune videos (and optionally images) inside a Hugging Face model, using the inputs from its own processor.
+"""Prune videos (and optionally images) inside a Hugging Face model, using inputs from the model's own processor.
 
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         out = model.generate(**inputs)
     run.report
 
-evoprune encodes the videos itself, and then calls the model's own `generate` or `forward` without the pruned tokens. The result of
-`generate` still starts with the whole prompt, and callbacks see the ids of the whole prompt. Text is never pruned.
+evoprune encodes the videos itself, and then calls the model's own `generate` or `forward` method without the pruned tokens. The
+result of `generate` still starts with the unpruned prompt, and callbacks receive its token IDs. Text is never pruned.
 
-Merged tokens are normally weighted by their cluster sizes, which requires a float attention mask. Flash and flex attention do not
-accept such a mask, so they give every token the same weight.
+Merged tokens are normally weighted by cluster size, which requires a float attention mask. Flash and flex attention don't support
+float masks, so they weight all tokens equally.
 """
 
 import functools
@@ -50,15 +50,15 @@ from evoprune.vision import Encoded
 if TYPE_CHECKING:
     from evoprune.keywords import EvoPruneKeywords
 
-METHODS = ("generate", "forward")  # methods of the model that are replaced
+METHODS = ("generate", "forward")  # model methods to replace
 INNER = "evoprune_inside"  # argument that marks inner calls, which must not prune again
-LOCK = threading.Lock()  # shared by all models; two threads may start pruning the same model at once
-Run = Callable[[Callable, dict], Any]  # receives the model's own method and a dict of arguments
+LOCK = threading.Lock()  # shared by all models, because two threads may start pruning the same model at once
+Run = Callable[[Callable, dict], Any]  # called with the model's own method and a dict of arguments
 SWITCH = "this object only switches pruning on and off"
 
 
 def _checked_init(init: Callable) -> Callable:
-    """Wrap `EvoPrune.__init__` to raise a clearer error if a model or an unknown setting is passed."""
+    """Wrap `EvoPrune.__init__` to raise a clearer error for a model or an unknown setting."""
 
     @functools.wraps(init)
     def checked(self, *args, **given) -> None:
@@ -76,11 +76,11 @@ def _checked_init(init: Callable) -> Callable:
 class EvoPrune:
     """Pruning settings for a Hugging Face model. Call this object with a model to get a context manager that prunes inside it.
 
-    If `pack` is set, the context manager also holds a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much
-    memory as the tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself does not change.
+    If `pack` is set, the context manager also stores a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much
+    memory as the tower's linear layers: 1.2 GiB for a 3B model in bfloat16, or 0.6 GiB in 8 bits. The model itself doesn't change.
 
     Raises:
-        UsageError: If the budget, the method or `positions` is invalid, or if the method resizes frames or reads the question.
+        UsageError: If the budget, method, or `positions` setting is invalid, or the method resizes frames or reads the question.
         TypeError: If an option is unknown.
     """
 
@@ -106,7 +106,7 @@ class EvoPrune:
     )
 
     def __post_init__(self):
-        # Parse the budget before checking types, because the error from `parse` lists the presets.
+        # Parse the budget before checking types, because the error raised by `parse` lists the presets.
         budget = Budget.parse(self.budget)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions is {self.positions!r}", "use host or qwen")
@@ -118,7 +118,7 @@ class EvoPrune:
         object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
-        """Return a context manager that prunes inside a Hugging Face model while its `with` block runs.
+        """Return a context manager that prunes inside a Hugging Face model during a `with` block.
 
         Raises:
             ModelError: If the model's class is not in `interface.MODELS`.
@@ -129,15 +129,12 @@ class EvoPrune:
         raise UsageError(f"{self} has no model yet", "with evoprune.EvoPrune(budget=0.1)(model) as run: ...")
 
     def __exit__(self, *_: object) -> None:
-        """Do nothing.
-
-        It exists because Python looks it up before it calls `__enter__`, whose error explains what to do.
-        """
+        """Do nothing. Python looks up this method before calling `__enter__`, whose error message explains the correct usage."""
 
 
 EvoPrune.__init__ = _checked_init(EvoPrune.__init__)  # wrap the method that `dataclass` generated
 EvoPrune.__doc__ = explained(EvoPrune.__doc__, EvoPrune)
-# Show the public name in help, repr and tracebacks, because there is also a pruning method named EvoPrune.
+# Show the public name in help, repr, and tracebacks, because there is also a pruning method named EvoPrune.
 EvoPrune.__module__ = "evoprune"
 
 
@@ -148,8 +145,8 @@ def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedMo
     `settings` are the fields of `EvoPrune`.
 
     Raises:
-        ModelError: If the model's class is not supported (`interface.MODELS`).
-        UsageError: If the settings are invalid, the model is already pruned, or its tower cannot be packed.
+        ModelError: If the model class isn't supported (see `interface.MODELS`).
+        UsageError: If the settings are invalid, the model is already being pruned, or its tower cannot be packed.
         TypeError: If a setting is unknown.
     """
     (pruning,) = from_keywords(settings, EvoPrune)
@@ -157,15 +154,15 @@ def apply(model: nn.Module, **settings: "Unpack[EvoPruneKeywords]") -> "PrunedMo
 
 
 def remove(model: "nn.Module | PrunedModel") -> None:
-    """Stop pruning inside a Hugging Face model, whether it was started by `apply` or by a context manager.
+    """Stop pruning inside a Hugging Face model, regardless of whether `apply` or a context manager was used.
 
-    Does nothing if the model is not being pruned. For calls that are still running, see `PrunedModel.remove`.
+    Does nothing if the model isn't being pruned. For calls still in progress, see `PrunedModel.remove`.
 
     Args:
         model: The model, or the result of `apply`.
 
     Raises:
-        ModelError: If the model's class is not supported (`interface.MODELS`).
+        ModelError: If the model class isn't supported (see `interface.MODELS`).
     """
     if isinstance(model, PrunedModel):
         model = model.model
@@ -177,18 +174,18 @@ def remove(model: "nn.Module | PrunedModel") -> None:
 class PrunedModel:
     """A Hugging Face model whose videos are pruned, either inside a `with` block or between `apply` and `remove`.
 
-    `generate` and direct calls to the model work as before, but on shorter prompts. A direct call returns logits only for the
-    remaining columns (see `columns`). KV caches that calls return can be passed to later calls, whose ids and masks must cover the
-    whole prompt, including the pruned tokens. The model may be called from several threads at the same time.
+    `generate` and direct calls to the model work as before, but on shorter prompts. Direct calls return logits only for the
+    remaining columns (see `columns`). A returned KV cache can be passed to later calls, whose token IDs and masks must cover the
+    entire prompt, including pruned tokens. The model may be called from multiple threads at the same time.
 
-    Direct calls to inner modules and methods, such as `model.model`, `model.model.visual` and `model.get_video_features`, are not
-    pruned. The pruned columns are also removed from `labels` and `shift_labels`, so models can be trained on pruned prompts.
+    Direct calls to inner modules and methods, such as `model.model`, `model.model.visual`, and `model.get_video_features`, are not
+    pruned. Pruned columns are also removed from `labels` and `shift_labels`, so models can be trained on pruned prompts.
 
-    A call that passes videos or images together with a KV cache raises UsageError. If the budget is below 1.0, UsageError is also
-    raised for `inputs_embeds` together with a video, videos that are already encoded, packed sequences, gradients of the tower, and
-    per-column arguments other than labels and the processor's output. If nothing needs to be pruned and `positions` is "host", the
-    model's own code runs such calls. Hooks on the tower's modules are either skipped or called with evoprune's rows, and a warning
-    lists these modules.
+    Passing videos or images together with a KV cache raises UsageError. With a budget below 1.0, UsageError is also raised for
+    `inputs_embeds` combined with a video, already encoded videos, packed sequences, tower gradients, and per-column arguments other
+    than labels and the processor output. If nothing needs to be pruned and `positions` is "host", the model's own code runs these
+    calls instead. Hooks on the tower's modules are either skipped or called with evoprune's rows, and a warning lists the affected
+    modules.
     """
 
     def __init__(self, model: nn.Module, settings: EvoPrune):
@@ -199,7 +196,7 @@ class PrunedModel:
         self.model = model
         self.settings = settings
         self._packed = None
-        # The latest report and the remaining columns of its prompt, as one pair per thread and one pair for all threads.
+        # The latest report and its prompt's remaining columns, stored for each thread and once for all threads.
         self._latest_of_thread = threading.local()
         self._latest_overall = (Report(), None)
         runs = dict(zip(METHODS, (self._generate, self._forward), strict=True))
@@ -224,14 +221,14 @@ class PrunedModel:
 
     @property
     def report(self) -> Report:
-        """Report of the latest call: tokens before and after pruning, rows per layer, live share, and stage times in milliseconds.
+        """The latest call's report: tokens before and after pruning, rows per layer, live share, and stage times in milliseconds.
 
-        Each thread sees the report of its own latest call. A thread that has not called the model sees the latest report of any
-        thread.
+        Each thread sees the report for its own latest call. A thread that hasn't called the model yet sees the latest report from
+        any thread.
 
-        The report is empty before the first call. If pruning is not active, if the latest call had no video, or if the model's own
-        code ran the latest call, the report contains only a warning that gives the reason. A call that continues from the KV cache
-        of a pruned prompt does not change the report.
+        The report is empty before the first call. If pruning is inactive, the latest call had no video, or the model's own code ran
+        the latest call, the report contains only a warning with the reason. A call that continues from a pruned prompt's KV cache
+        doesn't change the report.
         """
         latest, _ = self._latest
         if latest.pruning.method is None and not latest.warnings and not self._patches.active:
@@ -240,7 +237,7 @@ class PrunedModel:
 
     @property
     def columns(self) -> Columns | None:
-        """Remaining columns of the prompt in the call that `report` describes, or None if the report is empty."""
+        """The remaining prompt columns in the call described by `report`, or None if the report is empty."""
         return self._latest[1]
 
     @property
@@ -264,11 +261,11 @@ class PrunedModel:
         self.remove()
 
     def remove(self) -> None:
-        """Restore the model's own methods. Calling this more than once is a no-op.
+        """Restore the model's own methods. Calling this again is a no-op.
 
         If other code, such as torch.compile or an accelerate hook, has wrapped `generate` or `forward` in the meantime, the wrapper
-        stays in place, but runs the model's own method from now on. If another thread is still inside a `generate` call, that call
-        finishes with pruning.
+        stays in place, but from now on it calls the model's own method. If another thread is still running `generate`, that call
+        finishes with pruning enabled.
         """
         self._patches.remove()
         self._packed = None
@@ -313,9 +310,9 @@ class PrunedModel:
         out.sequences = with_whole_prompt(prompt, places, out.sequences)
         return out
 
-    @torch.compiler.disable  # only the model's own code is worth compiling
+    @torch.compiler.disable  # only the model's own code benefits from compilation
     def _without_pruned(self, call: dict, generating: bool) -> tuple[dict, Past | None]:
-        """Prune a call. Return the new call and the `Past` of its KV cache, or the unchanged call and None."""
+        """Prune a call. Return the pruned call and the `Past` for its KV cache, or the unchanged call and None."""
         cache = interface.cache_of(call)
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
@@ -331,7 +328,7 @@ class PrunedModel:
             self._latest = Report(warnings=["own_code"]), None
             return call, None
         past = getattr(cache, PAST, None)
-        if past is None or not length:  # an emptied cache starts a new prompt, which is not pruned
+        if past is None or not length:  # an empty cache starts a new prompt, which isn't pruned
             why = "pictures_only" if interface.has_picture(call) else "no_video"
             self._latest = Report(warnings=[why]), None
             if past is not None:
@@ -344,7 +341,7 @@ class PrunedModel:
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
 
     def _prune(self, call: dict, generating: bool) -> tuple[dict, Past]:
-        """Encode the videos of a call (and its images, if they are pruned), and remove the pruned columns."""
+        """Encode the videos in a call (and the images, if they are pruned), and remove the pruned columns."""
         settings = self.settings
         visual = interface.tower_of(self.model)
         packed = self._packed
@@ -369,11 +366,11 @@ class PrunedModel:
 def call_report(
     model, call: dict, pruned: dict, visuals: Visuals, encoded: Sequence[Encoded], settings: EvoPrune
 ) -> Report:
-    """Return the report of a call with pruned inputs. The caller adds the times.
+    """Return the report for a call with pruned inputs, without stage times, which the caller adds.
 
     Args:
-        call: The arguments that the caller passed. If they include `position_ids`, the `positions` setting has no effect.
-        pruned: The arguments that the model receives.
+        call: The original arguments. If they include `position_ids`, the `positions` setting has no effect.
+        pruned: The arguments to pass to the model.
     """
     device = str(model.device)
     units = sum(len(each.unit_to_row) for each in encoded)
@@ -382,7 +379,7 @@ def call_report(
     grids = visuals.grids.tolist()
     prompt = pruned["input_ids"].numel() if mask is None else int(mask.sum())
     tokens = (call["input_ids"] == model.config.image_token_id) | (call["input_ids"] == model.config.video_token_id)
-    visual = kept + int(tokens.sum()) - units  # includes all tokens of unpruned inputs
+    visual = kept + int(tokens.sum()) - units  # includes all tokens from unpruned inputs
     warnings = []
     if interface.has_picture(call) and all(visuals.videos):
         warnings.append("pictures_whole")
@@ -411,35 +408,35 @@ def call_report(
 
 @dataclass(frozen=True)
 class _InnerCall:
-    """Tells `forward` that it is being called by `generate`, so the columns have already been pruned."""
+    """Tells `forward` that it is being called from `generate`, so the columns have already been pruned."""
 
-    # Cluster sizes of the prompt's columns, float32 `[B, C]`, or None if all are 1.
+    # Cluster sizes of the prompt columns, float32 `[B, C]`, or None if all are 1.
     sizes: torch.Tensor | None = None
 
     def __deepcopy__(self, _) -> None:
-        """Return None, so that copies of a call are not marked as inner calls.
+        """Return None, so that copies of a call aren't marked as inner calls.
 
-        `generate` copies its arguments for an assistant model, whose `forward` may not accept this argument.
+        `generate` copies its arguments for an assistant model, whose `forward` method may not accept this argument.
         """
         return None
 
 
 def remover_of(model) -> Callable[[], None] | None:
-    """Return the function that stops pruning inside a model, or None if the model is not being pruned."""
+    """Return the function that stops pruning inside a model, or None if the model isn't being pruned."""
     own = vars(model)
     patches = (inspect.unwrap(own[name], stop=_is_active) for name in METHODS if name in own)
     return next((patch.end for patch in patches if _is_active(patch)), None)
 
 
 class Patches:
-    """Temporarily replaces methods of a model object with functions from evoprune.
+    """Temporarily replaces methods of a model object with evoprune functions.
 
-    The replaced methods can call each other. For example, `generate` calls `forward` for every token. Such an inner call is marked
-    with the argument `INNER`, because a flag on the model would affect other threads that call the same model at the same time.
+    The replaced methods can call each other. For example, `generate` calls `forward` for each token. These inner calls are marked
+    with the `INNER` argument, because a flag on the model would affect other threads calling the same model at the same time.
 
     Args:
-        runs: The replacement function for each method, by the method's name.
-        end: The function that `remover_of` returns. It must call `remove`, and free any other resources of the owner.
+        runs: The replacement functions, by method name.
+        end: The function to return from `remover_of`. It must call `remove` and free the owner's other resources.
     """
 
     def __init__(self, model, runs: dict[str, Run], end: Callable[[], None]):
@@ -470,10 +467,10 @@ class Patches:
             self._activate(True)
 
     def remove(self) -> None:
-        """Restore the original methods. Does nothing if none are replaced.
+        """Restore the original methods. Does nothing if no methods are replaced.
 
-        If other code has wrapped a replaced method in the meantime, the wrapper stays in place, but calls the model's own method
-        from now on. Calls that are running in other threads can still make inner calls until they return.
+        If other code has wrapped a replaced method in the meantime, the wrapper stays in place, but from now on it calls the
+        model's own method. Calls in progress in other threads can still make inner calls until they return.
         """
         with LOCK:
             self._activate(False)
@@ -481,7 +478,7 @@ class Patches:
 
     @contextmanager
     def outer_call(self) -> Iterator[None]:
-        """Return a context manager for a call that makes inner calls, during which the methods stay replaced."""
+        """Return a context manager for a call with inner calls. The methods stay replaced until the call returns."""
         with LOCK:
             self._calls += 1
         try:
@@ -501,7 +498,7 @@ class Patches:
             patch.active = active
 
     def _restore(self) -> None:
-        """Restore the original methods, unless the replacements are active or a running call still needs them."""
+        """Restore the original methods, unless the replacements are active or still needed by a call in progress."""
         if self._calls or self.active:
             return
         for name, patch in self._installed.items():
@@ -524,7 +521,7 @@ class _Patch:
         self._own_signature = inspect.signature(stock)
         others = [parameter for name, parameter in self._own_signature.parameters.items() if name != INNER]
         at = next((i for i, parameter in enumerate(others) if parameter.kind is parameter.VAR_KEYWORD), len(others))
-        # Add the argument to the signature, because `generate` rejects arguments that `forward` does not have.
+        # Add the argument to the signature, because `generate` rejects any argument missing from `forward`.
         others.insert(at, inspect.Parameter(INNER, inspect.Parameter.KEYWORD_ONLY, default=None))
         self.__signature__ = self._own_signature.replace(parameters=others)
 

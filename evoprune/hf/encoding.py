@@ -1,6 +1,6 @@
-"""Run the pruned vision encoder of a Hugging Face model on the output of its processor.
+"""Run the vision encoder of a Hugging Face model, with pruning, on the output of the model's processor.
 
-It uses the model's own weights, or packed or quantized copies of them.
+The encoder uses the model's own weights, or packed or quantized copies.
 """
 
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from evoprune.video import InputLimits
 from evoprune.vision import Encoded, encode_rows
 
 INT8 = "int8"
-SAMPLES = 16  # number of values per weight that are compared to detect changes
+SAMPLES = 16  # number of values to compare per weight to detect changes
 PROCESSOR = "pass pixel_values_videos and video_grid_thw from one processor call (return_tensors='pt'), in this order"
 
 
@@ -39,30 +39,29 @@ def encode(
 ) -> Encoded:
     """Run a model's vision tower on one or more videos, and prune each video to the given budget.
 
-    As in the model's own forward pass, the layers of the tower obey torch's autocast. Tokens are always selected in float32.
+    As in the model's own forward pass, the tower layers follow torch autocast. Tokens are always selected in float32.
 
     Args:
-        model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration` or
-            `Qwen2VLForConditionalGeneration`, or any object that has such a tower at `model.visual`.
+        model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`, or
+            `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
         pixel_values_videos: Patches from the model's processor, float `[patches, values]`. For images, pass the processor's
-            `pixel_values`. To detect unchanged patches, evoprune assumes that they are normalized with Qwen's mean and standard
-            deviation.
-        video_grid_thw: The size of each video (frame pairs, rows of patches, columns of patches), int64 `[videos, 3]`, from the
-            processor. For images, pass the processor's `image_grid_thw`.
-        budget: Share of the visual tokens to keep: a number in (0, 1], a percentage such as "25%", or the name of a preset. With
-            1.0, the result is the same as the tower's own output.
+            `pixel_values`. To detect unchanged patches, evoprune assumes normalization with Qwen's mean and standard deviation.
+        video_grid_thw: The size of each video (frame pairs, patch rows, patch columns), int64 `[videos, 3]`, from the processor.
+            For images, pass the processor's `image_grid_thw`.
+        budget: Fraction of visual tokens to keep: a number in (0, 1], a percentage such as "25%", or a preset name. With 1.0, the
+            result is the same as the tower's own output.
         method: Name of a pruning method. NAME:SETTING=VALUE changes one of its settings.
-        question: Token embeddings of the question from `model.get_input_embeddings()`, `[Q, hidden]`. Required only by methods that
-            read the question.
-        seed: Random seed, for methods that make random choices.
+        question: Token embeddings of the question from `model.get_input_embeddings()`, `[Q, hidden]`. Required only for methods
+            that read the question.
+        seed: Random seed for methods that make random choices.
 
     Returns:
         A single `Encoded` for all videos. In `kept` and `unit_to_row`, units are numbered consecutively across videos, in the order
         of their placeholder tokens.
 
     Raises:
-        UsageError: If the budget or the method is invalid, the method resizes frames, the method reads the question but `question`
-            is None, or the inputs have the wrong type, dtype or shape or do not match each other.
+        UsageError: If the budget or method is invalid, the method resizes frames, the method reads the question but `question` is
+            None, or the inputs have an invalid type, dtype, or shape, or don't match each other.
         ModelError: If the model has no supported vision tower.
     """
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
@@ -77,7 +76,7 @@ def encode_each(
     config: PruneConfig,
     question: torch.Tensor | None = None,
 ) -> list[Encoded]:
-    """Encode videos like `encode`, but return a separate `Encoded` for each video.
+    """Encode videos like `encode`, but return a separate `Encoded` object for each video.
 
     Args:
         visual: The tower.
@@ -103,8 +102,8 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
     """Create pruning settings and check that the pruning method works on patches from a Hugging Face processor.
 
     Raises:
-        UsageError: If the method or one of its settings does not exist, the method resizes frames or acts inside the language
-            model, or the method reads the question and `has_question` is False.
+        UsageError: If the method or one of its settings is unknown, the method resizes frames or acts inside the language model, or
+            the method reads the question but `has_question` is False.
     """
     config = PruneConfig.of(budget, name, seed)
     method = config.method
@@ -123,7 +122,7 @@ def patch_config(budget: Budget, name: str, seed: int = 0, has_question: bool = 
 
 
 def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
-    """Raise UsageError if the patches and grids from a processor do not match each other, or do not match the tower."""
+    """Raise UsageError if the patches and grids from a processor don't match each other or the tower."""
     width = visual.patch_embed.proj.weight[0].numel()
     merge = visual.config.spatial_merge_size
     valid = isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.shape[1:] == (width,)
@@ -146,7 +145,7 @@ def _check_videos(visual, pixels: torch.Tensor, grids: torch.Tensor) -> None:
 
 
 def _check_question(visual, question: torch.Tensor | None) -> None:
-    """Raise UsageError unless the question is None or a non-empty float tensor `[Q, hidden]`, as wide as the tower's output."""
+    """Raise UsageError unless the question is None or a non-empty float tensor `[Q, hidden]` with the tower's output width."""
     if question is None:
         return
     width = VisionConfig.of(visual.config).out_hidden_size
@@ -166,10 +165,10 @@ class PackedTower:
     """A copy of a model's vision tower that runs faster on a CPU.
 
     In the copy, linear layers are packed (`cpu.linear`) or quantized to 8 bits (`cpu.quantize`). All other weights are shared with
-    the model's own tower, which stays unchanged.
+    the model's own tower, which isn't modified.
 
     Raises:
-        UsageError: If packing is not possible on the device of the weights, or does not save time there.
+        UsageError: If packing isn't supported on the weights' device, or doesn't save time.
     """
 
     def __init__(self, visual: nn.Module, pack: Literal[True, "int8"] = True):
@@ -182,15 +181,15 @@ class PackedTower:
             Quantization(INT8).check(weight.device)
         self._visual = visual
         self._pack = pack
-        # Several threads may encode at the same time, so this tuple is always replaced as a whole.
+        # Multiple threads may encode at the same time, so always replace the entire tuple.
         self._state: tuple = (None, None, None)
         self.current()
 
     def current(self) -> nn.Module:
-        """Return the packed tower, after packing the model's layers again if they have changed.
+        """Return the packed tower, repacking the model's layers if they have changed.
 
-        To detect changes, this method compares the layers' tensors, torch's in-place version counters, and a sample of each
-        weight's values. The sample also reveals changes made through `.data`.
+        To detect changes, this method compares the layers' tensors, torch's in-place version counters, and a sample of values from
+        each weight. The sample also reveals changes made through `.data`.
         """
         known = {}
         sample = []
@@ -213,5 +212,5 @@ class PackedTower:
 
     @property
     def nbytes(self) -> int:
-        """Size of the packed layers in bytes, which comes on top of the model's own layers."""
+        """Size of the packed layers in bytes, in addition to the model's own layers."""
         return sum(getattr(layer, "nbytes", 0) for layer in self._state[0].modules())

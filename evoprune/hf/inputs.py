@@ -1,7 +1,6 @@
-"""Build the same model inputs as a Hugging Face processor, but without torchvision.
+"""Build the same model inputs as a Hugging Face processor, but without requiring torchvision.
 
-Files are read, and frames are sampled and resized, in the same way as in `VideoQA`, so `VideoQA` and the user's own model see the
-same pixels.
+Frames are read, sampled, and resized in the same way as in `VideoQA`, so `VideoQA` and the user's own model see the same pixels.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from evoprune.keywords import SamplingKeywords
 
 ARGUMENT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture": ("pixel_values", "image_grid_thw")}
-TOKEN_TYPES = {"picture": 1, "video": 2}  # values in `mm_token_type_ids` for each kind of input
+TOKEN_TYPES = {"picture": 1, "video": 2}  # `mm_token_type_ids` value for each input type
 
 
 @takes(SamplingOptions, seek="exact")
@@ -43,24 +42,25 @@ def processor_inputs(
     """Prepare the arguments of `model.generate` for a question about videos and images, like the model's own processor.
 
     Args:
-        model: "demo", "demo-scenes", a local folder or a hub id. Only the tokenizer and the input limits are read, not the weights.
-        inputs: A video or an image, or a list of them in the model's reading order; see `VideoQA.encode`.
-        question: The question. Special tokens in it are treated as plain text.
-        times_s: If the input is an array, the start times of its frames in seconds.
+        model: "demo", "demo-scenes", a local folder, or a hub ID. Only the tokenizer and the input limits are read, not the
+            weights.
+        inputs: A video or an image, or a list of videos and images in the model's reading order; see `VideoQA.encode`.
+        question: The question. Any special tokens in the question are treated as plain text.
+        times_s: If the input is an array, the frame timestamps in seconds.
         system: The system prompt. None means the model's default.
         revision, offline: See `VideoQA.load`.
         sampling: Options of `VideoQA.encode`, with the same defaults, except that `max_visual_tokens` defaults to 24,576 and `seek`
             to "exact".
 
     Returns:
-        The arguments for one prompt, on the CPU; `.to(device)` moves them. They always include "input_ids", "attention_mask" and
-        "mm_token_type_ids", int64 `[1, L]`. For videos, they include "pixel_values_videos", float32 `[patches, values]`,
+        The arguments for a single prompt, on the CPU; `.to(device)` moves them. They always include "input_ids", "attention_mask",
+        and "mm_token_type_ids", int64 `[1, L]`. For videos, they include "pixel_values_videos", float32 `[patches, values]`,
         "video_grid_thw", int64 `[videos, 3]`, and with Qwen2.5-VL also "second_per_grid_ts", float32 `[videos]`. For images, they
         include "pixel_values" and "image_grid_thw" with analogous shapes.
 
     Raises:
-        VideoError: If an input is missing, unreadable or empty.
-        ModelError: If the model is missing or not supported, or its chat template cannot be used.
+        VideoError: If an input is missing, unreadable, or empty.
+        ModelError: If the model is missing or unsupported, or its chat template cannot be used.
         UsageError: If an option has an invalid value.
         TypeError: If an option is unknown.
     """
@@ -90,14 +90,13 @@ def processor_inputs(
 
 
 def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "cpu") -> tuple[Plan, torch.Tensor]:
-    """Read the sampled frames of an input, resize them as planned, and convert them to patches.
+    """Read an input's sampled frames, resize them as planned, and convert them to patches.
 
     Args:
-        device: The device that resizes the frames.
+        device: The device used to resize the frames.
 
     Returns:
-        A tuple of the plan, which now includes the timestamps of the frames that were read, and the patches, float32 `[patches,
-        values]`.
+        A tuple of the plan, updated with the actual frame timestamps, and the patches, float32 `[patches, values]`.
 
     Raises:
         VideoError: If the input cannot be read.
@@ -120,13 +119,13 @@ def arguments(
     limits: dict[str, InputLimits],
     vision: VisionConfig,
 ) -> dict[str, torch.Tensor]:
-    """Return the arguments of `model.generate` (see `processor_inputs`) for a prompt whose inputs have already been read.
+    """Return the arguments of `model.generate` (see `processor_inputs`) for a prompt with inputs that have already been read.
 
     Args:
         prompt: The prompt, with placeholders for all inputs.
         read: The results of `read_patches`, one per input.
-        limits: The model's input limits, by kind of input.
-        vision: The config of the model's tower.
+        limits: The model's input limits, by input type.
+        vision: The config of the model's vision tower.
     """
     ids = prompt.input_ids
     plans = [plan for plan, _ in read]
@@ -142,7 +141,7 @@ def arguments(
         shapes = [(plan.grid[0], plan.grid[1] * merge, plan.grid[2] * merge) for plan in plans if plan.kind == kind]
         inputs |= {pixels: torch.cat(patches), grids: torch.tensor(shapes, dtype=torch.int64, device="cpu")}
     videos = [plan for plan in plans if not plan.is_picture]
-    if videos and vision.tokens_per_second is not None:  # other models' processors do not return this
+    if videos and vision.tokens_per_second is not None:  # other models' processors don't return this
         pair = limits["video"].temporal_patch_size
         seconds = [plan.sampling.seconds_per_pair(pair) for plan in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")

@@ -1,6 +1,6 @@
-"""The interface to Hugging Face models (Qwen2-VL to Qwen4-Exp): everything that `evoprune.hf` relies on, except their weights.
+"""The interface to Hugging Face models (Qwen2-VL to Qwen4-Exp): everything `evoprune.hf` relies on except the weights.
 
-tests/hf/test_interface.py checks these assumptions, so it fails if a new release of transformers breaks one of them.
+tests/hf/test_interface.py checks these assumptions, so it fails if a new transformers release breaks one of them.
 """
 
 import warnings
@@ -25,29 +25,29 @@ SUPPORTED = (
     f"supported: {', '.join(MODELS[:-1])} and {MODELS[-1]} of transformers; unwrap the model "
     "(PEFT: get_base_model(), torch.compile: _orig_mod)"
 )
-# Arguments of `forward` for videos and images. They must be left out once the videos and images have been encoded.
+# Arguments of `forward` for videos and images. They must be omitted once the videos and images have been encoded.
 VISION_INPUTS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
-# The argument that replaces `VISION_INPUTS`: a dict that contains the results of `get_video_features` and `get_image_features`. The
-# `pooler_output` of each result is a list with one tensor of features `[tokens, hidden]` per video or image. transformers before
-# 5.18 has no such argument; see `encoded_inputs` for the workaround.
+# The argument that replaces `VISION_INPUTS`: a dict with the results of `get_video_features` and `get_image_features`. Each
+# result's `pooler_output` is a list with one feature tensor `[tokens, hidden]` per video or image. transformers versions before
+# 5.18 lack this argument; see `encoded_inputs` for the workaround.
 ENCODED = "mm_encoder_outputs"
-# Hint for error messages. It asks about placeholders, because processors mistake a placeholder in a question for an input.
+# Error message hint. It mentions placeholders, because processors mistake a placeholder in the question for an input.
 ONE_CALL = (
     "pass everything that one processor call returned, in order; is <|video_pad|> or <|image_pad|> in a question?"
 )
-# Prefix of the names of arguments and settings for videos (True) and images (False).
+# Prefixes of argument and setting names for videos (True) and images (False).
 PREFIXES = {True: "video", False: "image"}
-NEEDED = "transformers 5.20 or later"  # for messages about features that require it
-# The kind of all layers if the config does not specify kinds. The model then accepts a single mask instead of a dict of masks.
+NEEDED = "transformers 5.20 or later"  # for error messages about features that require it
+# The layer type if the config doesn't specify layer types. The model then accepts a single mask instead of a dict of masks.
 ONLY_KIND = "full_attention"
-LINEAR = "linear_attention"  # layers of Qwen3.5 that have a recurrent state
+LINEAR = "linear_attention"  # Qwen3.5 layers with a recurrent state
 OLD_CACHE_NAME = "past_key_values"  # name of the KV cache argument before transformers 5.24
-# Arguments with one entry per column, other than input_ids, attention_mask and position_ids, and their values at padding.
+# Arguments with one entry per column, except input_ids, attention_mask, and position_ids, mapped to their padding values.
 PER_COLUMN = {"mm_token_type_ids": 0, "labels": -100, "shift_labels": -100}
 
 
 def check_class(model) -> None:
-    """Check that evoprune can prune inside models of this class.
+    """Check that evoprune supports pruning inside models of this class.
 
     Raises:
         ModelError: If the model's class is not in `MODELS`.
@@ -60,8 +60,8 @@ def tower_of(model):
     """Return the vision tower of a Hugging Face model, or of a `model.weights.QwenVL`.
 
     Raises:
-        ModelError: If the model has no tower of a supported family, the structure or the device of the tower is not supported, or
-            an adapter changes a module that evoprune does not call.
+        ModelError: If the model has no tower from a supported family, the tower's structure or device isn't supported, or an
+            adapter modifies a module that evoprune doesn't call.
     """
     from evoprune.model import Tower
 
@@ -78,7 +78,7 @@ def tower_of(model):
     if not Device(visual.patch_embed.proj.weight.device).holds_values:
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
-        # evoprune calls only linear layers. It reads other modules' weights directly, which bypasses any wrapper around them.
+        # evoprune calls only linear layers. It reads the weights of other modules directly, bypassing any wrappers.
         if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear | None):
             hint = "merge it (PEFT: merge_and_unload), or leave this module out of target_modules; adapters on linear layers work"
             raise ModelError(f"an adapter on {name} of the vision tower would not run", hint)
@@ -86,28 +86,28 @@ def tower_of(model):
 
 
 def _is_one_of(x, names: Sequence[str]) -> bool:
-    """Return True if an object is an instance of a transformers class with one of these names, or of a subclass."""
+    """Return True if an object is an instance of a transformers class with one of the given names, or of a subclass."""
     return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(x).__mro__)
 
 
-# The features of a video or an image, `[tokens, hidden]`, and its DeepStack features, `[n, tokens, hidden]`, or None if the model
-# has no DeepStack.
+# The features of a video or an image, `[tokens, hidden]`, and its DeepStack features, `[n, tokens, hidden]`, or None for a model
+# without DeepStack.
 Features = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Features(torch.Tensor):
-    """Encoded features of videos, which are passed to the model in place of the videos' pixels."""
+    """Encoded video features, which are passed to the model in place of pixels."""
 
 
 def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequence[Features] | None = None) -> dict:
-    """Return the arguments that pass encoded videos and the call's images to `forward` or `generate`.
+    """Return the arguments for passing encoded videos, and a call's images, to `forward` or `generate`.
 
-    Before transformers 5.18, the features take the place of the pixels, and each video's grid has a single row. `generate` repeats
-    the features for beam search, and passes them only to the first step.
+    With transformers versions before 5.18, features are passed in place of pixels, and each video's grid has a single row.
+    `generate` repeats the features for beam search, and passes them only to the first step.
 
     Args:
-        model: A model that was prepared by `accept_features`.
-        images: The features of the images, or None if the model encodes the images itself.
+        model: A model prepared by `accept_features`.
+        images: The image features, or None if the model encodes the images itself.
 
     Raises:
         UsageError: If transformers is older than 5.18, and images are encoded or the call uses chunked prefill, which would ignore
@@ -134,7 +134,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
 
 
 def _output(visuals: Sequence[Features]):
-    """Return features in the format of `get_video_features`: one list of features, and one more list per DeepStack layer."""
+    """Return features in the format of `get_video_features`: a list of features, plus a list for each DeepStack layer."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     features, inner = zip(*visuals, strict=True)
@@ -152,7 +152,7 @@ def accept_features(model) -> None:
     The patch is permanent.
 
     Raises:
-        UsageError: If transformers is older than 5.18 and the model has DeepStack (Qwen3-VL), whose features it cannot pass.
+        UsageError: If the model has DeepStack (Qwen3-VL), and transformers is older than 5.18 and cannot pass DeepStack features.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -177,7 +177,7 @@ def accept_features(model) -> None:
 def takes_encoded(model) -> bool:
     """Return True if the model accepts encoded videos. This requires transformers 5.18 or later.
 
-    Only the signature of the inner model is checked, because that is where the encoded videos are read. An outer `forward` from
+    Only the inner model's signature is checked, because the inner model reads the encoded videos. An outer `forward` method from
     other code, such as Liger or a subclass, may pass them on without a named argument.
     """
     return ENCODED in signature(type(model.model).forward).parameters
@@ -188,19 +188,19 @@ def _too_old(what: str) -> UsageError:
 
 
 def accepts_float_mask(model) -> bool:
-    """Return True if the language model's attention accepts a float mask, which is added to the attention logits."""
+    """Return True if the language model's attention supports a float mask, which is added to the attention logits."""
     return model.config.text_config._attn_implementation in ("eager", "sdpa")
 
 
 def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.Size, torch.dtype]:
-    """Expand the `attention_mask` of a call to the masks that the layers use, for eager or sdpa attention.
+    """Expand a call's `attention_mask` to the masks used by the layers, for eager or sdpa attention.
 
     The `attention_mask` may be `[B, columns]`, None, an expanded mask `[B, 1, L, keys]`, or a dict of expanded masks.
 
     Returns:
-        A tuple of the masks, the shape (B, L) of the columns, and the dtype of their embeddings. The masks, `[B, 1, L, keys]` each,
-        are in a dict by kind of layer (`ONLY_KIND` if the config does not specify kinds). For sdpa, they are bool and True at
-        visible keys. For eager attention, they are float and contain the dtype's lowest number at hidden keys. The mask of linear
+        A tuple of a dict of masks, the shape (B, L) of the columns, and the dtype of their embeddings. The dict maps each layer
+        type (`ONLY_KIND` if the config doesn't specify layer types) to a mask `[B, 1, L, keys]`. For sdpa, masks are bool and True
+        at visible keys. For eager attention, they are float, with the dtype's lowest number at hidden keys. The mask for linear
         attention is `[B, L]` and 0 at padding, or None.
     """
     from transformers import masking_utils
@@ -208,7 +208,7 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
     config = model.config.text_config
     ids = call.get("input_ids")
     embeds = call.get("inputs_embeds")
-    if embeds is None:  # a stand-in; only its shape, dtype and device are used
+    if embeds is None:  # a stand-in, of which only the shape, dtype, and device are used
         embeds = torch.empty(*ids.shape, 0, dtype=model.get_input_embeddings().weight.dtype, device=ids.device)
     given = call.get("attention_mask")
     masks = {}
@@ -222,24 +222,24 @@ def attention_masks(model, call: dict) -> tuple[dict[str, torch.Tensor], torch.S
 
 
 def cache_of(values: Mapping) -> Any:
-    """Return the KV cache from the arguments or outputs of a transformers model, or None if there is no cache.
+    """Return the KV cache from a transformers model's arguments or outputs, or None if there is no cache.
 
-    This also looks for the old name of the argument, because transformers 5.24 and later still accept it.
+    The old argument name is also supported, because transformers 5.24 and later still accept it.
     """
     return next((values[name] for name in (cache_name(), OLD_CACHE_NAME) if values.get(name) is not None), None)
 
 
 def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
-    """Weight every column of a `forward` call by its cluster size, by adding log(size) to the attention mask.
+    """Weight each column in a `forward` call by its cluster size, by adding log(size) to the attention mask.
 
-    In evoprune's own decoder, `language.decoder.forward` adds this bias to the attention logits. Here the model's own layers run,
-    so the bias has to be part of the call's attention mask. In this way, layers that are recomputed for gradient checkpointing see
-    the bias too, and calls in other threads are not affected.
+    In evoprune's own decoder, `language.decoder.forward` adds this bias to the attention logits. When the model's own layers run,
+    the bias has to be part of the call's attention mask. That way, it also applies to layers recomputed for gradient checkpointing,
+    and doesn't affect calls in other threads.
 
     Args:
         model: A model for which `accepts_float_mask` returns True.
-        sizes: The cluster sizes of the prompt's columns, float32 `[B, C]`. Later columns have size 1. If the call has n * B rows
-            because of beam search, each row of `sizes` applies to n consecutive rows of the call.
+        sizes: The cluster sizes of the prompt columns, float32 `[B, C]`. Later columns have size 1. If the call has n * B rows
+            because of beam search, each row of `sizes` applies to n consecutive rows in the call.
     """
     masks, shape, dtype = attention_masks(model, call)
     kinds = getattr(model.config.text_config, "layer_types", None)
@@ -250,19 +250,19 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
         if kind == LINEAR:  # linear attention has no logits, so there is nothing to bias
             weighted[kind] = mask
             continue
-        # If a cache with a sliding window has dropped keys, the first key is not key 0.
+        # If a sliding-window cache has dropped keys, the first key isn't key 0.
         first = 0
         if cache is not None:
             _, first = cache.get_mask_sizes(shape[1], (kinds or [ONLY_KIND]).index(kind))
         end = first + mask.shape[-1]
         of_keys = torch.nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
         if mask.dtype == torch.bool:
-            # Use minus infinity, as sdpa does for a bool mask, so that a row that sees no keys gets an output of zero. With the
-            # lowest finite number, its output would be the mean over all keys' values, including later columns.
+            # Use minus infinity, as sdpa does for a bool mask, so that the output of a row with no visible keys is zero. With the
+            # lowest finite number, the output would be the mean of all values, including those of later columns.
             weighted[kind] = torch.where(mask, of_keys.to(mask.device, dtype), -torch.inf)
         else:
-            # Leave masked entries alone, because adding to them could overflow to minus infinity. Eager attention turns a row of
-            # infinities into NaN.
+            # Don't modify masked entries, because adding to them could overflow to minus infinity. Eager attention would turn a
+            # row of infinities into NaN.
             seen = mask > torch.finfo(mask.dtype).min / 2
             weighted[kind] = torch.where(seen, mask + of_keys.to(mask.device, mask.dtype), mask)
     if list(weighted) == [ONLY_KIND] and not hasattr(model.config.text_config, "layer_types"):
@@ -271,7 +271,7 @@ def with_cluster_bias(model, call: dict, sizes: torch.Tensor) -> dict:
 
 
 def warn_of_hooks(visual) -> None:
-    """Warn about forward hooks on the tower's modules, except for the hooks that transformers uses to enable input gradients."""
+    """Warn about forward hooks on the tower's modules, except for hooks used by transformers to enable input gradients."""
     hooks = [
         name or "visual"
         for name, module in visual.named_modules()
@@ -287,19 +287,19 @@ def warn_of_hooks(visual) -> None:
 
 
 def has_video(call: dict) -> bool:
-    """Return True if a call includes a video, either as patches from the processor or already encoded."""
+    """Return True if a call includes a video, either encoded or as patches from the processor."""
     return call.get("pixel_values_videos") is not None or (call.get(ENCODED) or {}).get("video") is not None
 
 
 def has_picture(call: dict) -> bool:
-    """Return True if a call includes an image, either as patches from the processor or already encoded."""
+    """Return True if a call includes an image, either encoded or as patches from the processor."""
     return call.get("pixel_values") is not None or (call.get(ENCODED) or {}).get("image") is not None
 
 
 def is_assistant(call: dict) -> bool:
-    """Return True if a `generate` call belongs to an assistant model, which drafts tokens for another model.
+    """Return True if a `generate` call is for an assistant model, which drafts tokens for another model.
 
-    Such a call receives the prompt and the encoded videos of the other model.
+    An assistant's call receives the other model's prompt and encoded videos.
     """
     return bool(getattr(call.get("generation_config"), "is_assistant", False))
 
@@ -307,8 +307,8 @@ def is_assistant(call: dict) -> bool:
 def setting(model, call: dict, name: str):
     """Return the value of a generation setting, with the same precedence as in `generate`.
 
-    The arguments of the call come first, then the generation config that was passed to the call, and then the model's generation
-    config.
+    The call's arguments take precedence over the generation config passed to the call, which takes precedence over the model's own
+    generation config.
     """
     for config in (call.get("generation_config"), model.generation_config):
         if call.get(name) is None and getattr(config, name, None) is not None:
@@ -323,12 +323,12 @@ def pad_id(model, call: dict) -> int:
 
 
 def _ids(setting: int | Sequence[int] | torch.Tensor) -> list[int]:
-    """Convert a setting that contains token ids, as a number, a list or a tensor, to a list."""
+    """Convert a setting containing token IDs, as a number, a list, or a tensor, to a list."""
     return torch.as_tensor(setting, dtype=torch.int64, device="cpu").flatten().tolist()
 
 
 def inferred_mask(model, call: dict) -> torch.Tensor:
-    """Return the attention mask that `generate` infers if it is called without one, int64 `[B, L]`.
+    """Return the attention mask that `generate` infers when called without a mask, int64 `[B, L]`.
 
     The mask is 0 at pad tokens. If the pad token is also an end-of-text token, the mask is 1 everywhere.
     """
@@ -341,23 +341,23 @@ def inferred_mask(model, call: dict) -> torch.Tensor:
 
 
 def mask_or_ones(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the attention mask of a prompt, `[B, L]`, or a mask of ones if the prompt has none."""
+    """Return the given attention mask, `[B, L]`, or a mask of ones if it is None."""
     return torch.ones_like(ids) if mask is None else mask
 
 
 def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Return the tokens' zero-based indices in their rows, not counting padding, int64 `[B, L]`. Padding gets index 0."""
+    """Return each token's zero-based index in its row, excluding padding, int64 `[B, L]`. The index of padding is 0."""
     return (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)
 
 
 def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bool) -> torch.Tensor:
-    """Return the positions that the Hugging Face model itself computes for the columns of a prompt.
+    """Return the prompt column positions computed by the Hugging Face model itself.
 
     The result is int64 `[4, B, L]` if `generating` is True, and `[3, B, L]` otherwise.
     """
     known = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     given = {name: call.get(name) for name in known} | {"attention_mask": mask}
-    if not has_clock(model):  # the model does not accept this argument
+    if not has_clock(model):  # the model doesn't accept this argument
         del given["second_per_grid_ts"]
     ids = call["input_ids"]
     if generating:
@@ -369,7 +369,7 @@ def model_positions(model, call: dict, mask: torch.Tensor | None, generating: bo
 
 
 def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the M-RoPE positions of a prompt's columns according to Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
+    """Return the M-RoPE positions of the prompt columns according to Qwen's rule (`language.prompt`), int64 `[3, B, L]`."""
     ids = call["input_ids"]
     per_second = VisionConfig.of(model.config.vision_config).tokens_per_second
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
@@ -382,19 +382,19 @@ def qwen_positions(model, call: dict, mask: torch.Tensor | None) -> torch.Tensor
 
 @dataclass(frozen=True)
 class PlacedInput:
-    """A video or an image in one row of a batch. Its columns do not count padding, and an image is a single frame pair."""
+    """A video or an image in a batch row. Column indices exclude padding, and an image counts as a single frame pair."""
 
-    place: Place  # only the placeholders, without the timestamps and markers around them
-    grid: tuple[int, int, int]  # number of frame pairs, rows of units and columns of units
+    place: Place  # location of the placeholders, without the surrounding timestamps and markers
+    grid: tuple[int, int, int]  # number of frame pairs, unit rows, and unit columns
     seconds_per_pair: float
     is_video: bool
 
 
 def placed_inputs(model, call: dict, mask: torch.Tensor | None) -> list[list[PlacedInput]]:
-    """Find the videos and images in every row of a batch of prompts, in order of occurrence.
+    """Find the videos and images in each row of a batch of prompts, in order of occurrence.
 
     Raises:
-        UsageError: If the grid of a video or an image is missing, or does not match its placeholders.
+        UsageError: If the grid of a video or an image is missing, or doesn't match the number of placeholders.
     """
     ids = call["input_ids"].cpu()
     grids = {video: _rows(call.get(f"{word}_grid_thw")) for video, word in PREFIXES.items()}
@@ -411,7 +411,7 @@ def _rows(grids: torch.Tensor | None) -> Iterator[list[int]]:
 def has_clock(model) -> bool:
     """Return True if the model's temporal positions depend on the time in seconds, as in Qwen2.5-VL.
 
-    In Qwen2-VL, temporal positions count frame pairs instead, and Qwen3-VL learns the time from timestamps in the text.
+    In Qwen2-VL, temporal positions count frame pairs instead, and Qwen3-VL reads timestamps in the text.
     """
     return VisionConfig.of(model.config.vision_config).tokens_per_second is not None
 
@@ -419,7 +419,7 @@ def has_clock(model) -> bool:
 def seconds_per_pair(call: dict) -> Sequence[float]:
     """Return the time between consecutive frame pairs, in seconds, for each video in a call.
 
-    If the call does not specify this time, the default is 1 second, as in Qwen2.5-VL.
+    If not specified in the call, it defaults to 1 second, as in Qwen2.5-VL.
     """
     seconds = call.get("second_per_grid_ts")
     grids = call.get("video_grid_thw")
@@ -433,7 +433,7 @@ def seconds_per_pair(call: dict) -> Sequence[float]:
 def _placed(
     config, ids: torch.Tensor, grids: dict[bool, Iterator[list[int]]], seconds: Iterator[float]
 ) -> Iterator[PlacedInput]:
-    """Find the videos and images in one row of a batch, in order of occurrence."""
+    """Find the videos and images in a single batch row, in order of occurrence."""
     at = 0
     merge = config.vision_config.spatial_merge_size
     has_timestamps = VisionConfig.of(config.vision_config).traits.timestamps
@@ -454,7 +454,7 @@ def _placed(
         in_units = (t, h // merge, w // merge)
         runs = []
         for _ in range(count):
-            at += int((tokens[at:].cumsum(0) == 0).sum())  # skip to the next placeholder, if there is one
+            at += int((tokens[at:].cumsum(0) == 0).sum())  # skip to the next placeholder, if any
             run = range(at, at + prod(in_units) // count)
             if run.stop > len(ids) or bool((ids[run.start : run.stop] != token).any()):
                 raise _mismatch(is_video, f"its row is {grid}")

@@ -1,7 +1,7 @@
 """Answer questions about visual tokens, from tokenizing the prompt to generating the answer.
 
 `Prompt.build` builds a prompt, `prune_prompt` removes the pruned tokens, and `LanguageModel.prefill` or a `PrefixCache` reads the
-remaining tokens. The result is a `PrefillState`, from which an `AnswerStream` generates the answer.
+remaining tokens. The resulting `PrefillState` is then used by an `AnswerStream` to generate the answer.
 """
 
 from typing import TYPE_CHECKING

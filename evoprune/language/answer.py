@@ -1,4 +1,4 @@
-"""Stream an answer in pieces, separate it from the model's thoughts, and end it at the first stop string."""
+"""Stream an answer in pieces, separate it from the model's reasoning, and end it at the first stop string."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, takewhile
@@ -14,15 +14,15 @@ from evoprune.language.settings import GenerationOptions
 
 
 class AnswerStream(Iterator[tuple[str, bool]]):
-    """Iterator that generates an answer and yields pairs of a piece of text and whether it belongs to the model's thoughts.
+    """Iterator that generates an answer and yields tuples of a piece of text and whether it is part of the model's reasoning.
 
     Pieces are generated lazily and split as in `stream_answer`. The same `seed` always produces the same answer.
 
     Args:
         state: The model's state after reading the prompt, which can be used for only one answer.
-        options: Options for generating the answer. If `options.choices` is set, the answer is one of these choices.
-        eos_ids: Ids of the tokens that end the answer.
-        constraint: Restricts the tokens of the answer, but not of the model's thoughts. None allows all tokens.
+        options: Generation options. If `options.choices` is set, the answer is one of these choices.
+        eos_ids: IDs of the tokens that end the answer.
+        constraint: Constrains the answer tokens, but not the thinking tokens. None allows all tokens.
 
     Attributes:
         stop_reason: The stop string that ended the answer, or None.
@@ -58,12 +58,12 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def ids(self) -> list[int]:
-        """Token ids of the thoughts and the answer generated so far."""
+        """Thinking and answer token IDs generated so far."""
         return self._tokens.ids
 
     @property
     def finish_reason(self) -> str | None:
-        """The reason why the answer ended, "stop" or "length", or None while it is incomplete."""
+        """The reason why the answer ended ("stop" or "length"), or None if the answer is incomplete."""
         return self._tokens.finish_reason if self.stop_reason is None else "stop"
 
     @property
@@ -72,11 +72,11 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def choices(self) -> list[Choice]:
-        """All choices with their probabilities. This list is empty until the choices have been scored."""
+        """All choices with their probabilities, or an empty list if the choices haven't been scored yet."""
         return self._tokens.choices
 
     def logprobs_since(self, number: int) -> list[dict[str, Any]]:
-        """Return the tokens from index `number` on with their log probabilities and alternatives, in the format used in reports."""
+        """Return all tokens starting at index `number`, with their log probabilities and alternatives, in report format."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self._tokenizer.backend.decode([token], skip_special_tokens=False)
@@ -89,12 +89,12 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
 
 class AnswerConstraint:
-    """Applies another `TokenConstraint` to the answer only, so that the model can think freely before it answers.
+    """Applies another `TokenConstraint` to the answer only, so that the model can think freely before answering.
 
     Args:
         constraint: The constraint for the answer.
-        in_thoughts: Whether the prompt ends with the tag that opens the model's thoughts.
-        may_think: Whether the model may begin to think with its first token.
+        in_thoughts: Whether the prompt ends with the opening `<think>` tag.
+        may_think: Whether the model may start thinking with its first token.
     """
 
     def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, in_thoughts: bool, may_think: bool):
@@ -103,14 +103,14 @@ class AnswerConstraint:
         self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
         self._thinks = in_thoughts
         self._may_begin = may_think
-        self._ids: list[int] = []  # token ids of the thoughts and the answer so far
+        self._ids: list[int] = []  # thinking and answer token IDs so far
 
     def mask(self, size: int) -> torch.Tensor | None:
         if self._thinks:
             return None
         mask = self._constraint.mask(size)
         if mask is not None and not self._ids and self._begin is not None:
-            mask[self._begin] = self._may_begin  # this token never occurs in the text of an answer
+            mask[self._begin] = self._may_begin  # this token never occurs in the answer text
         return mask
 
     def advance(self, token: int) -> None:
@@ -124,14 +124,14 @@ class AnswerConstraint:
             self._constraint.advance(token)
 
     def _think(self, token: int) -> None:
-        """Record a token of the thoughts, including the `</think>` at their end.
+        """Record a thinking token, including the closing `</think>`.
 
-        If `</think>` is not a single token, the token that completes it may also contain the beginning of the answer.
+        If `</think>` isn't a single token, the token that completes it may also contain the beginning of the answer.
         """
         if self._end is not None:
             self._thinks = token != self._end
             return
-        # Check only as many tokens as `</think>` has characters, because each token has at least one byte
+        # Check only as many tokens as there are characters in `</think>`, because each token has at least one byte
         latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])
         _, ended, answer = latest.partition(THOUGHTS[1])
         if ended:
@@ -145,9 +145,9 @@ class AnswerConstraint:
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Decode token ids as they arrive and yield their text in pieces.
+    """Decode token IDs as they arrive, and yield the text in pieces.
 
-    Joined together, the pieces equal the result of decoding all ids at once. A byte-level token may end in the middle of a
+    Concatenating the pieces gives the same result as decoding all IDs at once. A byte-level token may end in the middle of a
     character, but a piece never does.
     """
     stream = DecodeStream(skip_special_tokens=True)
@@ -157,21 +157,22 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         if piece := stream.step(tokenizer.backend, token):
             yield piece
             pending = []
-    if rest := tokenizer.decode(pending):  # an incomplete last character, which `DecodeStream` never returns
+    if rest := tokenizer.decode(pending):  # an incomplete final character, which `DecodeStream` never returns
         yield rest
 
 
 def begins_with_thoughts(tokenizer: Tokenizer, prompt_ids: torch.Tensor) -> bool:
-    """Return True if a prompt, int64 `[L]`, ends with the tag that opens the model's thoughts."""
+    """Return True if a prompt, int64 `[L]`, ends with the opening `<think>` tag."""
     return opens_thoughts(tokenizer.backend.decode(prompt_ids[-16:].tolist(), skip_special_tokens=False))
 
 
 def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    """Decode token ids and yield pairs of a piece of text (see `stream_text`) and whether it belongs to the model's thoughts.
+    """Decode token IDs and yield tuples of a piece of text (see `stream_text`) and whether it is part of the model's reasoning.
 
-    Thoughts are opened either at the end of the prompt (`prompt_ids`, int64 `[L]`) or by the first generated token. In both cases,
-    the first pair has an empty text. The thoughts end at `</think>`. If the tokenizer has a special token for it, only this token
-    ends them; otherwise, `</think>` is searched for in the decoded text. Neither `</think>` nor the whitespace after it is yielded.
+    The opening `<think>` tag is either at the end of the prompt (`prompt_ids`, int64 `[L]`) or the first generated token. In both
+    cases, the first tuple contains empty text. Reasoning ends at `</think>`. If the tokenizer has a special token for `</think>`,
+    only that token is recognized; otherwise, the decoded text is searched for `</think>`. The `</think>` tag and any whitespace
+    after it are not yielded.
     """
     ids = iter(ids)
     begin, end = map(tokenizer.backend.token_to_id, THOUGHTS)
@@ -196,8 +197,8 @@ def stream_answer(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: torch.Te
 
 
 def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
-    """Remove the first occurrence of `end` from a stream of text. Yield each piece, and whether it comes before `end`."""
-    held_back = ""  # text that may be the beginning of `end`
+    """Remove the first occurrence of `end` from a text stream, and yield each piece and whether it precedes `end`."""
+    held_back = ""  # text that may be a prefix of `end`
     for piece in pieces:
         before, separator, after = (held_back + piece).partition(end)
         if separator:
@@ -216,8 +217,8 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
 class StopStrings:
     """Ends an answer before its first stop string. Stop strings must not be empty.
 
-    The first stop string is the one that is completed first, or the longest one if the same character completes several. This makes
-    the result independent of how the text is split into pieces.
+    The first stop string is the one completed first. If the same character completes multiple stop strings, the longest one is
+    used. This makes the result independent of how the text is split into pieces.
 
     Attributes:
         found: The stop string that ended the answer, or None.
@@ -228,9 +229,9 @@ class StopStrings:
         self._stops = stops
 
     def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Yield the pieces from `stream_answer` up to the first stop string. Stop strings in thoughts are ignored.
+        """Yield the pieces from `stream_answer` up to the first stop string. Stop strings in reasoning text are ignored.
 
-        Text that may be the beginning of a stop string is held back until the next piece shows whether it is.
+        Text that may be the beginning of a stop string is held back until the next piece is available.
         """
         held_back = ""
         for piece, thought in pieces:
@@ -249,13 +250,13 @@ class StopStrings:
             yield held_back, False
 
     def _find_stop(self, text: str) -> bool:
-        """Return True if a text contains a stop string, and store the first one in `found`."""
+        """Return True if the text contains a stop string, and store the first stop string in `found`."""
         ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if ends:
             *_, self.found = min(ends)
         return bool(ends)
 
     def _partial_stop_length(self, text: str) -> int:
-        """Return the length of the longest suffix of a text that may be the beginning of a stop string."""
+        """Return the length of the longest text suffix that may be the beginning of a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

@@ -1,4 +1,4 @@
-"""Choose an answer from a fixed list, by scoring every choice and picking the most probable one."""
+"""Choose an answer from a fixed list by scoring each choice and picking the most probable one."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from evoprune.language.settings import GenerationOptions
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the allowed answers, together with its probability.
+    """An allowed answer and its probability.
 
     Attributes:
         text: The answer.
-        logprob: Natural log probability of the answer's tokens and of its end, computed from the raw logits.
-        tokens: Number of tokens that `logprob` covers, including the token that ends the answer.
-        probability: Probability of this choice relative to the other choices. Over all choices, these probabilities add up to 1.
+        logprob: Natural log probability of the answer tokens and of the end of the answer, computed from the raw logits.
+        tokens: Number of tokens included in `logprob`, including the token that ends the answer.
+        probability: Probability relative to the other choices. The probabilities of all choices add up to 1.
     """
 
     text: str
@@ -34,13 +34,13 @@ class Choice:
 
 
 class ChosenTokens(Iterator[int]):
-    """Iterator over the token ids of the most probable choice. In a tie, the first choice wins.
+    """Iterator over the token IDs of the most probable choice. In case of a tie, the first choice wins.
 
-    All choices are scored when the first token is requested. The class has the same attributes as `TokenStream`, so it can be used
-    in its place.
+    All choices are scored when the first token is requested. This class has the same attributes as `TokenStream`, so it can be used
+    as a replacement.
 
     Attributes:
-        choices: The choices and their probabilities. The list is empty until the choices have been scored.
+        choices: The choices with their probabilities, or an empty list if the choices haven't been scored yet.
 
     Raises:
         ModelError: During iteration, if a logit is NaN or infinite.
@@ -80,16 +80,16 @@ def score_choices(
     ids: Sequence[Sequence[int]],
     eos_ids: Collection[int],
 ) -> list[Choice]:
-    """Compute how probable each choice in `options` is, without changing `state`.
+    """Compute the probability of each choice in `options` without modifying `state`.
 
-    Tokens that all choices have in common at the beginning are read only once. The score of a choice includes the end of the
-    answer. Otherwise, the score of "red" would include the probability of "red car".
+    A token prefix shared by all choices is read only once. Each choice's score includes the end of the answer. Otherwise, the score
+    of "red" would include the probability of "red car".
 
     Args:
-        state: The state after the prompt.
-        options: The generation options, which contain the choices.
-        ids: One list of token ids per choice, without a token that ends the answer.
-        eos_ids: Ids of the tokens that may end the answer.
+        state: The state after reading the prompt.
+        options: The generation options, including the choices.
+        ids: One list of token IDs per choice, without an end token.
+        eos_ids: IDs of the tokens that may end the answer.
 
     Raises:
         ModelError: If a logit is NaN or infinite.
@@ -116,7 +116,7 @@ def score_choices(
 
 @contextmanager
 def _branch(state: PrefillState) -> Iterator[PrefillState]:
-    """Return a context manager that provides a copy of `state`, which can read more tokens without changing `state` itself."""
+    """Return a context manager that provides a copy of `state`, which can read more tokens without modifying the original."""
     if state.language.can_crop:
         length = state.cache.length
         try:
@@ -128,7 +128,7 @@ def _branch(state: PrefillState) -> Iterator[PrefillState]:
 
 
 def _read_tokens(state: PrefillState, ids: Sequence[int]) -> float:
-    """Read tokens and return the sum of their log probabilities, each given the tokens before it. Without tokens, the sum is 0."""
+    """Read tokens and return the sum of their log probabilities given the preceding tokens, or 0 if there are no tokens."""
     if not ids:
         return 0.0
     given = torch.tensor(ids, dtype=torch.int64, device="cpu")

@@ -1,9 +1,9 @@
-"""Run the language model (Qwen2, Qwen2.5 or Qwen3) on the tokens of a prompt or on a generated token.
+"""Run the language model (Qwen2, Qwen2.5, or Qwen3) on prompt tokens or a generated token.
 
-This works with any module tree whose weights have Hugging Face's names, which includes `model.weights.QwenVL` and transformers
-models. Each token of the prompt or answer is called a *column*. Queries and keys are rotated by three positions at once (M-RoPE,
-arXiv 2409.12191, section 2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same
-points as in transformers. Torch's autocast has no effect here.
+This works with any module tree that uses Hugging Face weight names, including `model.weights.QwenVL` and transformers models. Each
+prompt or answer token is called a *column*. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191,
+section 2.1), and groups of query heads share keys and values (arXiv 2305.13245). Results are rounded at the same points as in
+transformers. Torch autocast has no effect in this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,16 +28,17 @@ STRIP = 1024  # number of query columns that share an attention mask
 
 @lru_cache
 def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary frequency of each feature pair, and the position axis (time, height or width) that rotates it.
+    """Return the rotary frequency of each feature pair, and the position axis (time, height, or width) that rotates it.
 
     Returns:
-        The frequencies in radians per position, float32 `[head_dim / 2]`, and the axes, int64 `[head_dim / 2]`. Axis 0 is time, 1
-        is height and 2 is width.
+        The frequencies in radians per position, float32 `[head_dim / 2]`, and the axes (0 for time, 1 for height, and 2 for width),
+        int64 `[head_dim / 2]`.
     """
     dim = 2 * sum(sections)
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    # If interleaved, height and width each get every third pair until their sections are full, and time gets the remaining pairs.
+    # If interleaved, height and width are each assigned every third pair until their sections are full, and time is assigned the
+    # remaining pairs.
     if interleaved:
         axes = [0] * len(axes)
         for axis in (1, 2):
@@ -46,12 +47,12 @@ def _frequencies(theta: float, sections: tuple[int, ...], interleaved: bool) -> 
 
 
 def rotation(config, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and sines that rotate queries and keys at the given M-RoPE positions.
+    """Return the cosines and sines for rotating queries and keys at the given M-RoPE positions.
 
     Args:
-        config: The language model's configuration.
+        config: The language model config.
         positions: The M-RoPE positions, int64 `[3, L]` on the CPU.
-        like: A tensor whose dtype and device the results should have.
+        like: A tensor with the desired dtype and device.
 
     Returns:
         The cosines and the sines, `[L, 1, head_dim]` each. The first half of the sines is negated.
@@ -68,13 +69,13 @@ def cos_sin_of(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 
 def frequencies_of(config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rotary frequencies and axes for a language model's configuration, on the CPU (see `_frequencies`)."""
+    """Return the rotary frequencies and axes (see `_frequencies`) for a language model config, on the CPU."""
     rope = config.rope_parameters
     return _frequencies(rope["rope_theta"], tuple(rope["mrope_section"]), bool(rope.get("mrope_interleaved")))
 
 
 def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Select rows of a tensor. If `x` or `rows` is None, `x` is returned unchanged."""
+    """Select rows of a tensor. If `x` or `rows` is None, return `x` unchanged."""
     return x if x is None or rows is None else x[rows]
 
 
@@ -95,23 +96,23 @@ def attend(
     """Compute causal attention from L query columns to n keys and return the output, `[L, heads * head_dim]`.
 
     Args:
-        queries: `[1, L, heads, head_dim]`. Bias features may follow at the end of each head (`Attention.bias_features`).
+        queries: `[1, L, heads, head_dim]`, optionally with bias features appended to each head (`Attention.bias_features`).
         keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
-            features may follow at the end of each head.
-        bias: `[n]`, the bias to add to each key's attention scores. A bias of log(cluster size) makes a key count as that many
-            identical keys (arXiv 2210.09461, section 3).
+            features may be appended to each head.
+        bias: `[n]`, the bias to add to each key's attention scores. With a bias of log(cluster size), a key has the same effect as
+            that many identical keys (arXiv 2210.09461, section 3).
         visible_keys: int64 `[L]`, the number of keys that each query can attend to, in ascending order. The last number must be n.
-            None means that the queries belong to the last L columns.
+            None means that the queries correspond to the last L columns.
         wide: A buffer from `Attention.room_for_bias`, `[2, kv_heads, n, head_dim + e]`, for keys and values with bias features. It
-            is used by kernels that do not accept a mask.
-        dim: The head size without bias features. It is required if the queries have bias features.
+            is used by kernels that don't support masks.
+        dim: The head size without bias features. Required if the queries have bias features.
     """
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
     dim = dim or given
     if columns == 1:
-        # Treat query heads that share keys as columns of a single head, so that the keys are read only once. This is two to four
-        # times as fast.
+        # Treat query heads with shared keys as columns of a single head, so the keys are read only once. This is two to four times
+        # as fast.
         queries = queries.view(1, kv_heads, -1, given)
         if whole > given:
             queries = F.pad(queries, (0, whole - given), value=1.0)
@@ -121,7 +122,7 @@ def attend(
         if bias is not None:
             bias = bias[None]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
-    # Use the key/value heads as the batch dimension, so that keys are not repeated, and the kernel does not have to support grouped
+    # Use the key/value heads as the batch dimension, so that keys aren't repeated and the kernel doesn't have to support grouped
     # heads.
     group = heads // kv_heads
     queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
@@ -145,7 +146,7 @@ def attend(
             return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
     queries = queries[..., :dim]
     keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # one mask per strip of queries, because a single mask would grow quadratically with the prompt
+    strips = []  # one mask per query strip, because a single mask would grow quadratically with the prompt length
     for start in range(0, columns, STRIP):
         strip = queries[:, :, start : start + STRIP]
         rows = strip.shape[2]
@@ -164,7 +165,7 @@ def attend(
 
 
 def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Select columns of a buffer from `Attention.room_for_bias`. If `columns` is None, all columns are returned."""
+    """Select columns of a buffer from `Attention.room_for_bias`. If `columns` is None, return all columns."""
     return wide if wide is None or columns is None else wide[:, :, columns]
 
 
@@ -177,9 +178,9 @@ def attend_blind(
     others: torch.Tensor,
     end: int,
 ) -> torch.Tensor:
-    """Compute attention like `attend`, except that columns from `end` on attend only to the columns in `others` (int64).
+    """Compute attention like `attend`, except that columns starting at `end` attend only to the columns in `others` (int64).
 
-    `keys` must cover all columns of the prompt. If there are fewer queries than keys, the queries belong to the last columns.
+    `keys` must include all prompt columns. If there are fewer queries than keys, the queries correspond to the last columns.
     """
     before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
     extra = {"wide": columns_of(wide, others)}
@@ -199,15 +200,15 @@ def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> t
 
 
 class KVCache:
-    """KV cache that contains the keys and values of all columns read so far, except columns that a layer has dropped.
+    """KV cache containing the keys and values of all columns read so far, except for columns dropped by a layer.
 
     Args:
-        model: The model whose keys and values are cached.
+        model: The model to cache keys and values for.
         capacity: Number of columns to allocate (at least 1), either a single number for all layers or one number per layer. When a
             layer is full, it grows by half.
     """
 
-    column = None  # index at which to write to the tensors from `room`, as a device tensor; None means 0
+    column = None  # write index for the tensors from `room`, as a device tensor; None means 0
 
     def __init__(self, model, capacity: int | Sequence[int]):
         config = model.config.text_config
@@ -216,27 +217,27 @@ class KVCache:
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
-        # Number of leading columns that differ between layers, because some layers have dropped columns. The cache cannot be
-        # cropped within this range.
+        # Number of leading columns that differ between layers because some layers have dropped columns. The cache cannot be cropped
+        # within this range.
         self._uneven_until = 0
-        # Number of columns read so far. It changes only at the end of a forward pass, so a failed pass leaves the cache unchanged.
+        # Number of columns read so far, updated only at the end of a forward pass, so a failed pass leaves the cache unchanged.
         self.length = 0
         self.lengths = [0] * depth  # number of valid columns in each layer
-        # Cluster sizes in each layer, float32 `[lengths[i]]`, or None if all sizes are 1. In attention, a column of size n counts
-        # as n columns. Layers with the same columns share a tensor.
+        # Cluster sizes in each layer, float32 `[lengths[i]]`, or None if all sizes are 1. In attention, a column of size n is
+        # equivalent to n columns. Layers with the same columns share a tensor.
         self.sizes: list[torch.Tensor | None] = [None] * depth
 
     @property
     def capacity(self) -> int:
-        """Number of columns that every layer has allocated memory for."""
+        """Number of columns allocated in each layer."""
         return min(keys.shape[2] for keys, _ in self._layers)
 
     def crop(self, length: int) -> None:
-        """Drop all columns except the first `length`.
+        """Drop all columns after the first `length` columns.
 
         Raises:
-            ValueError: If the cache has fewer columns, or if cropping to `length` would split the range of columns that differ
-                between layers. Cropping to 0 is always possible.
+            ValueError: If the cache has fewer columns, or cropping to `length` would split the range of columns that differ between
+                layers. Cropping to 0 is always possible.
         """
         if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
@@ -244,17 +245,17 @@ class KVCache:
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
         whole = self._uneven_until if length else 0
-        # Assign all attributes in one statement, so that a signal (Ctrl-C) cannot leave only some of them updated.
+        # Assign all attributes in a single statement, so that a signal (Ctrl-C) cannot leave them partially updated.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def keep(self, columns: torch.Tensor) -> None:
         """Drop all columns except `columns`, which move to the front of the cache but keep their M-RoPE positions.
 
         Args:
-            columns: int64 `[n]` on the CPU, ascending.
+            columns: Indices of the columns to keep, int64 `[n]` on the CPU, in ascending order.
 
         Raises:
-            ValueError: If different layers have dropped different columns.
+            ValueError: If the layers have dropped different columns.
         """
         if self._uneven_until:
             raise ValueError("the layers have dropped different columns, so none can be selected in all of them")
@@ -271,9 +272,9 @@ class KVCache:
         """Shift the M-RoPE positions of some columns by rotating their keys.
 
         Args:
-            config: The language model's configuration.
+            config: The language model config.
             columns: The columns to shift.
-            by: int64 `[3, 1]`, the offsets in time, height and width.
+            by: int64 `[3, 1]`, the time, height, and width offsets.
         """
         like = self._layers[0][0].new_empty(0).float()
         cos, sin = rotation(config, by, like)
@@ -287,11 +288,11 @@ class KVCache:
         """Write the keys and values of new columns to a layer. They become valid when `add` is called.
 
         Args:
-            layer: Index of the layer.
+            layer: The layer index.
             keys, values: `[1, kv_heads, L, head_dim]`.
 
         Returns:
-            Views of the layer's keys and values, including the new ones, `[1, kv_heads, lengths[layer] + L, head_dim]` each.
+            Views of the layer's keys and values, including the new columns, `[1, kv_heads, lengths[layer] + L, head_dim]` each.
         """
         *room, known_keys, known_values = self.room(layer, keys.shape[2])
         for target, new in zip(room, (keys, values), strict=True):
@@ -309,32 +310,32 @@ class KVCache:
         stored = self._layers[layer]
         end = before + columns
         if end > (full := stored[0].shape[2]):
-            # Grow one layer at a time, so that at most one layer is in memory twice.
+            # Grow one layer at a time, so that there are never two copies of more than one layer in memory.
             more = (0, 0, 0, max(end, full * 3 // 2) - before)
             stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
         known = tuple(tensor[:, :, :end] for tensor in stored)
         return *(tensor[0, :, before:] for tensor in known), *known
 
     def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
-        """Make new columns valid, after all layers have written their keys and values.
+        """Make new columns valid after all layers have written their keys and values.
 
         Args:
-            read: Number of columns that were read.
-            columns: For each layer, the number of these columns that it has stored.
+            read: Number of columns read.
+            columns: Number of these columns stored in each layer.
             sizes: The cluster sizes of the old and new columns in each layer.
         """
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._uneven_until
-        # As in `crop`, a signal must not leave only some attributes updated.
+        # As in `crop`, a signal must not leave the attributes partially updated.
         self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
-        """Return the cluster sizes in each layer, for the cached columns followed by the new columns.
+        """Return the cluster sizes of the cached columns followed by the new columns, for each layer.
 
         Args:
-            sizes: float32 `[columns]`, the cluster sizes of the new columns in all layers. None means that all of them are 1.
+            sizes: float32 `[columns]`, the cluster sizes of the new columns in all layers. None means that all sizes are 1.
             columns: Number of new columns.
         """
         if sizes is None and self.sizes[0] is None:
@@ -365,19 +366,19 @@ def forward(
     """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
     Args:
-        model: A module tree whose weights have Hugging Face's names. Of its modules, only the linear layers are called.
-        inputs_embeds: `[L, hidden]`, the embeddings of the new columns, on the same device as the weights. L is at least 1.
+        model: A module tree that uses Hugging Face weight names. Only its linear layers are called as modules.
+        inputs_embeds: `[L, hidden]`, the embeddings of the new columns, on the same device as the weights. L must be at least 1.
         positions: int64 `[3, L]` on the CPU, the M-RoPE positions (time, height, width).
         cache: The KV cache of the preceding columns. The L new columns are added in place, unless an exception is raised.
-        sizes: float32 `[L]`, the cluster sizes of the new columns. None means that all of them are 1.
+        sizes: float32 `[L]`, the cluster sizes of the new columns. None means that all sizes are 1.
         last: Number of columns to return, from 1 to L.
-        dropping: Decides which visual tokens to drop inside the language model. This requires an empty cache.
+        dropping: Decides which visual tokens to drop inside the language model. Requires an empty cache.
         deepstack: `[n, L, hidden]`, the features to add to the columns after each of the first n layers.
-        pause: Called before every layer. It may wait or raise an exception.
+        pause: Called before each layer. It may wait or raise an exception.
 
     Raises:
-        ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or `dropping` is given
-            although the cache is not empty.
+        ValueError: If there are no columns, `positions` doesn't match the columns, `last` is out of range, or `dropping` is used
+            with a non-empty cache.
     """
     columns = len(inputs_embeds)
     if not columns or positions.shape != (3, columns):
@@ -427,13 +428,13 @@ def forward(
 @torch.inference_mode()
 @without_autocast()
 def logits(model, *args, **kwargs) -> torch.Tensor:
-    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Same arguments as `forward`."""
+    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. See `forward` for arguments."""
     # The output layer is the largest layer, so run it only on the last columns.
     return model.lm_head(forward(model, *args, **kwargs)).float()
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the arguments `bias` and `wide` that make `attend` apply cluster sizes, or None for both if `sizes` is None."""
+    """Return the `bias` and `wide` arguments for applying cluster sizes in `attend`, or None for both if `sizes` is None."""
     if sizes is None:
         return None, None
     bias = sizes.log()
@@ -454,23 +455,23 @@ def run_layer(
     rows: Sequence[torch.Tensor] = (),
     wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a single layer of the language model on new columns.
+    """Run a single language model layer on new columns.
 
     Args:
-        layer: The layer's module.
+        layer: The layer module.
         x: `[L, hidden]`, the hidden states of the new columns.
         places: The cosines and sines from `rotation`.
         cache: A `KVCache`, or a `NativeStaticCache` if there is only one column.
-        number: Index of the layer.
-        config: The language model's configuration.
+        number: The layer index.
+        config: The language model config.
         bias, wide: See `attend`.
-        last: Number of columns whose output is computed if this is the last layer.
-        blind, rows: The results of `Dropping.before`. If a column skips attention or the MLP, its hidden state stays unchanged in
+        last: Number of columns to compute the output for if this is the last layer.
+        blind, rows: The results of `Dropping.before`. If a column skips attention or the MLP, its hidden state doesn't change in
             that step.
 
     Returns:
-        A tuple of the output of the columns, their queries, and all keys and all values. In the last layer, the output covers only
-        the last columns.
+        A tuple of the columns' output, their queries, all keys, and all values. In the last layer, the output includes only the
+        last columns.
     """
     attention = layer.self_attn
     mlp = layer.mlp
@@ -497,7 +498,7 @@ def run_layer(
         seen = attend_blind(*given, wide, *blind)
     elif q_rows is not None:
         seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
-    elif rows:  # in the last layer, the queries belong to the last columns
+    elif rows:  # in the last layer, the queries correspond to the last columns
         seen = attend(*given)
     else:
         seen = attend(*given, wide=wide)
@@ -518,7 +519,7 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run a single layer on all columns with fused kernels and joined weights. Return None if that is not possible.
+    """Run a single layer on all columns using fused kernels and joined weights. Return None if this isn't possible.
 
     See `run_layer` for the arguments and results.
     """

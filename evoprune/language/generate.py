@@ -1,4 +1,4 @@
-"""Read a pruned prompt and then generate an answer token by token."""
+"""Read a pruned prompt, then generate an answer token by token."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ from evoprune.vision import Encoded
 
 
 class LanguageModel:
-    """Runs the language model of a loaded model on prompts and generated tokens.
+    """Runs a loaded model's language model on prompts and generated tokens.
 
-    decoder.py runs the layers of most models, and hosted.py runs transformers modules.
+    The layers are implemented in decoder.py for most models. For models with transformers modules, hosted.py is used.
 
     Args:
-        model: A module tree whose weights have Hugging Face's names, or a `HostedVL`.
+        model: A module tree that uses Hugging Face weight names, or a `HostedVL`.
     """
 
     def __init__(self, model):
@@ -37,12 +37,12 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's computations, which may differ from the dtype of its stored weights."""
+        """The dtype used for computation, which may differ from the dtype of the stored weights."""
         return self.model.model.language_model.norm.weight.dtype
 
     @property
     def can_crop(self) -> bool:
-        """Whether the KV cache can be cropped. Recurrent layers do not support this, so callers keep a copy instead."""
+        """Whether the KV cache can be cropped. Recurrent layers don't support cropping, so callers keep a copy instead."""
         return not self._hosted or hosted.can_crop(self.model)
 
     @property
@@ -52,35 +52,35 @@ class LanguageModel:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether some layers need token ids in addition to embeddings, as in Qwen4-Exp."""
+        """Whether some layers require token IDs in addition to embeddings, as in Qwen4-Exp."""
         return self._hosted and hosted.reads_ids(self.model)
 
     @property
     def can_draft(self) -> bool:
-        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they turn out to be wrong."""
+        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they are rejected."""
         return self.can_crop and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
     def runs_modules(self) -> bool:
-        """Whether transformers' own modules run the layers, so that results are rounded exactly as in transformers."""
+        """Whether the layers run as transformers modules, so results are rounded exactly as in transformers."""
         device = self.model.model.language_model.norm.weight.device
         return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look up the input embeddings, `[n, hidden]`, of token ids, int64 `[n]`.
+        """Look up the input embeddings, `[n, hidden]`, for token IDs, int64 `[n]`.
 
         Raises:
-            ModelError: If the model has no embedding for an id.
+            ModelError: If the model has no embedding for a token ID.
         """
         embed = self.model.model.language_model.embed_tokens
         if len(ids) and ids.max() >= len(embed.weight):
             problem = f"the tokenizer produced token {int(ids.max())}, but the model has only {len(embed.weight):,}"
             raise ModelError(problem, "use the tokenizer and the weights of the same model", stage="prefill")
         embeds = embed(to_device(ids, embed.weight.device))
-        return embeds.to(self.dtype)  # the embedding matrix may still have the dtype of the model's files
+        return embeds.to(self.dtype)  # the embedding matrix may still have its stored dtype
 
     def new_cache(self, columns: int | Sequence[int]) -> KVCache | HostedCache:
-        """Return an empty KV cache with room for a prompt and an answer of typical length.
+        """Return an empty KV cache with room for a prompt and a typical answer.
 
         Args:
             columns: Number of prompt columns, either a single number for all layers or one number per layer.
@@ -95,7 +95,7 @@ class LanguageModel:
         """Read new columns and return the final hidden states of the last columns. See `decoder.forward` for other arguments.
 
         Args:
-            ids: int64 `[columns]`, the token ids of the new columns, which some models need in addition to embeddings (see
+            ids: int64 `[columns]`, the token IDs of the new columns, which some models require in addition to embeddings (see
                 `hosted.reads_ids`).
         """
         return self._layers.forward(self.model, *args, **kwargs, **self._given(ids))
@@ -123,13 +123,13 @@ class LanguageModel:
     ) -> "PrefillState":
         """Read a prompt, or the rest of a prompt whose beginning is already in the KV cache.
 
-        See `decoder.forward` for the other arguments and the exceptions.
+        See `decoder.forward` for the remaining arguments and the exceptions.
 
         Args:
-            next_position: M-RoPE position of the first generated token, which is used only for decoding. In Qwen models, it is the
-                largest position in the *unpruned* prompt plus one.
+            next_position: M-RoPE position of the first generated token, used only for decoding. In Qwen models, it is the largest
+                position in the *unpruned* prompt plus one.
             cache: The KV cache of the preceding columns. The new columns are added in place. None starts a new prompt.
-            ids: Token ids of the new columns (see `forward`).
+            ids: Token IDs of the new columns (see `forward`).
         """
         columns = len(inputs_embeds)
         given = {}
@@ -145,12 +145,12 @@ class LanguageModel:
     def dropping_for(
         self, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
     ) -> Dropping | None:
-        """Return a `Dropping` for a pruned prompt, or None if the pruning method drops no tokens inside the language model.
+        """Return a `Dropping` for a pruned prompt, or None if the pruning method doesn't drop tokens inside the language model.
 
         Args:
             method: The pruning method.
             budget: The pruning budget, as a fraction of the visual units.
-            read: The encoded inputs of the prompt, in order.
+            read: The prompt's encoded inputs, in order.
             prompt: The prompt after pruning.
         """
         tokens = sum(len(each.kept) for each in read)
@@ -177,19 +177,19 @@ class LanguageModel:
 
 @dataclass
 class PrefillState:
-    """The state of the language model after it has read a prompt and part of the answer. Created by `LanguageModel.prefill`."""
+    """The language model state after reading a prompt and part of the answer. Created by `LanguageModel.prefill`."""
 
     language: LanguageModel
-    cache: KVCache | HostedCache  # keys and values of the prompt and of the answer tokens read so far
+    cache: KVCache | HostedCache  # keys and values of the prompt and the answer tokens read so far
     logits: torch.Tensor  # float32 `[vocabulary]`, next-token logits after the cached columns
     next_position: int  # M-RoPE position of the first generated token, on all three axes
-    dropping: Dropping | None = None  # records which tokens were dropped while the prompt was read
-    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, ids of the unpruned prompt, for the repetition penalty
-    # Tokens of the answer that are in the cache. During decoding, these may end with drafted tokens that turn out to be wrong.
+    dropping: Dropping | None = None  # records which tokens were dropped while reading the prompt
+    prompt_ids: torch.Tensor | None = None  # int64 `[L]`, token IDs of the unpruned prompt, for the repetition penalty
+    # Answer tokens in the cache. During decoding, the last of these may be drafted tokens that are later rejected.
     answer: list[int] = field(default_factory=list)
     _drafted: torch.Tensor | None = None  # float32 `[n, vocabulary]`, logits after the last n tokens of `answer`
     _steps: StaticCache | None = None  # contains all other answer tokens while a CUDA graph is decoding
-    # Identifies this answer to the static cache. It must not hold a reference to the model.
+    # Identifies this answer to the static cache. It must not reference the model.
     _holder: object = field(default_factory=object)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
@@ -206,16 +206,16 @@ class PrefillState:
     def decode(
         self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup | None = None
     ) -> int:
-        """Generate the next token of an answer. This method can be called again after it has raised an exception.
+        """Generate the next answer token. It is safe to call this method again after an exception.
 
-        On CUDA, the forward pass runs as a CUDA graph if possible (see language/static.py).
+        On CUDA devices, the forward pass runs as a CUDA graph if possible (see language/static.py).
 
         Args:
-            ids: Token ids of the answer so far (at least one).
-            left: Maximum number of tokens that may still be added to the answer.
-            pick: Chooses a token from the logits. It also receives the result of `best_of` for these logits, if that is already
-                known. With `drafted=True`, it returns None if rounding errors could affect the choice.
-            lookup: Drafts tokens that are read together with the latest token. This requires a cache that can be cropped.
+            ids: Answer token IDs so far (at least one).
+            left: Maximum number of tokens that can still be added to the answer.
+            pick: Chooses a token from the logits. It also receives the result of `best_of` for these logits, if already known. With
+                `drafted=True`, it returns None if rounding errors could affect the choice.
+            lookup: Drafts tokens to read together with the latest token. Requires a croppable cache.
         """
         token = None
         last = len(ids) - 1
@@ -228,7 +228,7 @@ class PrefillState:
                 token = self._steps.following(self.language.model, self._holder, ids[-1], pick)
         except EvopruneError:  # raised by `pick`, not by the graph
             raise
-        except Exception as problem:  # the capture and the modules inside it can raise anything
+        except Exception as problem:  # graph capture and the captured modules can raise anything
             static.give_up(self.language.model, problem)
         if token is None:
             self._steps = None
@@ -243,14 +243,14 @@ class PrefillState:
     def _decode_drafted(
         self, ids: Sequence[int], left: int, pick: Callable[..., int | None], lookup: Lookup
     ) -> int | None:
-        """Generate the next token with a pass over drafted tokens.
+        """Generate the next token using a pass over drafted tokens.
 
         Returns:
-            The token, or None if no tokens were drafted or rounding errors could affect the choice. In the latter cases, `answer`
-            contains at most the tokens before the latest one.
+            The token, or None if no tokens were drafted or rounding errors could affect the choice. If None is returned, `answer`
+            doesn't include the latest token.
         """
         last = len(ids) - 1
-        if self._drafted is None or self.answer[last : last + 1] != [ids[-1]]:  # the latest token was not drafted
+        if self._drafted is None or self.answer[last : last + 1] != [ids[-1]]:  # the latest token wasn't drafted
             if self._drafted is not None:
                 lookup.reject(len(self._drafted) - 1 - (len(self.answer) - last))
             self._drop_drafted(min(last, len(self.answer)))
@@ -265,7 +265,7 @@ class PrefillState:
         return token
 
     def _drop_drafted(self, length: int) -> None:
-        """Crop the KV cache to the prompt and the first `length` tokens of the answer."""
+        """Crop the KV cache to the prompt and the first `length` answer tokens."""
         self.cache.crop(self.cache.length - (len(self.answer) - length))
         del self.answer[length:]
         self._drafted = None
@@ -277,11 +277,12 @@ class PrefillState:
     def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:
         """Return the logits that predict each token of a given answer (teacher forcing).
 
-        All tokens of the answer except the last one are added to the KV cache.
+        All answer tokens except the last one are added to the KV cache.
 
         Args:
-            ids: int64 `[n]`, the tokens of the answer.
-            one_by_one: Whether to run one forward pass per token, as in decoding, instead of one pass over all tokens.
+            ids: int64 `[n]`, the answer token IDs.
+            one_by_one: Whether to run a separate forward pass for each token, as in decoding, instead of a single pass for all
+                tokens.
 
         Returns:
             float32 `[n, vocabulary]`.
@@ -299,12 +300,12 @@ class PrefillState:
         return logits
 
     def graph_logits_along(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits after each token of a given answer, `[n, vocabulary]`, computed by a CUDA graph.
+        """Return the logits after each token of a given answer, `[n, vocabulary]`, computed using a CUDA graph.
 
-        This requires `LanguageModel.can_capture`. Exceptions that are raised while the graph is captured propagate unchanged.
+        Requires `LanguageModel.can_capture`. Exceptions raised during graph capture propagate unchanged.
 
         Args:
-            ids: int64 `[n]`, the tokens of the answer.
+            ids: int64 `[n]`, the answer token IDs.
         """
         return static.logits_along(self.language.model, self.cache, self.next_position, ids)
 
@@ -312,15 +313,15 @@ class PrefillState:
 class TokenLogprobs(NamedTuple):
     """Natural log probabilities of a generated token and its alternatives.
 
-    They are computed from the raw logits, before temperature, penalties, top-k and top-p are applied.
+    They are computed from the raw logits, before applying temperature, penalties, top-k, and top-p.
     """
 
     chosen: float  # log probability of the chosen token
-    top: list[tuple[int, float]]  # most probable tokens with their log probabilities, in descending order
+    top: list[tuple[int, float]]  # most probable token IDs and their log probabilities, in descending order
 
 
 def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs:
-    """Return the log probabilities of a token and of the `most` most probable tokens. `logits` is float32 `[vocabulary]`."""
+    """Return the log probabilities of a token and the `most` most probable tokens. `logits` is float32 `[vocabulary]`."""
     logprobs = logits.log_softmax(0)
     top = logprobs.topk(min(most, len(logprobs)))
     chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
@@ -328,28 +329,28 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
 
 
 class TokenConstraint(Protocol):
-    """Restricts the tokens of a single answer. `mask` is called before each token is chosen, and `advance` afterward."""
+    """Constrains the tokens of a single answer. `mask` is called before choosing each token, and `advance` afterwards."""
 
     def mask(self, size: int) -> torch.Tensor | None:
-        """Return a mask of the allowed token ids, bool `[size]` on the CPU and never all False, or None to allow all tokens."""
+        """Return a mask of the allowed token IDs, bool `[size]` on the CPU and never all False, or None to allow all tokens."""
 
     def advance(self, token: int) -> None:
-        """Record the token that was chosen. Not called for a token that ends the answer."""
+        """Record the chosen token. Not called for end tokens."""
 
     @property
     def complete(self) -> bool:
-        """Whether the answer is complete, so that no token can follow except an end token."""
+        """Whether the answer is complete, so only an end token can follow."""
 
 
 class TokenStream(Iterator[int]):
-    """Iterator that generates the token ids of an answer lazily.
+    """Iterator that lazily generates the token IDs of an answer.
 
     The same `seed` always produces the same answer.
 
     Args:
         state: The model's state after reading the prompt, which can be used for only one answer.
-        eos_ids: Ids of the tokens that end the answer, which are not yielded.
-        constraint: Restricts the tokens of the answer, and can be used for only one answer. None allows all tokens.
+        eos_ids: IDs of the tokens that end the answer, which are not yielded.
+        constraint: Constrains the answer tokens, and can be used for only one answer. None allows all tokens.
 
     Raises:
         ModelError: During iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
@@ -363,8 +364,8 @@ class TokenStream(Iterator[int]):
         seed: int = 0,
         constraint: TokenConstraint | None = None,
     ):
-        # "stop" if the model ended its turn or the constraint allows no more tokens, "length" if the limit was reached, and None
-        # until the answer ends.
+        # "stop" if the model ended its turn or the constraint allows no more tokens, "length" if the limit was reached, or None if
+        # the answer is incomplete.
         self.finish_reason: str | None = None
         self.ids: list[int] = []  # tokens yielded so far
         self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if log probabilities were requested
@@ -374,14 +375,14 @@ class TokenStream(Iterator[int]):
         self._eos_ids = frozenset(eos_ids)
         self._constraint = constraint
         penalizes = settings.repetition_penalty not in (None, 1)
-        self._seen: set[int] = set()  # tokens of the prompt and the answer
+        self._seen: set[int] = set()  # prompt and answer tokens
         if penalizes and state.prompt_ids is not None:
             self._seen.update(state.prompt_ids.tolist())
         self._greedy = settings.temperature == 0 and not penalizes
         self._lookup: Lookup | None = None
         if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
             self._lookup = Lookup(state.prompt_ids, state.language.dtype)
-        # Keep the generator on the CPU, so that a seed produces the same random numbers on every device.
+        # Use a CPU generator, so that a seed produces the same random numbers on all devices.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 
     @torch.inference_mode()
@@ -393,7 +394,7 @@ class TokenStream(Iterator[int]):
             self.finish_reason = "length"
         if self.finish_reason is not None:
             raise StopIteration
-        if self.ids:  # the model reads the latest token only once another token is requested
+        if self.ids:  # the model doesn't read the latest token until another token is requested
             token = self._state.decode(self.ids, left, self._pick, self._lookup)
         else:
             token = self._pick(self._state.logits)
@@ -414,8 +415,8 @@ class TokenStream(Iterator[int]):
         Args:
             logits: float32 `[vocabulary]`.
             best: The result of `best_of`, if already known.
-            drafted: Whether the logits come from a pass over drafted tokens. If so, the result is None if rounding errors could
-                affect the choice.
+            drafted: Whether the logits are from a pass over drafted tokens. In that case, the result is None if rounding errors
+                could affect the choice.
         """
         token = self._choose(logits, best, drafted)
         if self._settings.logprobs is not None:
@@ -448,13 +449,16 @@ class TokenStream(Iterator[int]):
 def choose(
     logits: torch.Tensor, settings: GenerationOptions, random: torch.Generator, seen: Collection[int] = ()
 ) -> int:
-    """Choose the id of the next token: the most probable token if the temperature is 0, and a sampled token otherwise.
+    """Choose the next token: the most probable token if the temperature is 0; otherwise, a sampled token.
 
     Args:
         logits: float32 `[vocabulary]`.
         settings: The sampling options.
         random: A random generator on the CPU.
-        seen: Token ids of the prompt and the answer, to which the repetition penalty applies.
+        seen: Prompt and answer token IDs that the repetition penalty applies to.
+
+    Returns:
+        The token ID.
     """
     if settings.repetition_penalty not in (None, 1):
         logits = penalized(logits, settings.repetition_penalty, seen)
@@ -471,12 +475,12 @@ def penalized(logits: torch.Tensor, penalty: float, seen: Collection[int]) -> to
 
 
 def probabilities(logits: torch.Tensor, settings: GenerationOptions) -> torch.Tensor:
-    """Apply temperature, top-k and nucleus sampling (arXiv 1904.09751), and return the sampling probabilities.
+    """Apply temperature, top-k, and nucleus sampling (arXiv 1904.09751), and return the sampling probabilities.
 
     Returns:
         The unnormalized probabilities, float64 `[vocabulary]`.
     """
-    # Subtract the largest logit first, so that dividing by a tiny temperature cannot overflow.
+    # Subtract the largest logit first, so that dividing by a very low temperature cannot overflow.
     logits = logits.double()
     logits = (logits - logits.max()) / settings.temperature
     if 0 < settings.top_k < len(logits):

@@ -1,7 +1,7 @@
-"""Use llguidance to constrain answers to a JSON Schema or a regular expression. Importing this module does not import torch.
+"""Constrain answers to a JSON Schema or a regular expression using llguidance. Importing this module does not import torch.
 
-This is the only module that imports llguidance, which is part of the `schema` extra. Before a model is loaded, each grammar is
-checked in a separate process, with single bytes as tokens.
+This is the only module that imports llguidance, which is included in the `schema` extra. Before loading a model, each grammar is
+checked in a separate process, using single bytes as tokens.
 """
 
 import json
@@ -28,8 +28,8 @@ STACK_BYTES = 2**20  # stack limit for checking a grammar, because llguidance is
 EXACT_BITS = 53  # llguidance stores numbers as floats, so longer integers are not exact
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 NUMERIC = ("type", "multipleOf", *BOUNDS)  # schema keywords for numbers
-# The layout of JSON answers, which overrides the "x-guidance" settings of a schema. Without it, a model could generate whitespace
-# forever.
+# The layout of JSON answers, which overrides a schema's "x-guidance" settings. Without it, a model could generate whitespace
+# indefinitely.
 JSON_LAYOUT = {
     "whitespace_pattern": " ?",
     "item_separator": ",",
@@ -40,20 +40,20 @@ JSON_LAYOUT = {
 }
 DEAD_END_ERRORS = ("NoExtension", "NoExtensionBias")  # llguidance's errors if no token is allowed
 FIRST_BYTES = 2  # number of bytes to generate when checking a grammar
-MAX_SEARCHED = 2**20  # maximum number of characters in the subschemas that are checked to locate an error
+MAX_SEARCHED = 2**20  # maximum number of characters in the subschemas to check when locating an error
 MAX_REGEX_LENGTH = 10_000  # maximum length of a regular expression, in characters
 MAX_MESSAGE_LENGTH = 200  # maximum length of messages from llguidance, in characters
 
 
 def _check_installed(kind: str) -> None:
-    """Raise UsageError if a package required for this kind of grammar is not installed."""
+    """Raise UsageError if a package required for this grammar type isn't installed."""
     _library()
     if kind == SCHEMA and find_spec("jsonschema") is None:
         raise UsageError("a schema needs jsonschema, which is not installed", "pip install 'evoprune[schema]'")
 
 
 def _library() -> ModuleType:
-    """Import and return llguidance, or raise UsageError if it is not installed."""
+    """Import and return llguidance, or raise UsageError if it isn't installed."""
     try:
         import llguidance
     except ImportError as problem:
@@ -63,15 +63,15 @@ def _library() -> ModuleType:
 
 
 def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
-    """Convert a JSON Schema or a regular expression to a grammar in llguidance's format.
+    """Convert a JSON Schema or a regular expression to an llguidance grammar.
 
     Args:
         kind: `SCHEMA` or `REGEX`.
         given: The schema or the regular expression.
 
     Raises:
-        UsageError: If llguidance does not support the schema or regular expression, or if a required package is not installed. For
-            a schema, the message also contains the path of the unsupported part.
+        UsageError: If llguidance doesn't support the schema or regular expression, or a required package isn't installed. For a
+            schema, the error message includes the path of the unsupported subschema.
     """
     if kind == REGEX and not given:
         raise UsageError(
@@ -84,7 +84,7 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
 
 @lru_cache(16)
 def _checked_grammar(kind: str, text: str) -> str:
-    """Check a regular expression or a schema (as JSON text) and return its grammar. The result is cached."""
+    """Check a regular expression or a schema (as JSON text), and return its grammar. Results are cached."""
     _check_installed(kind)
     needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
     try:
@@ -108,16 +108,16 @@ def _grammar(kind: str, text: str) -> str:
 
 
 def find_fault(request: str) -> tuple[str, str | None]:
-    """Check a schema or regular expression for errors. Call this function only through `run_isolated`.
+    """Check a schema or regular expression for errors. This function must only be called through `run_isolated`.
 
-    The check must run in a separate process with time and stack limits, because llguidance does not limit the total time of
-    compiling a schema or the recursion depth.
+    The check must run in a separate process with time and stack limits, because llguidance doesn't limit the total compile time or
+    the recursion depth.
 
     Args:
         request: A JSON list with the kind (`SCHEMA` or `REGEX`) and the schema or regular expression as a string.
 
     Returns:
-        A tuple of the error message (empty if there is no error) and the path of the faulty subschema (None if it is unknown).
+        A tuple of the error message (empty if there is no error) and the path of the invalid subschema (None if unknown).
     """
     kind, text = json.loads(request)
     wrong = _compile_error(kind, text)
@@ -132,7 +132,7 @@ def find_fault(request: str) -> tuple[str, str | None]:
 
 
 def _compile_error(kind: str, text: str) -> str:
-    """Compile a schema or regular expression and generate the first bytes of an answer. Return the error message, or ""."""
+    """Compile a schema or regular expression, and generate the first bytes of an answer. Return any error message, or ""."""
     library = _library()
     try:
         grammar = _grammar(kind, text)
@@ -148,7 +148,7 @@ def _compile_error(kind: str, text: str) -> str:
 
 
 def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find numbers in a schema that llguidance cannot represent exactly. Yield an error message and a path for each."""
+    """Find numbers in a schema that llguidance cannot represent exactly, and yield an error message and a path for each number."""
     for path, part in parts_of_schema(schema):
         values = [*part.get("enum", []), *([part["const"]] if "const" in part else [])]
         for value in filter(_has_large_integer, values):
@@ -164,7 +164,7 @@ def _wrong_numbers(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _with_neighbors(bound: float) -> Sequence[float]:
-    """Return a numeric bound and, if it is an integer, also the integers before and after it."""
+    """Return a numeric bound and, if it is an integer, the preceding and following integers as well."""
     return (bound - 1, bound, bound + 1) if isinstance(bound, int) else (bound,)
 
 
@@ -175,7 +175,7 @@ def _has_large_integer(value: Any) -> bool:
 
 
 def _allows(schema: dict[str, Any], text: str) -> bool:
-    """Return True if llguidance accepts a text as a complete answer that follows a schema."""
+    """Return True if llguidance accepts the text as a complete answer for a schema."""
     matcher = _library().LLMatcher(_byte_tokenizer(), _grammar(SCHEMA, json.dumps(schema)), log_level=0)
     read = matcher.try_consume_tokens(list(text.encode()))
     return read == len(text.encode()) and matcher.is_accepting()
@@ -187,7 +187,7 @@ def _byte_tokenizer() -> Any:
 
 
 def _one_line(error: str) -> str:
-    """Shorten an error message from llguidance to one line, without any lines that mark a position in a regular expression."""
+    """Shorten an llguidance error message to one line, removing any lines that mark a position in a regular expression."""
     first, *_ = (error.partition("error: ")[2] or error).strip().splitlines() or [""]
     if first in DEAD_END_ERRORS:
         return "no text can match it"
@@ -195,7 +195,7 @@ def _one_line(error: str) -> str:
 
 
 def _path_of_fault(schema: Any, wrong: str) -> str | None:
-    """Return the path (a JSON Pointer) of the smallest subschema that causes the error `wrong`, or None if there is none."""
+    """Return the path (a JSON Pointer) of the smallest subschema that causes the error `wrong`, or None if not found."""
     parts = [(path, json.dumps(part)) for path, part in parts_of_schema(schema) if path]
     searched = 0
     for path, text in sorted(parts, key=lambda part: len(part[1])):
@@ -208,7 +208,7 @@ def _path_of_fault(schema: Any, wrong: str) -> str | None:
 
 
 class Vocabulary:
-    """A model's vocabulary in llguidance's format. Creating a large vocabulary takes a second, so reuse it."""
+    """A model's vocabulary in llguidance format. Creating a large vocabulary takes a second, so instances should be reused."""
 
     def __init__(self, tokenizer: "Tokenizer", eos_ids: Sequence[int]):
         backend = tokenizer.backend
@@ -221,7 +221,7 @@ class Vocabulary:
 
 
 class GrammarConstraint:
-    """A `generate.TokenConstraint` that restricts an answer to a grammar. It allows end tokens wherever the answer may end."""
+    """A `generate.TokenConstraint` that restricts an answer to a grammar. End tokens are allowed wherever the answer may end."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher

@@ -1,6 +1,6 @@
-"""Run language models through transformers, if they have quantized weights or layers that decoder.py does not support.
+"""Run language models with quantized weights, or with layers not supported by decoder.py, through transformers.
 
-The functions mirror the functions in language/decoder.py. Attention layers receive cluster sizes as an additive mask. Linear
+The functions mirror those in language/decoder.py. Cluster sizes are passed to attention layers as an additive mask. Linear
 attention layers (Gated DeltaNet, arXiv 2412.06464) have no attention scores, so they ignore cluster sizes.
 """
 
@@ -26,10 +26,10 @@ STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of l
 
 
 class HostedCache:
-    """A transformers `DynamicCache` with all layers' states, together with the cluster sizes of the columns read so far.
+    """A transformers `DynamicCache` containing the state of each layer, plus the cluster sizes of the columns read so far.
 
-    If any layer has a recurrent state, the cache cannot be cropped, so callers that want to reuse it for a later prompt with the
-    same beginning have to keep a copy.
+    If any layer has a recurrent state, the cache cannot be cropped. To reuse the cache for a later prompt with the same prefix,
+    callers have to keep a copy.
     """
 
     def __init__(self, model: HostedVL):
@@ -37,12 +37,12 @@ class HostedCache:
 
         config = model.model.language_model.config
         self.states = DynamicCache(config=config)
-        self.length = 0  # number of columns read
+        self.length = 0  # number of columns read so far
         self.sizes: torch.Tensor | None = None  # cluster sizes, float32 `[length]`, or None if all are 1
         self.can_crop = can_crop(model)
 
     def crop(self, length: int) -> None:
-        """Drop all columns except the first `length`.
+        """Drop all columns after the first `length` columns.
 
         Raises:
             ValueError: If the cache has fewer columns or contains recurrent states.
@@ -61,24 +61,24 @@ class HostedCache:
 
 
 def can_crop(model: HostedVL) -> bool:
-    """Return True if the KV cache can be cropped, because all layers use full attention and none has a recurrent state."""
+    """Return True if the KV cache can be cropped because all layers use full attention, without any recurrent state."""
     kinds = getattr(model.model.language_model.config, "layer_types", None) or ()
     return all(kind == "full_attention" for kind in kinds)
 
 
 def reads_ids(model: HostedVL) -> bool:
-    """Return True if the model needs token ids in addition to embeddings, because it has n-gram embeddings (Qwen4-Exp)."""
+    """Return True if the model requires token IDs in addition to embeddings, because it has n-gram embeddings (Qwen4-Exp)."""
     return bool(getattr(model.model.language_model.config, "ple_layer_ids", None))
 
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
-    """Run a language model through its transformers module, `text`. Arguments and results are the same as in `hybrid.run`."""
+    """Run a language model using its transformers module, `text`. See `hybrid.run` for arguments and results."""
     kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return the function that should run the layers on a device: `run_modules` or `hybrid.run`, which differ in rounding."""
+    """Return the function for running the layers on a device: `run_modules` or `hybrid.run`, which differ in rounding."""
     only_modules = can_crop(model) or hasattr(model.model.language_model, "hyper_connection_mixer")
     return run_modules if only_modules else form_of_layers(device, hybrid.run, run_modules)
 
@@ -98,16 +98,16 @@ def forward(
 ) -> torch.Tensor:
     """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
-    If the pass fails, a cache that can be cropped stays usable, but a cache with recurrent states becomes invalid. See
-    `decoder.forward` for the other arguments.
+    If the forward pass fails, a croppable cache stays usable, but a cache with recurrent states becomes invalid. See
+    `decoder.forward` for the remaining arguments.
 
     Args:
-        ids: int64 `[columns]`, the token ids of the columns, with placeholders for visual tokens. Required by models for which
-            `reads_ids` is True.
+        ids: int64 `[columns]`, the token IDs of the columns, with placeholders for visual tokens. Required if `reads_ids` is True
+            for the model.
 
     Raises:
-        ValueError: If there are no columns, `positions` does not match the columns, `last` is out of range, or an earlier pass has
-            invalidated the cache.
+        ValueError: If there are no columns, `positions` doesn't match the columns, `last` is out of range, or an earlier forward
+            pass has invalidated the cache.
     """
     columns = len(inputs_embeds)
     before = cache.length
@@ -117,7 +117,7 @@ def forward(
         raise ValueError(f"last is {last} for {columns} columns")
     if reads_ids(model) and (ids is None or len(ids) != columns):
         raise ValueError(f"the model needs the token ids of its {columns} columns")
-    if cache.can_crop:  # an earlier pass may have failed after only some layers had stored their columns
+    if cache.can_crop:  # an earlier pass may have failed when only some layers had stored their columns
         cache.crop(before)
     elif before < 0:
         raise ValueError("the cache is invalid: an earlier pass failed after changing its recurrent states")
@@ -152,7 +152,7 @@ def _read(
 ) -> torch.Tensor:
     """Run the model on a strip of columns and return their final hidden states, `[columns, hidden]`.
 
-    `before` is the number of columns that are already in the cache.
+    `before` is the number of columns already in the cache.
     """
     given = {}
     if sizes is not None or (before and len(embeds) > 1):
@@ -188,5 +188,5 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
 @torch.inference_mode()
 @without_autocast()
 def logits(model: HostedVL, *args, **kwargs) -> torch.Tensor:
-    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. Same arguments as `forward`."""
+    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. See `forward` for arguments."""
     return model.lm_head(forward(model, *args, **kwargs)).float()

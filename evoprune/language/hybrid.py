@@ -1,11 +1,12 @@
 """Run language models with mostly linear attention (Qwen3.5), using fewer operations than transformers.
 
-Reading a pruned prompt is launch-bound on a GPU, so norms, attention and Gated DeltaNets are implemented here with fewer kernel
+Reading a pruned prompt on a GPU is launch-bound, so this module implements norms, attention, and Gated DeltaNets with fewer kernel
 launches. Linear layers and experts are still called as modules, because their weights come in many formats. On a CPU, where
-arithmetic dominates the run time, transformers' modules run instead. They also handle Gated DeltaNets that read a single column.
+arithmetic dominates the run time, the transformers modules are used instead. They are also used for Gated DeltaNets that read a
+single column.
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, and processes each chunk in closed form (arXiv 2406.06484, section 3).
-If `S` is the state before a chunk, the state after it is `A S + B`. `A` and `B` are computed for all chunks at once, so this
+If `S` is the state before a chunk, the state after the chunk is `A S + B`. `A` and `B` are computed for all chunks at once, so this
 product is the only operation that has to wait for the previous chunk, compared with nine operations in transformers.
 """
 
@@ -18,7 +19,7 @@ from evoprune.backend import kernels_for
 from evoprune.model import rotate
 
 CHUNK = 64  # columns per chunk, same as in transformers
-STRIP = 32 * CHUNK  # columns that a DeltaNet reads at a time, which take 0.5 GiB in Qwen3.5-4B
+STRIP = 32 * CHUNK  # number of columns that a DeltaNet reads at a time, using 0.5 GiB in Qwen3.5-4B
 TINY = 1e-6  # epsilon added to the squared length of queries and keys in normalization
 
 
@@ -26,16 +27,16 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
     """Run the language model on new columns and return their hidden states after the final norm, `[L, hidden]`.
 
     Args:
-        text: The transformers module of the language model.
+        text: The language model's transformers module.
         x: `[L, hidden]`, the embeddings of the new columns.
         places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
-        states: The transformers cache of the preceding columns, which every layer updates in place.
-        mask: The attention mask, `[1, 1, L, n]`, where n is the total number of columns including the new ones. None means plain
+        states: The transformers cache of the preceding columns, updated in place by each layer.
+        mask: The attention mask, `[1, 1, L, n]`, where n is the total number of columns, including new columns. None means plain
             causal attention, which is allowed only if `states` is empty or L is 1.
     """
     layers = text.layers
     eps = text.config.rms_norm_eps
-    # Convert all layers' vectors together, because this takes as few operations as converting a single layer's vectors.
+    # Convert the vectors of all layers together, which takes no more operations than converting a single layer's vectors.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     head_gains = iter(
@@ -76,11 +77,11 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `plus` to `x`, unless it is None, and return both the sum and its RMS norm.
 
-    The norm is multiplied by `gain`, which is float32, before it is rounded.
+    The norm is multiplied by `gain` (float32) before being rounded.
     """
     if fast := kernels_for(x.device):
         try:
-            # Quantized layers may return tensors that are not contiguous.
+            # Quantized layers may return non-contiguous tensors.
             if plus is not None:
                 plus = plus.contiguous()
             return fast.add_norm(x.contiguous(), plus, gain, eps, rounds=False)
@@ -104,11 +105,11 @@ def attention(
     """Run a gated attention layer. Return its output, `[L, hidden]`, and add the new keys and values to `states`.
 
     Args:
-        module: The transformers module of the layer.
-        x: `[L, hidden]`, the layer's input after the norm.
+        module: The layer's transformers module.
+        x: `[L, hidden]`, the normalized layer input.
         cos_sin: The cosines and sines from `decoder.rotation`, which rotate only the leading features of each head.
         states, mask: See `run`.
-        gains: The weights of the norm for queries and of the norm for keys.
+        gains: The weights of the query norm and the key norm.
     """
     length = len(x)
     dim = module.head_dim
@@ -124,7 +125,7 @@ def attention(
     both = torch.cat([rotate(both[..., :wide], *cos_sin), both[..., wide:]], -1)
     queries, keys = both.tensor_split([-heads], 1)
     known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
-    # Put query heads that share keys into a dimension of their own, so that the keys are not repeated in memory.
+    # Use a separate dimension for query heads with shared keys, so that the keys aren't repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
     keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
     causal = mask is None and length > 1
@@ -143,19 +144,19 @@ def delta_net(
 ) -> torch.Tensor:
     """Run a Gated DeltaNet. Return its output, `[L, hidden]`, and update its states in `states`.
 
-    As in transformers, everything between the products with weights is computed in float32. Tensors have the shape [key heads,
-    group, chunks, columns, features], where a group consists of the value heads that share queries and keys. The queries and keys
-    are broadcast over this dimension. The last chunk is padded with columns that have a `beta` of 0 and no decay, so the padding
-    has no effect.
+    As in transformers, everything between the weight products is computed in float32. Tensors have the shape [key heads, group,
+    chunks, columns, features], where a group consists of value heads with shared queries and keys. Queries and keys are broadcast
+    over the group dimension. The last chunk is padded with columns that have a `beta` of 0 and no decay, so the padding has no
+    effect.
 
     Args:
-        delta: The transformers module of the layer.
-        x: `[L, hidden]`, the layer's input after the norm.
+        delta: The layer's transformers module.
+        x: `[L, hidden]`, the normalized layer input.
         states: See `run`.
         rate: float32, the negated exponential of the layer's `A_log`.
         offset: float32, the layer's `dt_bias`.
         scale: float32, the weight of the layer's norm.
-        unit: float32, the gain with which an RMS norm scales the features of a head to a length of 1.
+        unit: float32, the RMS norm gain that scales each head's features to a length of 1.
     """
     if len(x) > STRIP:
         return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
@@ -173,7 +174,7 @@ def delta_net(
     kernel = delta.conv_kernel_size
     state = layer_state.recurrent_states[0]
     projected = delta.in_proj_qkv(x).T[None]
-    # The convolution also needs the last few columns of earlier passes
+    # The convolution also needs the last few columns from earlier passes
     seen = layer_state.update_conv_state(projected, conv_kernel_size=kernel)
     seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
     mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
@@ -181,23 +182,24 @@ def delta_net(
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
-    # The queries should also be divided by the square root of `dim`, but the norm at the end cancels this factor, apart from its
+    # The queries should also be divided by the square root of `dim`, but the final norm cancels this factor, apart from its
     # epsilon.
     qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
     beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, padding)).view(by_head)
     log_decay = rate * F.softplus(delta.in_proj_a(x) + offset)
-    # Logarithm of the cumulative decay since the beginning of the chunk
+    # Logarithm of the cumulative decay since the start of the chunk
     log_decay_in_chunk = F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
-    # Decay between the time when column j writes and the time when column i reads, [..., i, j]
+    # Decay from when column j writes to when column i reads, [..., i, j]
     decay = (log_decay_in_chunk - log_decay_in_chunk.mT).exp().tril()
     decay_in_chunk = log_decay_in_chunk.exp()
 
     rows = qk.flatten(2, 3).flatten(0, 1)
     scores = torch.bmm(rows, rows[:, CHUNK:].mT).view(heads, 1, chunks, 2, CHUNK, CHUNK) * decay[:, :, :, None]
     own = scores[:, :, :, 0].flatten(0, 2)  # products of queries and keys within each chunk
-    # What each column writes to the state, [..., values], and the directions of the earlier state that it overwrites, [..., keys].
+    # The values that each column writes to the state, [..., values], and the earlier state's directions that it overwrites,
+    # [..., keys].
     solved = torch.linalg.solve_triangular(
         scores[:, :, :, 1] * beta, torch.cat([v, k * decay_in_chunk], -1) * beta, upper=False, unitriangular=True
     ).flatten(0, 2)

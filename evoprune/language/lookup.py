@@ -1,9 +1,9 @@
-"""Prompt lookup decoding: draft the next tokens of an answer from text that the model has already read or written.
+"""Prompt lookup decoding: draft the next answer tokens from text that the model has already read or generated.
 
-If the last tokens of an answer also occur earlier (in the question, the subtitles, an earlier turn or the answer itself), the
-tokens that follow the earlier occurrence are a likely continuation. The model reads this draft in a single pass, and keeps the
-tokens that it would have chosen anyway. On a CPU, such a pass takes about as long as a pass over a single token, because most of
-the time is spent reading the weights from memory. Based on Inference with Reference (arXiv 2304.04487, section 3).
+If the last few answer tokens also occur earlier (in the question, the subtitles, an earlier turn, or the answer itself), the tokens
+following the earlier occurrence are a likely continuation. The model reads this draft in a single pass, and keeps the tokens it
+would have chosen anyway. On a CPU, this takes about as long as a pass over a single token, because most of the time is spent
+reading the weights from memory. Based on Inference with Reference (arXiv 2304.04487, section 3).
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 NGRAM = 3  # number of consecutive tokens that must match
-DRAFT = 3  # maximum draft length in tokens; a pass over 4 rows takes at most 1.6 times as long as over one
-REST = 16  # number of tokens without drafts after a useless draft
+DRAFT = 3  # maximum draft length in tokens; a pass over 4 rows takes at most 1.6 times as long as a pass over 1 row
+REST = 16  # number of tokens to pause drafting for after a useless draft
 MIN_TIE, TIE_STEPS = 0.005, 8  # see `Lookup.is_near_tie`
 
 
@@ -20,25 +20,25 @@ class Lookup:
     """Drafts the next tokens of a single answer.
 
     Args:
-        prompt: Token ids of the whole prompt, int64 `[L]` on the CPU.
-        dtype: The dtype of the language model's computations.
+        prompt: Token IDs of the unpruned prompt, int64 `[L]` on the CPU.
+        dtype: The dtype used for computation in the language model.
     """
 
     def __init__(self, prompt: torch.Tensor, dtype: torch.dtype):
         self._tie = max(MIN_TIE, TIE_STEPS * torch.finfo(dtype).eps)
         self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}  # index of the token after the latest occurrence of an n-gram
+        self._places: dict[tuple[int, ...], int] = {}  # maps n-grams to the index after their latest occurrence
         self._answer_length = 0
-        self._resting = 0  # length of the answer at which drafting resumes
+        self._resting = 0  # answer length at which drafting resumes
         self._extend(prompt.tolist())
 
     def draft(self, answer: Sequence[int], most: int) -> list[int]:
-        """Draft up to `most` tokens that are likely to follow the answer so far. Return an empty list if there is no match."""
+        """Draft up to `most` likely next tokens for the answer so far. Return an empty list if there is no match."""
         if len(answer) == self._answer_length:  # called again after an exception
             return []
         *new, latest = answer[self._answer_length :]
         self._extend(new)
-        # Look up the latest n-gram before adding it, so that it does not match itself
+        # Look up the latest n-gram before adding it, so that it doesn't match itself
         place = self._places.get((*self._tokens[1 - NGRAM :], latest))
         self._extend([latest])
         self._answer_length = len(answer)
@@ -47,14 +47,14 @@ class Lookup:
         return self._tokens[place : place + min(most, DRAFT)]
 
     def reject(self, accepted: int) -> None:
-        """Record that a draft was rejected after `accepted` tokens. If that is 0, drafting pauses for a while."""
+        """Record that a draft was rejected after `accepted` tokens. If no tokens were accepted, drafting pauses for a while."""
         if not accepted:
             self._resting = self._answer_length + REST
 
     def is_near_tie(self, logits: torch.Tensor, allowed: torch.Tensor) -> bool:
-        """Return True if rounding errors could decide which of the two most probable tokens has the larger logit.
+        """Return True if rounding errors could determine which of the two most probable tokens has the larger logit.
 
-        A pass over several tokens adds numbers in a different order than a pass over a single token, so the logits differ by a
+        A pass over multiple tokens adds numbers in a different order than a pass over a single token, so the logits differ by a
         small fraction of their standard deviation.
 
         Args:

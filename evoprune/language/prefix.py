@@ -1,4 +1,4 @@
-"""Cache the keys and values of the common beginning (prefix) of prompts, so that they are computed only once."""
+"""Cache the keys and values of the common prefix of prompts, so that they are computed only once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from evoprune.methods import Dropping
 
 @dataclass
 class CachedPrefix:
-    """A KV cache, together with the token ids that it was computed from."""
+    """A KV cache with the token IDs it was computed from."""
 
     cache: KVCache | HostedCache
-    prompt: torch.Tensor  # token ids of the columns that belong to a prompt, int64 on the CPU
-    answer: Sequence[int] = ()  # token ids of the columns after the prompt; may grow while an answer is decoded
+    prompt: torch.Tensor  # token IDs of the prompt columns, int64 on the CPU
+    answer: Sequence[int] = ()  # token IDs of the columns after the prompt; may grow while an answer is being decoded
 
     @property
     def ids(self) -> torch.Tensor:
@@ -29,7 +29,7 @@ class CachedPrefix:
         """Return the length of the common prefix of this cache and a prompt about the same inputs, in columns.
 
         Args:
-            ids: Token ids of the prompt, int64 on the CPU.
+            ids: Prompt token IDs, int64 on the CPU.
         """
         own = self.ids
         length = min(len(own), len(ids))
@@ -38,39 +38,39 @@ class CachedPrefix:
 
 
 class PrefixCache:
-    """Caches the keys and values of the prefix that prompts about the same inputs have in common.
+    """Caches the keys and values of the common prefix of prompts about the same inputs.
 
-    Attention is causal, so the keys and values before a question do not depend on the question. Later questions with the same
-    system prompt can reuse them, and later questions in the same conversation can also reuse the previous turns. However, if the
-    pruning method drops tokens inside the language model, the question affects which tokens are dropped, so every prompt is read in
-    full.
+    Attention is causal, so the keys and values before a question don't depend on the question. Later questions with the same system
+    prompt can reuse them, and later questions in the same conversation can also reuse the previous turns. However, if the pruning
+    method drops tokens inside the language model, the question affects which tokens are dropped, so each prompt is read in full.
 
-    Recurrent layers (Qwen3.5) expose their state only at the end of a forward pass. For models with such layers, the text before
-    the question is therefore read in a separate pass, and in a conversation, so is the text before the answer. These additional
-    passes are skipped if no other question is expected. If another question is asked anyway, more columns have to be read again.
+    Recurrent layers (Qwen3.5) expose their state only at the end of a forward pass. For models with recurrent layers, the prompt
+    before the question is therefore read in a separate pass and, in a conversation, so is the prompt before the answer. These
+    additional passes are skipped if no other question is expected. If another question is asked anyway, more columns have to be
+    read again.
     """
 
     def __init__(self, language: LanguageModel):
         self._language = language
-        # If the KV cache can be cropped, there is at most one entry. Otherwise, the entries are copies of a recurrent cache, one
+        # If the KV cache can be cropped, there is at most one entry. Otherwise, the entries are copies of a recurrent cache made
         # after each pass, with the shortest prefix first.
         self._cached: list[CachedPrefix] = []
 
     def forget(self) -> None:
-        """Discard all cached keys and values. Call this when the visual tokens of the inputs change."""
+        """Discard all cached keys and values. Call this when the inputs' visual tokens change."""
         self._cached = []
 
     def read(
         self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
     ) -> PrefillState:
-        """Read the uncached part of a prompt and return the state from which its answer can be decoded.
+        """Read the uncached part of a prompt, and return the state for decoding its answer.
 
         Args:
             pruned: The prompt after pruning.
             prompt: The prompt before pruning.
-            last: Whether no other question is expected, so that nothing has to be kept for later questions.
-            goes_on: Whether the next question may belong to the same conversation.
-            dropping: Decides which tokens to drop inside the language model, or None if no tokens are dropped there.
+            last: Whether this is the last question, so nothing needs to be kept for later questions.
+            goes_on: Whether the next question may be part of the same conversation.
+            dropping: Decides which tokens to drop inside the language model, or None to keep all tokens.
         """
         language = self._language
         if dropping is not None:
@@ -78,7 +78,7 @@ class PrefixCache:
                 pruned.embeds, pruned.positions, pruned.following, None, pruned.sizes, dropping, pruned.deepstack
             )
         crops = language.can_crop
-        # Possible lengths of the prefix that a later prompt may have in common with this prompt.
+        # Possible lengths of the common prefix of this prompt and a later prompt.
         ends = [prompt.prefix_length, prompt.turn_length] if goes_on else [prompt.prefix_length]
         ends = [int((pruned.columns < end).sum()) for end in ends]
         if goes_on and crops:
@@ -107,11 +107,11 @@ class PrefixCache:
         return state
 
     def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
-        """Return a KV cache for the beginning of a prompt and its number of columns, or None and 0 if there is no match.
+        """Return a KV cache for a prefix of the prompt and its number of columns, or None and 0 if there is no match.
 
         Args:
-            ids: The leading token ids of the prompt that an earlier prompt may share, int64 on the CPU.
-            inputs: Number of columns up to the end of the inputs. A croppable cache with a shorter common prefix is not used.
+            ids: Token IDs of the prompt prefix to match against earlier prompts, int64 on the CPU.
+            inputs: Number of columns up to the end of the inputs. A croppable cache with a shorter common prefix isn't used.
             last: Whether to return a recurrent cache itself instead of a copy.
         """
         cached = self._cached
@@ -123,7 +123,7 @@ class PrefixCache:
             cache.crop(known)
             self._cached = [
                 CachedPrefix(cache, ids[:known])
-            ]  # these columns stay valid even if reading the prompt fails
+            ]  # these columns remain valid even if reading the prompt fails
             return cache, known
         cached = [each for each in cached if each.common(ids) == len(each.prompt)]
         if not cached:

@@ -1,10 +1,10 @@
 """Build the prompt for a question about videos and images: apply the chat template, tokenize it, and compute M-RoPE positions.
 
-This module uses the `tokenizers` library directly, because importing transformers' wrapper takes longer than generating a short
+This module uses the `tokenizers` library directly, because importing the transformers wrapper takes longer than generating a short
 answer.
 
 User input is always treated as plain text. If a question contains `<|im_end|>` or `<|video_pad|>`, they are encoded as ordinary
-tokens, so a question can neither end its turn early nor fake a video. Only the template can insert special tokens.
+tokens, so a question cannot end its turn early or fake a video. Only the template can insert special tokens.
 """
 
 import os
@@ -26,28 +26,27 @@ from evoprune.methods import arange_on
 from evoprune.untrusted import TEXT, check_fetched, read_object
 from evoprune.util import check_text
 
-# For each kind of input, its name in chat templates and the placeholder that templates insert for it.
+# For each input type, its name in chat templates and the placeholder inserted by templates.
 CONTENTS = {"video": ("video", "<|video_pad|>"), "picture": ("image", "<|image_pad|>")}
 _PLACEHOLDERS = tuple(token for _, token in CONTENTS.values())
 MARKERS = "<|vision_start|>", "<|vision_end|>"  # around placeholders
-THOUGHTS = "<think>", "</think>"  # around the model's thoughts; some prompts end with the opening tag
-# Placeholders for the user's text while the template is rendered. They contain private-use characters, which do not occur in
-# templates.
+THOUGHTS = "<think>", "</think>"  # around reasoning text; some prompts end with the opening tag
+# Placeholders for user text during template rendering. They contain private-use characters, which don't occur in templates.
 _QUESTION = "\ue000question\ue001"
 _SYSTEM = "\ue000system\ue001"
-_EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for the earlier turns
+_EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for earlier turns
 _PART = "\ue000part {0}\ue001"  # for the text before each input in a `Placed`
 _TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
 MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
-# The only supported components, which are used by Qwen's tokenizers. Other components could expand a short text to gigabytes.
+# The only supported components, which are used by Qwen tokenizers. Other components could expand a short string to gigabytes.
 COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """Return GPT-2's mapping from the characters in the vocabulary of a byte-level tokenizer to bytes.
+    """Return the GPT-2 mapping from characters in a byte-level vocabulary to bytes.
 
-    Printable Latin-1 characters map to their own codes. The characters from U+0100 on map to the remaining bytes, in ascending
+    Printable Latin-1 characters map to their own codes. Characters starting at U+0100 map to the remaining bytes, in ascending
     order.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -64,19 +63,19 @@ class Tokenizer:
 
     backend: Any  # a `tokenizers.Tokenizer`
     chat_template: str  # Jinja source
-    # Special tokens by their names in the tokenizer's settings, such as "eos_token". Templates may refer to these names.
+    # Special tokens by their names in the tokenizer settings, such as "eos_token". Templates may refer to these names.
     named: dict[str, str] = field(default_factory=dict)
-    template_file: str = ""  # file that contains the template, for error messages
+    template_file: str = ""  # template file, for error messages
 
     def __post_init__(self):
         self.backend.encode_special_tokens = True  # despite its name, this encodes special tokens as ordinary text
-        # A tokenizer that was saved after training may still truncate and pad text for training batches.
+        # A tokenizer saved after training may still truncate and pad text for training batches.
         self.backend.no_truncation()
         self.backend.no_padding()
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Return True if a model's folder contains the files of a tokenizer."""
+        """Return True if a model folder contains tokenizer files."""
         return any(
             all((folder / name).is_file() for name in names)
             for names in (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -84,10 +83,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Load the tokenizer and the chat template from a model's folder.
+        """Load the tokenizer and the chat template from a model folder.
 
         Raises:
-            ModelError: If the tokenizer is missing, damaged or unsupported, or if there is no chat template.
+            ModelError: If the tokenizer is missing, damaged, or unsupported, or there is no chat template.
         """
         if not cls.is_in(folder):
             hint = "copy tokenizer.json and tokenizer_config.json from the original model"
@@ -111,11 +110,11 @@ class Tokenizer:
         return cls(backend, template, _named_tokens(settings), str(source))
 
     def specials(self) -> dict[str, int]:
-        """Return all special tokens of the tokenizer, with their ids."""
+        """Return the tokenizer's special tokens as a dict from token to ID."""
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Convert text to token ids. Special tokens in the text are encoded as ordinary text.
+        """Convert text to token IDs. Special tokens in the text are encoded as ordinary text.
 
         Raises:
             ModelError: If the tokenizer crashes, for example because matching a pattern takes too many steps.
@@ -129,11 +128,11 @@ class Tokenizer:
             raise ModelError(message, "use the tokenizer of the original model", stage="prefill") from problem
 
     def decode(self, ids: list[int]) -> str:
-        """Convert token ids to text without special tokens. Incomplete characters are replaced with U+FFFD."""
+        """Convert token IDs to text, omitting special tokens. Incomplete characters are replaced with U+FFFD."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the UTF-8 bytes of a token, which may be only part of a character. Unknown ids return no bytes."""
+        """Return the UTF-8 bytes of a token, which may be only part of a character, or no bytes for an unknown token ID."""
         if token in (added := self._added):
             return added[token].encode()
         text = self.backend.id_to_token(token) or ""
@@ -141,32 +140,32 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """The tokens that were added to the vocabulary, as text, by id."""
+        """The text of each token added to the vocabulary, by token ID."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def render(self, messages: list[dict], thinking: bool = False) -> str:
-        """Render a conversation with the chat template, up to the point where the model begins its answer or its thoughts.
+        """Render a conversation using the chat template, up to the point where the model starts thinking or answering.
 
         Args:
-            messages: The conversation, in the format that chat templates expect.
+            messages: The conversation, in chat template format.
             thinking: The value of the template's `enable_thinking` variable (see `can_switch_thinking`).
 
         Raises:
-            ValueError: If the template is broken, rejects the messages, or exceeds its limits.
-            OSError: If the process that renders the template cannot be started.
+            ValueError: If the template is broken, rejects the messages, or exceeds its resource limits.
+            OSError: If the rendering process cannot be started.
         """
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         return render(self.chat_template, context | {"enable_thinking": thinking} | self.named)
 
     @property
     def can_switch_thinking(self) -> bool:
-        """Whether thinking can be turned on and off with `enable_thinking`, as in Qwen3.5. Qwen3-VL-Thinking always thinks."""
+        """Whether thinking can be turned on and off using `enable_thinking`, as in Qwen3.5. Qwen3-VL-Thinking always thinks."""
         return "enable_thinking" in self.chat_template
 
     @cached_property
     def always_thinks(self) -> bool:
-        """Whether the template opens the model's thoughts even if `enable_thinking` is False."""
-        if THOUGHTS[0] not in self.chat_template:  # avoids starting a process that renders the template
+        """Whether the template inserts the opening `<think>` tag even if `enable_thinking` is False."""
+        if THOUGHTS[0] not in self.chat_template:  # avoids starting a process to render the template
             return False
         try:
             return opens_thoughts(self.render([{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]))
@@ -174,11 +173,11 @@ class Tokenizer:
             return False
 
     def video_columns(self, grid: tuple[int, int, int], times: Sequence[str] = ()) -> tuple[torch.Tensor, "Place"]:
-        """Return the token ids that represent a video in a prompt, int64 `[L]`, and the `Place` of the video among these ids.
+        """Return the token IDs for a video in a prompt, int64 `[L]`, and the video's `Place` relative to these token IDs.
 
         Args:
-            grid: (T, H, W), the numbers of frame pairs, rows of units and columns of units.
-            times: The timestamp before each frame pair, as returned by `timestamps`. With timestamps, every frame pair is also
+            grid: (T, H, W), the number of frame pairs, unit rows, and unit columns.
+            times: The timestamp before each frame pair, as returned by `timestamps`. With timestamps, each frame pair is also
                 surrounded by markers.
         """
         specials = self.specials()
@@ -195,12 +194,12 @@ class Tokenizer:
 
 
 def opens_thoughts(prompt: str) -> bool:
-    """Return True if a prompt ends with the tag that opens the model's thoughts."""
+    """Return True if a prompt ends with the opening `<think>` tag."""
     return prompt.rstrip().endswith(THOUGHTS[0])
 
 
 def _named_tokens(settings: dict) -> dict[str, str]:
-    """Extract the named tokens from a tokenizer's settings. Each is either a string or an object with a `content` string."""
+    """Extract the named tokens from the tokenizer settings, where each token is a string or an object with a `content` string."""
     named = {}
     for name, token in settings.items():
         if isinstance(token, dict):
@@ -216,7 +215,7 @@ def _backend(folder: Path):
 
         _check_size(folder / "tokenizer.json")
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    # If there are only vocab.json and merges.txt, transformers supplies the rest of Qwen's tokenizer.
+    # If only vocab.json and merges.txt exist, transformers provides the rest of Qwen's tokenizer.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
@@ -238,10 +237,10 @@ def _settings(path: Path) -> dict:
 
 
 def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
-    """Return the chat template of a model (None if it has none) and the file that contains it.
+    """Return a model's chat template (None if there is no template) and the file that contains it.
 
-    A separate template file takes precedence over settings files, where older repositories store the template. The processor's
-    settings take precedence over the tokenizer's settings, because only the processor's template supports video.
+    A separate template file takes precedence over settings files, which contain the template in older repositories. The processor
+    settings take precedence over the tokenizer settings, because only the processor's template supports video.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
@@ -262,15 +261,15 @@ def _template(folder: Path, settings: dict) -> tuple[str | None, Path]:
 def video_positions(
     grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
 ) -> torch.Tensor:
-    """Return the M-RoPE positions of a video's units, int64 `[3, T*H*W]`, in raster order and relative to the video's start.
+    """Return the M-RoPE positions of a video's units, int64 `[3, T*H*W]`, in raster order and relative to the start of the video.
 
     Args:
-        grid: (T, H, W), the numbers of frame pairs, rows of units and columns of units. An image has one frame pair.
-        seconds_per_pair: The time between consecutive frame pairs, which is ignored if there is only one frame pair.
+        grid: (T, H, W), the number of frame pairs, unit rows, and unit columns. An image has one frame pair.
+        seconds_per_pair: The time between consecutive frame pairs, ignored if there is only one frame pair.
         tokens_per_second: See `config.VisionConfig`.
     """
     t, h, w = grid
-    # Multiply in float64 and round down only at the end, because positions would drift if the step were rounded.
+    # Multiply in float64 and round down only at the end, because rounding the step would cause the positions to drift.
     step = 1.0
     if tokens_per_second is not None:
         step = seconds_per_pair * tokens_per_second
@@ -281,16 +280,16 @@ def video_positions(
 def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Return the M-RoPE positions of an unpruned prompt, int64 `[3, length]` (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    A text token has the same position in time, height and width. The positions of a video token are the time of its frame pair and
-    the row and column of its unit, added to the position at which the video starts. The text after a video, like the first
-    generated token after the prompt, continues at the largest position so far plus one.
+    A text token has the same position in time, height, and width. The positions of a video token are the time of its frame pair and
+    the row and column of its unit, relative to the start position of the video. Text after a video continues at the largest
+    position so far plus one, as does the first generated token after the prompt.
 
     Args:
         length: The number of columns in the prompt.
-        videos: One pair for each video and image, in order, which consists of its first column and the result of `video_positions`.
+        videos: A tuple for each video and image, in order, with its first column and the result of `video_positions`.
 
     Raises:
-        ValueError: If a video overlaps another video or does not fit into the prompt.
+        ValueError: If a video overlaps another video or doesn't fit into the prompt.
     """
     pieces = []
     at = 0
@@ -311,22 +310,22 @@ def prompt_positions(length: int, videos: Sequence[tuple[int, torch.Tensor]]) ->
 
 @dataclass(frozen=True)
 class Place:
-    """The columns that an input occupies in a prompt."""
+    """The columns occupied by an input in a prompt."""
 
     runs: tuple[range, ...]  # placeholder columns: one run, or one run per frame pair, of equal length
-    # The columns of each run including its timestamp and markers. If no token of a run is kept, all of these columns are removed,
-    # as if the frame pair had not been sampled. Empty if the text around runs is never removed.
+    # The columns of each run, including its timestamp and markers. If none of a run's tokens are kept, all of these columns are
+    # removed, as if the frame pair hadn't been sampled. Empty if the text around runs is never removed.
     around: tuple[range, ...] = ()
 
     @classmethod
     def of_pairs(cls, before: Sequence[int], units: int, *, start: int = 0, after: int = 1) -> "Place":
-        """Create the place of a video that has a timestamp before each frame pair.
+        """Create a `Place` for a video with a timestamp before each frame pair.
 
         Args:
-            before: Number of text columns before the tokens of each frame pair.
+            before: Number of text columns before each frame pair's tokens.
             units: Number of tokens per frame pair.
             start: First column of the video.
-            after: Number of text columns after the tokens of each frame pair.
+            after: Number of text columns after each frame pair's tokens.
         """
         runs = []
         around = []
@@ -337,18 +336,18 @@ class Place:
         return cls(tuple(runs), tuple(around))
 
     def __len__(self) -> int:
-        """Return the number of prompt columns that contain this input's placeholders."""
+        """Return the number of placeholder columns for this input."""
         return sum(map(len, self.runs))
 
     @cached_property
     def columns(self) -> torch.Tensor:
-        """Prompt columns that contain this input's placeholders, int64 on the CPU."""
+        """Indices of the prompt columns with this input's placeholders, int64 on the CPU."""
         return torch.cat([arange_on(len(run), "cpu") + run.start for run in self.runs])
 
     def positions(
         self, grid: tuple[int, int, int], seconds_per_pair: float, tokens_per_second: float | None
     ) -> list[tuple[int, torch.Tensor]]:
-        """Return a list of the runs' first columns and M-RoPE positions, in the format that `prompt_positions` expects.
+        """Return the first column and the M-RoPE positions of each run, in the format expected by `prompt_positions`.
 
         See `video_positions` for the arguments.
         """
@@ -357,7 +356,7 @@ class Place:
         return [(run.start, inside) for run in self.runs]
 
     def left_out(self, kept: torch.Tensor) -> list[range]:
-        """Return the ranges of columns to remove from the prompt, because none of the tokens in their frame pairs are kept.
+        """Return the column ranges to remove from the prompt because none of the tokens in their frame pairs are kept.
 
         Args:
             kept: Indices of the placeholders to keep, int64 on the CPU.
@@ -369,12 +368,12 @@ class Place:
 
 
 def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
-    """Return the timestamps that precede the frame pairs in prompts for Qwen3-VL and Qwen3.5.
+    """Return the timestamps to insert before frame pairs in prompts for Qwen3-VL and Qwen3.5.
 
-    The timestamp of a frame pair is the mean of the times of its first and last frames.
+    A frame pair's timestamp is the mean of the timestamps of its first and last frames.
 
     Args:
-        times_s: Times of the sampled frames, in seconds.
+        times_s: Timestamps of the sampled frames, in seconds.
         frames: Number of frames per pair.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
@@ -383,14 +382,14 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt before pruning, with one placeholder per visual token of its inputs."""
+    """A tokenized prompt before pruning, with one placeholder per visual token."""
 
     input_ids: torch.Tensor  # int64 `[L]`
     places: tuple[Place, ...]  # one per input
-    # Number of leading ids that do not depend on the question. They extend at least to the last `<|vision_end|>` and, if possible,
-    # include the subtitles. Their keys and values can be reused for any question about the same inputs with the same system prompt.
+    # Number of leading tokens that don't depend on the question. They extend at least to the last `<|vision_end|>`, and include the
+    # subtitles if possible. Their keys and values can be reused for any question about the same inputs with the same system prompt.
     prefix_length: int
-    # Number of ids up to the end of the question. Later prompts of the same conversation begin with these ids.
+    # Number of tokens up to the end of the question. Later prompts in the same conversation start with these tokens.
     turn_length: int
 
     @classmethod
@@ -408,30 +407,30 @@ class Prompt:
     ) -> "Prompt":
         """Build the prompt for a question, up to the beginning of the answer.
 
-        The prompt consists of the inputs in order, the subtitles, the earlier turns and the question. If the question is a
+        The prompt consists of the inputs in order, the subtitles, the earlier turns, and the question. If the question is a
         `Placed`, the last entries of `inputs` appear between its pieces of text.
 
-        All strings are taken literally, and the first question follows the subtitles without a space. If the strings contain no
-        special tokens, the resulting ids are the same as if the whole rendered conversation were tokenized at once.
+        All strings are used literally, and the first question follows the subtitles without a space. If the strings contain no
+        special tokens, the resulting token IDs are the same as when tokenizing the entire rendered conversation at once.
 
         Args:
             tokenizer: The model's tokenizer and chat template.
             question: The question to ask the model.
-            inputs: A pair for each input, which consists of its kind ("video" or "picture") and its number of visual tokens before
-                pruning (at least 1).
+            inputs: A tuple for each input, with its type ("video" or "picture") and its number of visual tokens before pruning (at
+                least 1).
             system: The system prompt. None means the template's default.
             subtitles: Text that precedes the first question.
-            times: The timestamps before the frame pairs of each input, as returned by `timestamps`. With timestamps, every frame
-                pair is also surrounded by markers. For an input without timestamps, pass an empty sequence; its placeholders form a
-                single run.
+            times: The timestamps before each input's frame pairs, as returned by `timestamps`. With timestamps, each frame pair is
+                also surrounded by markers. For an input without timestamps, pass an empty sequence; its placeholders form a single
+                run.
             thinking: See `Tokenizer.render`.
-            earlier: The earlier turns of the conversation, in order. All inputs belong to the first question, except inputs inside
-                a `Placed`.
+            earlier: The earlier turns of the conversation, in order. All inputs belong to the first question, except for inputs
+                inside a `Placed`.
 
         Raises:
-            ModelError: If the chat template is broken, or if it does not write the inputs in order, followed by the conversation.
-            UsageError: If a string is not valid Unicode (stray bytes from a shell), the template has no place for a system prompt,
-                or it does not support thinking.
+            ModelError: If the chat template is broken, or doesn't output the inputs in order, followed by the conversation.
+            UsageError: If a string isn't valid Unicode (stray bytes from a shell), or the template doesn't support a system prompt
+                or thinking.
             ValueError: If there are no inputs, an input has no tokens, or there are more places than inputs.
         """
         if not inputs or min(count for _, count in inputs) < 1:
@@ -454,7 +453,7 @@ class Prompt:
         check_text(question, system, *_texts(earlier))
         words = texts | {after_inputs: subtitles + texts[after_inputs], _SYSTEM: system or ""}
         times_of = times or [()] * len(inputs)
-        # Number of placeholders in each run. An input with timestamps has one run per timestamp.
+        # Number of placeholders in each run. Inputs with timestamps have one run per timestamp.
         lengths = (
             count // (len(own) or 1) for (_, count), own in zip(inputs, times_of, strict=True) for _ in own or [""]
         )
@@ -462,9 +461,9 @@ class Prompt:
         runs = []
         prefix_length = 0
         turn_length = 0
-        # Split only at the template's special tokens, because the tokenizer splits there as well. The text between two special
-        # tokens is encoded at once, so that the user's text merges with the template's text around it (such as a newline) in the
-        # same way as if the whole prompt were encoded at once.
+        # Split only at the template's special tokens, because the tokenizer also splits there. The text between two special tokens
+        # is encoded at once, so that user text merges with surrounding template text (such as a newline) in the same way as when
+        # encoding the entire prompt at once.
         for piece in re.split(f"({'|'.join(map(re.escape, specials))})", _with_times(rendered, times_of)):
             if piece in _PLACEHOLDERS:
                 runs.append(range(len(ids), len(ids) + next(lengths)))
@@ -472,7 +471,7 @@ class Prompt:
             elif piece in specials:
                 ids.append(specials[piece])
             else:
-                # Substitute in a single pass, so that placeholders written by the user are not replaced.
+                # Substitute in a single pass, so that placeholders in user text aren't replaced.
                 text = _TEXT_PLACEHOLDER.sub(lambda match: words[match[0]], piece)
                 encoded = tokenizer.encode(text)
                 if after_inputs in piece:
@@ -496,7 +495,7 @@ class Prompt:
 
     @property
     def text_tokens(self) -> int:
-        """Number of text tokens, that is, ids that are not placeholders. Pruning may remove some of them (see `Place.around`)."""
+        """Number of text (non-placeholder) tokens. Pruning may remove some of them (see `Place.around`)."""
         return len(self.input_ids) - self.visual_tokens
 
 
@@ -507,11 +506,11 @@ def _texts(turns: Sequence[Turn]) -> list[str]:
 def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[list[str | None]], dict[str, str]]:
     """Split the messages of a conversation into pieces of text and inputs.
 
-    Inputs that are not inside a `Placed` come first. Every message ends with a piece of text, which may be empty.
+    Inputs outside a `Placed` come first. Each message ends with a piece of text, which may be empty.
 
     Returns:
-        A tuple of the messages and a dictionary that maps placeholders to pieces of text. Each message is a list that contains a
-        placeholder for each piece of text and None for each input.
+        A tuple of the messages and a dictionary that maps placeholders to pieces of text. Each message is a list with a placeholder
+        for each piece of text and None for each input.
     """
     names = [*(name.format(turn) for turn in range(len(earlier)) for name in _EARLIER), _QUESTION]
     messages = [text.parts if isinstance(text, Placed) else (text,) for text in (*_texts(earlier), question)]
@@ -534,7 +533,7 @@ def _lay_out(question: str, earlier: Sequence[Turn], inputs: int) -> tuple[list[
 
 
 def _with_times(rendered: str, times: Sequence[Sequence[str]]) -> str:
-    """Replace each placeholder that has timestamps with these timestamps, each followed by a placeholder between markers."""
+    """Replace each placeholder that has timestamps with its timestamps, each followed by a placeholder between markers."""
     remaining_times = iter(times)
     start, end = map(re.escape, MARKERS)
 
@@ -548,7 +547,7 @@ def _places(tokenizer: Tokenizer, ids: list[int], runs: list[range], times: Sequ
     """Yield one `Place` per input. `runs` contains all placeholder columns, in the order of the inputs."""
 
     def around(run: range, time: str) -> range:
-        """Return the columns of a run with its markers and its timestamp, unless the timestamp merged with the text before it."""
+        """Return the columns of a run, its markers, and its timestamp, unless the timestamp merged with the preceding text."""
         own = tokenizer.encode(time)
         start = run.start - 1
         if ids[start - len(own) : start] == own:
@@ -569,13 +568,13 @@ def _render(
     thinking: bool,
     contents: Sequence[Sequence[str | None]],
 ) -> str:
-    """Render a conversation with placeholders for the user's text and check that everything is in the right order.
+    """Render a conversation with placeholders for user text, and check that everything is in the right order.
 
     Args:
         tokenizer: The tokenizer and its chat template.
-        kinds: For each input, its kind ("video" or "picture").
+        kinds: The type of each input ("video" or "picture").
         with_system: Whether to include a system prompt.
-        markers: Special tokens that the tokenizer must have.
+        markers: Special tokens that the tokenizer must define.
         thinking: See `Tokenizer.render`.
         contents: The messages as returned by `_lay_out`.
 

@@ -1,7 +1,7 @@
-"""Remove pruned visual tokens from a prompt. Used by sessions, users' own models, streams and the vLLM plugin.
+"""Remove pruned visual tokens from a prompt. Used by sessions, users' own models, streams, and the vLLM plugin.
 
-The remaining tokens keep the column indices and M-RoPE positions that they have in the whole prompt (see
-`prompt.prompt_positions`), so pruned tokens leave gaps in both.
+The remaining tokens keep their column indices and M-RoPE positions from the unpruned prompt (see `prompt.prompt_positions`), so
+pruned tokens leave gaps in both.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from evoprune.vision import Encoded
 
 @dataclass(frozen=True, eq=False)
 class PrunedPrompt:
-    """The C columns of a prompt that remain after `prune_prompt`. Slicing returns a `PrunedPrompt` with some of these columns."""
+    """The C prompt columns that remain after `prune_prompt`. Slicing returns a `PrunedPrompt` with a subset of these columns."""
 
-    ids: torch.Tensor  # int64 `[C]` on the CPU, token ids
-    columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column indices in the whole prompt
+    ids: torch.Tensor  # int64 `[C]` on the CPU, token IDs
+    columns: torch.Tensor  # int64 `[C]` on the CPU, ascending column indices in the unpruned prompt
     visual: torch.Tensor  # bool `[C]` on the CPU, True for visual tokens
     sizes: torch.Tensor | None = None  # float32 `[C]`, cluster sizes, or None if all are 1
-    positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the whole prompt
-    last: torch.Tensor | None = None  # int64 `[3, 1]`, largest M-RoPE positions in the whole prompt
-    embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings, or None if the text was not embedded
+    positions: torch.Tensor | None = None  # int64 `[3, C]` on the CPU, M-RoPE positions in the unpruned prompt
+    last: torch.Tensor | None = None  # int64 `[3, 1]`, largest M-RoPE positions in the unpruned prompt
+    embeds: torch.Tensor | None = None  # `[C, hidden]`, input embeddings, or None if the text wasn't embedded
     deepstack: torch.Tensor | None = None  # `[n, C, hidden]`, features to add after layers 0 to n - 1, if any
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class PrunedPrompt:
 
     @property
     def following(self) -> int:
-        """M-RoPE position of the first token after the prompt: the largest position in the whole prompt plus one."""
+        """M-RoPE position of the first token after the prompt: the largest position in the unpruned prompt plus one."""
         return int(self.last.max()) + 1
 
 
@@ -59,20 +59,20 @@ def prune_prompt(
     positions: torch.Tensor | None = None,
     embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> PrunedPrompt:
-    """Remove the pruned visual tokens from a prompt, as well as the timestamps and markers of frame pairs without any tokens.
+    """Remove the pruned visual tokens from a prompt, as well as the timestamps and markers of fully pruned frame pairs.
 
     Args:
-        ids: Token ids of the whole prompt, int64 `[L]` on the CPU.
-        places: The places of the inputs in the prompt, in order. Inputs that are not listed are not pruned.
+        ids: Token IDs of the unpruned prompt, int64 `[L]` on the CPU.
+        places: The input locations in the prompt, in order. Inputs not listed here aren't pruned.
         read: The encoded inputs, one for each entry of `places`.
-        positions: M-RoPE positions of the whole prompt, int64 `[3, L]` on the CPU. None means that the caller computes positions
-            for a whole batch.
-        embed: Maps the ids of text tokens, int64 `[n]`, to their embeddings, `[n, hidden]`. It is never called with placeholders of
-            the inputs, so the model does not have to know their ids. None means that the model embeds the prompt itself.
+        positions: M-RoPE positions of the unpruned prompt, int64 `[3, L]` on the CPU. None means that the caller computes positions
+            for an entire batch.
+        embed: Maps text token IDs, int64 `[n]`, to their embeddings, `[n, hidden]`. It is never called with placeholders, so their
+            token IDs don't have to be in the model's vocabulary. None means that the model embeds the prompt itself.
 
     Raises:
-        ValueError: If the kept tokens of an input are not in ascending order, are outside its place, or do not match the number of
-            its features. Exceptions raised by `embed` propagate unchanged.
+        ValueError: If the kept tokens of an input are not in ascending order, are outside its location in the prompt, or don't
+            match its number of features. Exceptions raised by `embed` propagate unchanged.
     """
     stays = torch.ones(len(ids), dtype=torch.bool, device="cpu")
     visual = torch.zeros_like(stays)
@@ -86,7 +86,7 @@ def prune_prompt(
     columns = (stays | visual).nonzero()[:, 0]
     visual = visual[columns]
     text = ~visual
-    # Each column's index in a table that contains the text columns, followed by the visual tokens.
+    # Each column's index in a table with the text columns, followed by the visual tokens.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
     given = {"sizes": _sizes(int(text.sum()), read, row)}
     if positions is not None:
@@ -113,12 +113,12 @@ def _check(place: Place, tokens: Encoded) -> None:
 
 
 def _sizes(text: int, read: Sequence[Encoded], row: torch.Tensor) -> torch.Tensor | None:
-    """Return the columns' cluster sizes, or None if all are 1.
+    """Return the cluster sizes of the columns, or None if all are 1.
 
     Args:
         text: Number of text columns, which have size 1.
-        read: The encoded inputs, which contain the sizes of the visual tokens.
-        row: Each column's index in a table that contains the text columns, followed by the visual tokens.
+        read: The encoded inputs, which include the cluster sizes of the visual tokens.
+        row: Each column's index in a table with the text columns, followed by the visual tokens.
     """
     if all(tokens.size is None for tokens in read):
         return None

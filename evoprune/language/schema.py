@@ -1,4 +1,4 @@
-"""Read the JSON Schema of an answer from a file or a class, and parse answers that follow it. This module does not import torch."""
+"""Read an answer's JSON Schema from a file or a class, and parse answers that follow it. This module does not import torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from evoprune.language.validation import wrong_value
 from evoprune.untrusted import loads
 from evoprune.util import brief, missing_hint, shorten
 
-MAX_BYTES = 2**20  # maximum size of a schema in bytes
-# Keywords whose value maps field names to schemas, and keywords whose value is plain data instead of a schema.
+MAX_BYTES = 2**20  # maximum schema size in bytes
+# Keywords whose values map field names to schemas, and keywords whose values are plain data instead of schemas.
 NAME_KEYWORDS = ("properties", "patternProperties", "$defs", "definitions")
 DATA_KEYWORDS = ("const", "enum", "default", "examples")
 
@@ -27,7 +27,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
     """Read a JSON Schema from a file. Return None if `path` is None.
 
     Raises:
-        UsageError: If the file cannot be read or does not contain a JSON object.
+        UsageError: If the file cannot be read or doesn't contain a JSON object.
     """
     if path is None:
         return None
@@ -41,7 +41,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
 
 
 def schema_of(given: Mapping[str, Any] | type) -> dict[str, Any]:
-    """Return a copy of a JSON Schema as plain data. For a dataclass or a pydantic model, return its `SchemaOfClass`.
+    """Return a copy of a JSON Schema as plain data, or the `SchemaOfClass` of a dataclass or a pydantic model.
 
     Raises:
         UsageError: If `given` is neither a mapping nor a class, cannot be converted to JSON, or is a class without a JSON Schema.
@@ -76,10 +76,10 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _schema_of_class(kind: type) -> dict[str, Any]:
-    """Return the JSON Schema of a dataclass, a pydantic model or any other class that pydantic supports.
+    """Return the JSON Schema of a dataclass, a pydantic model, or any other class supported by pydantic.
 
     Raises:
-        UsageError: If pydantic is not installed or cannot create a schema for the class.
+        UsageError: If pydantic isn't installed or cannot create a schema for the class.
     """
     try:
         from pydantic import TypeAdapter
@@ -93,7 +93,7 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
 
 
 def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
-    """Forbid additional fields in all objects of a schema, unless their class allows them. Changes and returns the schema."""
+    """Forbid additional fields in all objects of a schema, unless their class allows them. The schema is modified and returned."""
     for _, part in parts_of_schema(schema):
         if "properties" in part:
             part.setdefault("additionalProperties", False)
@@ -101,7 +101,7 @@ def _without_extra_fields(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Iterator[tuple[str, dict]]:
-    """Yield all subschemas, including the schema itself, as pairs of a path (a JSON Pointer) and the subschema."""
+    """Yield all subschemas, including the schema itself, as tuples of a path (a JSON Pointer) and the subschema."""
     if isinstance(value, dict):
         if is_schema:
             yield path, value
@@ -115,7 +115,7 @@ def parts_of_schema(value: Any, path: str = "", is_schema: bool = True) -> Itera
 
 
 def value_of(answer: str) -> Any:
-    """Parse a JSON answer. Return None if Python cannot represent its value, for example because a number is too large."""
+    """Parse a JSON answer. Return None if Python cannot represent the value, for example because a number is too large."""
     try:
         return loads(answer)
     except ValueError:
@@ -123,13 +123,13 @@ def value_of(answer: str) -> Any:
 
 
 def checked_value(answer: str, schema: dict[str, Any]) -> Any:
-    """Parse a complete answer and check it against a schema.
+    """Parse a complete answer and validate it against a schema.
 
     Returns:
-        The value of the answer, or None if Python cannot represent it.
+        The answer's value, or None if Python cannot represent it.
 
     Raises:
-        UsageError: If the answer does not follow the schema.
+        UsageError: If the answer doesn't follow the schema.
     """
     value = value_of(answer)
     if value is not None and (wrong := wrong_value(value, schema)):

@@ -15,12 +15,12 @@ Think = Literal["off", "on"]
 THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
-ROW_OPTIONS = "options"  # value of `choices` with which each row of a batch has its own choices
-MOST_LOGPROBS = 20  # same limit as in other inference servers
+ROW_OPTIONS = "options"  # value of `choices` that means each batch row has its own choices
+MOST_LOGPROBS = 20  # same limit as other inference servers
 
 
 def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
-    """Split choices from the command line at commas. Return None for no choices, and `ROW_OPTIONS` if that is the only choice."""
+    """Split command-line choices at commas. Return None for no choices, or `ROW_OPTIONS` if that is the only choice."""
     if not typed:
         return None
     texts = [part.strip() for text in typed for part in text.split(",") if part.strip()]
@@ -164,10 +164,10 @@ class GenerationOptions:
 
     @property
     def grammar(self) -> str | None:
-        """Grammar of the answer in llguidance's format, or None without a schema or a regular expression.
+        """The answer grammar in llguidance format, or None without a schema or a regular expression.
 
         Raises:
-            UsageError: If llguidance does not support the schema or regular expression.
+            UsageError: If llguidance doesn't support the schema or regular expression.
         """
         if self.schema is None and self.regex is None:
             return None
@@ -179,17 +179,17 @@ class GenerationOptions:
 
     @property
     def choices_from_rows(self) -> bool:
-        """Whether the choices come from the options in each row of a batch."""
+        """Whether each batch row specifies its own choices."""
         return self.choices == ROW_OPTIONS
 
     def choice_ids(self, tokenizer: "Tokenizer") -> list[list[int]]:
-        """Tokenize the choices. Return one list of token ids per choice, or an empty list if there are no choices.
+        """Tokenize the choices. Return one list of token IDs per choice, or an empty list if there are no choices.
 
-        The lists do not include a token that ends the answer.
+        The lists don't include an end token.
 
         Raises:
-            UsageError: If the model always thinks before it answers, a choice has more than `max_new_tokens` tokens, two choices
-                have the same tokens, or each row of a batch has its own choices.
+            UsageError: If the model always thinks before answering, a choice has more than `max_new_tokens` tokens, two choices
+                have the same tokens, or each batch row has its own choices.
         """
         if self.choices is None:
             return []
@@ -213,10 +213,10 @@ class GenerationOptions:
 
         Returns:
             A tuple of the JSON value and the value to return to the caller. The JSON value is None if Python cannot represent it.
-            If the schema was made from a class, the caller gets an instance of that class; otherwise, it gets the JSON value.
+            If the schema was created from a class, the caller receives an instance of that class; otherwise, the JSON value.
 
         Raises:
-            UsageError: If the answer does not follow the schema, or the class rejects the value.
+            UsageError: If the answer doesn't follow the schema, or the class rejects the value.
         """
         value = checked_value(answer, self.schema)
         if value is not None and isinstance(self.schema, SchemaOfClass):
@@ -224,7 +224,7 @@ class GenerationOptions:
         return value, value
 
     def record(self, seed: int) -> dict[str, Any]:
-        """Return all options that affect which tokens are chosen, and the random seed, in the format used in reports."""
+        """Return all options that affect which tokens are chosen, along with the random seed, in report format."""
         known = asdict(self) | {"seed": seed}
         known.pop("system")
         if self.choices is None:
@@ -236,7 +236,7 @@ def _checked_stops(given: Any) -> list[str] | None:
     """Validate stop strings. Return them as a list, or None if there are no stop strings.
 
     Raises:
-        UsageError: If the value is neither a string nor a list of strings, or a string is empty or not valid Unicode.
+        UsageError: If the value isn't a string or a list of strings, or a string is empty or not valid Unicode.
     """
     if given is None:
         return None
@@ -254,7 +254,7 @@ def _checked_choices(given: Any) -> str | list[str] | None:
     """Validate choices. Return them as a list, except that `ROW_OPTIONS` and None are returned unchanged.
 
     Raises:
-        UsageError: If the value is not a list of at least two different, non-empty strings of valid Unicode.
+        UsageError: If the value isn't a list of at least two different, non-empty strings of valid Unicode.
     """
     if given is None or given == ROW_OPTIONS:
         return given

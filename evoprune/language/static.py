@@ -1,10 +1,10 @@
-"""Decode with tensors of fixed shape, so that a whole decoding step can run as a single CUDA graph.
+"""Decode using fixed-shape tensors, so that an entire decoding step can run as a single CUDA graph.
 
-A step reads a token that is already on the device, writes its keys and values to a cache of fixed size, and computes the next
-token. No shape depends on a value, and nothing is copied to the host. Attention always reads the whole cache, but an attention bias
-hides the columns that are not filled yet.
+Each step reads a token that is already on the device, writes its keys and values to a fixed-size cache, and computes the next
+token. Shapes never depend on values, and nothing is copied to the host. Attention always reads the entire cache, but an attention
+bias hides unfilled columns.
 
-Each model has a single static cache, which serves one answer at a time. When a new answer begins, it takes over the static cache.
+Each model has a single static cache, which serves one answer at a time. When a new answer starts, it takes over the static cache.
 If the previous answer then continues, it has to read its latest tokens again into its own cache.
 """
 
@@ -31,8 +31,8 @@ from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_l
 from evoprune.language.hosted import HostedCache
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
-# Number of tokens that an answer must have, and must still be allowed to grow by, before a graph is captured. Capturing takes as
-# long as a few plain decoding steps, so answers of one or two words should not have to wait for it.
+# Number of tokens that an answer must have, and must still be allowed to grow by, before a graph is captured. Capturing a graph
+# takes as long as a few plain decoding steps, so answers of one or two words shouldn't have to wait for it.
 PLAIN_TOKENS = 4
 MIN_COLUMNS = 512  # number of columns in the smallest graph; each larger graph has twice as many
 MAX_NEW = 1024  # maximum number of new tokens for which columns are reserved
@@ -40,24 +40,24 @@ SHARE = 0.25  # maximum fraction of the available memory for a static cache
 
 
 class StaticCache(ABC):
-    """A KV cache at fixed memory addresses, together with the inputs, outputs and CUDA graphs of decoding steps.
+    """A KV cache at fixed memory addresses, together with the inputs, outputs, and CUDA graphs of decoding steps.
 
-    It serves one answer at a time, and a lock admits one thread at a time. Each graph is captured for a fixed number of columns
-    that attention reads, which is at most `capacity`.
+    It serves one answer at a time, and is protected by a lock. Each graph is captured for a fixed number of columns read by
+    attention, which is at most `capacity`.
     """
 
     def __init__(self, model, capacity: int):
         like = model.model.language_model.norm.weight
-        self.capacity = self.read = capacity  # number of columns, and number of columns that attention reads
-        # Input of the next step: the token to read, its column and its position, int64 `[1]` each. The step increments the column
+        self.capacity = self.read = capacity  # number of columns, and number of columns read by attention
+        # Input of the next step: the token to read, its column, and its position, int64 `[1]` each. Each step increments the column
         # and the position.
         self.token, self.column, self.position = like.new_zeros(3, 1, dtype=torch.int64).unbind(0)
-        self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # logits of the next token
+        self.logits = like.new_zeros(len(model.lm_head.weight), dtype=torch.float32)  # next-token logits
         self.best = like.new_zeros(2, dtype=torch.int64)  # see `best_of`
-        self.graphs: dict[int, Callable[[], None]] = {}  # by the number of columns that attention reads
+        self.graphs: dict[int, Callable[[], None]] = {}  # by number of columns read by attention
         self._capture = Device(like.device).capture
         self._lock = threading.Lock()
-        self._holder: object | None = None  # identifies the answer that the cache is serving, or None
+        self._holder: object | None = None  # identifies the answer currently being served, or None
         self._room = 0  # number of tokens that still fit
 
     def fill(self, cache: KVCache | HostedCache, position: int, read: int) -> None:
@@ -66,7 +66,7 @@ class StaticCache(ABC):
         Args:
             cache: The KV cache to copy from. All of its layers must have the same columns.
             position: M-RoPE position of the next token.
-            read: Number of columns that attention reads.
+            read: Number of columns read by attention.
         """
         sizes = cache.sizes if isinstance(cache, HostedCache) else cache.sizes[0]
         bias = self.logits.new_full((read,), -torch.inf)
@@ -80,26 +80,26 @@ class StaticCache(ABC):
 
     @abstractmethod
     def _copy(self, cache: KVCache | HostedCache, bias: torch.Tensor) -> None:
-        """Copy the state of every layer and apply the attention bias.
+        """Copy the state of each layer, and apply the attention bias.
 
         Args:
             cache: The KV cache to copy from.
-            bias: float32 `[read]`, the attention bias of each column, or -inf for columns that are not filled yet.
+            bias: float32 `[read]`, the attention bias of each column, or -inf for unfilled columns.
         """
 
     @abstractmethod
     def run(self, model, x: torch.Tensor) -> torch.Tensor:
-        """Run the model on the next column. `x` is its embedding, `[1, hidden]`, and the result is its final hidden state."""
+        """Run the model on the next column's embedding, `[1, hidden]`, and return its final hidden state."""
 
     def begin(self, holder: object, cache: KVCache | HostedCache, position: int, read: int) -> None:
-        """Hand the static cache over to the answer identified by `holder`. If copying fails, the cache serves no answer."""
+        """Hand over the static cache to the answer identified by `holder`. If copying fails, it serves no answer."""
         with self._lock:
             self._holder = None
             self.fill(cache, position, read)
             self._holder, self._room = holder, read - cache.length
 
     def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """Read a token and let `pick(logits, best)` choose the next token.
+        """Read a token, and choose the next token by calling `pick(logits, best)`.
 
         Returns:
             The next token, or None if the cache is full or has been handed over to another answer.
@@ -119,7 +119,7 @@ class StaticCache(ABC):
 
 
 class NativeStaticCache(StaticCache):
-    """A static cache for layers that run in language/decoder.py. Additional features of its keys apply the attention bias."""
+    """A static cache for layers run by language/decoder.py. The attention bias is applied through additional key features."""
 
     def __init__(self, model, capacity: int):
         super().__init__(model, capacity)
@@ -138,14 +138,14 @@ class NativeStaticCache(StaticCache):
         for number, keys_values in enumerate(self._keys_values):
             for to, given in zip(keys_values, cache.room(number, 0)[2:], strict=True):
                 to[:, :length, :dim] = given[0]
-        # An earlier answer may have left NaN in these columns, and multiplying NaN by a weight of 0 would not remove it.
+        # An earlier answer may have left NaN in these columns, and multiplying NaN by a weight of 0 wouldn't remove it.
         self._keys_values[:, :, :, length:read, :dim] = 0
         self._keys_values[:, 0, :, :read, dim:] = Attention.of(self._keys_values).bias_features(bias, dim)
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the keys and values of a new column and return the keys and values of all columns that attention reads.
+        """Write the keys and values of a new column, and return the keys and values of all columns read by attention.
 
-        See `KVCache.put`. Unlike there, the returned tensors include bias features.
+        Unlike in `KVCache.put`, the returned tensors include bias features.
         """
         *room, known_keys, known_values = self.room(layer, 1)
         for to, new in zip(room, (keys, values), strict=True):
@@ -170,7 +170,7 @@ class NativeStaticCache(StaticCache):
 
 
 class HostedStaticCache(StaticCache):
-    """A static cache for transformers modules. Linear attention layers already keep their states at fixed addresses."""
+    """A static cache for transformers modules. Linear attention layers already store their states at fixed addresses."""
 
     def __init__(self, model: HostedVL, capacity: int):
         super().__init__(model, capacity)
@@ -202,12 +202,12 @@ class HostedStaticCache(StaticCache):
 
 
 class StaticLayer:
-    """A layer of a transformers cache that keeps the keys and values of an attention layer at fixed addresses.
+    """A transformers cache layer that stores the keys and values of an attention layer at fixed addresses.
 
     Args:
-        keys_values: The buffer for keys and values, `[2, 1, heads, capacity, dim]`. `update` returns as many leading columns as
-            `copy` has specified.
-        column: The index of the column that `update` writes to, int64 `[1]`.
+        keys_values: The buffer for keys and values, `[2, 1, heads, capacity, dim]`. `update` returns the number of leading columns
+            specified by `copy`.
+        column: The index of the column to write to in `update`, int64 `[1]`.
     """
 
     def __init__(self, keys_values: torch.Tensor, column: torch.Tensor):
@@ -228,14 +228,14 @@ class StaticLayer:
 
 
 def _is_linear(layer) -> bool:
-    """Return True if a layer of a transformers cache stores recurrent states instead of keys and values."""
+    """Return True if a transformers cache layer stores recurrent states instead of keys and values."""
     return hasattr(layer, "recurrent_states")
 
 
 def best_of(logits: torch.Tensor) -> torch.Tensor:
     """Return the most probable token, and whether the largest logit is finite (1 or 0), as an int64 tensor `[2]`.
 
-    A single tensor for both requires only one copy to the host. `logits` is float32 `[vocabulary]`.
+    Using a single tensor requires only one copy to the host. `logits` is float32 `[vocabulary]`.
     """
     return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is
 
@@ -254,7 +254,7 @@ def step(model, cache: StaticCache) -> None:
     cache.position.add_(1)
 
 
-# The static cache of each model, or None if capturing a graph has failed for this model.
+# The static cache of each model, or None if graph capture has failed for the model.
 _caches: WeakKeyDictionary[nn.Module, StaticCache | None] = WeakKeyDictionary()
 _caches_lock = threading.Lock()
 
@@ -271,7 +271,7 @@ def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.
     Args:
         cache: The KV cache of the columns before the answer.
         position: M-RoPE position of the first token.
-        ids: Tokens of the answer, int64 `[n]`.
+        ids: Answer token IDs, int64 `[n]`.
     """
     steps = new_cache(model, MIN_COLUMNS)
     holder = object()
@@ -285,14 +285,14 @@ def logits_along(model, cache: KVCache | HostedCache, position: int, ids: torch.
 def begin(
     model, holder: object, cache: KVCache | HostedCache, position: int, decoded: int, left: int
 ) -> StaticCache | None:
-    """Copy a KV cache into the model's static cache if the next tokens should be decoded with a CUDA graph.
+    """Copy a KV cache into the model's static cache if the next tokens should be decoded using a CUDA graph.
 
     Args:
         holder: An object that identifies the answer.
         cache: The answer's own KV cache.
-        position: M-RoPE position of the token that is read next.
-        decoded: Number of tokens in the answer so far.
-        left: Maximum number of tokens that may still be added to the answer.
+        position: M-RoPE position of the next token to read.
+        decoded: Number of answer tokens so far.
+        left: Maximum number of tokens that can still be added to the answer.
 
     Returns:
         The static cache, or None if graphs are unavailable or not yet worth capturing.
@@ -330,11 +330,11 @@ def _is_even(cache: KVCache | HostedCache) -> bool:
 
 
 def can_step(model) -> bool:
-    """Return True if every decoding step of a model runs the same operations, so that a graph can capture them.
+    """Return True if all decoding steps of a model run the same operations, so they can be captured in a graph.
 
-    Models with hooks are rejected, because a hook may do anything. Models that also read token ids are rejected, because a step has
-    only embeddings. Models with experts are accepted only with one of the two implementations of experts that never copy the choice
-    of experts to the host.
+    Models with hooks are rejected, because a hook may run arbitrary code. Models that also read token IDs are rejected, because
+    only embeddings are available in a decoding step. Mixture-of-experts (MoE) models are accepted only with one of the two expert
+    implementations that never copy the choice of experts to the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
@@ -351,13 +351,13 @@ def can_step(model) -> bool:
     return (
         (experts is None or text.config._experts_implementation in (EXPERTS, "batched_mm"))
         and kinds <= {"full_attention", "linear_attention"}
-        # Reject weights that were quantized by a package. They have special classes or integer dtypes, and may be buffers.
+        # Reject weights quantized by a package. They have special classes or integer dtypes, and may be buffers.
         and all(type(weight) in plain and weight.is_floating_point() for weight in weights)
     )
 
 
 def give_up(model, problem: Exception) -> None:
-    """Stop using CUDA graphs for a model and warn that decoding takes longer without them."""
+    """Stop using CUDA graphs for a model, and warn that decoding is slower without them."""
     _caches[model] = None
     message = f"tokens are decoded without a CUDA graph, which takes longer: {first_line(problem)}"
     warnings.warn(message, DeviceWarning, stacklevel=2)

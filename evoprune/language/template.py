@@ -1,9 +1,8 @@
-"""Render chat templates in a separate process with limits.
+"""Render chat templates in a separate process with resource limits.
 
 A template is a program from an untrusted source. Jinja's sandbox prevents it from accessing files and Python internals, but it can
-still run forever or use up all memory, even within a single operation that no signal can interrupt. Templates are therefore
-rendered in a separate process, which is killed if it exceeds its limits. Starting that process takes only slightly longer than
-importing Jinja would.
+still run forever or use up all memory, even within a single uninterruptible operation. Templates are therefore rendered in a
+separate process, which is killed if it exceeds its limits. Starting that process takes only slightly longer than importing Jinja.
 """
 
 import json
@@ -21,12 +20,12 @@ def render(source: str, variables: dict[str, Any]) -> str:
     """Render a Jinja template.
 
     Args:
-        source: The source of the template.
-        variables: The variables of the template, which must be serializable as JSON.
+        source: The template source.
+        variables: The template variables, which must be JSON-serializable.
 
     Raises:
         ValueError: If the template is broken, rejects the variables, takes too much time or memory, or renders too much text. The
-            message contains the reason.
+            error message includes the reason.
         OSError: If the process cannot be started.
     """
     return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
@@ -41,7 +40,7 @@ def _cached(request: str, seconds: int) -> str:
 
 
 def render_request(request: str) -> dict[str, str]:
-    """Render the template in a JSON request. The result is a dict with either the rendered `text` or an `error` message."""
+    """Render the template in a JSON request. Return a dict with either the rendered `text` or an `error` message."""
     request = json.loads(request)
     try:
         text = _compiled(request["source"]).render(**request["variables"])
@@ -49,7 +48,7 @@ def render_request(request: str) -> dict[str, str]:
         return {"error": "it takes too much memory"}
     except RecursionError:
         return {"error": "it is nested too deeply"}
-    except Exception as problem:  # a template is a program that may raise anything
+    except Exception as problem:  # a template is a program that can raise any exception
         return {"error": (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]}
     if len(text) > MAX_CHARACTERS:
         return {"error": f"its output has {len(text):,} characters, more than {MAX_CHARACTERS:,}"}
@@ -57,7 +56,7 @@ def render_request(request: str) -> dict[str, str]:
 
 
 def _compiled(source: str):
-    """Compile a template with the same tags, filters, functions and whitespace rules as in transformers."""
+    """Compile a template using the same tags, filters, functions, and whitespace rules as in transformers."""
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.nodes import Scope
@@ -76,7 +75,7 @@ def _compiled(source: str):
     class SafeNamespace(Namespace):
         """Jinja's `namespace`, except that it rejects names with a leading underscore."""
 
-        def __init__(*args, **kwargs):  # no `self`, because a template may use this name as a keyword
+        def __init__(*args, **kwargs):  # no `self`, because a template may use that name as a keyword
             self, *given = args
             Namespace.__init__(self)
             for name, value in dict(*given, **kwargs).items():

@@ -1,4 +1,4 @@
-"""Represent a conversation as turns and convert turns to and from messages with roles. This module does not import torch."""
+"""Represent a conversation as turns, and convert turns to and from messages with roles. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ ASSISTANT = "assistant"
 
 
 class Placed(str):
-    """A question with inputs between pieces of its text, such as "Image 1:", an input, "Image 2:", an input, "Which is older?".
+    """A question with inputs between pieces of text, such as "Image 1:", an input, "Image 2:", an input, and "Which is older?".
 
     As a `str`, the question consists of its pieces of text, joined by line breaks.
 
@@ -33,14 +33,14 @@ class Placed(str):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question in a conversation and the model's answer, without the model's thoughts."""
+    """A question in a conversation and the model's answer, without its reasoning text."""
 
     question: str
     answer: str
 
     @staticmethod
     def to_messages(turns: Sequence["Turn"]) -> list[dict[str, str]]:
-        """Convert turns to messages in the format that `from_messages` accepts."""
+        """Convert turns to messages in the format accepted by `from_messages`."""
         messages = []
         for turn in turns:
             messages.append({"role": USER, "content": turn.question})
@@ -56,7 +56,7 @@ class Turn:
                 and the contents are strings.
 
         Raises:
-            UsageError: If the messages have a different format, a question is empty, or the last question has no answer.
+            UsageError: If the messages have an invalid format, a question is empty, or the last question has no answer.
         """
         hint = '[{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A man."}]'
         if not isinstance(messages, list | tuple):

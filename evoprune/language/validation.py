@@ -1,7 +1,7 @@
-"""Validate a finished answer against its JSON Schema, using jsonschema with exact numbers. This module does not import torch.
+"""Validate a complete answer against its JSON Schema, using jsonschema with exact numbers. This module does not import torch.
 
 llguidance represents bounds and large integers as floats, so a guided answer can violate an exclusive bound, or contain a rounded
-integer of more than 53 bits. This is the only module that imports jsonschema, and it does so only when a schema is used.
+integer of more than 53 bits. This is the only module that imports jsonschema, and only when a schema is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from typing import Any
 from evoprune.errors import first_line
 from evoprune.util import shorten
 
-DIGITS = 1500  # decimal precision, more than the quotient of two floats has before its decimal point
-MAX_REFERENCES = 100_000  # limit per check; alternatives that refer to each other multiply
+DIGITS = 1500  # decimal precision, which exceeds the number of integer digits in the quotient of any two floats
+MAX_REFERENCES = 100_000  # limit per check; nested alternatives can multiply the number of references
 MAX_TEXT_LENGTH = 200  # maximum length of paths and messages from jsonschema, in characters
-# Keywords that only llguidance checks, because Python's `re` has a different syntax and can take forever.
+# Keywords checked only by llguidance, because Python's `re` has a different syntax and can take forever.
 ENGINE_KEYWORDS = ("pattern", "patternProperties", "format")
 SAMPLES: list[Any] = [None, False, 0, "", [], {}]
 ENDLESS_REFERENCES = "its references never end"
@@ -25,10 +25,10 @@ class _TooManyReferences(Exception):
 
 
 def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
-    """Describe the first violation of a schema by its path in the value and its keyword, or return None if the value is valid.
+    """Describe the first schema violation by its path in the value and its keyword, or return None if the value is valid.
 
     Args:
-        value, schema: Objects as returned by `json.loads`. Floats are treated as the decimal numbers that Python prints for them.
+        value, schema: Objects as returned by `json.loads`. Floats are treated as decimal numbers, exactly as printed by Python.
     """
     import referencing
     from referencing.exceptions import Unresolvable
@@ -37,7 +37,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
     try:
         with localcontext() as context:
             context.prec = DIGITS
-            # With an empty registry, jsonschema cannot fetch references from the web.
+            # Use an empty registry, so that jsonschema cannot fetch references from the web
             checker = validator(_exact(schema, without="$schema"), registry=referencing.Registry())
             error = next(checker.iter_errors(_exact(value)), None)
     except (_TooManyReferences, RecursionError):
@@ -50,7 +50,7 @@ def wrong_value(value: Any, schema: dict[str, Any]) -> str | None:
 
 
 def wrong_schema(schema: dict[str, Any]) -> str | None:
-    """Return the reason why answers cannot be validated against a schema, as a single line, or None if they can."""
+    """Return a one-line reason why answers cannot be validated against a schema, or None if they can."""
     from jsonschema.exceptions import SchemaError
 
     try:
@@ -81,14 +81,14 @@ def _pass(validator: Any, rule: Any, value: Any, schema: dict[str, Any]) -> Iter
 
 
 def _unless_patterns(rule: Callable) -> Callable:
-    """Wrap the rule for additionalProperties to skip schemas with patternProperties, which only llguidance checks."""
+    """Wrap the additionalProperties rule to skip schemas with patternProperties, which are checked only by llguidance."""
     return lambda validator, given, value, schema: (
         () if "patternProperties" in schema else rule(validator, given, value, schema)
     )
 
 
 def _counted(rule: Callable) -> Callable:
-    """Wrap the rule for $ref to raise `_TooManyReferences` after `MAX_REFERENCES` calls."""
+    """Wrap the $ref rule to raise `_TooManyReferences` after `MAX_REFERENCES` calls."""
     count = 0
 
     def follow(validator: Any, given: Any, value: Any, schema: dict[str, Any]) -> Iterator[Any]:
@@ -102,12 +102,12 @@ def _counted(rule: Callable) -> Callable:
 
 
 def _exact(value: Any, without: str | None = None) -> Any:
-    """Return a JSON value in which every float is replaced with an int or a Decimal.
+    """Return a JSON value with all floats replaced by an int or a Decimal.
 
     Args:
         value: The JSON value.
-        without: The name of fields to drop if their value is a string. For schemas, pass "$schema", because this field would make
-            jsonschema replace the modified validator with its own.
+        without: The name of fields to drop if their value is a string. For schemas, pass "$schema", because this field would cause
+            jsonschema to replace the modified validator with its own.
     """
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if name != without or not isinstance(inner, str)}

@@ -1,4 +1,4 @@
-"""Compile the language model's kernels and initialize its libraries before the first question is asked."""
+"""Compile the language model's kernels and initialize its libraries before the first question."""
 
 from math import prod
 
@@ -18,11 +18,10 @@ def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
     """Warm up the GPU by answering a question with a small model, including a decoding step in a static cache.
 
     Args:
-        model: A small model with random weights and the same widths as the model that is being loaded.
-        encoded: The encoded input of the question.
-        native: Whether evoprune's own code will run the language model that is being loaded. If transformers will run it, no
-            question is answered. Instead, only the norms and the solver for DeltaNets are run, because the solver has its own
-            library.
+        model: A small model with random weights and the same layer widths as the model being loaded.
+        encoded: The encoded input for the question.
+        native: Whether evoprune's own code will run the language model being loaded. If transformers will run it, no question is
+            answered. Instead, only the norms and the DeltaNet solver are run, because the solver has its own library.
     """
     if not native:
         _warm_up_hybrid(model)
@@ -49,5 +48,5 @@ def _warm_up_hybrid(model: QwenVL) -> None:
         hybrid.add_norm(rows, plus, rows[0].float(), text.rms_norm_eps)
     if text.delta_net:
         chunks = like.new_zeros(16, hybrid.CHUNK, hybrid.CHUNK, dtype=torch.float32)
-        # Load the library that contains the solver
+        # Load the solver library
         torch.linalg.solve_triangular(chunks, chunks, upper=False, unitriangular=True)

@@ -1,6 +1,6 @@
-"""The parts of a model that do not depend on inputs: its configuration, weights, layer helpers, and cost estimates.
+"""Input-independent components of a model: its configuration, weights, layer helpers, and cost estimates.
 
-The `vision` and `language` packages compute with these weights.
+The `vision` and `language` packages implement the computation with these weights.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
 """Parse and validate a model's `config.json`. This module imports neither torch nor transformers.
 
-`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, and keeps Hugging Face's names. It supports
-older checkpoints, which store the language model's settings at the top level, as well as newer checkpoints, which store them in
-`text_config`. Models that evoprune could not run faithfully are rejected here, before any weights are read. `FAMILIES` lists the
+`Config.parse` reads the config of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, or Qwen3.5 model, and keeps the Hugging Face names. It supports
+both older checkpoints, with language model settings at the top level, and newer checkpoints, with language model settings in
+`text_config`. Models that evoprune cannot reproduce faithfully are rejected before any weights are read. `FAMILIES` lists the
 differences between model families.
 """
 
@@ -23,18 +23,18 @@ QWEN3_5 = "qwen3_5"
 QWEN3_5_MOE = "qwen3_5_moe"
 QWEN4 = "qwen4_exp"
 PATCHES = 4  # number of patches in a unit (2x2)
-ANSWER_COLUMNS = 256  # columns to allocate in the KV cache in addition to the prompt, enough for a typical answer
+ANSWER_COLUMNS = 256  # KV cache columns to allocate in addition to the prompt, enough for a typical answer
 
 Layers = Annotated[
     int, Rule.whole(1, 1000)
-]  # more layers than any real model has, but few enough to build within a second
+]  # more layers than in any real model, but few enough to build within a second
 SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
-# The two kinds of language model layers.
+# The two types of language model layers.
 FULL = "full_attention"
 LINEAR = "linear_attention"
-EndIds = Annotated[  # ids of the tokens that end an answer
+EndIds = Annotated[  # IDs of the tokens that end an answer
     int | tuple[int, ...] | None, Rule.whole(0, 2**31) | Rule.list_of(Rule.whole(0, 2**31))
 ]
 
@@ -47,14 +47,14 @@ class Family:
     tower: str  # name of the vision tower class in transformers
     hidden_act: str  # the tower's activation function
     layer_norms: bool  # whether the tower has layer norms with a bias instead of RMS norms
-    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; gated MLPs have three
+    mlp: tuple[str, ...]  # names of the matrices in the tower's MLPs; gated MLPs have three matrices
     merger: tuple[str, str, str]  # names of the patch merger's norm and its two matrices
-    text: Mapping[str, Any]  # default settings of the language model and its rotary embedding
+    text: Mapping[str, Any]  # default settings for the language model and its rotary embedding
     video: Mapping[str, Any]  # settings of the published video processor (`video.plan.InputLimits`)
     picture: Mapping[str, Any]  # settings of the published processor for still images
-    unstated: Mapping[str, Any]  # settings for still images if the model's folder does not contain any
+    unstated: Mapping[str, Any]  # settings for still images if the model folder doesn't contain any
     vision: Mapping[str, Any]  # default settings of the tower
-    windows: bool = False  # whether tower layers use window attention and M-RoPE times are in seconds
+    windows: bool = False  # whether tower layers use window attention and M-RoPE uses seconds
     embed_dim: bool = False  # whether config files use the names from `Qwen2Sizes`
     head_norms: bool = False  # whether the language model normalizes queries and keys
     timestamps: bool = False  # whether prompts contain a timestamp and markers for each frame pair
@@ -158,18 +158,18 @@ class VisionConfig:
     hidden_size: Size  # number of features per patch
     intermediate_size: Size  # number of features per patch inside the MLPs
     num_heads: Size
-    out_hidden_size: Size  # number of features per merged unit, same as the language model's hidden size
-    fullatt_block_indexes: LayerNumbers  # layers that attend to the whole frame pair (all layers, except in Qwen2.5-VL)
-    window_size: Size = 112  # side of an attention window in pixels; without windows, it only affects the order of rows
-    patch_size: Size = 14  # side of a patch in pixels
+    out_hidden_size: Size  # number of features per merged unit, equal to the language model's hidden size
+    fullatt_block_indexes: LayerNumbers  # layers with full attention in a frame pair (all, except in Qwen2.5-VL)
+    window_size: Size = 112  # attention window size in pixels; without window attention, it only affects the row order
+    patch_size: Size = 14  # patch width and height in pixels
     temporal_patch_size: Size = 2  # number of frames in a frame pair
-    spatial_merge_size: Size = 2  # side of a unit in patches
+    spatial_merge_size: Size = 2  # unit width and height in patches
     in_channels: Size = 3
     tokens_per_second: Annotated[int | float | None, Rule.number(1e-3, 1e6)] = 4  # None if M-RoPE counts frame pairs
     hidden_act: Annotated[str, TEXT] = "silu"
-    num_position_embeddings: Annotated[int | None, SIZE] = None  # size of the square table of learned positions
-    # Indices of the layers that have their own merger, in ascending order. Each of these mergers creates features that are added in
-    # one of the first layers of the language model (DeepStack).
+    num_position_embeddings: Annotated[int | None, SIZE] = None  # entries in the square table of learned positions
+    # Indices of the layers with their own merger, in ascending order. The features from each of these mergers are added in one of
+    # the first language model layers (DeepStack).
     deepstack_visual_indexes: LayerNumbers = ()
     family: str = QWEN2_5  # one of `FAMILIES`
 
@@ -184,10 +184,10 @@ class VisionConfig:
 
     @classmethod
     def of(cls, config) -> Self:
-        """Convert the vision config of a transformers model to a `VisionConfig`. A `VisionConfig` is returned unchanged.
+        """Convert a transformers model's vision config to a `VisionConfig`. A `VisionConfig` is returned unchanged.
 
         Raises:
-            ValueError: If a number is missing or is not a number.
+            ValueError: If a numeric field is missing or not a number.
         """
         if isinstance(config, cls):
             return config
@@ -217,9 +217,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Qwen2Sizes:
-    """Sizes of the vision tower under the names that they have in the config files of Qwen2-VL.
+    """Vision tower sizes, using the names in Qwen2-VL config files.
 
-    In these files, `embed_dim` is the hidden size of the tower, and `hidden_size` belongs to the language model.
+    In these files, `embed_dim` is the tower's hidden size, and `hidden_size` is the language model's hidden size.
     """
 
     embed_dim: Size
@@ -229,14 +229,12 @@ class Qwen2Sizes:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Settings of Gated DeltaNet layers (arXiv 2412.06464), which replace attention in most layers of some models.
+    """Settings for Gated DeltaNet layers (arXiv 2412.06464), which replace attention in most layers of some models.
 
-    Unlike a KV cache, the state of a Gated DeltaNet does not grow with the length of the prompt.
+    Unlike a KV cache, the state of a Gated DeltaNet doesn't grow with the prompt length.
     """
 
-    layer_types: Annotated[
-        tuple[str, ...], Rule.list_of(TEXT)
-    ]  # `FULL` or `LINEAR` for every layer of the language model
+    layer_types: Annotated[tuple[str, ...], Rule.list_of(TEXT)]  # `FULL` or `LINEAR` for each language model layer
     linear_conv_kernel_dim: Annotated[int, Rule.whole(1, 1000)]  # kernel size of the convolution, in columns
     linear_num_key_heads: Size
     linear_num_value_heads: Size  # a multiple of `linear_num_key_heads`
@@ -254,13 +252,13 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class Experts:
-    """Settings of mixtures of experts, including which layers have experts instead of an MLP."""
+    """Mixture-of-experts (MoE) settings, including which layers have experts instead of an MLP."""
 
     num_experts: Annotated[int, Rule.whole(1, 2**16)]
     num_experts_per_tok: Annotated[int, Rule.whole(1, 2**16)]  # number of experts that process each token
-    moe_intermediate_size: Size  # number of inner features per expert
-    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the expert for all tokens
-    decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # every n-th layer has experts
+    moe_intermediate_size: Size  # inner size of each expert
+    shared_expert_intermediate_size: Annotated[int | None, SIZE] = None  # inner size of the shared expert
+    decoder_sparse_step: Annotated[int, Rule.whole(1, 1000)] = 1  # interval between layers with experts
     mlp_only_layers: LayerNumbers = ()  # layers that never have experts
 
 
@@ -273,17 +271,17 @@ class TextConfig:
     num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
-    # Always contains `rope_theta` and `mrope_section`. Also contains `mrope_interleaved` if feature pairs for time, height and
-    # width alternate, and `partial_rotary_factor` if only part of each head is rotated.
+    # Always includes `rope_theta` and `mrope_section`. Also includes `mrope_interleaved` if feature pairs for time, height, and
+    # width are interleaved, and `partial_rotary_factor` if only part of each head is rotated.
     rope_parameters: Annotated[dict[str, Any], OBJECT]
     intermediate_size: Annotated[int | None, SIZE] = (
-        None  # inner features of the MLPs; may be None if all layers have experts
+        None  # inner size of the MLPs; may be None if all layers have experts
     )
     rms_norm_eps: Annotated[float, Rule.number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
     eos_token_id: EndIds = None
-    # The context length, which is the maximum number of tokens in the prompt and the answer together, or None if it is unknown.
+    # The context length, which is the maximum total number of tokens in the prompt and the answer, or None if unknown.
     max_position_embeddings: Annotated[int | None, Rule.whole(1, 2**31)] = None
     head_dim: Annotated[int | None, Rule.whole(1, 2**16)] = None  # see `head_size`
     head_norms: bool = False  # whether queries and keys are normalized per head and have no bias
@@ -293,16 +291,16 @@ class TextConfig:
 
     @property
     def reads_ids(self) -> bool:
-        """Whether the language model needs token ids in addition to embeddings."""
+        """Whether the language model requires token IDs in addition to embeddings."""
         return self.qwen4 is not None and len(self.qwen4.ple_layer_ids) > 0
 
     @property
     def output_gate(self) -> bool:
-        """Whether attention layers multiply their output by a gate, which is projected together with the queries."""
+        """Whether attention layers multiply their output by a gate that is projected together with the queries."""
         return self.delta_net is not None
 
     def is_linear(self, layer: int) -> bool:
-        """Return True if a layer, given its zero-based index, is a Gated DeltaNet."""
+        """Return True if the layer with the given zero-based index is a Gated DeltaNet."""
         return self.delta_net is not None and self.delta_net.layer_types[layer] == LINEAR
 
     def has_experts(self, layer: int) -> bool:
@@ -316,9 +314,9 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of a whole model: its vision tower, its language model, and shared settings.
+    """The complete configuration of a model: its vision tower, its language model, and shared settings.
 
-    `tie_word_embeddings` is True if the input embeddings and the output layer share one matrix.
+    `tie_word_embeddings` is True if the input embeddings and the output layer share a single matrix.
     """
 
     vision_config: VisionConfig
@@ -330,8 +328,8 @@ class Config:
         """Parse the contents of a `config.json`.
 
         Raises:
-            ValueError: If a number is missing or out of range.
-            Unsupported: If the config is valid, but evoprune cannot run the model.
+            ValueError: If a numeric setting is missing or out of range.
+            Unsupported: If the config is valid, but evoprune doesn't support the model.
         """
         family = content.get("model_type") or QWEN2_5
         text = section(content, "text_config") or content
@@ -339,20 +337,20 @@ class Config:
         _check_misplaced_sizes(content, family)
         if content.get("eos_token_id") is not None:  # as in transformers, the top level overrides `text_config`
             text = text | {"eos_token_id": content["eos_token_id"]}
-        # Follow transformers: in families without head norms, the embeddings are tied if either the top level or `text_config` says
-        # so, because earlier versions wrote this setting to `text_config`.
+        # As in transformers, embeddings in families without head norms are tied if specified at the top level or in `text_config`,
+        # because earlier versions wrote this setting to `text_config`.
         tied = [part.get("tie_word_embeddings") for part in (content, text)]
         tied = [value is not None and YES_OR_NO.check(value, "tie_word_embeddings") for value in tied]
         tied = tied[0] if FAMILIES[family].head_norms else any(tied)
         config = cls(_parse_vision(vision, family), _parse_text(text, family), tied)
         config.vision_config.check()
-        _check_rope(section(content, "rope_scaling"))  # otherwise ignored if there is a `text_config`
+        _check_rope(section(content, "rope_scaling"))  # would otherwise be ignored if there is a `text_config`
         same = config.vision_config.out_hidden_size == config.text_config.hidden_size
         _check(same, "out_hidden_size of the tower differs from hidden_size of the language model")
         return config
 
     def as_written(self) -> dict[str, Any]:
-        """Convert this config back to the contents of a `config.json`, without the ids of special tokens."""
+        """Convert this config back to the contents of a `config.json`, without special token IDs."""
 
         def as_json(entries: list[tuple[str, Any]]) -> dict[str, Any]:
             content = {name: value for name, value in entries if value is not None}
@@ -377,7 +375,7 @@ class Config:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Sampling settings from a `generation_config.json`. Settings that the file does not contain are None."""
+    """Sampling settings from a `generation_config.json`. Missing settings are None."""
 
     eos_token_id: EndIds = None
     do_sample: Annotated[bool | None, YES_OR_NO] = None
@@ -388,14 +386,14 @@ class GenerationSettings:
 
 
 class Unsupported(ValueError):
-    """Raised if a config is valid, but evoprune cannot run the model."""
+    """Raised if a config is valid, but evoprune doesn't support the model."""
 
 
 def _check_misplaced_sizes(content: dict, family: str) -> None:
-    """Raise ValueError if a config has a `text_config`, but one of the language model's sizes is only at the top level.
+    """Raise ValueError if a config has a `text_config`, but specifies a language model size only at the top level.
 
-    transformers would ignore a size at the top level and use its default, so the shapes of the weights would not match. The context
-    length is exempt, because it does not affect the weights.
+    transformers would ignore a size at the top level and use the default, so the weight shapes wouldn't match. The context length
+    is exempt, because it doesn't affect the weights.
     """
     inner = section(content, "text_config")
     if not inner:
@@ -410,14 +408,14 @@ def _check_misplaced_sizes(content: dict, family: str) -> None:
 
 
 def _parse_text(content: dict, family: str) -> TextConfig:
-    """Parse the settings of the language model. Raises the same errors as `Config.parse`."""
+    """Parse the language model settings. Raises the same errors as `Config.parse`."""
     traits = FAMILIES[family]
     given = {name: value for name, value in content.items() if value is not None}
-    if "num_local_experts" in given:  # transformers saves `num_experts` under this name
+    if "num_local_experts" in given:  # transformers saves `num_experts` using this name
         given = {"num_experts": given["num_local_experts"]} | given
     given = traits.text | given
-    # As in transformers, the older name takes precedence, because guides for YaRN tell users to add it to files that already
-    # contain the newer name.
+    # As in transformers, the older name takes precedence, because YaRN guides tell users to add it to files that already contain
+    # the newer name.
     rope = section(content, "rope_scaling") or section(content, "rope_parameters")
     names = {"rope_theta", "mrope_section", "partial_rotary_factor"} & traits.text.keys()
     rope = {name: given[name] for name in sorted(names)} | {
@@ -443,7 +441,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     attends_over_windows = text.use_sliding_window
     if (
         attends_over_windows and "layer_types" in given
-    ):  # same rule as in transformers for whether any layer uses sliding-window attention
+    ):  # same condition for sliding-window attention as in transformers
         attends_over_windows = "sliding_attention" in Rule.list_of(TEXT).check(
             given["layer_types"], "text_config.layer_types"
         )
@@ -502,11 +500,11 @@ def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
 
 
 def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
-    """Parse the settings of a mixture of experts. Raises the same errors as `Config.parse`.
+    """Parse the settings of a mixture-of-experts (MoE) model. Raises the same errors as `Config.parse`.
 
     Args:
-        given: The settings of the language model.
-        known: Names of all settings that this model family supports.
+        given: The language model settings.
+        known: Names of all settings supported by this model family.
         family: One of `FAMILIES`.
     """
     experts = pick(Experts, given, "text_config")
@@ -514,7 +512,7 @@ def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
     count = experts.num_experts
     _check(active <= count, f"num_experts_per_tok is {active}, but there are {count} experts")
     _check(given.get("norm_topk_prob", True) is True, "norm_topk_prob false is not supported", Unsupported)
-    # In transformers, each family supports either layers without experts or a shared expert, but not both.
+    # In transformers, each family supports either layers without experts or a shared expert, but not both
     shared = "shared_expert_intermediate_size"
     unread = {"decoder_sparse_step", "mlp_only_layers"} if shared in known else {shared}
     for field in fields(Experts):
@@ -536,10 +534,10 @@ def head_size(text) -> int:
 
 
 def _parse_vision(content: dict, family: str) -> VisionConfig:
-    """Parse the `vision_config` of a model from any family in `FAMILIES`.
+    """Parse a model's `vision_config`. Supports all families in `FAMILIES`.
 
     Raises:
-        ValueError: If a number is missing or is not a number.
+        ValueError: If a numeric setting is missing or not a number.
     """
     traits = FAMILIES[family]
     given = {"in_channels": content.get("in_chans", 3), "hidden_act": traits.hidden_act} | traits.vision

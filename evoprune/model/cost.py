@@ -1,4 +1,4 @@
-"""Estimate how many operations and how much memory a run needs, and measure how long each stage takes."""
+"""Estimate the number of operations and the memory required for a run, and measure how long each stage takes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, h
 from evoprune.model.numerics import without_autocast
 from evoprune.model.weights import Tower
 
-SMALL_CHANGE = 128 * 2**20  # number of bytes that even the smallest run needs
+SMALL_CHANGE = 128 * 2**20  # number of bytes needed for even the smallest run
 # Number of row-sized tensors that a layer keeps in memory at once: the rows, queries, keys, values, the attention output, and
-# copies of some of these.
+# copies of some of these tensors.
 ROW_COPIES = 6
 DELTA_CHUNK = 64  # number of columns that a Gated DeltaNet processes at once, same as in transformers
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Measures how many seconds a run spends in each stage, summed over all visits to that stage."""
+    """Measures the total time spent in each stage of a run, in seconds."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
@@ -34,7 +34,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent in a `with` block to a stage. If the block runs out of memory, the error mentions the stage."""
+        """Add the time spent in a `with` block to a stage. If memory runs out inside the block, the error mentions the stage."""
         start = self.now()
         try:
             with memory_guard(name):
@@ -43,7 +43,7 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield items and add the time spent producing them to a stage. Time spent by the consumer does not count."""
+        """Yield items and add the time spent producing them to a stage, excluding time spent in the consumer."""
         source = iter(items)
         while True:
             with self.stage(name):
@@ -54,9 +54,9 @@ class Clock:
 
 
 class Cost:
-    """Estimates the cost of running a model: its parameters, operations and bytes of memory.
+    """Estimates the cost of running a model: its parameters, operations, and memory in bytes.
 
-    A multiply-add is counted as two operations.
+    A multiply-add counts as two operations.
     """
 
     def __init__(self, config: Config):
@@ -66,7 +66,7 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the model, including all experts. Tied parameters are counted once."""
+        """Number of model parameters, including all experts and counting tied parameters once."""
         text = self._text
         net = text.delta_net
         experts = text.experts
@@ -108,10 +108,10 @@ class Cost:
         return total
 
     def tower_flop(self, rows: Sequence[int], grids: int, windows: int) -> float:
-        """Return the number of operations that the vision tower needs to encode a video.
+        """Return the number of vision tower operations for encoding a video.
 
         Args:
-            rows: The number of rows that each layer computes for the whole video, followed by the number of rows that enter the
+            rows: The number of rows computed by each layer for the entire video, followed by the number of rows entering the
                 merger.
             grids: The number of frame pairs.
             windows: The number of attention windows per frame pair.
@@ -132,12 +132,12 @@ class Cost:
         return total + 2 * merged * (wide * wide + wide * config.out_hidden_size)
 
     def prefill_flop(self, length: int | Sequence[int | Sequence[int]]) -> float:
-        """Return the number of operations that the prefill needs, with logits for only the last token.
+        """Return the number of operations for prefill, with logits for only the last token.
 
         Args:
             length: The number of prompt tokens after pruning, either a single number or one entry per layer. An entry can also
-                consist of three numbers: the number of tokens that have keys and values, the number of tokens that have queries and
-                an attention output, and the number of tokens that go through the MLP.
+                consist of three numbers: the number of tokens with keys and values, the number of tokens with queries and an
+                attention output, and the number of tokens that go through the MLP.
         """
         config = self._text
         h = config.hidden_size
@@ -164,9 +164,9 @@ class Cost:
         return total
 
     def _delta_flop(self) -> float:
-        """Return the number of operations that a Gated DeltaNet needs per prompt token.
+        """Return the number of Gated DeltaNet operations per prompt token.
 
-        This includes its projections, its convolution, and the chunked delta rule.
+        This includes the projections, the convolution, and the chunked delta rule.
         """
         net = self._text.delta_net
         key = net.linear_key_head_dim
@@ -175,7 +175,7 @@ class Cost:
         mixed = 2 * net.key_size + net.value_size
         projections = 2 * self._text.hidden_size * (mixed + 2 * net.value_size + 2 * heads)
         # Within each chunk, the keys are multiplied by the keys and by the queries, a triangular system is solved for keys and
-        # values, and the queries read the values. The state is read twice (by the keys and by the queries) and written once.
+        # values, and the queries read the values. The state is read twice (with the keys and the queries) and written once.
         inside = DELTA_CHUNK * (4 * key + (key + value) + 2 * value)
         return projections + 2 * net.linear_conv_kernel_dim * mixed + heads * (inside + 6 * key * value)
 
@@ -188,20 +188,20 @@ class Cost:
         rows: int | None = None,
         left: int | None = None,
     ) -> int:
-        """Estimate the peak memory of a run in bytes, not counting the weights.
+        """Estimate the peak memory of a run in bytes, excluding the weights.
 
         Args:
             units: The number of visual units in the video.
-            piece_units: The number of units that are processed in a single matrix product.
+            piece_units: The number of units processed in a single matrix product.
             prompt: The number of prompt tokens, either a single number or one number per layer.
             bytes_each: The number of bytes per weight.
-            rows: The maximum number of rows that any tower layer computes. None means one row per unit.
-            left: The number of rows that leave the tower. None means one row per unit.
+            rows: The maximum number of rows computed by any tower layer. None means one row per unit.
+            left: The number of rows output by the tower. None means one row per unit.
         """
         piece_units = min(units, piece_units)
         vision = self._vision
         row_bytes = PATCHES * vision.hidden_size * bytes_each
-        # Units are embedded piece by piece. Concatenating the pieces creates one copy, and selecting rows creates another.
+        # Units are embedded piece by piece. Concatenating the pieces creates a copy, and selecting rows creates another copy.
         embedding = 2 * units * row_bytes + self._pixel_bytes(piece_units, bytes_each)
         if rows is None:
             rows = units
@@ -212,7 +212,7 @@ class Cost:
         return SMALL_CHANGE + features + max(embedding, layers, self.language_bytes(prompt, bytes_each))
 
     def unpruned_memory(self, units: int, prompt: int, bytes_each: int) -> int:
-        """Estimate the peak memory of plain transformers (without pruning) in bytes, not counting the weights.
+        """Estimate the peak memory of plain transformers (without pruning) in bytes, excluding the weights.
 
         Args:
             units: The number of units in the video.
@@ -223,13 +223,13 @@ class Cost:
         return held + max(self._tower_bytes(units, bytes_each), self.language_bytes(prompt, bytes_each))
 
     def _pixel_bytes(self, units: int, bytes_each: int) -> int:
-        """Return the number of bytes needed to store the pixels of `units` units, both in float32 and in the weights' dtype."""
+        """Return the number of bytes needed to store the pixels of `units` units in both float32 and the weight dtype."""
         vision = self._vision
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return units * PATCHES * values * (4 + bytes_each)
 
     def _tower_bytes(self, units: int, bytes_each: int) -> int:
-        """Return the number of bytes that the vision tower needs to process `units` visual units.
+        """Return the number of bytes needed for the vision tower to process `units` visual units.
 
         Most of this memory is used by the float32 rotary embedding and the MLP.
         """
@@ -237,9 +237,9 @@ class Cost:
         return units * PATCHES * (12 * vision.hidden_size * 4 + 3 * vision.intermediate_size * bytes_each)
 
     def carried_bytes(self, places: int, bytes_each: int) -> int:
-        """Return the size in bytes of the keys and values that the tower keeps for later frame pairs to attend to.
+        """Return the size in bytes of the keys and values that the tower stores for later frame pairs.
 
-        Every tower layer keeps the keys and values of `places` units.
+        Each tower layer stores the keys and values of `places` units.
         """
         vision = self._vision
         return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
@@ -247,7 +247,7 @@ class Cost:
     def kv_bytes(self, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
         """Return the size of the language model's KV cache for a prompt, in bytes.
 
-        Instead of keys and values, Gated DeltaNet layers keep a float32 state whose size does not depend on the prompt.
+        Instead of keys and values, Gated DeltaNet layers store a float32 state whose size doesn't depend on the prompt.
 
         Args:
             tokens: The number of prompt tokens, either a single number or one number per layer.
@@ -270,7 +270,7 @@ class Cost:
         return total
 
     def language_bytes(self, prompt: int | Sequence[int], bytes_each: int) -> int:
-        """Return the number of bytes that the language model needs to read a prompt, including the KV cache.
+        """Return the number of bytes needed for the language model to read a prompt, including the KV cache.
 
         Args:
             prompt: The number of prompt tokens, either a single number or one number per layer.
@@ -281,7 +281,7 @@ class Cost:
         added = self._vision.layers_read - 1  # number of layers to which DeepStack adds features
         inner = max(_mlp_size(text, layer) for layer in range(text.num_hidden_layers))
         wide = 8 * 4 * text.hidden_size * (text.qwen4.hc_count if text.qwen4 else 1)
-        if net := text.delta_net:  # chunks are float32, with a copy of the keys for every value head
+        if net := text.delta_net:  # chunks are float32, with a copy of the keys for each value head
             heads = net.linear_num_value_heads
             key = net.linear_key_head_dim
             value = net.linear_value_head_dim
@@ -299,7 +299,7 @@ def _of_each_layer(tokens: int | Sequence[T], depth: int) -> Sequence[int | T]:
 
 
 def _mlp_size(config: TextConfig, layer: int) -> int:
-    """Return how many inner features a layer computes per token, either in its MLP or in all experts that process the token."""
+    """Return the number of inner features a layer computes per token, either in its MLP or in all of the token's experts."""
     if not config.has_experts(layer):
         return config.intermediate_size
     experts = config.experts
@@ -318,8 +318,8 @@ def matmul_rate(
 
     Args:
         dtype: The dtype of the factors.
-        device: The name of the device.
-        seconds: The time to measure each shape, in seconds.
+        device: The device name.
+        seconds: How long to measure each shape, in seconds.
         shapes: The shapes to try, as (rows, inner, columns). The result is the speed of the fastest shape.
     """
     best = 0.0

@@ -9,8 +9,8 @@ from evoprune.model.config import head_size
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Apply an RMS norm in float32.
 
-    As in transformers, the normalized values are rounded before they are multiplied by `weight`, whereas torch's own norm with a
-    weight would round them afterward.
+    As in transformers, the normalized values are rounded before being multiplied by `weight`, whereas torch's own norm with a
+    weight would round them after the multiplication.
     """
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
@@ -21,15 +21,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def heads_of(attention, name: str, x: torch.Tensor, config) -> torch.Tensor:
-    """Project hidden states to queries, keys or values, `[L, heads, head_dim]`, without applying the rotary embedding.
+    """Project hidden states to queries, keys, or values, `[L, heads, head_dim]`, without applying the rotary embedding.
 
-    Queries and keys are normalized per head if the layer has norms for them.
+    Queries and keys are normalized per head if the layer has query and key norms.
 
     Args:
         attention: The attention module of a language model layer.
-        name: "q", "k" or "v".
+        name: "q", "k", or "v".
         x: The hidden states after the layer's norm, `[L, hidden]`.
-        config: The config of the language model.
+        config: The language model config.
     """
     projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, head_size(config))
     of_heads = getattr(attention, f"{name}_norm", None)

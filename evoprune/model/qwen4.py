@@ -1,8 +1,8 @@
-"""Settings and sizes of the layers that Qwen4-Exp (Qwen3.8-Flash-Next) adds to the language model of Qwen3.5.
+"""Settings and sizes of the layers that Qwen4-Exp (Qwen3.8-Flash-Next) adds to the Qwen3.5 language model.
 
-- Hyper-connections: The model has several residual streams. Each layer reads a mix of the streams and writes to all of them. -
-Indexers: Each attention layer has an indexer, which selects the blocks of keys that a column attends to. - N-gram embeddings (PLE):
-Some layers add embeddings of n-grams of token ids, so the model needs the token ids as well as their embeddings.
+- Hyper-connections: The model has multiple residual streams. Each layer reads a mix of the streams and writes to all of them.
+- Indexers: Each attention layer has an indexer, which selects the key blocks that a column attends to.
+- N-gram embeddings (PLE): Some layers add embeddings of token ID n-grams, so the model requires token IDs, not just embeddings.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SIZE = Rule.whole(1, 2**22)
 Size = Annotated[int, SIZE]
 SMALL = Rule.whole(1, 1000)
 Small = Annotated[int, SMALL]
-# Values in `layer_types` for attention layers with an indexer, although published files use "full_attention" instead.
+# Values in `layer_types` for attention layers with an indexer. Published files use "full_attention" instead.
 INDEXED = ("indexed_attention", "qwen_sparse_attention")
 DEFAULTS = {
     "num_experts": 512,
@@ -35,23 +35,23 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Qwen4:
-    """The settings that Qwen4-Exp adds to Qwen3.5, with the same names as in `config.json`."""
+    """The settings that Qwen4-Exp adds to Qwen3.5, using the same names as in `config.json`."""
 
     hc_count: Small  # number of residual streams
     hc_lowrank: Size  # rank of the matrices that mix the streams
     indexer_n_heads: Small
     indexer_kv_heads: Small
     indexer_head_dim: Size
-    indexer_budget: Size  # maximum number of columns, in whole blocks, that an attention layer reads
+    indexer_budget: Size  # maximum number of columns, in whole blocks, read by an attention layer
     indexer_compress_ratio: Small  # number of columns per block
-    ple_layer_ids: Annotated[tuple[int, ...], Rule.list_of(SMALL)]  # one-based numbers of layers with n-gram embeddings
+    ple_layer_ids: Annotated[tuple[int, ...], Rule.list_of(SMALL)]  # one-based indices of layers with n-gram embeddings
     ple_embed_dim: Size
     ple_conv_kernel_size: Small
     ngram_size: Annotated[int, Rule.whole(2, 16)]
     heads_per_ngram: Small
     ngram_vocab_size_base: Annotated[int, Rule.whole(1, 2**27)]
     make_ngram_vocab_size_divisible_by: Annotated[int, Rule.whole(1, 2**20)]
-    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors into which files split a table
+    split_ngram_parts: Annotated[int, Rule.whole(1, 2**16)]  # number of tensors per table in the weight files
     seed: Annotated[int, Rule.whole(0, 2**62)]
     output_gate_type: Annotated[str | None, TEXT] = None  # activation in Gated DeltaNets; None means same as in MLPs
 
@@ -59,8 +59,8 @@ class Qwen4:
         """Return the reason why transformers cannot build a model with these settings, or None if it can.
 
         Args:
-            linear: For each layer, whether it is a Gated DeltaNet.
-            turned: The number of features per attention head that the rotary embedding rotates.
+            linear: Whether each layer is a Gated DeltaNet.
+            turned: The number of features per attention head rotated by the rotary embedding.
         """
         layers = [number - 1 for number in self.ple_layer_ids]
         tables = (self.ngram_size - 1) * self.heads_per_ngram
@@ -82,8 +82,8 @@ class Qwen4:
         """Return the number of weights in a single hyper-connection.
 
         Args:
-            hidden: The hidden size of the language model.
-            writes: Whether the hyper-connection writes to the residual streams, which only the last one in a model does not.
+            hidden: The language model's hidden size.
+            writes: Whether the hyper-connection writes to the residual streams. This is False only for the last hyper-connection.
         """
         wide = self.hc_count * hidden
         return wide * (1 + 2 * self.hc_lowrank + writes * self.hc_count)
@@ -105,7 +105,7 @@ class Qwen4:
         return total
 
     def prefill_flop(self, hidden: int, layers: int, attention_layers: int, length: int) -> float:
-        """Return the number of operations that Qwen4-Exp's additional layers need for a prompt of `length` tokens."""
+        """Return the number of operations in Qwen4-Exp's additional layers for a prompt of `length` tokens."""
         wide = self.hc_count * hidden
         mixed = 2 * layers * (self.mixer_weights(hidden) - wide) + self.mixer_weights(hidden, writes=False) - wide
         embedded = len({*self.ple_layer_ids}) * (
@@ -116,9 +116,9 @@ class Qwen4:
         return 2.0 * length * (mixed + embedded + indexed)
 
     def state_bytes(self, hidden: int, columns: int, bytes_each: int) -> int:
-        """Return the size in bytes of the keys of the indexers and the state of the n-gram embeddings.
+        """Return the size of the indexer keys and the n-gram embedding state, in bytes.
 
-        `columns` is the total number of columns in the indexers of all layers.
+        `columns` is the total number of columns in all layers' indexers.
         """
         keys = columns * self.indexer_kv_heads * self.indexer_head_dim * bytes_each
         seen = self.hc_count * hidden * (self.ple_conv_kernel_size - 1) * self.ngram_size * bytes_each

@@ -1,8 +1,8 @@
-"""Module trees for the weights of Qwen2-VL, Qwen2.5-VL and Qwen3-VL models, with the same names as in Hugging Face.
+"""Module trees for the weights of Qwen2-VL, Qwen2.5-VL, and Qwen3-VL models, using the same names as in Hugging Face.
 
-The modules have no forward pass. Instead, `vision/tower.py` and `language/decoder.py` compute with their weights. Because the names
-are the same, these files can also run a model that was loaded with transformers. Models that evoprune loads itself do not need
-transformers, which takes longer to import than a short answer takes to generate.
+The modules have no forward pass. Instead, their weights are used by `vision/tower.py` and `language/decoder.py`. Because the names
+are the same, these files can also run a model loaded using transformers. Models loaded by evoprune itself don't require
+transformers, which takes longer to import than generating a short answer.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
-    """A module that is built from named children. A name such as `mlp.0` refers to the child `0` of the child `mlp`."""
+    """A module built from named children. A name such as `mlp.0` refers to the child `0` of the child `mlp`."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -31,13 +31,13 @@ class Tree(nn.Module):
 
 
 def _mlp(names: Sequence[str], wide: int, inner: int, bias: bool) -> Tree:
-    """Create an MLP whose last matrix maps from `inner` to `wide` features, and all other matrices from `wide` to `inner`."""
+    """Create an MLP whose last matrix maps `inner` to `wide` features, and all other matrices map `wide` to `inner` features."""
     *into, back = names
     return Tree(**{name: nn.Linear(wide, inner, bias) for name in into}, **{back: nn.Linear(inner, wide, bias)})
 
 
 class Tower(Tree):
-    """The weights of the vision tower."""
+    """The vision tower weights."""
 
     def __init__(self, config: VisionConfig):
         wide = config.hidden_size
@@ -83,7 +83,7 @@ def _embedding(count: int, wide: int) -> nn.Embedding:
 
 
 class LanguageModel(Tree):
-    """The weights of the language model, except its output layer."""
+    """The language model weights, excluding the output layer."""
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
@@ -114,7 +114,7 @@ class LanguageModel(Tree):
 
 
 class Model(Tree):
-    """All weights of a model: the tower (`model.visual`), the language model (`model.language_model`), and `lm_head`."""
+    """All model weights: the tower (`model.visual`), the language model (`model.language_model`), and `lm_head`."""
 
     config: Config
     native: bool  # whether language/decoder.py runs the language model, instead of transformers
@@ -128,7 +128,7 @@ class Model(Tree):
         return self.model.language_model.embed_tokens.weight.device
 
     def fill_random(self, device: torch.device) -> None:
-        """Set biases to zero, other vectors to one, and everything else to seeded noise. Tied weights stay tied."""
+        """Set biases to zero, other vectors to one, and all other weights to seeded random noise. Tied weights stay tied."""
         made: dict[nn.Parameter, nn.Parameter] = {}
         for module in self.modules():  # `to_empty` would import torch's compiler, which takes two seconds
             for name, weight in [*module.named_parameters(recurse=False)]:
@@ -137,7 +137,7 @@ class Model(Tree):
                     made[weight] = nn.Parameter(values, requires_grad=False)
                 setattr(module, name, made[weight])
         like = next(self.parameters())
-        # Repeat a single block of noise. Its length is a prime number, so no two rows of a matrix are equal.
+        # Repeat a single block of noise. The block length is prime, so no two matrix rows are identical.
         random = torch.Generator().manual_seed(0)
         block = torch.randn(1_048_573, generator=random, dtype=torch.float32, device="cpu").mul_(0.02).to(like)
         with torch.no_grad():
@@ -158,7 +158,7 @@ class Model(Tree):
 
 
 class QwenVL(Model):
-    """A model whose language model runs in evoprune's own code."""
+    """A model whose language model is run by evoprune's own code."""
 
     native = True
 
@@ -172,13 +172,13 @@ class QwenVL(Model):
 
     @classmethod
     def empty(cls, config: Config) -> Self:
-        """Return a model on the meta device, whose weights have names and shapes but take no memory."""
+        """Return a model on the meta device, with weights that have names and shapes but take no memory."""
         with torch.device("meta"):
             return cls(config).eval().requires_grad_(False)
 
     @classmethod
     def random(cls, config: Config, dtype: torch.dtype, device: torch.device) -> Self:
-        """Return a model with seeded random weights for benchmarks, where the values of the weights do not affect the speed.
+        """Return a model with seeded random weights, for benchmarks in which the weight values don't affect the speed.
 
         Creating a 3B model takes a few seconds.
         """
@@ -193,16 +193,16 @@ class QwenVL(Model):
         return copy.requires_grad_(False)
 
     def tie(self) -> None:
-        """Make the input embeddings and the output layer share one tensor, if the config says that they are tied."""
+        """If the config specifies tied embeddings, make the input embeddings and the output layer share a single tensor."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.language_model.embed_tokens.weight
 
 
 class HostedVL(Model):
-    """A model whose `visual`, `language_model` and `lm_head` are transformers modules."""
+    """A model whose `visual`, `language_model`, and `lm_head` are transformers modules."""
 
     native = False
-    package = ""  # name of the package that quantized the layers, for error messages
+    package = ""  # package that quantized the layers, for error messages
 
     def __init__(self, config: Config, visual: nn.Module, language_model: nn.Module, lm_head: nn.Module):
         if hasattr(language_model, "hyper_connection_mixer"):  # in Qwen4-Exp, this is the only final norm

@@ -1,6 +1,6 @@
-"""Run the whole pipeline behind an answer: load a model, read and encode the inputs, and generate the answer.
+"""Run the entire pipeline: load a model, read and encode the inputs, and generate an answer.
 
-Most of the work happens in `encoding` and `asking`. `memory` predicts how much memory they need, `prompting` builds prompts and
+Most of the work happens in `encoding` and `asking`. `memory` estimates their memory requirements, `prompting` builds prompts and
 adds subtitles, and `session` combines the loaded model with its pruning settings. Both the command line and `evoprune.VideoQA` are
 built on this package.
 """

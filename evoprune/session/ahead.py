@@ -1,10 +1,10 @@
-"""Probe and read inputs while torch is being imported and a model is being loaded. Imports no torch.
+"""Probe and read inputs while torch is being imported and the model is being loaded. Does not import torch.
 
-Which frames to read depends only on the model's description (session/loading/description.py), so an input can be planned before the
-model is loaded. Later, the session makes its own plan. If that plan needs the same frames and the files have not changed, the
+The model description (session/loading/description.py) is enough to determine which frames to read, so an input can be planned
+before the model is loaded. The session later creates its own plan. If it needs the same frames and the files haven't changed, the
 session uses the prefetched frames; otherwise, it reads the input again.
 
-Prefetched frames are kept at their decoded size, because resizing them would need torch.
+Prefetched frames keep their decoded size, because resizing them would require torch.
 """
 
 import os
@@ -36,18 +36,18 @@ MAX_GROUPS = 4  # maximum number of input groups to prefetch
 
 @dataclass(eq=False)
 class _Prefetch:
-    """An input that is being prefetched. Its reader thread sets `state` and `request`."""
+    """An input being prefetched. Its reader thread sets `state` and `request`."""
 
     path: str
-    state: tuple | None = None  # state of the files before they were probed; see `state_of`
+    state: tuple | None = None  # file state before probing; see `state_of`
     request: tuple[Any, ...] | None = None  # see `_request`; set once the input has been planned
     reading: Reading[FrameChunk] | None = None
 
     def answers(self, request: tuple[Any, ...]) -> bool:
-        """Return True if the prefetched frames are the ones that a session is requesting.
+        """Return True if the prefetched frames can be used for a session's request.
 
-        The session must need the same frames, and the files must not have changed since they were probed. A prefetch that failed
-        with a `VideoError` also qualifies, because the session would run into the same error. After any other error, the session
+        The session must request the same frames, and the files must not have changed since they were probed. A prefetch that failed
+        with a `VideoError` also qualifies, because the session would encounter the same error. After any other error, the session
         should read the input itself.
         """
         problem = self.reading.problem
@@ -56,16 +56,16 @@ class _Prefetch:
 
 
 class ReadAhead(Readings):
-    """Prefetches inputs one after another while their model is still loading. Close it after use.
+    """Prefetches inputs one by one while the model is loading. Close it after use.
 
-    Bad inputs raise no errors here. Instead, the session raises the error later, when it opens the input.
+    Invalid inputs don't raise an error at this stage. The session raises the error later, when it opens the input.
 
     Args:
         model: The description of the model that will encode the inputs.
-        asked: The groups of inputs, in the order in which they will be encoded. Each group is a list of paths that are opened
-            together, followed by their sampling options. Only the first `MAX_GROUPS` groups are prefetched.
-        pruning: The pruning options, which matter because some methods downscale the frames. None means no pruning.
-        held_bytes: Maximum size of the prefetched frames, in bytes. The default is 512 MiB, or less if little memory is available.
+        asked: The input groups, in encoding order. Each group is a tuple of a list of paths to open together and their sampling
+            options. Only the first `MAX_GROUPS` groups are prefetched.
+        pruning: The pruning options, which are needed because some methods downscale the frames. None means no pruning.
+        held_bytes: Maximum size of the prefetched frames, in bytes. Defaults to 512 MiB, or less if memory is low.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ReadAhead(Readings):
                 prefetch = _Prefetch(path)
                 prefetch.reading = Reading(partial(self._begin, prefetch, names, place, sampling), self)
                 self._prefetches.append(prefetch)
-        self._remaining = [*self._prefetches]  # inputs that `take` has neither returned nor skipped yet
+        self._remaining = [*self._prefetches]  # inputs not yet returned or skipped by `take`
 
     def close(self) -> None:
         """Discard all prefetched frames and stop the reader threads."""
@@ -100,10 +100,9 @@ class ReadAhead(Readings):
             self._stop_speech.pop()()
 
     def take(self, plan: Plan) -> Reading[FrameChunk] | None:
-        """Return a prefetched `Reading` of the frames that a plan needs, or None. The caller must close it.
+        """Return a prefetched `Reading` of the frames required by a plan, or None. The caller must close it.
 
-        Request inputs in the order in which they were passed as `asked`, because this method discards every input that comes before
-        the one it returns.
+        Inputs must be requested in the same order as in `asked`, because this method discards all inputs before the returned one.
         """
         request = _request(plan)
         while True:
@@ -120,10 +119,10 @@ class ReadAhead(Readings):
             prefetch.reading.close()
 
     def _has_started(self, reading: Reading) -> bool:
-        """Wait for a reading to start. Return True once it has started or ended, and False after `PATIENCE_S` seconds.
+        """Wait for a `Reading` to start. Return True once it has started or ended, or False after `PATIENCE_S` seconds.
 
-        If another consumer is still taking chunks from an earlier reading in the queue, return False without waiting, because that
-        consumer may never finish.
+        If another consumer is still taking chunks from an earlier `Reading` in the queue, this returns False immediately, because
+        that consumer may never finish.
         """
         if not reading.is_here:
             return False
@@ -133,13 +132,13 @@ class ReadAhead(Readings):
                 place = self.unfinished.index(reading)
             if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
                 return False
-            # The session has already probed the input, so planning is quick unless the thread hangs.
+            # The session has already probed the input, so planning is fast unless the thread hangs.
             return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
 
     def _begin(
         self, prefetch: _Prefetch, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
     ) -> Iterator[FrameChunk]:
-        """Probe an input, plan which frames to read, and return an iterator over them."""
+        """Probe an input, plan which frames to read, and return an iterator over the frame chunks."""
         prefetch.state = state_of(prefetch.path)
         infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
         plan = self.model.plan(infos[place], sampling.of_each(infos)[place], self._pruning)
@@ -154,7 +153,7 @@ class ReadAhead(Readings):
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:
-    """Return the parts of a plan that determine which frames are read: the source, the timestamps and the reader's arguments."""
+    """Return the plan fields that determine which frames are read: the source, the timestamps, and the reader arguments."""
     return plan.source, plan.sampling.times_s, plan.read_arguments
 
 
@@ -162,23 +161,23 @@ def _request(plan: Plan) -> tuple[Any, ...]:
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
     """Start reading videos and images before the model is loaded. Does not import torch.
 
-    Pass the result to `VideoQA.load(ahead=)`, which loads the model while the inputs are being read:
+    Pass the result to `VideoQA.load(ahead=)`, which loads the model in parallel with reading the inputs:
 
         with evoprune.read_ahead("clip.mp4", "Qwen/Qwen2.5-VL-3B-Instruct", fps=2) as ahead:
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    This saves time only while a model is still loading. Once it is loaded, use `in_flight` (session/upcoming.py) to read ahead. If
-    an input is missing or unreadable, no error is raised until the input is encoded.
+    This saves time only until the model has been loaded. To read ahead with a loaded model, use `in_flight` (session/upcoming.py).
+    Missing or unreadable inputs don't raise an error until they are encoded.
 
     Args:
-        path: A file or a folder of frames, or a list of them in the order in which they will be encoded.
-        model: See `VideoQA.load`. If small files of a hub model, such as config.json, are missing, they are downloaded immediately.
-        options: The options of `VideoQA.load` that select the model and the device, and all options of `encode`.
+        path: A file or a folder of frames, or a list of files and folders in encoding order.
+        model: See `VideoQA.load`. For a hub model, missing small files such as config.json are downloaded immediately.
+        options: The `VideoQA.load` options that select the model and the device, and any `encode` options.
 
     Raises:
-        ModelError: If the model is missing, unsupported or damaged, or cannot be reached.
-        UsageError: If an option is invalid, or no path is given.
+        ModelError: If the model is missing, unsupported, or damaged, or the hub cannot be reached.
+        UsageError: If an option is invalid, or no path is specified.
         TypeError: If an option is unknown.
     """
     loading, sampling = from_keywords({"model": model, **options}, ModelOptions, SamplingOptions)

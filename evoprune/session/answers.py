@@ -1,4 +1,4 @@
-"""Streaming answers, which are generated while the caller reads them, and multi-turn conversations."""
+"""Streaming answers, generated while the caller reads them, and multi-turn conversations."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Unpack, overload
 
-from typing_extensions import TypeVar  # a dependency of torch; typing.TypeVar has defaults only since Python 3.13
+from typing_extensions import TypeVar  # a torch dependency; typing.TypeVar supports defaults only since Python 3.13
 
 from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language import GenerationOptions, Turn
@@ -18,33 +18,32 @@ from evoprune.util import Uncopied, check_question, counted, from_keywords
 if TYPE_CHECKING:
     from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
-Shape = TypeVar("Shape")  # the class that the caller passed as `schema`
+Shape = TypeVar("Shape")  # the class passed as `schema`
 Parsed = TypeVar("Parsed", default=Any)
 
 
 class Answer(Uncopied, Iterator[str], Generic[Parsed]):
     """An answer that is generated while the caller reads it, starting when the first piece is requested.
 
-    Iterating over an answer yields pieces of its text. A new iteration continues where the previous one stopped, or starts over if
-    the answer is already complete. `str(answer)`, `answer == text` and `text in answer` generate the rest of the answer first and
-    then use `answer.text`. Answers are not hashable, so use `answer.text` in sets and dicts.
+    Iterating over an answer yields pieces of text. A new iteration continues where the previous one stopped, or starts over if the
+    answer is already complete. `str(answer)`, `answer == text`, and `text in answer` first generate the rest of the answer, and
+    then use `answer.text`. Answers aren't hashable, so use `answer.text` in sets and dicts.
 
-    Several threads may read answers about the same video at the same time. Reading `text` generates the complete answer before
-    another thread's turn. Iterating gives other threads a chance between two pieces, and fails if one of them starts another
-    answer.
+    Multiple threads may read answers about the same video at the same time. Reading `text` generates the complete answer before
+    another thread can continue. Iterating lets other threads run between pieces, and fails if one of them starts another answer.
 
-    If the model thinks before it answers, its thoughts are not part of the answer. They are generated before the first piece and
+    If the model thinks before answering, the reasoning text isn't part of the answer. It is generated before the first piece and
     stored in `thoughts`.
 
-    If reading an answer raises an error, every later attempt to read it raises the same error, which is also recorded in
+    If reading an answer raises an error, each later attempt to read it raises the same error, which is also recorded in
     `report.error`.
 
     Attributes:
-        report: The report, which is updated after each piece. `report.answer` is the text so far.
-        ids: Token ids generated so far, including the thoughts but not the token that ends the answer.
+        report: The report, which is updated after each piece. `report.answer` is the text generated so far.
+        ids: Token IDs generated so far, including thinking tokens but excluding the token that ends the answer.
 
     Raises:
-        UsageError: If the question and its answer do not fit into the model's context, or another question was asked in the
+        UsageError: If the question and the answer don't fit into the model's context, or another question was asked in the
             meantime.
         OutOfMemory: If memory runs out.
         ModelError: If the model's output contains NaN or infinity.
@@ -74,7 +73,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     def __next__(self) -> str:
         with self._lock:
-            # Raise the error again. A generator that has failed is exhausted, so the answer would otherwise look complete.
+            # Raise the error again, because a failed generator is exhausted and the answer would otherwise look complete.
             if self._problem is not None:
                 raise _without_traceback(self._problem)
             try:
@@ -93,7 +92,7 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def text(self) -> str:
-        """The text of the complete answer. Reading this property generates whatever is still missing."""
+        """The complete answer text. Reading this property generates the rest of the answer if necessary."""
         with self._lock:
             for _ in self:
                 pass
@@ -101,14 +100,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def thoughts(self) -> str | None:
-        """The thoughts that the model has generated so far, or None if it answered without thinking."""
+        """The reasoning text generated so far, or None if the model answered without thinking."""
         return self.report.thoughts
 
     @property
     def parsed(self) -> Parsed:
-        """The parsed value of an answer that follows a `schema`, or None if the answer was cut short.
+        """The parsed value of an answer with a `schema`, or None if the answer was cut off.
 
-        If `schema` is a class, this is an instance of that class; otherwise, it is the value returned by `json.loads`. Reading this
+        If `schema` is a class, this is an instance of that class; otherwise, it is the result of `json.loads`. Reading this
         property generates the rest of the answer if necessary.
         """
         str(self)
@@ -116,12 +115,12 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
-        """Log probabilities of the tokens in `ids` and their alternatives (docs/json.md), or None without the `logprobs` option."""
+        """Log probabilities of the tokens in `ids` and of alternatives (docs/json.md), or None without the `logprobs` option."""
         return self.report.logprobs
 
     @property
     def choices(self) -> list[dict[str, Any]] | None:
-        """The allowed answers with their log probabilities and relative probabilities, or None without the `choices` option.
+        """The allowed answers with their log probabilities and normalized probabilities, or None without the `choices` option.
 
         Reading this property generates the rest of the answer if necessary.
         """
@@ -139,10 +138,10 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
             return True
         return isinstance(other, str | Answer) and self.text == str(other)
 
-    __hash__ = None  # an answer compares equal to its text, but would hash differently
+    __hash__ = None  # an answer compares equal to its text, but its hash would differ
 
     def close(self) -> None:
-        """Stop generating. This sets `report.finish_reason` to "interrupt" if the answer is incomplete."""
+        """Stop generating. If the answer is incomplete, `report.finish_reason` is set to "interrupt"."""
         with self._lock:
             self._pieces.close()
             self.report.finish_reason = self.report.finish_reason or "interrupt"
@@ -154,14 +153,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
 
 def _without_traceback(problem: Exception) -> Exception:
-    """Return a copy of an exception without its traceback, because the traceback's frames would keep tensors in memory."""
+    """Return a copy of an exception without its traceback, because the traceback frames would keep tensors in memory."""
     again = type(problem).__new__(type(problem), *problem.args)
     vars(again).update(vars(problem))
     return again
 
 
 class Asked(Protocol):
-    """The interface that a `Chat` needs from the encoded inputs, as implemented by `asking.Askable`."""
+    """The interface of encoded inputs that `Chat` requires, implemented by `asking.Askable`."""
 
     OVERTAKEN: ClassVar[str]
     _session: Session
@@ -182,12 +181,12 @@ class Asked(Protocol):
 class Chat(Uncopied):
     """A multi-turn conversation about encoded inputs. Use `Askable.chat` to start one.
 
-    The model reads each question together with all previous turns, formatted with its chat template, and reuses the keys and values
-    of everything that it has already read. An answer joins the conversation, without the model's thoughts, once it is complete. If
-    the answer fails, is closed, or ends while the model is still thinking, the conversation does not change.
+    The prompt for each question contains all previous turns, formatted using the chat template, and the keys and values of the
+    tokens already read are reused. Once an answer is complete, it is added to the conversation without its reasoning text. If the
+    answer fails, is closed, or ends while the model is still thinking, the conversation doesn't change.
 
-    When the conversation no longer fits into the model's context, the oldest turns are dropped. The report of the next answer then
-    contains the warning "history_cut", even before the answer is generated.
+    When the conversation no longer fits into the model's context, the oldest turns are dropped. The next answer's report then
+    includes the warning "history_cut", even before the answer is generated.
     """
 
     INSTEAD = "use chat.messages"
@@ -196,14 +195,14 @@ class Chat(Uncopied):
         self.system = system
         self._inputs = inputs
         self._turns = [*turns]
-        self._latest = object()  # identifies the latest question; answers to earlier questions are not remembered
+        self._latest = object()  # identifies the latest question; answers to earlier questions aren't remembered
 
     def __repr__(self) -> str:
         return f"<Chat, {counted(len(self._turns), 'turn')}, about {self._inputs!r}>"
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """A copy of the conversation as a list of messages, which `Askable.chat` accepts."""
+        """A copy of the conversation as a list of messages in the format accepted by `Askable.chat`."""
         return Turn.to_messages(self._turns)
 
     def clear(self) -> None:
@@ -248,13 +247,14 @@ class Chat(Uncopied):
     ) -> Answer:
         """Ask the next question.
 
-        The arguments are the same as in `EncodedInputs.ask`, except that the system prompt is set once, when `chat` starts the
-        conversation. If another question is asked before the answer is complete, reading the rest of the answer raises an error.
+        The arguments are the same as for `EncodedInputs.ask`, except that the system prompt is set only once, when starting the
+        conversation with `chat`. If another question is asked before the answer is complete, reading the rest of the answer raises
+        an error.
 
         Raises:
-            UsageError: If `system` differs from the conversation's system prompt, the question does not fit into the model's
+            UsageError: If `system` differs from the conversation's system prompt, the question doesn't fit into the model's
                 context, or an argument is invalid (see `EncodedInputs.ask`).
-            OutOfMemory: If the prompt does not fit into memory.
+            OutOfMemory: If the prompt doesn't fit into memory.
             ModelError: If the chat template is unusable.
             TypeError: If an option is unknown.
         """
@@ -278,10 +278,10 @@ class Chat(Uncopied):
         return Answer(answer.report, pieces, self._inputs._lock, answer.ids, answer._instances)
 
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
-        """Return the longest run of recent turns that fits into the model's context together with the question.
+        """Return the longest sequence of recent turns that fits into the model's context together with the question.
 
         Raises:
-            DoesNotFit: If the question does not fit even without any turns.
+            DoesNotFit: If the question doesn't fit even without any previous turns.
         """
 
         def fits(dropped: int) -> bool:
@@ -293,7 +293,7 @@ class Chat(Uncopied):
 
         if fits(0):
             return [*self._turns]
-        # Use bisection, because each attempt renders the chat template in a separate process.
+        # Use binary search, because each attempt renders the chat template in a separate process.
         dropped = bisect_left(range(len(self._turns)), True, 1, key=fits)
         turns = self._turns[dropped:]
         if not turns:
@@ -301,7 +301,7 @@ class Chat(Uncopied):
         return turns
 
     def _remembered(self, answer: Answer, earlier: list[Turn], latest: object) -> Iterator[str]:
-        """Yield the pieces of an answer. Once the answer is complete, add it to the conversation."""
+        """Yield the pieces of an answer and, once it is complete, add it to the conversation."""
         if latest is not self._latest:
             raise UsageError(self._inputs.OVERTAKEN, "finish one answer before asking the next question")
         yield from answer

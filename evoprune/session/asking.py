@@ -1,8 +1,8 @@
 """Answer questions about encoded inputs: read the prompt, then generate the answer.
 
-All answers about the same inputs share the keys and values of their common prompt. Generating a piece of an answer requires a lock,
-and `Answer.text` keeps that lock until the answer is complete. An iteration never holds the lock while the caller's code runs, so
-it cannot block other threads.
+All answers about the same inputs share the keys and values of their common prompt prefix. Generating a piece of an answer requires
+a lock, and `Answer.text` holds that lock until the answer is complete. Iterating over an answer releases the lock while the
+caller's code runs, so it cannot block other threads.
 """
 
 import threading
@@ -33,33 +33,33 @@ if TYPE_CHECKING:
 
 
 class Askable(ABC, Uncopied):
-    """Base class for encoded inputs that answer questions, one question at a time.
+    """Base class for encoded inputs that can answer questions, one at a time.
 
-    All questions share the inputs' keys and values in the KV cache. Threads that ask at the same time wait for each other.
+    All questions share the inputs' keys and values in the KV cache. Threads asking questions at the same time wait for each other.
     """
 
     INSTEAD = "threads may share it; another process must load a VideoQA and encode again"
-    # Error message for reading an answer after a newer question was asked.
+    # Error message for reading an answer after another question has been asked.
     OVERTAKEN = "another question was asked meanwhile"
 
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.RLock()
-        self._turn = 0  # number of questions that have been asked
-        self._inputs_reported = False  # whether a report already includes the times for encoding the inputs
+        self._turn = 0  # number of questions asked so far
+        self._inputs_reported = False  # whether a report already includes the encoding times
 
     @property
     def ignores_sound(self) -> bool:
-        """Whether any of the videos has sound, but neither subtitles nor a transcript."""
+        """Whether any video has an audio track, but neither subtitles nor a transcript."""
         return False
 
     def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
-        """Return a report about the encoded inputs, without the total stage times, which `fill_times` adds."""
+        """Return a report about the encoded inputs, excluding the total stage times added by `fill_times`."""
         return inputs_report(self._session, encodings)
 
     @abstractmethod
     def _blank_report(self) -> Report:
-        """Return a new report, which describes the inputs but no question or answer yet."""
+        """Return a new report that describes the inputs, but doesn't contain a question or an answer yet."""
 
     @abstractmethod
     def _read(
@@ -81,11 +81,15 @@ class Askable(ABC, Uncopied):
         """Check that a question and the earlier turns of its conversation fit into the model's context.
 
         Raises:
-            DoesNotFit: If the question does not fit.
+            DoesNotFit: If the question and the earlier turns don't fit.
         """
 
     def _ended(self, turn: int) -> None:
-        """Handle the end of an answer, whether it is complete, was closed, or has failed. `turn` is the question's number."""
+        """Handle the end of an answer. Called when the answer is complete, is closed, or has failed.
+
+        Args:
+            turn: The question number.
+        """
 
     @overload
     def ask(
@@ -117,14 +121,14 @@ class Askable(ABC, Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask a question about the inputs. Only the report of the first answer includes the time spent encoding them.
+        """Ask a question about the inputs. Only the first answer's report includes the encoding time.
 
         Args:
             question: The question, which is passed to the model unchanged.
-            seed: Seed for sampling tokens. By default, this is the seed of the `VideoQA`, so asking the same question again gives
+            seed: Random seed for token sampling. Defaults to the seed of the `VideoQA`, so asking the same question again produces
                 the same answer.
-            on_thoughts: Called with each piece of the model's thoughts as soon as it is generated.
-            options: Options for generating the answer; see `keywords.GenerationKeywords`.
+            on_thoughts: Called with each piece of reasoning text as soon as it is generated.
+            options: Generation options; see `keywords.GenerationKeywords`.
 
         Raises:
             UsageError: If an option is out of range, or the question is empty or not a string.
@@ -134,14 +138,15 @@ class Askable(ABC, Uncopied):
         return self._answer(question, generation, seed, on_thoughts)
 
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
-        """Start a multi-turn conversation about the inputs, where questions can refer to earlier questions and answers.
+        """Start a multi-turn conversation about the inputs, in which questions can refer to earlier questions and answers.
 
         Args:
             system: The system prompt. None means the model's default.
-            messages: Earlier turns, as dicts with the keys `role` (alternately "user" and "assistant") and `content` (a string).
+            messages: Earlier turns, as dicts with the keys `role` (alternating between "user" and "assistant") and `content` (a
+                string).
 
         Raises:
-            UsageError: If `messages` has a different format, or the pruning method reads the question.
+            UsageError: If `messages` has an invalid format, or the pruning method reads the question.
         """
         self._session.pruning.method.check_conversation()
         return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
@@ -168,7 +173,7 @@ class Askable(ABC, Uncopied):
             )
         if seed is None:
             seed = self._session.pruning.seed
-        # Raise an error early if the choices are not valid for this model.
+        # Fail early if the choices are invalid for this model.
         generation.choice_ids(self._session.loaded.tokenizer)
         report = self._report_of(question, generation, seed)
         ids: list[int] = []
@@ -208,9 +213,9 @@ class Askable(ABC, Uncopied):
         """Yield an answer piece by piece and update `report` and `ids` after each piece.
 
         Args:
-            ids: The list that collects the token ids of the answer.
-            instances: The list that receives an instance of the schema, if the schema is a class and the answer is complete.
-            on_thoughts: Called with each piece of the model's thoughts.
+            ids: A list that is updated with the answer's token IDs.
+            instances: A list to which a schema instance is appended if the schema is a class and the answer is complete.
+            on_thoughts: Called with each piece of reasoning text.
             turns: The conversation so far, or None for a single question.
 
         Raises:
@@ -287,18 +292,18 @@ class Askable(ABC, Uncopied):
 class EncodedInputs(Askable):
     """Encoded videos and images that can answer any number of questions, one at a time.
 
-    Threads that ask at the same time wait for each other (see `Answer`). For each new question, the model reads only the part of
-    the prompt that differs from earlier prompts (`PrefixCache`). Pruning methods that read the question select the tokens again for
-    every question.
+    Threads asking questions at the same time wait for each other (see `Answer`). For each new question, the model reads only the
+    part of the prompt that differs from earlier prompts (`PrefixCache`). Pruning methods that read the question select new tokens
+    for each question.
 
     Attributes:
-        report: Report on how the inputs were encoded. It never changes, because each answer has a report of its own.
-        plans: One plan per input, which specifies its frames, its size and how it is encoded.
-        last_question: Set this to True before you ask the last question about the inputs, so that a model with recurrent layers can
+        report: Report on how the inputs were encoded. It never changes, because each answer has its own report.
+        plans: One plan per input, specifying its frames, its size, and how it is encoded.
+        last_question: Set this to True before asking the last question about the inputs, so that a model with recurrent layers can
             read the prompt in a single pass.
     """
 
-    AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint for functions that need a path instead
+    AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint for functions that expect a path
 
     def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
         super().__init__(session)
@@ -322,7 +327,7 @@ class EncodedInputs(Askable):
 
     @classmethod
     def together(cls, session: Session, inputs: Sequence["EncodedInputs"]) -> "EncodedInputs":
-        """Combine separately encoded inputs, so that a question can refer to all of them.
+        """Combine separately encoded inputs so that a question can refer to all of them.
 
         Raises:
             UsageError: If there are no inputs, or an input was encoded by a different session.
@@ -336,15 +341,15 @@ class EncodedInputs(Askable):
         return cls(session, [encoding for encoded in inputs for encoding in encoded._encodings])
 
     def with_session(self, session: Session) -> "EncodedInputs":
-        """Reuse the encoded tokens in another session, whose pruning may differ only inside the language model."""
+        """Reuse the encoded tokens in another session, whose pruning settings may differ only inside the language model."""
         return EncodedInputs(session, self._encodings)
 
     @property
     def encoded(self) -> Encoded:
         """The visual tokens of the first input.
 
-        If the pruning method reads the question, there are no tokens until the first question is asked. If the input was loaded
-        from the disk cache, `rows` has a shape but no data.
+        If the pruning method reads the question, there are no tokens until the first question is asked. For an input loaded from
+        the disk cache, `rows` has a shape but no data.
         """
         return self._encodings[0].encoded
 
@@ -362,11 +367,11 @@ class EncodedInputs(Askable):
         """Score a given answer by reading it together with its question (teacher forcing). Raises the same errors as `Answer`.
 
         Args:
-            ids: Token ids of the answer. There must be at least one.
+            ids: The answer's token IDs. There must be at least one.
 
         Returns:
             A tuple of the logits and the time to the first logits in seconds. The logits, float32 `[len(ids), vocabulary]`, predict
-            each token of the answer from the question and the tokens before it.
+            each answer token from the question and the preceding tokens.
         """
         options = GenerationOptions(max_new_tokens=len(ids), system=system, think=think)
         with self._lock:
@@ -380,7 +385,7 @@ class EncodedInputs(Askable):
             return logits, seconds
 
     def bytes_with(self, new_tokens: int) -> int:
-        """Estimate the memory in bytes for the inputs and the KV cache, with room for a question and `new_tokens` answer tokens."""
+        """Estimate the memory for the inputs and the KV cache, in bytes, for a question with `new_tokens` answer tokens."""
         model = self._session.loaded.model
         each = model.dtype.itemsize
         kept = self.report.pruning.visual_tokens_kept
@@ -390,7 +395,7 @@ class EncodedInputs(Askable):
 
     @property
     def _spent(self) -> tuple[dict[str, float], float]:
-        """Seconds spent in each stage, and wall-clock seconds, both summed over all inputs."""
+        """The time spent in each stage and the wall-clock time, both in seconds and summed over all inputs."""
         every = self._encodings
         stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in INPUT_STAGES}
         return stages, sum(encoding.wall_seconds for encoding in every)
@@ -400,7 +405,7 @@ class EncodedInputs(Askable):
 
     @torch.inference_mode()
     def _select_for(self, question: str, report: Report) -> None:
-        """Select the visual tokens for a question and discard the keys and values cached for earlier questions."""
+        """Select the visual tokens for a question, and discard the keys and values cached for earlier questions."""
         loaded = self._session.loaded
         before = 0.0
         if self._inputs_reported:
@@ -433,7 +438,7 @@ class EncodedInputs(Askable):
     ) -> PrefillState:
         """Read a question and return the state from which the answer is decoded.
 
-        If the pruning method reads the question, it selects the visual tokens first.
+        If the pruning method reads the question, the visual tokens are selected first.
         """
         with clock.stage("prefill"):
             prompt = self._fitting_prompt(question, options, earlier)
@@ -441,8 +446,8 @@ class EncodedInputs(Askable):
             with clock.stage("encode"):
                 self._select_for(question, report)
         with clock.stage("prefill"):
-            # If tokens are selected again for each question, no later prompt can reuse this one, so treat every question as the
-            # last
+            # If tokens are selected again for each question, later prompts cannot reuse this one, so treat every question as the
+            # last one.
             last = self.last_question or selects
             state = self._prefill(prompt, last, goes_on=earlier is not None)
             state.prompt_ids = prompt.input_ids
@@ -453,7 +458,7 @@ class EncodedInputs(Askable):
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:
-        """Read a prompt and return the state from which the answer is decoded. See `PrefixCache.read` for `last` and `goes_on`."""
+        """Read a prompt and return the state for decoding the answer. See `PrefixCache.read` for `last` and `goes_on`."""
         loaded = self._session.loaded
         pruning = self._session.pruning
         read = [encoding.encoded for encoding in self._encodings]

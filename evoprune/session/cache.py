@@ -1,9 +1,9 @@
-"""The disk cache, mostly for encoded videos. Each file is named after a hash of everything that its contents depend on.
+"""The disk cache, mostly for encoded videos. Each file name is a hash of everything that affects the file's contents.
 
-Thanks to the cache, a video that is sampled in the same way for the same model is encoded only once. An encoded video is stored as
-a safetensors file that also contains its cache key.
+With the cache, a video sampled in the same way for the same model is encoded only once. Each encoded video is stored as a
+safetensors file that also contains its cache key.
 
-The cache never causes a run to fail. A damaged entry, or an entry with a different key, is treated as a miss, and an entry that
+The cache never causes a run to fail. An entry that is damaged or has a different key is treated as a cache miss, and an entry that
 cannot be written is skipped.
 """
 
@@ -27,25 +27,25 @@ from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
-# File suffixes of complete entries, and of entries that are still being written.
+# File suffixes of complete entries and of entries still being written.
 SUFFIX = ".safetensors"
 UNFINISHED = ".tmp"
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
-OPTIONAL = ("size", "deepstack")  # fields of `Encoded` that an entry may lack
+OPTIONAL = ("size", "deepstack")  # optional fields of `Encoded`, which may be missing from an entry
 
 
 def cache_folder() -> Path:
-    """Return the folder in EVOPRUNE_CACHE_DIR. The default is the `evoprune` subfolder of the user's cache folder."""
+    """Return the cache folder set in EVOPRUNE_CACHE_DIR, which defaults to `evoprune` in the user's cache folder."""
     standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
     return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
 @cache
 def own_code() -> str:
-    """Return a hash of the paths, sizes and modification times of evoprune's source files.
+    """Return a hash of the paths, sizes, and modification times of evoprune's source files.
 
-    The version number alone is not enough for a cache key, because the code may change without a new version.
+    Cache keys include this hash because the code may change without a new version number.
     """
     files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
@@ -53,7 +53,7 @@ def own_code() -> str:
 
 @dataclass(frozen=True)
 class Entries:
-    """A cache in a folder on disk, which several processes may use at the same time."""
+    """A cache stored in a folder on disk. Multiple processes can safely use it at the same time."""
 
     folder: Path  # created when the first entry is written
     limit_bytes: int  # maximum total size; the least recently used entries are evicted first
@@ -74,15 +74,15 @@ class Entries:
         object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
-        """Write an entry atomically and evict the least recently used entries if the size limit is exceeded.
+        """Write an entry atomically, and evict the least recently used entries if the size limit is exceeded.
 
         Args:
-            content: Writes the contents of the entry to the file that it is called with.
-            make_room: Whether to evict old entries. If you write many entries, pass False and then call the `make_room` method
+            content: Function that writes the entry's contents to a given file.
+            make_room: Whether to evict old entries. When writing many entries, pass False and then call the `make_room` method
                 once.
 
         Returns:
-            True if the entry was written, or False after an OSError, for example because the disk is full.
+            True if the entry was written, or False if an OSError occurred, for example because the disk is full.
 
         Raises:
             Exception: Any exception raised by `content`, except OSError.
@@ -110,10 +110,10 @@ class Entries:
         return len(sizes), sum(sizes)
 
     def clear(self) -> int:
-        """Delete all cache entries and unfinished files, but leave any other files in the folder alone.
+        """Delete all cache entries and unfinished files, but leave any other files in the folder untouched.
 
         Returns:
-            The number of entries that the cache had.
+            The number of deleted cache entries.
 
         Raises:
             OSError: If a file cannot be deleted.
@@ -124,13 +124,13 @@ class Entries:
         return entries
 
     def path(self, key: str) -> Path:
-        """Return the path of the file that an entry is stored in, whether or not it exists."""
+        """Return the file path for an entry, regardless of whether the file exists."""
         return self.folder / f"{key}{SUFFIX}"
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield each file of the cache with its stat result, including files that are still being written.
+        """Yield each cache file with its stat result, including files still being written.
 
-        By the time the caller uses a file, another process may already have deleted it.
+        Another process may delete a file before the caller uses it.
         """
         for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
             for path in self.folder.glob(ending):
@@ -141,7 +141,7 @@ class Entries:
     def make_room(self) -> None:
         """Evict the least recently used entries until the cache is within its size limit.
 
-        This also deletes unfinished files that are more than an hour old, because a killed process must have left them behind.
+        This also deletes unfinished files more than an hour old, which were left behind by killed processes.
         """
         total = 0
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
@@ -156,28 +156,28 @@ class Entries:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cache entry: an encoded video, and which frames it was encoded from."""
+    """A cache entry containing an encoded video and the timestamps of its frames."""
 
     encoded: Encoded
     read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
-    moved: bool  # whether some frames were replaced with nearby keyframes; see `FrameChunk`
+    moved: bool  # whether any frames were replaced with nearby keyframes; see `FrameChunk`
 
 
 @dataclass(frozen=True)
 class Cache(Entries):
-    """A disk cache of encoded videos, which several processes may use at the same time."""
+    """A disk cache of encoded videos. Multiple processes can safely use it at the same time."""
 
     makes_room: ClassVar[bool] = True  # whether `store` evicts old entries if the size limit is exceeded
 
-    folder: Path = field(default_factory=cache_folder)  # defaults to the folder that `evoprune ask --cache` uses
-    limit_bytes: int = 2 * 2**30  # maximum total size; the least recently used entries are evicted
+    folder: Path = field(default_factory=cache_folder)  # defaults to the folder used by `evoprune ask --cache`
+    limit_bytes: int = 2 * 2**30  # maximum total size; the least recently used entries are evicted first
 
     if TYPE_CHECKING:  # the constructor also accepts a string, although the field is a `Path`
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
     def content_hash(self, path: str | os.PathLike[str]) -> str:
-        """Return a hash of a file's contents. For a folder, return a hash of the names and contents of its files.
+        """Return a hash of a file's contents, or of the names and contents of all files in a folder.
 
         Raises:
             OSError: If a file cannot be read.
@@ -185,23 +185,23 @@ class Cache(Entries):
         return content_hash(path)
 
     def load(self, key: str, device: torch.device) -> Entry | None:
-        """Load an encoded video from the cache to a device.
+        """Load an encoded video from the cache onto a device.
 
-        The tensor `rows` has a shape but no data (it is on the `meta` device), because answering questions does not need its
-        values.
+        The `rows` tensor has a shape but no data (it is on the `meta` device), because its values aren't needed for answering
+        questions.
 
         Returns:
-            The entry, or None if there is no such entry or it is damaged.
+            The entry, or None if it doesn't exist or is damaged.
         """
         from safetensors import SafetensorError
 
         path = self.path(key)
-        if not path.is_file():  # also skips pipes, because opening one could block forever
+        if not path.is_file():  # also skip pipes, because opening one could block forever
             return None
         try:
             with open_safetensors(path) as file:
                 about = file.metadata()["about"]
-                # Copy the memory-mapped tensors, because they would become invalid if another process deleted the file.
+                # Copy the memory-mapped tensors, because they would become invalid if another process deleted the file
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
                 if file.metadata()["digest"] != _digest(about, tensors):
                     return None
@@ -230,24 +230,24 @@ class Cache(Entries):
 
     @property
     def of_segments(self) -> "SegmentCache":
-        """A cache for encoded segments of long videos, in a subfolder with a separate size limit."""
+        """A cache for encoded segments of long videos, stored in a subfolder with its own size limit."""
         return SegmentCache(self.folder / "segments")
 
     @property
     def of_speech(self) -> Entries:
-        """A cache for speech transcripts, in a subfolder with a separate size limit."""
+        """A cache for speech transcripts, stored in a subfolder with its own size limit."""
         return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
 
     @property
     def of_weights(self) -> Entries:
-        """A cache for quantized model weights, in a subfolder with a separate size limit."""
+        """A cache for quantized model weights, stored in a subfolder with its own size limit."""
         return Entries(self.folder / "weights", WEIGHTS_LIMIT_BYTES)
 
     def store(self, key: str, entry: Entry) -> bool:
-        """Store an encoded video in the cache and evict old entries if the size limit is exceeded.
+        """Store an encoded video in the cache, and evict old entries if the size limit is exceeded.
 
         Returns:
-            True if the entry was written, or False if it is larger than the limit or cannot be written.
+            True if the entry was written, or False if it exceeds the size limit or cannot be written.
         """
         from safetensors.torch import save
 
@@ -273,8 +273,9 @@ class Cache(Entries):
 class SegmentCache(Cache):
     """A disk cache of encoded video segments.
 
-    A long video has hundreds of segments. For this reason, `store` does not evict anything; instead, the caller stores all segments
-    and then calls `make_room` once. Likewise, a video file is hashed only once, unless its size or modification time changes.
+    Because a long video has hundreds of segments, `store` doesn't evict any entries. Instead, the caller stores all segments and
+    then calls `make_room` once. To save further work, each video file is hashed only once, unless its size or modification time
+    changes.
     """
 
     makes_room: ClassVar[bool] = False
@@ -296,7 +297,7 @@ class SegmentCache(Cache):
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """Return a hash of a file's contents. For a folder, return a hash of the names and contents of its files.
+    """Return a hash of a file's contents, or of the names and contents of all files in a folder.
 
     Raises:
         OSError: If a file cannot be read.
@@ -312,7 +313,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 def _digest(about: str, tensors: dict[str, torch.Tensor]) -> str:
     """Return a checksum of an entry's metadata and tensors.
 
-    The checksum detects flipped bits, which safetensors would not notice: it only detects truncated files.
+    The checksum detects flipped bits, whereas safetensors only detects truncated files.
     """
     digest = hashlib.blake2b(about.encode())
     for name, tensor in sorted(tensors.items()):

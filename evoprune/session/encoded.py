@@ -1,4 +1,4 @@
-"""An encoded video or image, ready for questions."""
+"""An encoded video or image, ready to be asked about."""
 
 from dataclasses import dataclass, replace
 
@@ -14,22 +14,22 @@ class EncodedInput:
 
     plan: Plan
     encoded: Encoded  # tokens for the language model; empty until selected, if `unselected` is set
-    unselected: EncodedRows | None  # rows to select tokens from, if the method needs the question
-    seconds: dict[str, float]  # time spent in each of the stages in `report.INPUT_STAGES`
+    unselected: EncodedRows | None  # rows to select tokens from, if the method reads the question
+    seconds: dict[str, float]  # time spent in each stage in `report.INPUT_STAGES`
     wall_seconds: float  # wall-clock time from the start of planning to the end of encoding
-    cache: str  # "hit" (loaded from disk), "miss" (encoded and then stored) or "off"
-    warnings: tuple[str, ...]  # names of warnings, as they appear in reports
+    cache: str  # "hit" (loaded from disk), "miss" (encoded and then stored), or "off"
+    warnings: tuple[str, ...]  # warning names, as they appear in reports
     damaged: int  # number of packets that could not be decoded
 
     @property
     def kept(self) -> int:
-        """Number of this input's visual tokens that the language model will read."""
+        """Number of visual tokens of this input that the language model will read."""
         return self.plan.encoder.keep if self.unselected else len(self.encoded.kept)
 
     def own(self) -> "EncodedInput":
-        """Return a copy whose tokens can be selected independently, with a timer of its own.
+        """Return a copy with its own timer, whose tokens can be selected independently.
 
-        If the pruning method does not read the question, the tokens never change, so this object itself is returned.
+        If the pruning method doesn't read the question, the tokens never change, so this returns the object itself.
         """
         if not self.unselected:
             return self
@@ -37,11 +37,11 @@ class EncodedInput:
         return replace(self, unselected=rows, encoded=rows.nothing_selected())
 
     def selected(self, question: torch.Tensor) -> "EncodedInput":
-        """Return a copy of this input with the tokens that the pruning method selects for a question.
+        """Return a copy of this input with the tokens selected for a question.
 
-        If the method does not read the question, this object itself is returned.
+        If the pruning method doesn't read the question, this returns the object itself.
 
         Args:
-            question: The embeddings of the question's tokens, `[words, D]`.
+            question: The embeddings of the question tokens, `[words, D]`.
         """
         return replace(self, encoded=self.unselected.select_tokens(question)) if self.unselected else self

@@ -1,6 +1,6 @@
-"""Turn video and image files into visual tokens: probe the inputs, plan how to read them, then read, patchify and encode them.
+"""Turn video and image files into visual tokens: probe the inputs, plan how to read them, then read, patchify, and encode them.
 
-If an input has already been encoded and is in the disk cache, its tokens are loaded from there instead.
+If an encoded input is already in the disk cache, its tokens are loaded from the cache instead.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, Sampl
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
-# A progress callback. Its arguments are a stage ("read", "encode" or "layers"), the amount done so far, and the total.
+# A progress callback. Its arguments are a stage ("read", "encode", or "layers"), the amount done so far, and the total.
 Progress = Callable[[str, int, int], None]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
@@ -47,18 +47,18 @@ READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packa
 
 @dataclass(eq=False)
 class OpenInput:
-    """A video or image that has been opened for encoding. Encode it once, and then close it.
+    """A video or image opened for encoding. Encode it once, and then close it.
 
     Subclasses override methods to get their frames or encoded rows from other sources.
 
     Attributes:
-        threaded: Whether a background thread prepares the next chunks while the encoder works on the current one.
-        shares: Whether later runs on the same file may reuse this input's patches. Subclasses that change the frames, or need to
-            see all of them, set this to False.
-        ahead: A prefetch that may already have read the frames, or None.
+        threaded: Whether a background thread prepares the next chunks while the encoder processes the current one.
+        shares: Whether later runs on the same file may reuse this input's patches. Subclasses that modify the frames or need to see
+            all of them set this to False.
+        ahead: A prefetch that may have already read the frames, or None.
         cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
-        temporary: Whether the files will be deleted when the input is closed, so that no later input can read them.
-        cores: Number of cores that reading may keep busy. None means all cores available to this process.
+        temporary: Whether the files will be deleted when the input is closed, so they cannot be shared with later inputs.
+        cores: Maximum number of cores for reading, or None for all cores available to this process.
     """
 
     threaded: ClassVar[bool] = True
@@ -66,7 +66,7 @@ class OpenInput:
 
     session: Session
     plan: Plan
-    clock: Clock  # measures the stages "plan", "read" and "preprocess"
+    clock: Clock  # measures the "plan", "read", and "preprocess" stages
     _: KW_ONLY
     ahead: ReadAhead | None = None
     cache: Cache | None = None
@@ -75,20 +75,20 @@ class OpenInput:
     def __post_init__(self):
         self.cores = self.session.loaded.cores
         self.damaged = 0
-        self.read_early = False  # whether reading started in the background, before encoding
-        self.waited_s = 0.0  # seconds that encoding has spent waiting for patches
+        self.read_early = False  # whether reading started in the background before encoding
+        self.waited_s = 0.0  # time spent waiting for patches during encoding, in seconds
         self.other_size = self.moved = False
         self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames, in seconds
-        self._reported_frames = -1  # number of frames most recently passed to `progress`
+        self._reported_frames = -1  # frame count most recently passed to `progress`
         self._progress: Progress | None = None
-        # The key of this input's patches in the patch store, or None if they are not stored.
+        # The key of this input's patches in the patch store, or None if they aren't stored.
         self._patch_key: Hashable | None = None
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
     def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the sampled frames in chunks. See `video.frames.read_chunks` for the argument and the chunks."""
+        """Yield the sampled frames in chunks. See `video.frames.read_chunks` for the argument and the chunk format."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
             return self._prefetched_frames(early)
@@ -96,7 +96,7 @@ class OpenInput:
         return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
 
     def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield prefetched frames. Read time that overlapped with other work is also added to "read" on the clock."""
+        """Yield prefetched frames, and add any read time hidden behind other work to the clock's "read" stage."""
         with closing(early):
             hidden_s = 0.0
             for chunk in early.chunks():
@@ -107,13 +107,13 @@ class OpenInput:
 
     @cached_property
     def key(self) -> str | None:
-        """The key of this input in the disk cache, or None if it cannot be cached."""
+        """This input's key in the disk cache, or None if the input cannot be cached."""
         with self.clock.stage("read"):
             return self._current_key()
 
     @cached_property
     def stored(self) -> Entry | None:
-        """The entry for this input in the disk cache, or None on a cache miss."""
+        """This input's entry in the disk cache, or None on a cache miss."""
         if self.key is None:
             return None
         with self.clock.stage("read"):
@@ -129,17 +129,17 @@ class OpenInput:
     def begin(self) -> None:
         """Start reading in a separate thread, unless the input is in the disk cache.
 
-        If the patches go to the patch store, the thread reads the whole input. Otherwise, it stays only a few chunks ahead of the
-        encoder.
+        If the patches can be kept in the patch store, the thread reads the entire input. Otherwise, it stays only a few chunks
+        ahead of the encoder.
         """
         self.read_early = True
         if self.stored is None:
             self._start_reading()
 
     def read(self) -> None:
-        """Read ahead: start reading, and wait until the whole input has been read or the buffer is full.
+        """Start reading ahead, and wait until the entire input has been read or the buffer is full.
 
-        Do not call this from the thread that will encode the input.
+        Don't call this from the thread that will encode the input.
         """
         self.begin()
         if reading := self._reading:
@@ -151,14 +151,14 @@ class OpenInput:
         self._release_reading()
 
     def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
-        """Read, preprocess and encode the input.
+        """Read, preprocess, and encode the input.
 
         Args:
             progress: Called in the current thread with a stage, the amount done so far, and the total. The stage is "read"
-                (counting frames read) while waiting for frames, "encode" (counting frames embedded) after every chunk, and "layers"
-                (counting finished layers of the tower) at the end.
-            pieces: Piece sizes to try, where a piece is the number of rows in a single matrix product. Whenever memory runs out,
-                the next size is tried. The default is the result of `Session.fitting_pieces`.
+                (counting frames read) while waiting for frames, "encode" (counting frames embedded) after each chunk, and "layers"
+                (counting completed tower layers) at the end.
+            pieces: Piece sizes to try, as the number of rows in a single matrix product. If memory runs out, the next size is
+                tried. Defaults to the result of `Session.fitting_pieces`.
 
         Raises:
             VideoError: If the input is unreadable.
@@ -171,8 +171,8 @@ class OpenInput:
         self._progress = progress
         start = clock.now()
         before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
-        heard_before = before[STAGE] - before[OVERLAP]  # seconds the caller waited for transcription
-        read_before = 0.0 if self.read_early else before["read"]  # seconds the caller waited for reading
+        heard_before = before[STAGE] - before[OVERLAP]  # time the caller waited for transcription, in seconds
+        read_before = 0.0 if self.read_early else before["read"]  # time the caller waited for reading, in seconds
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         result, cache = self._result(clock, progress, pieces, warnings)
@@ -190,7 +190,7 @@ class OpenInput:
         seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
         ahead = seconds["read"] + seconds["preprocess"] - waited
         seconds[OVERLAP] += max(0.0, ahead)
-        # If waiting took longer than reading, the machine is busy, or the reader thread was still working on another input.
+        # If waiting took longer than reading, the machine was busy or the reader thread was still working on another input.
         seconds["read"] += max(0.0, -ahead)
         return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
 
@@ -199,12 +199,11 @@ class OpenInput:
     ) -> tuple[Encoded | EncodedRows, str]:
         """Load the encoded input from the disk cache, or encode it and store the result there.
 
-        The time spent storing the result is added to the "store" stage of `clock`, and the names of any warnings are added to
-        `warnings`.
+        The time spent storing the result is added to the "store" stage of `clock`, and any warning names are added to `warnings`.
 
         Returns:
-            A tuple of the tokens (or the rows, if the pruning method reads the question) and the cache state, as in
-            `EncodedInput.cache`.
+            A tuple of the tokens (or the rows, if the pruning method reads the question) and the cache state (see
+            `EncodedInput.cache`).
         """
         if self.stored:
             self.read_s = self.stored.read_s
@@ -213,8 +212,8 @@ class OpenInput:
         result = self._compute(clock, progress, pieces, warnings)
         if self.key is None:
             return result, "off"
-        # Do not store a video that is damaged or changes its frame size, because a cache hit would not repeat the warning about it.
-        # Compute the key again before storing, because the file may have been replaced in the meantime.
+        # Don't store a video that is damaged or has a changing frame size, because a cache hit wouldn't repeat the warning.
+        # Recompute the key before storing, because the file may have been replaced in the meantime.
         whole = not self.damaged and not self.other_size
         with clock.stage("store"):
             storable = whole and self._current_key() == self.key
@@ -225,10 +224,10 @@ class OpenInput:
     def _compute(
         self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
     ) -> Encoded | EncodedRows:
-        """Encode the input and add its "compile" and "encode" times to `clock` and its warnings to `warnings`.
+        """Encode the input, adding its "compile" and "encode" times to `clock` and its warnings to `warnings`.
 
         Returns:
-            The tokens, or the rows to select tokens from if the pruning method reads the question.
+            The tokens or, if the pruning method reads the question, the rows to select tokens from.
         """
         plan = self.plan
         loaded = self.session.loaded
@@ -268,7 +267,7 @@ class OpenInput:
         return result
 
     def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield the patches of one chunk of frames at a time. Every call starts again from the first frame."""
+        """Yield the patches, one chunk of frames at a time. Each call starts again from the first frame."""
         self.damaged = 0
         self.other_size = self.moved = False
         self.read_s = ()
@@ -284,7 +283,7 @@ class OpenInput:
                 progress("encode", chunk.end, self.plan.sampling.frames)
 
     def _start_reading(self) -> Reading[PatchChunk]:
-        """Return the `Reading` that produces this input's patches. If necessary, start it first.
+        """Return the `Reading` that produces this input's patches, starting it if necessary.
 
         Raises:
             Stopped: If the input has been closed.
@@ -297,7 +296,7 @@ class OpenInput:
             return self._reading
 
     def _shared_reading(self) -> Reading[PatchChunk] | None:
-        """Return a `Reading` whose patches go to the model's patch store, or None if they cannot be stored there."""
+        """Return a `Reading` whose patches are kept in the model's patch store, or None if they cannot be stored."""
         if self.temporary or not self.shares:
             return None
         device = self.session.device
@@ -312,7 +311,7 @@ class OpenInput:
         return reading
 
     def _release_reading(self) -> None:
-        """Release this input's `Reading`. If its patches are needed again, a new one is started."""
+        """Release this input's `Reading`. If the patches are needed again, a new `Reading` is started."""
         with self._lock:
             reading = self._reading
             key = self._patch_key
@@ -331,7 +330,7 @@ class OpenInput:
         """Convert the frames to patches, one chunk at a time, and record the "read" and "preprocess" times.
 
         Args:
-            reading: The `Reading` whose thread runs this method, or None. Its frame count is kept up to date.
+            reading: The `Reading` whose thread runs this method, or None. This method updates its frame count.
         """
         on_frames = reading.at_least if reading else lambda frames: None
         limits = self.session.loaded.limits[self.plan.kind]
@@ -344,10 +343,10 @@ class OpenInput:
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
-    """Return the key under which an encoded input is cached. Inputs with equal keys have equal encodings.
+    """Return the cache key for an encoded input. Inputs with equal keys have identical encodings.
 
     Args:
-        hashed: A function that hashes the input's file, such as `Cache.content_hash`.
+        hashed: A function that hashes the input file, such as `Cache.content_hash`.
 
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
@@ -370,7 +369,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, Device(loaded.device).kind],
-        "method": [repr(pruning.method.before), pruning.seed],  # the repr contains the classes and all settings
+        "method": [repr(pruning.method.before), pruning.seed],  # the repr includes the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), MethodText(pruning.name).plugin_code()],
         "reader": version(READERS[plan.decoder]),
     }
@@ -378,13 +377,13 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """Opened videos and images for questions about all of them together. Encode them once, and close them after use.
+    """A group of opened videos and images that questions can refer to together. Encode them once, and close them after use.
 
     Attributes:
         plans: One plan per input.
 
     Args:
-        files: Temporary files of the inputs, which are deleted when the inputs are closed.
+        files: Temporary input files, which are deleted when the inputs are closed.
     """
 
     def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
@@ -397,20 +396,19 @@ class OpenInputs:
     def begin(self) -> None:
         """Start reading the first input in the background.
 
-        All inputs are marked as read early. Nothing waits for them until encoding starts, so their read time does not count as
-        waiting time.
+        All inputs are marked as read early, so that their read time before encoding isn't reported as waiting time.
         """
         for opened in self.inputs:
             opened.read_early = True
         self.inputs[0].begin()
 
     def read(self) -> None:
-        """Read ahead, one input after another (see `OpenInput.read`). Another thread may encode them at the same time."""
+        """Read ahead, one input after another (see `OpenInput.read`). Another thread may encode the inputs in parallel."""
         for opened in self.inputs:
             opened.read()
 
     def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
-        """Transcribe the speech in the inputs while their frames are being read. Does nothing if `speech` is "none".
+        """Transcribe the inputs' speech while their frames are being read. Does nothing if `speech` is "none".
 
         Raises the same errors as `speech.with_speech`.
         """
@@ -425,32 +423,32 @@ class OpenInputs:
         self.plans = [opened.plan for opened in self.inputs]
 
     def use_cores(self, cores: int | None) -> None:
-        """Limit the number of cores that reading may keep busy. This affects only inputs that are not being read yet.
+        """Limit the number of cores used for reading. This has no effect on inputs already being read.
 
         Args:
-            cores: The number of cores. None means all cores available to this process.
+            cores: The number of cores, or None for all cores available to this process.
         """
         for opened in self.inputs:
             opened.cores = cores
 
     @property
     def waited_s(self) -> float:
-        """Time that encoding has spent waiting for reading and preprocessing, in seconds."""
+        """Time spent waiting for reading and preprocessing during encoding, in seconds."""
         return sum(opened.waited_s for opened in self.inputs)
 
     def planning(self) -> AbstractContextManager[None]:
-        """Return a context manager that adds its duration to the "plan" stage. Use it for checks before anything is read."""
+        """Return a context manager that adds its duration to the "plan" stage, for checks before any frames are read."""
         return self.inputs[0].clock.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
-        """Read, preprocess and encode the inputs one after another.
+        """Read, preprocess, and encode the inputs one after another.
 
         Args:
-            progress: See `OpenInput.encode`. If there is more than one input, this is also called with "input", the number of the
-                next input, and the total number of inputs.
+            progress: See `OpenInput.encode`. If there are multiple inputs, this is also called with "input", the number of the next
+                input, and the total number of inputs.
 
         Raises:
-            OutOfMemory: If all inputs together need too much memory. This is checked before anything is read.
+            OutOfMemory: If all inputs together need too much memory. This is checked before any frames are read.
             EvopruneError: See `OpenInput.encode` for other errors.
         """
         count = len(self.plans)
@@ -498,24 +496,24 @@ def open_inputs(
     kind: Callable[..., OpenInput] = OpenInput,
     ahead: ReadAhead | None = None,
 ) -> OpenInputs:
-    """Probe videos and images, and plan how to read them. No frames are read yet.
+    """Probe videos and images, and plan how to read them, without reading any frames yet.
 
-    URLs, bytes, open files and Pillow images are first written to temporary files, which are deleted when the inputs are closed
+    URLs, bytes, open files, and Pillow images are first written to temporary files, which are deleted when the inputs are closed
     (video/given.py).
 
     Args:
-        paths: The inputs in the order in which the model should read them. There must be at least one.
-        sampling: Sampling options for all inputs. Options related to time apply only to videos.
+        paths: The inputs, in the order in which the model should read them. There must be at least one.
+        sampling: Sampling options for all inputs. Time-related options apply only to videos.
         progress: Called with "download", the number of bytes received so far, and the total.
-        names: The names of the inputs in reports. The default is their paths.
+        names: The input names in reports, which default to the paths.
         cache: The disk cache. It is ignored if the pruning method reads the question.
         kind: The class or function that creates each `OpenInput`.
         ahead: A prefetch that may already have read the inputs.
 
     Raises:
-        VideoError: If an input is missing, unreadable or empty.
-        UsageError: If an option is invalid, a time span is given but all inputs are images, one subtitle file is given for more
-            than one input, or a URL is given although the network is off.
+        VideoError: If an input is missing, unreadable, or empty.
+        UsageError: If an option is invalid, a time span is specified but all inputs are images, a single subtitle file is specified
+            for multiple inputs, or an input is a URL in offline mode.
     """
     sampling = sampling or SamplingOptions()
     sampling.check_one_file(len(paths))
@@ -552,11 +550,11 @@ def open_inputs(
 
 
 def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[float] | None = None) -> list[Input]:
-    """Convert one or more inputs to a list. Paths become strings, and arrays of frames become `HeldVideo` objects.
+    """Convert one or more inputs to a list. Paths are converted to strings, and frame arrays to `HeldVideo` objects.
 
     Args:
-        frame_rate: Frame rate of the arrays, in frames per second.
-        times_s: Timestamps of the frames in an array, in seconds, as an alternative to the frame rate.
+        frame_rate: Frame rate of the frame arrays, in frames per second.
+        times_s: Frame timestamps of a frame array, in seconds, as an alternative to the frame rate.
 
     Raises:
         UsageError: If there are no inputs, or an input has an unsupported type. See also `HeldVideo.of`.

@@ -1,4 +1,4 @@
-"""Download models from the Hugging Face hub into its local cache and suggest corrections for model names. Imports no torch."""
+"""Download models from the Hugging Face hub to the local cache, and suggest corrections for model names. Does not import torch."""
 
 import re
 import threading
@@ -12,11 +12,11 @@ import evoprune
 from evoprune.errors import ModelError, first_line
 from evoprune.util import listed
 
-# Bundled copies of published config.json files, which let benchmarks run without network access.
+# Bundled copies of published config.json files, so that benchmarks can run without network access.
 BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
-# Ids of supported Qwen models that "did you mean" hints may suggest.
+# Hub IDs of supported Qwen models that "did you mean" hints may suggest.
 PUBLISHED = (
     *BUNDLED_CONFIGS,
     *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
@@ -25,8 +25,8 @@ PUBLISHED = (
     *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
     *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
 )
-SETTINGS = ("config.json", "*processor_config.json")  # files that `describe` reads
-SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer and chat template
+SETTINGS = ("config.json", "*processor_config.json")  # files read by `describe`
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer, and chat template
 MODEL_HINT = (
     "evoprune runs Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, "
     "and its demos"
@@ -38,15 +38,15 @@ _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)
 
 
 def is_id(name: str) -> bool:
-    """Return True if a name looks like a Hugging Face hub id (`org/name`)."""
+    """Return True if a name looks like a Hugging Face hub ID (`org/name`)."""
     return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def nearest_id(name: str) -> str | None:
-    """Suggest the published Qwen id that is most similar to a misspelled hub id, or to one without an organization.
+    """Suggest the published Qwen ID most similar to a hub ID that is misspelled or lacks an organization.
 
-    Returns None if no published id is similar enough, if the id belongs to another organization, or if it begins with a published
-    id, such as `...-AWQ`.
+    Returns None if no published ID is similar enough, if the hub ID belongs to another organization, or if it starts with a
+    published ID, such as `...-AWQ`.
     """
     organization, _, word = name.lower().rpartition("/")
     if organization not in ("", "qwen") or not word:
@@ -78,10 +78,10 @@ def near_hint(name: str) -> str:
 
 
 def kind_hint(name: str) -> str:
-    """Return a hint if a model's name looks unsupported, and otherwise an empty string.
+    """Return a hint if the name suggests an unsupported model; otherwise, return an empty string.
 
-    For GGUF and MLX weights, the hint says that they are not supported. For other models, it lists the models that are supported.
-    It ends with a semicolon, so that more text can follow.
+    For GGUF and MLX weights, the hint says that they are not supported. For other models, it lists the supported models. The hint
+    ends with a semicolon so that more text can follow.
     """
     if _CONVERTED.search(name):
         instead = downloadable_id(name) or "the original checkpoint"
@@ -92,10 +92,10 @@ def kind_hint(name: str) -> str:
 
 
 def downloadable_id(name: str) -> str | None:
-    """Return the hub id to suggest in a download command, which corrects misspelled names.
+    """Return the hub ID to suggest in a download command, correcting misspelled names.
 
-    For GGUF and MLX weights, this is the id of the original model, or None if the original is unknown, because evoprune cannot run
-    converted weights. For all other models, it is the `nearest_id`, or `name` itself if no published id is similar.
+    For GGUF and MLX weights, which evoprune cannot run, this is the original model's ID, or None if the original is unknown. For
+    all other models, it is the `nearest_id`, or `name` itself if no published ID is similar.
     """
     if _CONVERTED.search(name):
         original = _ORIGINAL.search(name)
@@ -109,37 +109,37 @@ def revision_flag(revision: str | None) -> str:
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a hub model in the local cache, or None if its config.json is not cached. Does not use the network."""
+    """Return a hub model's folder in the local cache, or None if its config.json isn't cached. Does not use the network."""
     import huggingface_hub as hub
     from huggingface_hub import constants
 
     try:
         path = hub.try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
-    except ValueError:  # not a valid hub id, perhaps because it is too long
+    except ValueError:  # not a valid hub ID, possibly because it is too long
         return None
     return Path(path).parent if isinstance(path, str) else None
 
 
 def cached_id(folder: Path) -> str:
-    """Convert the name of a folder in the local cache (`models--org--name`) to a hub id (`org/name`)."""
+    """Convert the name of a folder in the local cache (`models--org--name`) to a hub ID (`org/name`)."""
     return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def reach(name: str, revision: str | None, offline: bool) -> str | None:
-    """Check whether the hub can be reached and has a model.
+    """Check whether the hub can be reached and contains a model.
 
     Returns:
-        None if the hub can be reached. Otherwise, the reason as text for an error message.
+        None if the hub can be reached; otherwise, the reason for use in an error message.
 
     Raises:
-        ModelError: If the hub has no such model or revision, or denies access to it.
+        ModelError: If the model or revision doesn't exist on the hub, or access is denied.
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
 
     if offline:
         return "network access is disabled (offline)"
-    # Send a single request without retries, because the library's own functions keep retrying for minutes.
+    # Send a single request without retries, because the hub library's own functions keep retrying for minutes.
     url = hub.hf_hub_url(name, "config.json", revision=revision)
     try:
         _within(HUB_SECONDS, lambda: hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
@@ -155,18 +155,18 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
         hint = f"{which}merge adapters first; GGUF files are not supported"
         raise ModelError(f"{name} has no config.json on the hub", hint) from problem
-    except Exception as problem:  # different versions of huggingface_hub raise different exceptions
+    except Exception as problem:  # the exceptions vary by huggingface_hub version
         return f"the hub cannot be reached ({first_line(problem)})"
     return None
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Call `work` in a thread with a time limit and return its result.
+    """Call `work` in a thread with a time limit, and return its result.
 
-    Unlike an HTTP timeout, this limit also covers the DNS lookup, which can take half a minute.
+    Unlike an HTTP timeout, the time limit includes the DNS lookup, which can take half a minute.
 
     Raises:
-        TimeoutError: If `work` does not return within `seconds`.
+        TimeoutError: If `work` doesn't return within `seconds`.
     """
     answer = Future()
 
@@ -183,11 +183,11 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachable: str | None) -> Path:
-    """Download the missing files of a hub model that match the patterns, and return its folder in the local cache.
+    """Download all missing files of a hub model that match the patterns, and return the model's folder in the local cache.
 
     Args:
-        unreachable: The reason why the hub cannot be reached (see `reach`), or None. If a reason is given, nothing is downloaded,
-            and the files must already be in the local cache.
+        unreachable: The reason why the hub cannot be reached (see `reach`), or None. If there is a reason, nothing is downloaded,
+            so the files must already be in the local cache.
 
     Raises:
         ModelError: If the download fails, or if the hub cannot be reached and the model is not in the local cache.

@@ -1,6 +1,6 @@
-"""Estimate how much memory is needed to encode an input and read a prompt, not counting the model's weights.
+"""Estimate how much memory is needed to encode an input and read a prompt, excluding the model weights.
 
-Before any frames are read, a run checks that this much memory is available.
+Each run checks that enough memory is available before reading any frames.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ TEXT = 64  # assumed number of text tokens in a prompt
 def encoding_bytes(
     config: Config, encoder: EncoderPlan, piece_units: int, bytes_each: int, prompt: int | Sequence[int]
 ) -> int:
-    """Estimate how many bytes of memory are needed to encode a video and read its prompt, not counting the weights.
+    """Estimate how many bytes of memory are needed to encode a video and read its prompt, excluding the weights.
 
     Args:
-        piece_units: Number of rows that are processed in a single matrix product.
+        piece_units: Number of rows processed in a single matrix product.
         bytes_each: Number of bytes per weight.
-        prompt: Number of tokens that the language model reads, either a single number for all layers or one number per layer.
+        prompt: Number of tokens read by the language model, either a single number for all layers or one number per layer.
     """
     row_bytes = PATCHES * config.vision_config.hidden_size
     rows = max(encoder.layers)
     left = encoder.rows
     more = 0
     if any(stage.whole_pairs for stage in encoder.row_stages):
-        more = encoder.units * row_bytes * 4  # means over frame pairs are computed in float32
+        more = encoder.units * row_bytes * 4  # frame pair means are computed in float32
     if any(isinstance(stage.reduce, SetAside) for stage in encoder.stages):
-        # Count two more tensors per row: its earlier state, and its change since then in float32.
+        # Include two more tensors per row: its earlier state, and its subsequent change in float32.
         more = 2 * encoder.units * row_bytes * (bytes_each + 4)
     return Cost(config).working_memory(encoder.units, piece_units, prompt, bytes_each, rows, left) + more
 
@@ -39,11 +39,11 @@ def encoding_bytes(
 def piece_needs(
     config: Config, device: torch.device, encoder: EncoderPlan, bytes_each: int, prompt: int | Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return all piece sizes to try, largest first, each with the bytes of memory that encoding needs (`encoding_bytes`).
+    """Return the piece sizes to try, largest first, each with the number of bytes needed for encoding (`encoding_bytes`).
 
-    The piece size is the number of rows that are processed in a single matrix product. The first size is the device's default. The
-    second is half of the default, or half of the number of units if that is smaller. After that, each size is half of the previous
-    one, down to the size of a frame pair.
+    The piece size is the number of rows processed in a single matrix product. The first size is the device's default. The second
+    size is half the default, or half the number of units if that is smaller. Each subsequent size is half the previous size, down
+    to the size of a frame pair.
     """
     pair = encoder.grid[1] * encoder.grid[2]
     sizes = [Device(device).piece_units]

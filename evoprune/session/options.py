@@ -1,4 +1,4 @@
-"""Options shared by the command line, batches, evaluations, lmms-eval and the Python API. Imports no torch."""
+"""Options shared by the command line, batches, evaluations, lmms-eval, and the Python API. Does not import torch."""
 
 import math
 import os
@@ -40,7 +40,7 @@ LOAD_FORMATS = get_args(LoadFormat)
 AUTO, NATIVE, TRANSFORMERS = ENGINES = get_args(Engine)
 AUTO_THREADS = "auto"
 MAX_THREADS = 256
-# Patterns of the files in a model's folder that affect its answers.
+# Patterns matching the files in a model folder that affect the model's answers.
 MODEL_FILES = (
     "*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.*",
@@ -48,7 +48,7 @@ MODEL_FILES = (
 
 
 def _short_dtype(given: Any) -> Any:
-    """Convert a torch dtype or its name to a short name, such as "bf16". Other values are returned unchanged."""
+    """Convert a torch dtype or dtype name to a short name, such as "bf16". Other values are returned unchanged."""
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     text = str(given).removeprefix("torch.")
     if type(given).__name__ == "dtype":
@@ -72,10 +72,10 @@ def _parse_threads(given: int | str | None) -> int | str | None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options for loading a model. Torch dtypes, torch devices and paths are converted to strings.
+    """Options for loading a model. Torch dtypes, torch devices, and paths are converted to strings.
 
     Raises:
-        UsageError: If the dtype, quantization, load format or engine is unknown, or the number of threads is invalid.
+        UsageError: If the dtype, quantization, load format, or engine is unknown, or the number of threads is invalid.
     """
 
     PANEL: ClassVar[str] = "Model"
@@ -160,15 +160,15 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path:
-        """The folder of a bundled or local model. For a hub id, this path usually does not exist."""
+        """The folder of a bundled or local model. For a hub ID, this path usually doesn't exist."""
         return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
 
     def local_folder(self) -> Path | None:
-        """Return the folder of a bundled or local model, or None if the model is a hub id.
+        """Return the folder of a bundled or local model, or None if the model name is a hub ID.
 
         Raises:
-            ModelError: If the name is neither a usable folder nor a hub id.
-            UsageError: If a revision is given for a local model.
+            ModelError: If the model name is neither a usable folder nor a hub ID.
+            UsageError: If a revision is specified for a local model.
         """
         name = self.model
         revision = self.revision
@@ -197,13 +197,13 @@ class ModelOptions:
 
     @property
     def cores(self) -> int | None:
-        """Number of cores that reading videos may keep busy. None means all cores available to this process."""
+        """Maximum number of cores for reading videos, or None for all cores available to this process."""
         return self.threads if isinstance(self.threads, int) else None
 
     def state(self) -> dict[str, Any] | None:
-        """Return the state (`file_state`) of a local model's weights, settings, tokenizer and adapters.
+        """Return the state (`file_state`) of a local model's weights, settings, tokenizer, and adapters.
 
-        Returns None if the folder contains no such files.
+        Returns None if the folder contains none of these files.
         """
         return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))
 
@@ -213,13 +213,13 @@ class PruneOptions:
     """Options for pruning visual tokens. Percentages are converted to numbers.
 
     Raises:
-        UsageError: If the budget is invalid, or there is no such method.
+        UsageError: If the budget is invalid or the method is unknown.
     """
 
     PANEL: ClassVar[str] = "Pruning"
 
-    # The numbers in the help text come from results/frontier.md. They are the share of accuracy that the worst demo model keeps,
-    # and the speedup of the first token over Hugging Face for a model with 3B dimensions in fp32.
+    # The numbers in the help text come from results/frontier.md. They are the fraction of accuracy retained by the worst demo
+    # model, and the time-to-first-token speedup over Hugging Face for a model with 3B dimensions in fp32.
     budget: Budget.Given = option(
         Budget.DEFAULT,
         "Share of visual tokens kept: 0.1, 10%, or high (0.4; accuracy 98.2%, 2.0x as fast), balanced (0.25; 97.1%, 2.7x), "
@@ -268,7 +268,7 @@ class PruneOptions:
 
     @property
     def resizes(self) -> bool:
-        """Whether the method may downscale inputs, so that the size of the frames depends on its plan. Imports no torch."""
+        """Whether the method may downscale inputs, so the frame size depends on the method's plan. Does not import torch."""
         return MethodText(self.method).may_resize
 
     def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
@@ -285,7 +285,7 @@ class StreamOptions:
     """Options for watching a live stream, which set the window length and the size of the memory.
 
     Raises:
-        UsageError: If a time span or a number of tokens is not greater than 0.
+        UsageError: If a time span or a number of tokens isn't greater than 0.
     """
 
     PANEL: ClassVar[str] = "Stream"
@@ -378,7 +378,7 @@ class FindOptions:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """All options that affect an answer. Everything else that matters is the video, the question and the machine."""
+    """All options that affect an answer. The answer also depends on the video, the question, and the machine."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     pruning: PruneOptions = field(default_factory=PruneOptions)
@@ -397,7 +397,7 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Create all six groups of options from a flat list of keyword arguments.
+        """Create all six option groups from a flat set of keyword arguments.
 
         Raises:
             UsageError: If a value is invalid.

@@ -1,4 +1,4 @@
-"""Store the patches of recent inputs, so that encoding an input again with other settings does not require reading it again.
+"""Store the patches of recent inputs, so that an input can be encoded again with different settings without being read again.
 
 Patches are stored as uint8 on the device that computed them. With the default settings, the largest input has 24,576 units, whose
 patches take 116 MB (151 MB for Qwen3-VL).
@@ -15,7 +15,7 @@ from evoprune.backend import Device, empty_cache
 from evoprune.session.reading import Reading, state_of
 from evoprune.video import InputLimits, Plan
 
-LIMIT_BYTES = 2**29  # maximum bytes per input, and for all unused inputs together
+LIMIT_BYTES = 2**29  # maximum size in bytes, for each input and for all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
 
 
@@ -36,10 +36,10 @@ class PatchChunk:
 
 
 class PatchStore:
-    """A thread-safe store for the patches of a model's most recent inputs, by `content_key`.
+    """A thread-safe store for the patches of a model's most recent inputs, indexed by `content_key`.
 
-    Unused patches take at most `limit_bytes`, which is enforced by evicting the least recently used patches. If an input's patches
-    are larger than the limit, or if memory is low, they are not stored at all. A limit of 0 disables the store.
+    Unused patches take up at most `limit_bytes`; beyond that, the least recently used patches are evicted. An input's patches are
+    not stored if they exceed the limit or memory is low. A limit of 0 disables the store.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
@@ -50,17 +50,17 @@ class PatchStore:
     def open(
         self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[PatchChunk]]
     ) -> Reading[PatchChunk] | None:
-        """Return the reading for a key. If there is none, start one with `source`. The caller must release it with `close`.
+        """Return the `Reading` for a key, starting a new one if necessary. The caller must release it using `close`.
 
         Args:
             key: The input's key, from `content_key`.
             size: Size of the patches in bytes.
             device: The device that stores the patches.
-            source: Produces the patches; see `Reading`.
+            source: Function that produces the patches; see `Reading`.
 
         Returns:
-            The reading, or None if the patches are larger than the limit or `device` is low on memory. When memory is low, this
-            also evicts all unused patches.
+            The `Reading`, or None if the patches exceed the limit or `device` is low on memory. If memory is low, all unused
+            patches are evicted as well.
         """
         with self._lock:
             reading = self._entries.get(key)
@@ -77,9 +77,9 @@ class PatchStore:
             return reading
 
     def close(self, key: Hashable) -> None:
-        """Release the reading for a key.
+        """Release the `Reading` for a key.
 
-        Once its last user has released it, a complete reading keeps its patches in the store, and an incomplete reading is stopped.
+        When the last user releases a `Reading`, its patches stay in the store if it is complete; otherwise, it is stopped.
         """
         with self._lock:
             reading = self._entries[key]
@@ -94,7 +94,7 @@ class PatchStore:
         reading.close()
 
     def clear(self) -> bool:
-        """Evict all unused patches. Return True if there were any."""
+        """Evict all unused patches. Return True if any patches were evicted."""
         with self._lock:
             freed = self._drop_unused(0)
         if freed:
@@ -102,7 +102,7 @@ class PatchStore:
         return freed
 
     def _drop_unused(self, limit_bytes: int) -> bool:
-        """Evict the least recently used patches until unused patches are within the limit. Return True if any were evicted."""
+        """Evict the least recently used patches until the unused patches fit the limit. Return True if any were evicted."""
         unused = [(key, reading) for key, reading in self._entries.items() if not reading.users]
         total = sum(reading.size for _, reading in unused)
         dropped = False
@@ -115,18 +115,18 @@ class PatchStore:
 
 
 def patch_bytes(plan: Plan, limits: InputLimits) -> int:
-    """Return the size of an input's patches in bytes, with three bytes (one per color) for each pixel that the encoder reads."""
+    """Return the size of an input's patches in bytes, assuming three bytes (one per color channel) for each encoded pixel."""
     count, height, width = plan.grid
     return count * height * width * limits.unit**2 * limits.temporal_patch_size * 3
 
 
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
-    """Return the key of an input's patches in the patch store. Inputs with equal keys have equal patches.
+    """Return the patch store key for an input. Inputs with equal keys have identical patches.
 
-    The key contains the state of the input's files, and every field of its plan that affects the pixels.
+    The key contains the state of the input files, and all plan fields that affect the pixels.
 
     Returns:
-        The key, or None if the input does not come from a file.
+        The key, or None if the input wasn't read from a file.
     """
     state = None
     if plan.info.is_file:

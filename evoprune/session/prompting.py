@@ -13,7 +13,7 @@ from evoprune.video import Plan, SamplingOptions, read_subtitles
 def with_subtitles(
     tokenizer: Tokenizer, plan: Plan, sampling: SamplingOptions, options: ModelOptions | None = None
 ) -> Plan:
-    """Return a copy of a plan that includes the subtitles of its time span, cut to at most `max_subtitle_tokens` tokens.
+    """Return a copy of a plan with the subtitles in its time span, truncated to at most `max_subtitle_tokens` tokens.
 
     Raises the same errors as `frames.read_subtitles`.
     """
@@ -36,8 +36,8 @@ def prompt_about(
 ) -> Prompt:
     """Return the prompt for a question about one or more inputs.
 
-    If there is more than one input, the subtitles of each video begin with a line that gives the video's number. Raises the same
-    errors as `language.prompt.Prompt.build`.
+    If there are multiple inputs, each video's subtitles start with a line containing the video number. Raises the same errors as
+    `language.prompt.Prompt.build`.
 
     Args:
         earlier: The conversation so far.

@@ -1,10 +1,10 @@
-"""Read inputs ahead in background threads: while the model loads, while the encoder runs, or while another question is answered.
+"""Read inputs ahead in background threads while the model loads, the encoder runs, or another question is being answered.
 
-A `Reading` is an input that is being read. Its thread produces chunks of frames or patches, which are buffered until a consumer
-takes them. The readings in a `Readings` group take turns and share a memory limit for buffered chunks. This module does not import
-torch, so reading can start before torch is imported.
+A `Reading` represents an input being read. Its thread produces chunks of frames or patches, which are buffered until a consumer
+takes them. Each `Reading` in a `Readings` group waits for its turn, and all of them share a memory limit for buffered chunks. This
+module does not import torch, so reading can start before torch is imported.
 
-Timing does not affect the result: however far ahead the thread is, a consumer gets the same chunks in the same order.
+Timing doesn't affect the result: no matter how far ahead the thread is, a consumer gets the same chunks in the same order.
 """
 
 import math
@@ -21,18 +21,18 @@ from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
 
-TICK_S = 0.25  # seconds between calls of a consumer's `waiting` function
-PATIENCE_S = 3.0  # maximum time in seconds that closing waits for a thread
-MOST_PROBED = 256  # maximum number of inputs whose metadata is cached in memory
+TICK_S = 0.25  # interval between calls to a consumer's `waiting` function, in seconds
+PATIENCE_S = 3.0  # maximum time to wait for a thread when closing, in seconds
+MOST_PROBED = 256  # maximum number of inputs with metadata cached in memory
 
 
 class Readings:
-    """A group of readings that take turns, in order of creation, and share a memory limit. Closing the group stops them all.
+    """A group of `Reading` objects that take turns, in creation order, and share a memory limit. Closing the group stops them all.
 
     Args:
-        limit_bytes: Maximum total size of the chunks buffered in all readings, in bytes. The limit does not apply to a chunk that a
+        limit_bytes: Maximum total size of all buffered chunks in the group, in bytes. The limit doesn't apply to a chunk that a
             consumer is already waiting for.
-        at_once: Number of readings that may read at the same time.
+        at_once: Maximum number of inputs to read at the same time.
     """
 
     def __init__(self, limit_bytes: float = math.inf, at_once: int = 1):
@@ -49,31 +49,31 @@ class Readings:
         self.close()
 
     def close(self) -> None:
-        """Stop all readings in the group that have not finished."""
+        """Stop all unfinished `Reading` objects in the group."""
         stop_all(self.unfinished)
 
 
 class Reading(Generic[T]):
-    """An input that a background thread reads ahead as soon as it is its turn. Close it after use.
+    """An input that a background thread reads ahead as soon as its turn comes. Close it after use.
 
     Args:
-        source: Called in the thread when it is its turn. Returns an iterator that produces the chunks.
-        group: The group with which this reading takes turns and shares a memory limit. The default is a new group without a limit.
-        shared: Whether to keep chunks after they are taken, so that several consumers can each get all of them. A shared reading
-            also continues if the thread that created it is stopped, whereas any other reading would stop with it.
-        size: Total size of the chunks in bytes, if it is known in advance.
-        drop: Called for each chunk that has not been taken when the reading is closed.
+        source: Called in the thread when its turn comes. Returns an iterator that produces the chunks.
+        group: The group in which to take turns and share a memory limit. The default is a new group without a limit.
+        shared: Whether to keep chunks after they are taken, so that multiple consumers can each get all chunks. A shared `Reading`
+            also continues if the thread that created it is stopped, whereas an unshared `Reading` stops along with that thread.
+        size: Total size of the chunks in bytes, if known in advance.
+        drop: Called for each remaining chunk on close.
 
     Attributes:
-        frames: Lower bound on the number of frames that have been read.
+        frames: Lower bound on the number of frames read so far.
         chunk_bytes: Size of the largest chunk in bytes. `source` may set it in advance.
-        hidden_s: Read time that the consumer did not have to wait for, in seconds.
+        hidden_s: Read time that the consumer didn't have to wait for, in seconds.
         begun: True once `source` has returned.
         ended: True once the thread has finished, failed, or been stopped.
         complete: True once the thread has produced all chunks.
-        taken: True once a consumer has asked for a chunk.
-        users: Number of inputs that are using a shared reading, maintained by the owner of the reading.
-        problem: The exception with which the thread failed, or None.
+        taken: True once a consumer has requested a chunk.
+        users: Number of inputs using a shared `Reading`, maintained by its owner.
+        problem: The exception raised in the thread, or None.
     """
 
     def __init__(
@@ -97,22 +97,22 @@ class Reading(Generic[T]):
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
-        # The chunks produced so far. Unless the reading is shared, a chunk is replaced with None once it has been taken.
+        # The chunks produced so far. Unless chunks are shared, each chunk is replaced with None once it has been taken.
         self._chunks: list[T | None] = []
-        self._seconds: list[float] = []  # time that it took to produce each chunk
+        self._seconds: list[float] = []  # time taken to produce each chunk, in seconds
         self._next = 0  # index of the next chunk to take
         self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
-        # With a copy of the context, stopping the current thread's scope also stops this thread.
+        # With a copy of the context, stopping the current thread's scope also stops the new thread.
         context = Context() if shared else copy_context()
-        # Use a daemon thread, so that a hanging read cannot keep the program from exiting.
+        # Use a daemon thread, so a hanging read cannot prevent the program from exiting.
         self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
         with self._changed:
             self._group.unfinished.append(self)
         try:
             self._thread.start()
-        except RuntimeError as problem:  # the operating system could not start another thread
+        except RuntimeError as problem:  # the operating system couldn't start another thread
             self._end(problem)
 
     @property
@@ -121,17 +121,17 @@ class Reading(Generic[T]):
         return self._pid == os.getpid()
 
     def at_least(self, frames: int) -> None:
-        """Raise the frame count `frames` to this number, unless it is already higher."""
+        """Raise the frame count to `frames`, unless it is already higher."""
         self.frames = max(self.frames, frames)
 
     def chunks(self, waiting: Callable[[], None] = lambda: None) -> Iterator[T]:
-        """Yield all chunks in order, as soon as they are available. If the thread failed, raise its exception after the last one.
+        """Yield all chunks in order as they become available. If the thread failed, raise its exception after the last chunk.
 
         Args:
             waiting: Called every `TICK_S` seconds while the consumer waits for a chunk.
 
         Raises:
-            Stopped: If the reading was closed, or if the consumer's own thread is stopped.
+            Stopped: If the `Reading` was closed, or the consumer's own thread is stopped.
         """
         for number in count():
             start = time.perf_counter()
@@ -147,7 +147,7 @@ class Reading(Generic[T]):
             del chunk  # drop this reference, so that the consumer can free the memory
 
     def wait(self) -> None:
-        """Wait until the thread has finished, or has filled the buffer.
+        """Wait until the thread has finished or filled the buffer.
 
         Raises:
             Stopped: If the calling thread is stopped.
@@ -158,8 +158,8 @@ class Reading(Generic[T]):
     def close(self) -> None:
         """Discard all chunks and stop the thread.
 
-        A thread that is waiting for a worker process stops immediately. If the thread hangs anywhere else, this method returns
-        after `PATIENCE_S` seconds and leaves the thread running.
+        A thread waiting for a worker process stops immediately. If the thread hangs anywhere else, this method returns after
+        `PATIENCE_S` seconds and leaves the thread running.
         """
         stop_all([self])
 
@@ -221,7 +221,7 @@ class Reading(Generic[T]):
         return self._group.unfinished.index(self) < self._group.at_once
 
     def _has_room(self) -> bool:
-        """Return True if the buffer has room for two more chunks, or if a consumer is waiting for the next chunk."""
+        """Return True if the buffer has room for two more chunks, or a consumer is waiting for the next chunk."""
         fits = self._group.held_bytes + 2 * self.chunk_bytes <= self._group.limit_bytes
         return fits or (self.taken and self._next == len(self._chunks))
 
@@ -238,7 +238,7 @@ class Reading(Generic[T]):
             self._drop(chunk)
 
     def _is_made(self, number: int) -> bool:
-        """Wait up to `TICK_S` seconds for a chunk. Return True if the chunk is available, or the thread has ended without it."""
+        """Wait up to `TICK_S` seconds for a chunk. Return True if it is available, or the thread has ended without producing it."""
         with self._changed:
             self.taken = True
             self._next = max(self._next, number)
@@ -249,8 +249,8 @@ class Reading(Generic[T]):
         """Return the chunk with the given number, or None after the last chunk.
 
         Raises:
-            Stopped: If the reading was closed.
-            BaseException: After the last chunk, the exception with which the thread failed, if any.
+            Stopped: If the `Reading` was closed.
+            BaseException: After the last chunk, any exception raised in the thread.
         """
         with self._changed:
             if self._closed:
@@ -269,7 +269,7 @@ class Reading(Generic[T]):
 
 
 def stop_all(readings: list[Reading]) -> None:
-    """Close several readings. In a forked child process, this is a no-op, because the threads do not exist there."""
+    """Close multiple `Reading` objects. This is a no-op in a forked child process, where the threads don't exist."""
     readings = [reading for reading in readings if reading.is_here]
     for reading in readings:
         reading.stop()
@@ -278,11 +278,11 @@ def stop_all(readings: list[Reading]) -> None:
 
 
 def size_of(chunk: Any) -> int:
-    """Return the size of a chunk of frames or patches in bytes. For other objects, such as opened inputs, return 0."""
+    """Return the size of a chunk of frames or patches in bytes, or 0 for other objects, such as opened inputs."""
     return getattr(chunk, "nbytes", 0)
 
 
-# Metadata and states of files.
+# File metadata and state.
 
 # Maps a path and folder_fps to the file's state and metadata.
 _probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}
@@ -290,7 +290,7 @@ _probed_lock = threading.Lock()
 
 
 def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Video:
-    """Return the metadata of an input (see `frames.probe`), which is cached until the file changes."""
+    """Return an input's metadata (see `frames.probe`), which is cached until the file changes."""
     if isinstance(path, HeldVideo):
         return path
     key = os.fspath(path), folder_fps
@@ -309,8 +309,8 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
 def state_of(path: str) -> tuple | None:
     """Return a value that changes whenever a file, or an image in a folder of frames, is modified or replaced.
 
-    The value includes the ctime, which changes even if the size and mtime of a modified file are restored. Returns None if there is
-    no such file.
+    The value includes the ctime, which changes even if a modified file's size and mtime are restored. Returns None if the file
+    doesn't exist.
     """
     try:
         if not os.path.isdir(path):

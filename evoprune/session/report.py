@@ -1,6 +1,6 @@
-"""Fill in the reports that accompany answers: facts about the inputs, how they were pruned, and how long each stage took.
+"""Fill in the reports that accompany answers, with facts about the inputs, their pruning, and the time spent in each stage.
 
-`pruning_facts` is also used for models that are pruned through `evoprune.hf`.
+`pruning_facts` is also used for models pruned through `evoprune.hf`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from evoprune.vision import Encoded
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
-    """Summarize how one or more inputs were pruned. All counts are totals over the inputs.
+    """Summarize how one or more inputs were pruned. All counts are totals over all inputs.
 
     Args:
         units: Total number of visual units before pruning.
@@ -47,7 +47,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
 
 
 def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
-    """Return a report about encoded inputs, without the total stage times, which `fill_times` adds."""
+    """Return a report about encoded inputs, excluding the total stage times added by `fill_times`."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
     report = Report(
@@ -55,7 +55,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
         model=loaded.facts(),
         env=Device(loaded.device).environment(),
         inputs=[_input_facts(session, encoding) for encoding in encodings],
-        # Report a "hit" only if every input was a cache hit.
+        # Report a "hit" only if all inputs were cache hits.
         cache=next(state for state in ("miss", "off", "hit") if state in states),
     )
     if len(report.inputs) == 1:
@@ -82,7 +82,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
 
 
 def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
-    """Return the facts about a single input, without those about pruning, which `fill_pruning` adds."""
+    """Return the facts about a single input, excluding the pruning facts added by `fill_pruning`."""
     plan = encoding.plan
     tokens = encoding.encoded
     merge = session.loaded.video.merge_size
@@ -115,7 +115,7 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
 
 
 def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
-    """Add to a report how the inputs were pruned, both individually and in total."""
+    """Add pruning facts to a report, both for each input and in total."""
 
     def pruning(group: Sequence[EncodedInput]) -> Pruning:
         units = sum(member.plan.units for member in group)
@@ -127,12 +127,12 @@ def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedIn
 
 
 def fill_times(report: Report, seconds: dict[str, float], total: float, device: str, late_packing: float = 0.0) -> None:
-    """Add stage times, the total time, memory use and the generation rate to a report.
+    """Add stage times, the total time, memory use, and the generation rate to a report.
 
     Args:
         seconds: The time spent in each stage, in seconds.
         total: The wall-clock time in seconds.
-        device: The device whose memory use is reported.
+        device: The device to report memory use for.
         late_packing: The time spent packing weights during generation, in seconds, which is excluded from the generation rate.
     """
     times = report.time_ms
@@ -140,7 +140,7 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
         setattr(times, stage, spent * 1000)
     times.total = total * 1000
     times.ttft_model = None if times.prefill is None else times.encode + times.prefill
-    # Prefill already produces the first token, so the rate counts only the tokens after it.
+    # Prefill already produces the first token, so the generation rate includes only subsequent tokens.
     passes = max(0, (report.tokens.new or 0) - 1)
     generating = seconds.get("generate", 0.0) - late_packing
     rate = Rate()
@@ -152,9 +152,9 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
 
 
 def fill_dropped(report: Report, dropping: Dropping | None) -> None:
-    """Add to a report how many visual tokens each layer of the language model read. This synchronizes the device.
+    """Add the number of visual tokens read by each language model layer to a report. This synchronizes the device.
 
-    Does nothing if `dropping` is None, that is, if no tokens are dropped inside the language model.
+    Does nothing if `dropping` is None, which means that no tokens are dropped inside the language model.
     """
     if dropping is not None:
         report.pruning.language_layers = [list(layer) for layer in enumerate(dropping.layers)]

@@ -1,4 +1,4 @@
-"""A loaded model together with its pruning settings, which are needed for both encoding inputs and answering questions."""
+"""A loaded model with its pruning settings, used both for encoding inputs and for answering questions."""
 
 import os
 import time
@@ -24,10 +24,10 @@ from evoprune.video import Plan
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model together with its pruning settings. Use `load` to create one.
+    """A loaded model with its pruning settings. Use `load` to create a session.
 
     Raises:
-        UsageError: If the pruning method does not work with this model.
+        UsageError: If the model doesn't support the pruning method.
     """
 
     loaded: LoadedModel
@@ -49,10 +49,10 @@ class Session:
         """Load a model for answering questions. Incompatible pruning methods are rejected before anything is downloaded.
 
         Args:
-            model: The model's name, its options, or its description.
+            model: The model name, its options, or its description.
             pruning: The budget and the pruning method.
             progress: See `load_model`.
-            streams: Whether to reject models and methods that cannot watch a live stream.
+            streams: Whether to reject models and methods that don't support live streams.
 
         Raises:
             TypeError: If `model` or `pruning` has an unsupported type.
@@ -61,7 +61,7 @@ class Session:
         start = time.perf_counter()
         if not isinstance(pruning, PruneOptions):
             raise TypeError(f"pruning is {brief(pruning)}, not a PruneOptions; PruneOptions() has the defaults")
-        config = pruning.config()  # rejects invalid settings before looking for the model
+        config = pruning.config()  # reject invalid settings before looking for the model
         if isinstance(model, str | os.PathLike):
             model = ModelOptions(model)
         if isinstance(model, ModelOptions):
@@ -80,11 +80,11 @@ class Session:
         return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
 
     def unpruned(self) -> "Session":
-        """Return a session with the same model and seed that keeps every visual token, as a baseline for comparisons."""
+        """Return a session with the same model and seed that keeps all visual tokens, as a baseline for comparisons."""
         return replace(self, pruning=PruneConfig.of(Budget.FULL, "none", self.pruning.seed))
 
     def prompt_columns(self, tokens: int, text: int) -> int | tuple[int, ...]:
-        """Return the maximum number of prompt tokens that each layer of the language model has to keep in its KV cache.
+        """Return the maximum number of prompt tokens that each language model layer has to keep in its KV cache.
 
         Args:
             tokens: Number of visual tokens.
@@ -104,17 +104,17 @@ class Session:
         kept: int,
         earlier: Sequence[Turn] = (),
     ) -> Prompt:
-        """Build the prompt for a question and check that it fits into the model's context and into memory.
+        """Build the prompt for a question, and check that it fits into the model's context and into memory.
 
-        The prompt contains a placeholder for every visual token of the inputs, including tokens that will be pruned.
+        The prompt contains a placeholder for each of the inputs' visual tokens, including tokens that will be pruned.
 
         Args:
             kept: Number of visual tokens that the language model will read.
             earlier: The conversation so far.
 
         Raises:
-            UsageError: If the prompt does not fit into the model's context.
-            OutOfMemory: If the prompt does not fit into memory.
+            UsageError: If the prompt doesn't fit into the model's context.
+            OutOfMemory: If the prompt doesn't fit into memory.
             ModelError: If the chat template is unusable.
         """
         loaded = self.loaded
@@ -132,13 +132,13 @@ class Session:
         options: GenerationOptions,
         encoded: Collection[Plan] = (),
     ) -> int:
-        """Check that every question fits into context and memory, and return the number of text tokens in the longest prompt.
+        """Check that each question fits into context and memory, and return the number of text tokens in the longest prompt.
 
         Args:
-            encoded: The plans of inputs that have already been encoded, whose memory is not checked again.
+            encoded: The plans of already encoded inputs, whose memory requirements aren't checked again.
 
         Raises:
-            UsageError: If a question does not fit into the model's context.
+            UsageError: If a question doesn't fit into the model's context.
             OutOfMemory: If encoding an input and reading the prompt would need too much memory.
             ModelError: If the chat template is unusable.
         """
@@ -156,15 +156,15 @@ class Session:
         return longest
 
     def fitting_pieces(self, plan: Plan, other_tokens: int = TEXT) -> list[int]:
-        """Return the piece sizes (`piece_needs`) with which an input can be encoded in the available memory, largest first.
+        """Return the piece sizes (`piece_needs`) for encoding an input in the available memory, largest first.
 
         If memory is low, the stored patches of earlier inputs are evicted first.
 
         Args:
-            other_tokens: Number of prompt tokens in addition to the tokens that this input keeps.
+            other_tokens: Number of prompt tokens other than this input's kept tokens.
 
         Raises:
-            OutOfMemory: If even the smallest piece size does not fit, or the prompt does not fit.
+            OutOfMemory: If there isn't enough memory for the smallest piece size or for the prompt.
         """
         model = self.loaded.model
         encoder = plan.encoder
@@ -188,7 +188,7 @@ class Session:
         A prompt with at most `TEXT` text tokens always passes, because the check before encoding already covers it.
 
         Raises:
-            OutOfMemory: If the prompt does not fit.
+            OutOfMemory: If the prompt doesn't fit.
         """
         if text <= TEXT:
             return

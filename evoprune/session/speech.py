@@ -1,13 +1,13 @@
-"""Transcribe the speech in a video with faster-whisper. The prompt includes the transcript in place of subtitles.
+"""Transcribe the speech in a video using faster-whisper. The prompt includes the transcript in place of subtitles.
 
-Transcription runs on the CPU in a thread of its own, so that it overlaps with loading the model and reading frames. A worker
-process decodes the sound (`read_audio`), so faster-whisper never opens the file itself. The sound is split at quiet points into
-windows of limited length, which keeps memory use independent of the length of the video.
+Transcription runs on the CPU in a separate thread, so it overlaps with loading the model and reading frames. A worker process
+decodes the audio track (`read_audio`), so faster-whisper never opens the file itself. The audio is split at quiet points into
+windows of limited length, so memory use doesn't depend on the length of the video.
 
-The transcript depends only on the sound, the time span and the speech model, because decoding does not sample at random. The
-windows are transcribed independently of each other, except that all of them use the language detected in the first spoken words.
+The transcript depends only on the audio, the time span, and the speech model, because decoding is deterministic. Windows are
+transcribed independently, except that all of them use the language detected in the first spoken words.
 
-This module imports neither torch nor faster-whisper until something has to be transcribed.
+This module doesn't import torch or faster-whisper until there is something to transcribe.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from evoprune.model import Clock
     from evoprune.session.cache import Cache
 
-# Hub ids of the speech models, by name. `FILES` are the files that faster-whisper would download.
+# Hub IDs of the speech models, by name. `FILES` lists the files that faster-whisper would download.
 MODELS = {
     "tiny": "Systran/faster-whisper-tiny",
     "base": "Systran/faster-whisper-base",
@@ -47,15 +47,14 @@ MODELS = {
     "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
 }
 FILES = ("config.json", "preprocessor_config.json", "model.bin", "tokenizer.json", "vocabulary.*")
-AUTO = "base"  # the model that "auto" stands for
+AUTO = "base"  # the model used for "auto"
 RATE = 16_000  # sample rate in Hz
 WINDOW_S = 120.0  # maximum length of a window in seconds
 LAST_S = 15.0  # a full window is cut at its quietest point within this many seconds of its end
-QUIET_S = 0.2  # resolution in seconds when looking for the quietest point
-BRIDGE_S = 1.0  # shorter gaps in the sound, in seconds, become silence; a longer gap ends the window
-MIN_WINDOW_S = 0.1  # shorter windows, in seconds, are not transcribed
-# Whisper's own limit on the compression ratio. A higher ratio means that the text repeats itself in a loop, which often happens
-# with music and noise.
+QUIET_S = 0.2  # resolution for finding the quietest point, in seconds
+BRIDGE_S = 1.0  # shorter gaps in the audio, in seconds, are filled with silence; a longer gap ends the window
+MIN_WINDOW_S = 0.1  # shorter windows, in seconds, aren't transcribed
+# Whisper's own limit on the compression ratio. A higher ratio indicates repetitive text, which is common for music and noise.
 REPEATED = 2.4
 MAX_TRANSCRIPTS = 64  # maximum number of finished transcripts to keep in memory
 STAGE = "speech"
@@ -64,7 +63,7 @@ DAMAGED = "damaged_sound"
 OPTIONS = {
     "beam_size": 5,
     "temperature": 0.0,
-    "condition_on_previous_text": False,  # True would let one wrong line cause more wrong lines
+    "condition_on_previous_text": False,  # with True, one wrong line could cause more wrong lines
 }
 
 Line = tuple[float, float, str]
@@ -72,7 +71,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class SpeechModelOptions(Protocol):
-    """The fields of `ModelOptions` that also apply to the speech model. Using a protocol avoids a circular import."""
+    """Fields of `ModelOptions` that also apply to the speech model. Using a protocol avoids a circular import."""
 
     @property
     def offline(self) -> bool: ...
@@ -87,7 +86,7 @@ class Transcript:
 
     lines: list[Line] = field(default_factory=list)
     language: str | None = None
-    damaged: bool = False  # whether parts of the sound could not be decoded
+    damaged: bool = False  # whether parts of the audio couldn't be decoded
 
 
 def with_speech(
@@ -100,7 +99,7 @@ def with_speech(
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Return a copy of a plan whose subtitles are the transcribed speech of the video.
+    """Return a copy of a plan that uses the transcribed speech as subtitles.
 
     The plan is returned unchanged if it already has subtitles, if it is for an image, or if `speech` is "none". See `speech_of`
     for the other arguments and the errors.
@@ -124,13 +123,13 @@ def speech_of(
 ) -> Subtitles:
     """Transcribe the speech in a time span of a video.
 
-    For a video without sound, the result has no lines, and it has a warning unless `speech` is "auto".
+    For a video without an audio track, the result has no lines, and it has a warning unless `speech` is "auto".
 
     Args:
-        sampling: The sampling options. `speech` is the name of the speech model and must not be "none".
-        span: The start and the end, in seconds from the first frame.
-        options: The options of the language model, some of which also apply to the speech model.
-        clock: The transcription time is added to the stage "speech" of this clock, and the part that overlapped with other work is
+        sampling: The sampling options. `speech` is the speech model name and must not be "none".
+        span: The start and end, in seconds from the first frame.
+        options: The language model options, some of which also apply to the speech model.
+        clock: The clock to which the transcription time is added as the "speech" stage. Time that overlapped with other work is
             also added to "overlap".
         cache: The disk cache, which also stores transcripts.
         progress: Called while waiting, with "speech", the number of seconds transcribed so far, and the total number of seconds.
@@ -152,7 +151,7 @@ def speech_of(
 def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOptions) -> Callable[[], None]:
     """Start transcribing an input that will be opened later. Return a function that cancels the request.
 
-    Canceling stops the transcription, unless another request needs the same transcript.
+    Canceling stops the transcription unless another request needs the same transcript.
     """
     span = plan.full.sampling.start_s, plan.full.sampling.end_s
     info = plan.info
@@ -167,11 +166,11 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOpti
 
 @dataclass(frozen=True)
 class _SpeechRequest:
-    """Identifies a transcript. Requests that compare equal have the same transcript and share its transcription."""
+    """Identifies a transcript. Requests that compare equal share the same transcription and transcript."""
 
     info: Video = field(compare=False)
     path: str
-    state: tuple | None  # state of the file; see `state_of`
+    state: tuple | None  # file state; see `state_of`
     span: tuple[float, float]
     model: str
     offline: bool = field(compare=False)
@@ -186,7 +185,7 @@ class _SpeechRequest:
         return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
 
     def begin(self) -> Reading["_Piece"]:
-        """Return this request's transcription, and start it if necessary. The caller must call `release` when it is done."""
+        """Return this request's transcription, starting it if necessary. The caller must call `release` when it is done."""
         with _lock:
             reading = _readings.get(self)
             failed = reading is not None and reading.problem is not None
@@ -229,7 +228,7 @@ class _SpeechRequest:
             self.release()
         waited_s = time.perf_counter() - start
         if clock:
-            # If several consumers share a transcript, only the first one counts the transcription time.
+            # If multiple consumers share a transcript, only the first one counts the transcription time.
             busy_s = max(waited_s, sum(piece.taken_seconds() for piece in pieces))
             clock.seconds[STAGE] = clock.seconds.get(STAGE, 0.0) + busy_s
             clock.seconds[OVERLAP] = clock.seconds.get(OVERLAP, 0.0) + busy_s - waited_s
@@ -259,7 +258,7 @@ class _SpeechRequest:
             return None
 
     def _key(self, cache: "Cache") -> str:
-        """Return the cache key, a hash of everything that a transcript depends on. Raises OSError if a file is missing."""
+        """Return the cache key, a hash of everything that affects the transcript. Raises OSError if a file is missing."""
         folder = _local_folder(self.model)
         if folder is None:
             raise FileNotFoundError(self.model)
@@ -289,7 +288,7 @@ class _SpeechRequest:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
-        """Transcribe the sound one window at a time and yield its transcribed lines."""
+        """Transcribe the audio one window at a time, and yield the transcribed lines."""
         start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
@@ -310,7 +309,7 @@ class _SpeechRequest:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The transcribed lines of a window, together with the transcription time, which is counted only by the first consumer."""
+    """The transcribed lines of a window, with the transcription time, which is counted only by the first consumer."""
 
     lines: list[Line]
     language: str | None
@@ -330,12 +329,12 @@ _readings: OrderedDict[_SpeechRequest, Reading[_Piece]] = OrderedDict()
 
 @lru_cache(maxsize=1)
 def _group() -> Readings:
-    """Return the group that all transcriptions belong to, which makes them run one after another."""
+    """Return the group shared by all transcriptions, which makes them run one after another."""
     return Readings()
 
 
 def _forget() -> None:
-    """Discard all state in a forked child process, because the threads do not exist there."""
+    """Discard all state in a forked child process, where the threads don't exist."""
     global _lock
     _lock = threading.RLock()
     _readings.clear()
@@ -348,9 +347,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float, "np.ndarray", int]]:
-    """Split the sound of a time span into windows that can be transcribed separately.
+    """Split the audio in a time span into windows that can be transcribed separately.
 
-    For each window, yield its start in seconds, its samples, float32 `[n]`, and the number of damaged packets so far.
+    For each window, this yields its start in seconds, its samples, float32 `[n]`, and the number of damaged packets so far.
     """
     import numpy as np
 
@@ -380,7 +379,7 @@ def _windows(info: Video, start_s: float, end_s: float) -> Iterator[tuple[float,
 
 
 def _quietest(samples: "np.ndarray") -> int:
-    """Return the index of the sample at which to cut a window, in the middle of the quietest part of its last seconds."""
+    """Return the sample index at which to cut a window, in the middle of the quietest section of its last few seconds."""
     import numpy as np
 
     size = round(QUIET_S * RATE)
@@ -390,10 +389,10 @@ def _quietest(samples: "np.ndarray") -> int:
 
 
 def _transcribed(model: "WhisperModel", samples: "np.ndarray", language: str | None) -> Iterator[tuple[Line, str]]:
-    """Transcribe a window. Yield each line, with times in seconds from the window's start, and its language.
+    """Transcribe a window, and yield each line with its language. Line timestamps are in seconds from the start of the window.
 
     Each stretch of speech between two pauses is transcribed separately. Otherwise, Whisper might merge the words before and after a
-    pause into one line, or invent words for silence and music.
+    pause into a single line, or hallucinate words during silence and music.
     """
     from faster_whisper.vad import get_speech_timestamps
 
@@ -434,10 +433,10 @@ def _whisper(folder: str, cores: int) -> "WhisperModel":
 
 
 def _folder(model: str, offline: bool) -> str:
-    """Return the folder of a speech model, after downloading the model if necessary.
+    """Return a speech model's folder, downloading the model if necessary.
 
     Raises:
-        ModelError: If the model is missing and cannot be downloaded, or the network may not be used.
+        ModelError: If the model is missing and cannot be downloaded, for example in offline mode.
     """
     if folder := _local_folder(model):
         return folder
@@ -450,7 +449,7 @@ def _folder(model: str, offline: bool) -> str:
 
 
 def _local_folder(model: str) -> str | None:
-    """Return the folder of a speech model, or None if the model has to be downloaded first."""
+    """Return a speech model's folder, or None if the model has to be downloaded first."""
     if model not in MODELS:
         return os.path.abspath(model)
     folder = cached_folder(MODELS[model], None)
@@ -460,10 +459,10 @@ def _local_folder(model: str) -> str | None:
 
 
 def check_offline(speech: str, offline: bool) -> None:
-    """If the network must not be used, check that the speech model is on this machine. Never downloads anything.
+    """In offline mode, check that the speech model has already been downloaded. Never downloads anything.
 
     Raises:
-        ModelError: If the model is missing.
+        ModelError: If offline mode is on and the model is missing.
     """
     model = AUTO if speech == "auto" else speech
     if speech != "none" and offline:

@@ -1,7 +1,8 @@
-"""Keep several inputs in flight: open and read the next inputs while the model answers questions about the current one.
+"""Keep multiple inputs in flight: open and read the next inputs while the model answers questions about the current one.
 
-Inputs are read in order, several at a time if there are idle cores, and the queue never contains more inputs than are read at a
-time. If the model runs on the CPU and uses all cores, only one input is read ahead, so that reading does not slow down the answers.
+Inputs are read in order. If there are idle cores, multiple inputs are read at a time. The queue never contains more inputs than
+there are readers. If the model runs on the CPU and uses all cores, only one input is read ahead, so that reading doesn't slow down
+the answers.
 """
 
 import time
@@ -19,8 +20,8 @@ from evoprune.video import keep_idle
 
 T = TypeVar("T")
 
-MAX_READERS = 8  # maximum number of inputs that are read at a time
-READER_BYTES = 2**30  # memory in bytes that a reader may need for its decoder, frames and patches
+MAX_READERS = 8  # maximum number of inputs to read at a time
+READER_BYTES = 2**30  # memory that a reader may need for its decoder, frames, and patches, in bytes
 
 
 def readers(loaded: LoadedModel) -> int:
@@ -41,10 +42,10 @@ def in_flight(
     loaded: LoadedModel,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[tuple[T, OpenInputs | Exception], None, None]:
-    """Yield items in order, each with its open inputs, or with the exception that was raised while opening them.
+    """Yield items in order, each with its open inputs or the exception raised while opening them.
 
-    While the caller encodes an item and asks questions about it, background threads open the inputs of the next items and read them
-    ahead. They read one item for every two idle cores, up to eight items at a time, but fewer if memory is low:
+    While the caller encodes an item and asks questions about it, background threads open and read the inputs of the next items.
+    They read one item for every two idle cores, up to eight items at a time, or fewer if memory is low:
 
         def opened(path, cores):
             inputs = open_inputs(session, [path])
@@ -60,25 +61,24 @@ def in_flight(
                     encoded = inputs.encode()
                 print(path, encoded.ask("What happens?"))
 
-    The caller must close each `OpenInputs` that it receives, and must close this generator when it is done. Closing the generator
-    stops the threads and closes all inputs that were not yielded.
+    The caller must close each `OpenInputs` it receives, and must close this generator when it is done. Closing the generator stops
+    the threads and closes all inputs not yet yielded.
 
     Args:
-        items: The items, such as paths. The iterable may be infinite, because it is consumed lazily.
-        opened: Called in a background thread to open the inputs of an item. Its second argument is the number of cores that reading
-            may keep busy (None for all cores), which it should pass to `OpenInputs.use_cores`. It should then call
-            `OpenInputs.begin`, so that the time spent reading ahead is not reported as waiting time. `in_flight` itself calls
-            `OpenInputs.read`.
+        items: The items, such as paths. The iterable is consumed lazily, so it may be infinite.
+        opened: Called in a background thread to open an item's inputs. Its second argument is the number of cores to use for
+            reading (None for all cores), which it should pass to `OpenInputs.use_cores`. It should then call `OpenInputs.begin`, so
+            that the time spent reading ahead isn't reported as waiting time. `in_flight` itself calls `OpenInputs.read`.
         loaded: The model, which determines how many cores are idle.
-        on_wait: Called with the number of seconds that the caller had to wait for each item.
+        on_wait: Called with the time the caller had to wait for each item, in seconds.
 
     Yields:
-        For each item, a tuple of the item and its inputs, or of the item and the `Exception` that `opened` raised, usually a
-        `VideoError` or a `UsageError`. An error for one item does not affect other items. Errors that occur while reading frames
-        are raised later, by `OpenInputs.encode`.
+        For each item, a tuple of the item and its inputs. If `opened` raises an `Exception`, usually a `VideoError` or a
+        `UsageError`, the exception takes the place of the inputs, and other items aren't affected. Errors while reading frames are
+        raised later, by `OpenInputs.encode`.
 
     Raises:
-        Exception: Any exception that is raised by iterating over `items`.
+        Exception: Any exception raised while iterating over `items`.
     """
     count = readers(loaded)
     share = max(1, loaded.idle_cores // count)
@@ -91,7 +91,7 @@ def in_flight(
         with suppress(Exception):  # `OpenInputs.encode` will raise the error again
             inputs.read()
 
-    # Keep one more idle worker process than there are readers, for the item that is currently being answered.
+    # Keep one more idle worker process than there are readers, for the item currently being answered.
     with keep_idle(count + 1), Readings(at_once=count) as group:
         try:
             while True:

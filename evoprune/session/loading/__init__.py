@@ -1,5 +1,5 @@
-"""Load a model: a bundled demo, a local folder, a hub id, or a full-size model with random weights.
+"""Load a model from a bundled demo, a local folder, or the hub, or create a full-size model with random weights.
 
-`description` reads the model's small files and picks a device, `weights` predicts how much memory the weights take, and `model`
-loads the model. Only safetensors files are read, and code that is shipped with a model is never executed.
+`description` reads the model's small files and picks a device, `weights` estimates the memory needed for the weights, and `model`
+loads the model. Only safetensors files are read, and code shipped with a model is never executed.
 """

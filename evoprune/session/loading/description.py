@@ -1,4 +1,4 @@
-"""Describe a model before its weights are read: locate its folder, read its small files, and pick the device that will run it.
+"""Describe a model before reading its weights: locate its folder, read its small files, and pick the device to run it on.
 
 `describe` collects the results in a `ModelDescription`, which is enough to plan inputs and is later used to load the model. This
 module does not import torch.
@@ -42,7 +42,7 @@ from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_dec
 if TYPE_CHECKING:
     from evoprune.methods import MethodChain, PruneConfig
 
-# With "auto", there is one thread per this many weights. The demo model has 4 million weights, and the smallest Qwen 2 billion.
+# Number of weights per thread with "auto". The demo model has 4 million weights, and the smallest Qwen has 2 billion.
 WEIGHTS_PER_THREAD = 32_000_000
 LARGE_MODEL = 2**28  # minimum number of parameters of a large model; see `ModelDescription.large`
 ADAPTER = "adapter_config.json"
@@ -51,7 +51,7 @@ MERGE_HINT = "merge it into its base model (PEFT: merge_and_unload) and save the
 BITSANDBYTES_SETTINGS = "load_in_8bit", "load_in_4bit"
 CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # short names of the dtypes in config.json
 NORMALIZATION = ("image_mean", "image_std")
-# The processor settings that evoprune always uses. If a model's processor has a different value (except null), there is a warning.
+# Fixed processor settings. evoprune issues a warning if a model's processor has a different, non-null value.
 FIXED_SETTINGS = {
     "do_sample_frames": True, "num_frames": None, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "do_convert_rgb": True, "do_center_crop": False, "do_pad": False, "resample": 3,
@@ -62,16 +62,16 @@ FIXED_SETTINGS = {
 class ModelDescription:
     """Everything known about a model before its weights are read. Use `describe` to create one."""
 
-    options: ModelOptions  # which model to load, and how
+    options: ModelOptions  # model name and loading options
     device: str  # such as "cpu" or "cuda:1"; never "auto"
-    folder: Path | None  # folder that contains the model's files, or None for a bundled config
+    folder: Path | None  # folder with the model's files, or None for a bundled config
     commit: str | None  # commit of a hub model, or None for a local model
     unreachable: str | None  # reason why no more files can be downloaded from the hub, or None if they can
     config: Config
     quantization: str | None  # quantization method of the checkpoint, such as "awq", or None
     stored_dtype: str | None  # dtype of the weights in the files ("bf16", "fp16" or "fp32"), or None if unknown
-    limits: dict[str, InputLimits]  # input limits by kind of input ("video" or "picture")
-    state: dict[str, Any] | None  # identifies the model's files: its commit, or `ModelOptions.state` for a folder
+    limits: dict[str, InputLimits]  # input limits by input type ("video" or "picture")
+    state: dict[str, Any] | None  # identifies the model's files: the commit, or `ModelOptions.state` for a folder
 
     @property
     def id(self) -> str:
@@ -79,7 +79,7 @@ class ModelDescription:
 
     @property
     def random(self) -> bool:
-        """Whether the weights are filled with random numbers instead of being loaded from files."""
+        """Whether the weights are random instead of being loaded from files."""
         return self.options.load_format == "dummy"
 
     @cached_property
@@ -89,10 +89,10 @@ class ModelDescription:
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype that the loaded weights will have.
+        """The dtype to load the weights in.
 
-        "auto" means bf16 on hardware with bf16 matmul, and fp32 elsewhere. Demo models always use fp32 by default. This property
-        imports torch unless the options specify the dtype.
+        "auto" means bf16 on hardware with bf16 matmul, and fp32 elsewhere. Demo models default to fp32 on all hardware. This
+        property imports torch unless the options specify the dtype.
         """
         if self.options.dtype != "auto":
             return self.options.dtype
@@ -105,10 +105,10 @@ class ModelDescription:
 
     @cached_property
     def quantize(self) -> str:
-        """The quantization that evoprune applies to the weights: "int8", "int4" or "none".
+        """The quantization that evoprune applies to the weights: "int8", "int4", or "none".
 
-        "auto" means int8 for a large model on a CPU without bf16, unless a dtype is given. With int8, the demo models lose less
-        than half a percentage point of accuracy (results/int8.md). Resolving "auto" imports torch.
+        "auto" means int8 for a large model on a CPU without bf16, unless the user specifies a dtype. Quantizing the demo models to
+        int8 costs less than half a percentage point of accuracy (results/int8.md). Resolving "auto" imports torch.
         """
         if self.options.quantize != "auto":
             return self.options.quantize
@@ -130,9 +130,9 @@ class ModelDescription:
 
     @property
     def max_visual_tokens(self) -> int:
-        """The default limit on the number of visual tokens before pruning.
+        """The default maximum number of visual tokens before pruning.
 
-        Some devices have a lower limit, but it does not apply to the tiny demo models.
+        Some devices lower this limit, except for the tiny demo models.
         """
         if self.demo:
             return SamplingOptions.MAX_VISUAL_TOKENS
@@ -149,26 +149,27 @@ class ModelDescription:
 
     @property
     def to_be_native(self) -> str:
-        """Hint for error messages that tells users how to run the language model in evoprune instead of transformers."""
+        """Error message hint explaining how to run the language model in evoprune instead of transformers."""
         if self.can_be_native:
             return "leave the engine out"
         return "use a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
 
     @property
     def can_be_native(self) -> bool:
-        """Whether evoprune's own code is able to run the language model, so that transformers is not needed."""
+        """Whether evoprune's own code supports the language model, so transformers isn't needed."""
         return self.config.vision_config.traits.native and self.quantization is None
 
     @property
     def can_be_quantized(self) -> bool:
-        """Whether evoprune can quantize the weights, which rules out quantized checkpoints and mixtures of experts."""
+        """Whether evoprune can quantize the weights. False for mixture-of-experts models and already quantized checkpoints."""
         return self.quantization is None and self.config.text_config.experts is None
 
     def check_method(self, method: "MethodChain") -> None:
-        """Check that a pruning method works with this model's language model.
+        """Check that this model's language model supports a pruning method.
 
         Raises:
-            UsageError: If the method does not work with this model, for example because it has no recipe for this number of layers.
+            UsageError: If the language model doesn't support the method, for example because the method has no recipe for this
+                number of layers.
         """
         method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
         if method.language and not self.native:
@@ -177,7 +178,7 @@ class ModelDescription:
             raise UsageError(problem, f"use {works}, or {self.to_be_native}")
 
     def check_streams(self, method: "MethodChain") -> None:
-        """Check that this model can watch a live stream with a pruning method.
+        """Check that this model can watch a live stream using a given pruning method.
 
         Raises:
             UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
@@ -196,21 +197,20 @@ class ModelDescription:
         pruning: "PruneConfig | PruneOptions | None" = None,
         name: str | None = None,
     ) -> Plan:
-        """Plan which frames of a video to sample, or at which size to read an image, and how to encode the result.
+        """Plan which video frames to sample, or which size to resize an image to, and how to encode the result.
 
-        The plan is final, even though the model has not been loaded yet. Torch is imported only if the pruning method may downscale
+        The plan is final, even though the model hasn't been loaded yet. Torch is imported only if the pruning method may downscale
         inputs.
 
         Args:
             info: The input's metadata.
             sampling: Options for sampling frames. If `max_visual_tokens` is None, the model's default applies.
-            pruning: The pruning settings, or None for no pruning. If the method may downscale inputs, it determines the size of the
-                frames.
-            name: The input's name in reports. The default is its path.
+            pruning: The pruning settings, or None for no pruning. If the method may downscale inputs, it determines the frame size.
+            name: The input's name in reports, which defaults to its path.
 
         Raises:
             VideoError: If the duration is unknown, the time span is empty, or the input cannot be resized to a valid shape.
-            UsageError: If a time span is given for an image, or the decoder is unknown or not installed.
+            UsageError: If a time span is specified for an image, or the decoder is unknown or not installed.
         """
         limits = self.limits[info.kind]
         decoder = choose_decoder(sampling.decoder, info)
@@ -231,7 +231,7 @@ class ModelDescription:
     def use_threads(self) -> None:
         """Set the number of torch threads in this process, if the options specify one. Imports torch.
 
-        With "auto", the number of threads depends on the size of the model and on the available cores, unless OMP_NUM_THREADS is
+        With "auto", the number of threads depends on the model size and the number of available cores, unless OMP_NUM_THREADS is
         set.
         """
         import torch
@@ -247,7 +247,7 @@ class ModelDescription:
             torch.set_num_threads(wanted)
 
     def download_small_files(self) -> None:
-        """Download the settings, tokenizer and chat template of a hub model.
+        """Download a hub model's settings, tokenizer, and chat template.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -255,7 +255,7 @@ class ModelDescription:
         self.download(*SMALL_FILES)
 
     def download(self, *patterns: str) -> None:
-        """Download more files of a hub model, from the same commit. For a local model, this is a no-op.
+        """Download additional files of a hub model from the same commit. For local models, this is a no-op.
 
         Raises:
             ModelError: See `hub.fetch`.
@@ -268,16 +268,18 @@ class ModelDescription:
 def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
     """Describe a model without reading its weights. Does not import torch.
 
-    If small files are missing, they are downloaded from the hub. If the model's processor has settings that evoprune ignores, a
-    warning lists them.
+    Missing small files are downloaded from the hub. If the model's processor has settings that evoprune ignores, a warning lists
+    them.
 
     Args:
-        local: Whether to use only files on this machine. If a published model is not on this machine, a bundled copy of its
-            config.json is used instead, but its weights cannot be loaded.
+        local: Whether to use only local files. If a published model hasn't been downloaded, a bundled copy of its config.json is
+            used instead, but its weights cannot be loaded.
 
     Raises:
-        ModelError: If the model is missing, unsupported or damaged, or cannot be reached, or if the requested engine cannot run it.
-        UsageError: If a revision is given for a model without revisions, or the weights cannot be quantized as requested.
+        ModelError: If the model is missing, unsupported, or damaged, if the hub cannot be reached, or if the requested engine
+            cannot run the model.
+        UsageError: If a revision is specified for a model without revisions, or the weights don't support the requested
+            quantization.
     """
     folder, commit, unreachable = _locate(options, local)
     path = BUNDLED_CONFIGS[options.model] if folder is None else folder / "config.json"
@@ -306,11 +308,11 @@ def describe(options: ModelOptions, *, local: bool = False) -> ModelDescription:
 
 
 def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None, str | None]:
-    """Find a model in a local folder, on the hub or among the bundled configs. Arguments and errors are the same as in `describe`.
+    """Find a model in a local folder, on the hub, or among the bundled configs. See `describe` for the arguments and errors.
 
     Returns:
         A tuple of the model's folder (None for a bundled config), its commit (None unless it comes from the hub), and the reason
-        why no more files can be downloaded from the hub (None if they can be downloaded or are not needed).
+        why no more files can be downloaded from the hub (None if they can be downloaded or aren't needed).
     """
     name = options.model
     revision = options.revision
@@ -341,9 +343,9 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
 
 
 def _no_config(folder: Path) -> ModelError:
-    """Return the error for a folder without a config.json.
+    """Return an error for a model folder that has no config.json.
 
-    If the folder contains an adapter or belongs to the hub's local cache, the error says so.
+    The error message mentions whether the folder contains an adapter or belongs to the local hub cache.
     """
     if (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
@@ -376,7 +378,7 @@ def _config(path: Path, content: dict) -> Config:
 
 
 def _quantization(path: Path, content: dict) -> str | None:
-    """Return the quantization method that a config.json specifies, or None if the checkpoint is not quantized."""
+    """Return the quantization method specified in a config.json, or None for an unquantized checkpoint."""
     with valid(f"{path} is damaged"):
         parts = content, section(content, "text_config")
         settings = next((given for part in parts if (given := section(part, "quantization_config"))), None)
@@ -391,7 +393,7 @@ def _quantization(path: Path, content: dict) -> str | None:
 
 
 def _check_engine(model: ModelDescription) -> None:
-    """Check that the model supports the requested engine and the requested quantization.
+    """Check that a model supports the requested engine and quantization.
 
     Raises:
         ModelError: If the engine cannot run the language model.
@@ -410,7 +412,7 @@ def _check_engine(model: ModelDescription) -> None:
 
 @contextmanager
 def valid(problem: str) -> Iterator[None]:
-    """Return a context manager that turns OSError and ValueError, such as unreadable or invalid files, into a `ModelError`."""
+    """Return a context manager that converts OSError and ValueError, raised for unreadable or invalid files, to `ModelError`."""
     try:
         yield
     except (OSError, ValueError) as reason:
@@ -418,8 +420,8 @@ def valid(problem: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object from a file in a model's folder. Return an empty dict if there is no such file."""
-    if not os.path.lexists(path):  # a dangling link is an error, not a missing file
+    """Read a JSON object from a file in a model folder. Return an empty dict if the file doesn't exist."""
+    if not os.path.lexists(path):  # a dangling link raises an error instead
         return {}
     with valid(f"{path} cannot be read"):
         check_fetched(path)
@@ -427,11 +429,11 @@ def read_json(path: Path) -> dict:
 
 
 def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str, InputLimits]:
-    """Return the input limits for videos and images, based on the processor's settings and the patch sizes in config.json.
+    """Return the input limits for videos and images, based on the processor settings and the patch sizes in config.json.
 
-    `preprocessor_config.json` belongs to the image processor, so for videos only its mean and standard deviation are used. Its
-    limit of 12.8 million pixels is meant for a single image, whereas Qwen's own code limits video frames to far fewer pixels.
-    Those lower limits are the defaults for videos here.
+    `preprocessor_config.json` belongs to the image processor, so only its mean and standard deviation apply to videos. Its limit of
+    12.8 million pixels is intended for a single image. Qwen's own code limits video frames to far fewer pixels, so those lower
+    limits are the defaults for videos.
     """
     traits = vision_config.traits
     limits = InputLimits(
@@ -443,7 +445,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
     if folder is None:
         return {"video": limits, "picture": replace(limits, **traits.picture)}
     picture_fields = (*NORMALIZATION, "min_pixels", "max_pixels")
-    joint = folder / "processor_config.json"  # transformers 5 saves the settings of both processors here
+    joint = folder / "processor_config.json"  # transformers 5 saves both processors' settings here
     video = _limits(joint, "video_processor") or _limits(folder / "video_preprocessor_config.json")
     image = _limits(joint, "image_processor", picture_fields)
     image = image or _limits(folder / "preprocessor_config.json", only=picture_fields)
@@ -452,7 +454,7 @@ def _input_limits(folder: Path | None, vision_config: VisionConfig) -> dict[str,
 
 
 def _warn_of_unused(folder: Path) -> None:
-    """Issue a single warning that lists all processor settings that evoprune ignores."""
+    """Issue a single warning listing all processor settings that evoprune ignores."""
     joint = read_json(folder / "processor_config.json")
     unused = {}
     for inner, file in (
@@ -462,7 +464,7 @@ def _warn_of_unused(folder: Path) -> None:
         content = section(joint, inner) or read_json(folder / file)
         usual = FIXED_SETTINGS
         if content.get("video_processor_type") == "Qwen2VLVideoProcessor":
-            # In this class the default is False, because its callers sample the frames themselves.
+            # This class defaults to False, because callers are expected to sample the frames themselves.
             usual = FIXED_SETTINGS | {"do_sample_frames": False}
         unused |= {
             name: content[name]
@@ -475,11 +477,11 @@ def _warn_of_unused(folder: Path) -> None:
 
 
 def _limits(path: Path, inner: str | None = None, only: tuple[str, ...] | None = None) -> dict:
-    """Read the fields of `InputLimits` from a processor's settings. Fields that the settings lack are left out.
+    """Read `InputLimits` fields from a processor's settings, omitting any missing fields.
 
     Args:
         path: The JSON file.
-        inner: Key of the object in the file that contains the settings, or None if they are at the top level.
+        inner: Key of the nested object containing the settings, or None if they are at the top level.
         only: Names of the fields to read, or None for all fields.
     """
     content = read_json(path)

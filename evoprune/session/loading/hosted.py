@@ -1,7 +1,7 @@
-"""Load models through transformers: quantized checkpoints, and models whose language model evoprune does not run itself.
+"""Load models through transformers: quantized checkpoints, and models whose language model isn't supported natively.
 
-transformers is restricted to safetensors files. It never runs code that comes with a model and never uses the network. It knows how
-each quantization method packs its weights, but users have to install the packages that compute with packed weights.
+transformers is restricted to reading safetensors files. It never executes code shipped with a model, and never uses the network. It
+can unpack the weights of each quantization method, but the packages that compute with packed weights must be installed separately.
 """
 
 import logging
@@ -37,15 +37,15 @@ from evoprune.untrusted import read_object
 from evoprune.util import counted, listed
 from evoprune.video import temporary_folder
 
-# The config entries that list unquantized modules.
+# Config entries that list unquantized modules.
 UNQUANTIZED = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
-# The config entries that stay at the top level, because they do not belong to the language model.
+# Config entries that stay at the top level because they don't belong to the language model.
 TOP_LEVEL_ENTRIES = (
     "model_type", "architectures", "vision_config", "text_config", "quantization_config", "tie_word_embeddings", "dtype",
     "torch_dtype",
 )  # fmt: skip
-# Repetitive log messages to suppress, by logger. The first message recommends GPU packages (`backend.hosted.FUSED`) that would not
-# be used. The second message says that 8-bit layers compute in fp16, and is repeated for every matrix product.
+# Repetitive log messages to suppress, by logger. The first recommends GPU packages (`backend.hosted.FUSED`) that wouldn't be used.
+# The second is logged for each matrix product and says that 8-bit layers compute in fp16.
 REPETITIVE_LOGS = {
     "transformers.integrations.hub_kernels": "falling back to its reference",
     "bitsandbytes.autograd._functions": "inputs will be cast",
@@ -55,13 +55,13 @@ REPETITIVE_LOGS = {
 def load_hosted(
     config: Config, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> HostedVL:
-    """Load the model in a folder through transformers and warn about unused tensors.
+    """Load a model from a folder using transformers, and warn about unused tensors.
 
     Args:
         quantization: The checkpoint's quantization method, or None.
 
     Raises:
-        ModelError: If transformers cannot read the model, tensors are missing, or a tensor has the wrong shape or dtype.
+        ModelError: If transformers cannot read the model, a tensor is missing, or a tensor has the wrong shape or dtype.
     """
     if config.text_config.experts and not quantization:
         _check_experts(folder, config.text_config.experts.num_experts)
@@ -72,10 +72,10 @@ def load_hosted(
                 kwargs = {"device_map": {"": device}, "config": _quantized_config(folder, quantization, device)}
             elif has_flat_config(folder):
                 kwargs = {"config": _read_config(folder)}
-            # Mismatches are reported further below.
+            # Mismatches are reported below.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             host, info = read_whole(folder, dtype, device, **kwargs)
-    # If files are damaged, transformers and the quantization packages may raise many kinds of exceptions.
+    # transformers and the quantization packages raise many different exceptions for damaged files.
     except Exception as problem:
         if is_out_of_memory(problem):
             raise
@@ -109,7 +109,7 @@ def load_hosted(
 def _environment_kept() -> Iterator[None]:
     """Return a context manager that restores the environment variables and `sys.path` on exit.
 
-    Some quantization packages change them when they are imported. For example, gptqmodel moves the hub's cache.
+    Some quantization packages modify them on import. For example, gptqmodel changes the hub cache location.
     """
     variables = dict(os.environ)
     path = list(sys.path)
@@ -123,12 +123,12 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _check_experts(folder: Path, count: int) -> None:
-    """Check that all experts' tensors exist and have consistent shapes.
+    """Check that all expert tensors exist and have consistent shapes.
 
-    transformers merges the experts' tensors. If it cannot merge some of them, it only logs a message, so they are checked here.
+    transformers merges the expert tensors, but only logs a message if merging fails, so this function checks them separately.
 
     Raises:
-        ModelError: If a tensor of an expert is missing, or its shape differs from the same tensor in other experts.
+        ModelError: If an expert tensor is missing, or its shape differs from the corresponding tensor in other experts.
     """
     alike: dict[str, dict[str, tuple[int, ...]]] = {}
     for _, content, stored in stored_tensors(weight_files(folder)):
@@ -153,10 +153,10 @@ def _missing_tensors(folder: Path, missing: list[str]) -> ModelError:
 
 
 def _quantized_config(folder: Path, quantization: str, device: torch.device):
-    """Return the transformers config of a quantized checkpoint, with corrected names of unquantized modules.
+    """Return the transformers config of a quantized checkpoint, with corrected names for the unquantized modules.
 
-    Published checkpoints list the tower under its old name, `visual`, so transformers would treat it as quantized. If the CPU has
-    no kernels for the packed weights, the config also tells transformers to dequantize them while loading.
+    Published checkpoints list the tower under its old name, `visual`, so transformers would treat it as quantized. On a CPU without
+    kernels for the packed weights, the config also tells transformers to dequantize them while loading.
     """
     from transformers.quantizers import AutoQuantizationConfig
 
@@ -171,21 +171,21 @@ def _quantized_config(folder: Path, quantization: str, device: torch.device):
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             renamed = [re.sub(r"^(re:)?\^?visual\b", r"\1model.visual", name_in_memory(name)) for name in names]
             config.quantization_config[field] = list(dict.fromkeys([*names, *renamed]))
-    # Raise an error for an unknown method. Older versions of transformers only warn, and read packed weights as plain numbers.
+    # Raise an error for unknown methods. Older versions of transformers only warn, and interpret packed weights as plain numbers.
     AutoQuantizationConfig.from_dict(deepcopy(config.quantization_config))
     return config
 
 
 def has_flat_config(folder: Path) -> bool:
-    """Return True if config.json contains the language model's settings at the top level instead of in `text_config`."""
+    """Return True if config.json has the language model settings at the top level instead of in `text_config`."""
     return not read_object(folder / "config.json").get("text_config")
 
 
 def _read_config(folder: Path):
-    """Read the transformers config from a model's folder.
+    """Read the transformers config from a model folder.
 
-    If the language model's settings are at the top level, they are moved to `text_config`. Later model families read only
-    `text_config`, so they would otherwise use default settings.
+    Language model settings at the top level are moved to `text_config`, because newer model families read only `text_config` and
+    would otherwise use default settings.
     """
     from transformers import AutoConfig
 
@@ -200,10 +200,10 @@ def _read_config(folder: Path):
 
 
 def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs):
-    """Load the model in a folder with `from_pretrained`, using sdpa attention.
+    """Load a model from a folder using `from_pretrained` and sdpa attention.
 
     Returns:
-        The result of `from_pretrained`: the model, or a tuple of the model and the loading info if `kwargs` ask for it.
+        The result of `from_pretrained`: the model, or a tuple of the model and the loading info if requested in `kwargs`.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -213,7 +213,7 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
             plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
         )
     host = loaded[0] if isinstance(loaded, tuple) else loaded
-    if not kwargs.get("device_map"):  # quantized layers are already created on their device
+    if not kwargs.get("device_map"):  # quantized layers are already on their device
         host.to(device)
     else:
         in_one_dtype(host, dtype)
@@ -222,23 +222,23 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
 
 def in_one_dtype(host, dtype: torch.dtype) -> None:
-    """Convert all layers to one dtype, except layers with quantized weights.
+    """Convert all unquantized layers to a single dtype.
 
-    Without this, some layers of bitsandbytes checkpoints would stay in their stored dtype.
+    Otherwise, some layers of bitsandbytes checkpoints would keep their stored dtype.
     """
     for module in host.modules():
         weights = list(module.parameters(recurse=False))
-        # Skip 8-bit weights, which have separate scales, and other classes of parameters, which are packed.
+        # Skip 8-bit weights, which have separate scales, and other parameter classes, which are packed.
         if all(type(w) is torch.nn.Parameter and w.is_floating_point() and w.itemsize > 1 for w in weights):
             for weight in weights:
                 weight.data = weight.data.to(dtype)
 
 
 def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
-    """Convert a model's weights to a dtype, except the input embeddings and the layers in `skip`.
+    """Convert a model's weights to a given dtype, except for the input embeddings and the layers in `skip`.
 
     Args:
-        skip: Names of the layers that will be quantized and are therefore left unchanged.
+        skip: Names of layers to leave unchanged because they will be quantized.
     """
     for name, weight in model.named_parameters():
         if name.removesuffix(".weight") not in skip and weight is not model.model.language_model.embed_tokens.weight:
@@ -247,9 +247,9 @@ def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
 
 @contextmanager
 def _without_adapter(folder: Path) -> Iterator[Path]:
-    """Yield a folder that contains the model without its adapter, because transformers would apply an adapter with PEFT.
+    """Yield a model folder without an adapter, because transformers would apply the adapter using PEFT.
 
-    If there is an adapter next to the weights, the result is a temporary folder with links to all other files.
+    If there is an adapter next to the weights, this yields a temporary folder with links to all other files.
     """
     if not (folder / ADAPTER).exists():
         yield folder
@@ -262,7 +262,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 
 
 def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> HostedVL:
-    """Return a model with seeded random weights, for benchmarks, where only the shapes of the weights matter."""
+    """Return a model with seeded random weights, for benchmarks that depend only on the weight shapes."""
     host = meta_model(config, dtype, device)
     model = _hosted_model(config, host, experts=True)
     model.fill_random(device)
@@ -285,7 +285,7 @@ def _is_not_repetitive(record: logging.LogRecord) -> bool:
 
 
 def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"):
-    """Create a transformers model with the dimensions of `config`, whose weights are on the meta device and take no memory.
+    """Create a transformers model with the dimensions in `config`, with weights on the meta device that take no memory.
 
     Only the rotary frequencies are on `device`, because they are computed from the config instead of being loaded.
     """
@@ -313,7 +313,7 @@ def hugging_face_config(config: Config):
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Return a context manager in which transformers logs only errors and shows no progress bars."""
+    """Return a context manager that limits transformers to logging errors and disables its progress bars."""
     from transformers.utils import logging as log
 
     level = log.get_verbosity()

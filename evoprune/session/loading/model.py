@@ -1,6 +1,6 @@
 """Load a model, after checking everything that can be checked without reading the weights.
 
-Code that is shipped with a model is never executed.
+Code shipped with a model is never executed.
 """
 
 import os
@@ -71,7 +71,7 @@ from evoprune.vision import encode_rows
 if TYPE_CHECKING:
     from evoprune.language import Vocabulary
 
-# Generation settings that transformers supports but evoprune ignores, each with the value that turns it off.
+# Generation settings that transformers supports but evoprune ignores, mapped to the values that disable them.
 IGNORED_SETTINGS = dict.fromkeys(
     ("bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
      "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "min_new_tokens", "min_p", "penalty_alpha",
@@ -82,22 +82,22 @@ IGNORED_SETTINGS = dict.fromkeys(
 
 @dataclass
 class LoadedModel:
-    """A loaded model that is ready to answer questions, together with its tokenizer and settings."""
+    """A loaded model with its tokenizer and settings, ready to answer questions."""
 
-    description: ModelDescription  # everything that was known before loading
+    description: ModelDescription  # everything known about the model before loading
     model: Model  # the weights on `device`, and the config
-    # The tokenizer with the chat template. None only if the weights are random and there are no tokenizer files.
+    # The tokenizer with its chat template, or None for a model with random weights and no tokenizer files.
     tokenizer: Tokenizer | None
-    eos_ids: tuple[int, ...]  # ids of the tokens that end an answer
+    eos_ids: tuple[int, ...]  # IDs of the tokens that end an answer
     generation: GenerationSettings  # settings from generation_config.json
     quantize: str
     weights_bytes: int  # total size of the weights in memory; tied weights count once
-    fingerprint: str | None  # changes if the weight files change or are moved; None if unknown
+    fingerprint: str | None  # changes when the weight files are modified or moved; None if unknown
     load_seconds: dict[str, float]  # duration of the steps "tokenizer", "weights" and "prepare"
     packing: Packing  # packs the remaining layers later, and measures the time
-    quantized_file: Path | None = None  # file that this load wrote the quantized weights to, or None
+    quantized_file: Path | None = None  # file containing the newly stored quantized weights, or None
     ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which starts during loading
-    # The patches of recent inputs, so that an input can be encoded again with other settings without reading its file again.
+    # Patches of recent inputs, which can be encoded again with different settings without reading their files again.
     patches: PatchStore = field(default_factory=PatchStore)
 
     def __repr__(self) -> str:
@@ -105,7 +105,7 @@ class LoadedModel:
 
     @cached_property
     def vocabulary(self) -> "Vocabulary":
-        """The llguidance vocabulary, which constrains answers to a grammar.
+        """The llguidance vocabulary used to constrain answers to a grammar.
 
         Raises:
             UsageError: If llguidance is not installed.
@@ -120,12 +120,12 @@ class LoadedModel:
 
     @property
     def id(self) -> str:
-        """The name of a bundled demo model, or the folder or hub id that the user specified."""
+        """The name of a bundled demo model, or the user-specified folder or hub ID."""
         return self.description.id
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights: "bf16", "fp16" or "fp32"."""
+        """The weight dtype: "bf16", "fp16", or "fp32"."""
         return self.description.dtype
 
     @property
@@ -134,7 +134,7 @@ class LoadedModel:
 
     @property
     def limits(self) -> dict[str, InputLimits]:
-        """Limits on the size of inputs, by kind of input ("video" or "picture")."""
+        """Input size limits, by input type ("video" or "picture")."""
         return self.description.limits
 
     @property
@@ -144,14 +144,14 @@ class LoadedModel:
 
     @property
     def cores(self) -> int | None:
-        """Number of cores that reading videos may keep busy. None means all cores available to this process."""
+        """Maximum number of cores for reading videos, or None for all cores available to this process."""
         return self.description.options.cores
 
     @property
     def idle_cores(self) -> int:
-        """Number of cores that the model leaves idle, so that inputs can be read on them. May be 0.
+        """Number of cores that the model leaves idle for reading inputs. May be 0.
 
-        This is the number of available cores, or N with `--threads N`, minus the cores that the device keeps busy (`busy_cores`).
+        This is the number of available cores, or N with `--threads N`, minus the cores used by the device (`busy_cores`).
         """
         cores = Host().available_cores()
         if self.cores is not None:
@@ -164,15 +164,15 @@ class LoadedModel:
         return self.demo.span if self.demo else None
 
     def knows(self, info: Video) -> bool:
-        """Return False if the model is a demo and a file does not come from the generator of its training clips."""
+        """Return False if this is a demo model and the video wasn't created by the generator of its training clips."""
         return self.demo is None or self.demo.made(info.tags)
 
     def knows_words(self, question: str) -> bool:
-        """Return False if the model is a demo and a question contains words that are not in its training data."""
+        """Return False if this is a demo model and the question contains words that don't occur in its training data."""
         return self.demo is None or not self.demo.unknown_words(question)
 
     def doubt(self, inputs: Sequence[Video], subtitles: bool) -> str | None:
-        """Return the name of a warning if the inputs do not resemble the model's training data, or None if they do.
+        """Return a warning name if the inputs don't resemble the model's training data; otherwise, return None.
 
         Args:
             subtitles: Whether any input has subtitles.
@@ -184,7 +184,7 @@ class LoadedModel:
         return "demo_inputs" if unlike else None
 
     def check_answers(self) -> None:
-        """Check that the model can answer questions: it needs a tokenizer, and must not be on the meta device.
+        """Check that the model can answer questions, which requires a tokenizer and a device other than meta.
 
         Raises:
             ModelError: If the model has no tokenizer.
@@ -196,10 +196,10 @@ class LoadedModel:
             raise UsageError("device 'meta' cannot compute", "use cpu, or auto")
 
     def check_texts(self, question: str, system: str | None = None, earlier: Sequence[Turn] = ()) -> None:
-        """Reject a question, system prompt or conversation that is far too long, because tokenizing it could take minutes.
+        """Reject an extremely long question, system prompt, or conversation, because tokenizing it could take minutes.
 
         Raises:
-            DoesNotFit: If even the beginning of a text fills more than the model's context.
+            DoesNotFit: If even the beginning of the text exceeds the model's context.
         """
         self._check_beginning(question, "a question", "ask a shorter question")
         self._check_beginning(system or "", "a system prompt", "give a shorter system prompt")
@@ -207,26 +207,26 @@ class LoadedModel:
         self._check_beginning(conversation, "a conversation", "leave out the first turns")
 
     def _check_beginning(self, text: str, what: str, hint: str) -> None:
-        """Check that a text fits into the model's context, by tokenizing only as much of it as might fit.
+        """Check that text fits into the model's context, tokenizing only the part that could possibly fit.
 
         Args:
-            what: A phrase for the text in the error message, such as "a question".
-            hint: The hint of the error, which says what to do.
+            what: Description of the text in the error message, such as "a question".
+            hint: Hint in the error message that tells the user what to do.
 
         Raises:
-            DoesNotFit: If the beginning does not fit.
+            DoesNotFit: If the beginning of the text doesn't fit.
         """
         context = self.model.config.text_config.max_position_embeddings
         if not context:
             return
         beginning = text[: 8 * context]  # assume at most 8 characters per token
-        # Cutting a word in two may add a few tokens, but the rest of the prompt and the answer need more tokens than that anyway.
+        # Splitting a word may add a few tokens, but the rest of the prompt and the answer need more tokens than that anyway.
         if len(beginning) < len(text) and len(self.tokenizer.encode(beginning)) > context:
             length = f"{what} of {len(text):,} characters"
             raise DoesNotFit(f"{length} does not fit into the {context:,} tokens of this model's context", hint)
 
     def check_context(self, text: int, visual: int, new: int) -> None:
-        """Check that a prompt and its answer fit into the model's context together.
+        """Check that the prompt and the answer fit into the model's context together.
 
         Args:
             text: Number of text tokens in the prompt.
@@ -234,7 +234,7 @@ class LoadedModel:
             new: Maximum number of tokens in the answer.
 
         Raises:
-            DoesNotFit: If the prompt and the answer need more tokens than the context has.
+            DoesNotFit: If the prompt and the answer exceed the context length.
         """
         context = self.model.config.text_config.max_position_embeddings
         if context is not None and text + visual + new > context:
@@ -246,7 +246,7 @@ class LoadedModel:
             )
 
     def positions_of(self, prompt: Prompt, plans: Sequence[Plan]) -> torch.Tensor:
-        """Return the M-RoPE positions of a prompt's tokens according to Qwen's rule, int64 `[3, L]`."""
+        """Return the M-RoPE positions of the prompt tokens according to Qwen's rule, int64 `[3, L]`."""
         pair = self.video.temporal_patch_size
         per_second = self.model.config.vision_config.tokens_per_second
         videos = []
@@ -256,7 +256,7 @@ class LoadedModel:
 
     @property
     def video(self) -> InputLimits:
-        """Limits for videos. Their patch sizes apply to images as well."""
+        """Input limits for videos. The patch sizes also apply to images."""
         return self.limits["video"]
 
     def facts(self) -> ModelFacts:
@@ -275,22 +275,22 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> LoadedModel:
-    """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL model.
+    """Load a Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL, or Qwen2-VL model.
 
     Args:
-        model: The name of the model, its `ModelOptions`, or the result of `describe`.
-        pack: Whether to pack the weights on a CPU, if memory allows. Packed weights are faster, but their values can no longer be
-            read.
-        to_answer: Whether the model will answer questions. If so, a model without a tokenizer is rejected before its weights are
+        model: The model name, its `ModelOptions`, or the result of `describe`.
+        pack: Whether to pack the weights when running on a CPU, if memory allows. Packed weights are faster, but their values can
+            no longer be read.
+        to_answer: Whether the model will answer questions. If True, a model without a tokenizer is rejected before its weights are
             read.
         progress: Called with the number of layers quantized so far and the total number of layers.
-        options: The other fields of `ModelOptions`, if `model` is a name.
+        options: The remaining fields of `ModelOptions`, if `model` is a name.
 
     Raises:
         UsageError: If an option is invalid.
         OutOfMemory: If the weights do not fit into memory.
         TypeError: If a keyword is unknown.
-        ModelError: If the model is missing, unsupported or damaged, or cannot be reached.
+        ModelError: If the model is missing, unsupported, or damaged, or the hub cannot be reached.
     """
     if isinstance(model, str | os.PathLike):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
@@ -333,13 +333,14 @@ def load_model(
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
 ) -> tuple[Model, Packing, Path | None]:
-    """Load the weights and then quantize and pack them as requested.
+    """Load the weights, then quantize and pack them as requested.
 
     Args:
-        seconds: A dict that receives the durations of the steps "weights" and "prepare".
+        seconds: A dict to which the durations of the "weights" and "prepare" steps are added.
 
     Returns:
-        A tuple of the model, its `Packing`, and the file that the quantized weights were written to (None if they were not stored).
+        A tuple of the model, its `Packing`, and the file containing the newly stored quantized weights (None if nothing was
+        stored).
 
     Raises:
         OutOfMemory: If the weights do not fit into memory.
@@ -384,7 +385,7 @@ def _loaded(
 
 
 def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None) -> Path | None:
-    """Quantize the linear layers in place. Return the file that the quantized weights were written to, or None."""
+    """Quantize the linear layers in place. Return the file containing the newly stored quantized weights, or None."""
     from evoprune.session.loading.stored import has_room, quantize_once
 
     model = stored.description
@@ -400,7 +401,7 @@ def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
-    """Read a model's generation_config.json, and warn about settings that evoprune ignores."""
+    """Read a model's generation_config.json and warn about ignored settings."""
     path = None
     content = {}
     if folder is not None:
@@ -415,10 +416,10 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Return the ids of the tokens that end an answer.
+    """Return the IDs of the tokens that end an answer.
 
-    They come from generation_config.json, or else from config.json, or else from the tokenizer. Tokens that are not in the model's
-    vocabulary are left out with a warning.
+    They are read from generation_config.json, falling back to config.json and then to the tokenizer. Tokens outside the model's
+    vocabulary are omitted with a warning.
 
     Raises:
         ModelError: If none of the tokens is in the vocabulary.
@@ -450,10 +451,10 @@ def _no_tokenizer(name: str) -> ModelError:
 def load_weights(
     config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:
-    """Read the weights of a model that evoprune's own code runs, and warn about unused tensors.
+    """Read the weights of a natively supported model, and warn about unused tensors.
 
-    On the CPU, weights that are stored in `dtype` stay memory-mapped until they are packed. If the model will be quantized, its
-    linear layers and its embeddings stay memory-mapped in any dtype. If the output layer is tied to the embeddings and the files
+    On the CPU, weights stored in `dtype` stay memory-mapped until they are packed. If the model will be quantized, its linear
+    layers and embeddings stay memory-mapped regardless of their dtype. If the output layer is tied to the embeddings and the files
     contain only the output layer, its tensor is used for both.
 
     Raises:
@@ -464,7 +465,7 @@ def load_weights(
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
-    # Buffers that are recomputed from the config, although older files contain them
+    # Buffers that are recomputed from the config, even though older checkpoints include them
     computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")
     tensors = {}
     unused = []
@@ -486,7 +487,7 @@ def load_weights(
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
             raise ModelError(problem, MISMATCH_HINT)
         tensors[name] = weight
-    if config.tie_word_embeddings:  # according to `separate_head`, the two do not differ
+    if config.tie_word_embeddings:  # `separate_head` has checked that they don't differ
         if HEAD in tensors:
             tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
@@ -505,9 +506,9 @@ def load_weights(
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:
-    """Compile GPU kernels and initialize libraries while the weights load, so that the first question does not wait for them.
+    """Compile GPU kernels and initialize libraries while the weights load, so the first question doesn't have to wait for them.
 
-    For this purpose, a small model with the same layer widths answers a question about a few visual units. It has at least two
+    This runs a question about a few visual units through a small model with the same layer widths. The small model has at least two
     layers, because the top layer computes only a few columns and therefore uses different kernels. If transformers runs the model,
     the small model's `intermediate_size` is 1.
     """
@@ -533,6 +534,6 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     units = 2 * 8 * 8
     values = visual.patch_embed.proj.weight[0].numel()
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
-    # Plan as for a larger input, because reuse and selections inside the tower need additional kernels.
+    # Use the plan for a larger input, because reuse and token selection inside the tower need additional kernels.
     plan = MethodChain.parse("evoprune:inner=always").plan(TowerShape.of_tower(visual), grid, units // 4)
     warm_up(model, encode_rows(visual, [pixels], plan).select_tokens(), native)

@@ -1,7 +1,7 @@
-"""Quantize a model's weights and store the result on disk for later runs.
+"""Quantize a model's weights and store the quantized weights on disk for later runs.
 
-A single calibration run finds the input channels with large values. Its input is always the same: a synthetic image with flat,
-smooth, striped and noisy areas, and tokens from the whole vocabulary.
+A single calibration run identifies input channels with large values. It always uses the same input: a synthetic image with flat,
+smooth, striped, and noisy areas, and tokens from the entire vocabulary.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from evoprune.session.cache import Cache, own_code
 from evoprune.util import open_safetensors
 from evoprune.vision import encode_rows
 
-CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, rows of units and columns of units
-CALIBRATION_TOKENS = 64  # number of text tokens before the visual tokens, and also after them
-SPARE_BYTES = 8 * 2**30  # disk space to leave free if the user did not ask to store weights
-HEADER_BYTES = 2**21  # size of the header, padded with spaces; a tensor takes about 120 bytes
+CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, unit rows, and unit columns
+CALIBRATION_TOKENS = 64  # number of text tokens both before and after the visual tokens
+SPARE_BYTES = 8 * 2**30  # disk space to leave free unless the user explicitly asks to store weights
+HEADER_BYTES = 2**21  # header size, padded with spaces; each tensor takes about 120 bytes
 NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -40,7 +40,7 @@ NAMES = {
 
 
 def has_room(size: int) -> bool:
-    """Return True if the cache folder's disk has room for `size` bytes of quantized weights, with ample space to spare."""
+    """Return True if the cache folder's disk has room for `size` bytes of quantized weights, with plenty of space to spare."""
     folder = Cache().of_weights.folder
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -53,14 +53,14 @@ def has_room(size: int) -> bool:
 def quantize_once(
     model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
 ) -> Path | None:
-    """Quantize a model in place, using the weights stored by an earlier run, or storing them for later runs.
+    """Quantize a model in place, either loading weights stored by an earlier run or storing the result for later runs.
 
     Args:
-        fingerprint: Identifies the model's files and dtype. With None, stored weights are neither used nor written.
+        fingerprint: Identifies the model's files and dtype. If None, stored weights are neither used nor written.
 
     Returns:
-        The file to which the quantized weights were written, or None if they were not written, for example because stored weights
-        were used.
+        The file containing the newly stored quantized weights, or None if nothing was written, for example because previously
+        stored weights were loaded.
     """
     quantization = Quantization(kind)
     if fingerprint is None:
@@ -80,15 +80,15 @@ def quantize_once(
 
     if entries.write(key, write):
         return entries.path(key)
-    if not stream.file:  # the cache folder could not be created
+    if not stream.file:  # the cache folder couldn't be created
         quantization.apply(model, calibrate, progress)
     return None
 
 
 def _key(fingerprint: str, quantization: Quantization) -> str:
-    """Return the cache key of a model's quantized weights.
+    """Return the cache key for a model's quantized weights.
 
-    The key includes the CPU's capabilities, because they determine how the kernels arrange the weights.
+    The key includes the CPU capabilities, because the kernels' weight layout depends on them.
     """
     cpu = [torch.backends.cpu.get_cpu_capability(), quantization.levels]
     facts = [fingerprint, quantization.kind, cpu, evoprune.__version__, torch.__version__, own_code()]
@@ -96,14 +96,13 @@ def _key(fingerprint: str, quantization: Quantization) -> str:
 
 
 def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dict[str, torch.Tensor]] | None:
-    """Open a memory-mapped file of stored weights.
+    """Open a file of stored weights with memory mapping.
 
     Args:
-        layers: Names of the layers that the file must contain, and no others.
+        layers: Names of the layers that the file must contain. It must not contain any other layers.
 
     Returns:
-        A function that returns the tensors of a layer, given its name, or None if the file is missing, damaged or has a different
-        key.
+        A function that maps a layer name to the layer's tensors, or None if the file is missing or damaged, or has a different key.
     """
     if not path.is_file():
         return None
@@ -123,9 +122,9 @@ def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dic
 
 
 class _Stream:
-    """Writes a safetensors file one tensor at a time, and the header last.
+    """Writes a safetensors file one tensor at a time, followed by the header.
 
-    If a write fails, all further tensors are discarded, and `end` raises the error.
+    If a write fails, all subsequent tensors are discarded, and `end` raises the error.
     """
 
     def __init__(self, key: str):
@@ -152,7 +151,7 @@ class _Stream:
         """Write the header, which completes the file.
 
         Raises:
-            OSError: If any part of the file could not be written.
+            OSError: If the header or any tensor couldn't be written.
         """
         if self._problem:
             raise self._problem
@@ -164,7 +163,7 @@ class _Stream:
 
 
 def calibrate(model: Model) -> None:
-    """Run all linear layers of a model once on the CPU, so that `Quantization.apply` can observe their inputs."""
+    """Run all of a model's linear layers once on the CPU, so that `Quantization.apply` can observe their inputs."""
     seen = calibrate_tower(model.model.visual)
     embed = model.model.language_model.embed_tokens
     ids = torch.linspace(0, embed.num_embeddings - 1, 2 * CALIBRATION_TOKENS, dtype=torch.float64, device="cpu").long()
@@ -176,7 +175,7 @@ def calibrate(model: Model) -> None:
 
 
 def calibrate_tower(visual) -> torch.Tensor:
-    """Run all linear layers of a vision tower once on the CPU and return the resulting features, `[N, hidden]`."""
+    """Run all of a vision tower's linear layers once on the CPU and return the resulting features, `[N, hidden]`."""
     plan = EncoderPlan.full(TowerShape.of_tower(visual), CALIBRATION_GRID)
     return encode_rows(visual, [_patches(visual)], plan).select_tokens().features
 
@@ -184,7 +183,7 @@ def calibrate_tower(visual) -> torch.Tensor:
 def _patches(visual) -> torch.Tensor:
     """Return the synthetic calibration image as normalized patches.
 
-    The patches are float32 `[patches, values]`, with values between about -2 and 2, in the same order as in Hugging Face.
+    The patches are float32 `[patches, values]` in Hugging Face order, with values between about -2 and 2.
     """
     config = visual.config
     count = math.prod(CALIBRATION_GRID) * PATCHES

@@ -1,6 +1,6 @@
-"""Find a model's weight files, and predict how much memory the weights will take, without loading them.
+"""Find a model's weight files, and estimate the memory needed for the weights without loading them.
 
-Only safetensors files are read, and code that is shipped with a model is never executed.
+Only safetensors files are read, and code shipped with a model is never executed.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from evoprune.util import file_stats, listed, open_safetensors, size
 from evoprune.video import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = {  # the packages that transformers needs for each quantization method, in addition to accelerate
+PACKAGES = {  # packages that transformers requires for each quantization method, in addition to accelerate
     "awq": ["gptqmodel"],
     "gptq": ["gptqmodel", "optimum"],
     "bitsandbytes": ["bitsandbytes"],
@@ -35,12 +35,12 @@ PACKAGES = {  # the packages that transformers needs for each quantization metho
     "quanto": ["optimum-quanto"],
     "torchao": ["torchao"],
 }
-# The safetensors dtypes of plain floating-point weights. Weights in other dtypes have separate scales.
+# Safetensors dtypes of plain floating-point weights. Weights in any other dtype have separate scales.
 PLAIN = ("BF16", "F16", "F32", "F64")
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 MISMATCH_HINT = "config.json and the weights must match; download the model again"
-# Hints for weights that were saved inside a wrapper, by the prefix that the wrapper adds to tensor names.
+# Hints for weights saved inside a wrapper, by the prefix that the wrapper adds to tensor names.
 WRAPPER_HINTS = {
     "base_model.model.": f"the weights are wrapped in an adapter; {MERGE_HINT}",
     "module.": "the weights are wrapped in DistributedDataParallel or DataParallel; save the wrapper's `module`",
@@ -52,7 +52,7 @@ WRAPPER_HINTS = {
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights of a model before they are loaded. Use `weights_of` to create this object."""
+    """A model's weights before they are loaded. Use `weights_of` to create an instance."""
 
     description: ModelDescription
     device: torch.device
@@ -61,17 +61,17 @@ class ModelWeights:
         """Download a hub model's weights and small files.
 
         Raises:
-            ModelError: If a package that quantized weights need is not installed, or the download fails (see `hub.fetch`).
+            ModelError: If a package required by quantized weights isn't installed, or the download fails (see `hub.fetch`).
         """
         check_packages(self.description.quantization, self.description.id)
         self.description.download(*SMALL_FILES, "*.safetensors")
 
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files, or an empty list for random weights. An adapter next to them is ignored, with a warning.
+        """The weight files, or an empty list for random weights. An adapter in the same folder is ignored with a warning.
 
         Raises:
-            ModelError: If files are missing or damaged, or do not contain the last layer that config.json describes.
+            ModelError: If files are missing or damaged, or don't contain the last layer described by config.json.
         """
         if self.description.random:
             return []
@@ -113,23 +113,23 @@ class ModelWeights:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the model. Tied parameters count once."""
+        """Number of model parameters, counting tied parameters once."""
         return Cost(self.config).parameters
 
     @cached_property
     def bytes(self) -> int:
-        """Predicted size of the loaded weights in memory, in bytes."""
+        """Estimated size of the loaded weights in memory, in bytes."""
         return self.bytes_as(self.description.dtype, self.description.quantize)
 
     def bytes_as(self, dtype: str, quantize: str) -> int:
-        """Predict how many bytes of memory the weights would take in a given dtype and quantization.
+        """Estimate how many bytes of memory the weights would take with a given dtype and quantization.
 
         A quantized checkpoint takes as much memory as its files, unless its weights have to be converted to a wider dtype. If
-        evoprune quantizes a model that transformers runs, the weights are first read in the dtype of the files.
+        evoprune quantizes a model run by transformers, the weights are first read in their stored dtype.
 
         Args:
-            dtype: The name of a dtype, such as "bf16".
-            quantize: The name of a quantization, such as "int8", or "none".
+            dtype: The dtype name, such as "bf16".
+            quantize: The quantization name, such as "int8", or "none".
         """
         model = self.description
         if model.native:
@@ -139,19 +139,19 @@ class ModelWeights:
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
 
     def read_dtype(self, dtype: str, quantize: str) -> torch.dtype:
-        """Return the dtype that transformers should load the weights in.
+        """Return the dtype in which transformers should load the weights.
 
-        If the weights will be quantized afterwards, this is the dtype of the files (if it is known), to save memory.
+        To save memory, weights that will be quantized afterwards are loaded in their stored dtype, if it is known.
         """
         if quantize != "none" and self.description.stored_dtype:
             return DTYPES[self.description.stored_dtype]
         return DTYPES[dtype]
 
     def what_fits(self, beside: int = 0, *, quantized: bool = True) -> str:
-        """Return a hint for a model that does not fit into memory, which lists the dtypes and quantizations that would fit.
+        """Return a hint for a model that doesn't fit into memory, listing the dtypes and quantizations that would fit.
 
         Args:
-            beside: Bytes of memory needed in addition to the weights.
+            beside: Memory needed in addition to the weights, in bytes.
             quantized: Whether the hint may suggest quantization.
         """
         forms = []
@@ -169,7 +169,7 @@ class ModelWeights:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Size in bytes of the packed weights that a CPU keeps in addition to the memory-mapped files, if memory allows."""
+        """Size of the packed weights, in bytes, which a CPU stores in addition to the memory-mapped files if memory allows."""
         dtype = DTYPES[self.description.dtype]
         quantize = self.description.quantize
         if not (
@@ -182,7 +182,7 @@ class ModelWeights:
         return sum(layer.weight.nbytes for layer in layers)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
-        """Return True if the weights will stay memory-mapped. If they are not on this machine yet, this is a prediction."""
+        """Return True if the weights will stay memory-mapped. For weights not yet downloaded, this is a prediction."""
         if self.description.random:
             return False
         if self.files_here:
@@ -191,7 +191,7 @@ class ModelWeights:
 
     @property
     def download_bytes(self) -> int | None:
-        """Estimated download size in bytes: 0 if the weights are already on this machine, or None if the size is unknown."""
+        """Estimated download size in bytes, which is 0 if the weights are already on this machine and None if it is unknown."""
         if self.files_here:
             return 0
         if self.description.stored_dtype and is_id(self.description.id):
@@ -199,7 +199,7 @@ class ModelWeights:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """Return a summary of the model as a dict: its layers, its memory use, and whether it is on disk, for example."""
+        """Return a summary of the model as a dict, including its layers, its memory use, and whether it is on disk."""
         model = self.description
         vision = model.config.vision_config
         text = model.config.text_config
@@ -218,9 +218,9 @@ class ModelWeights:
         }
 
     def memory_facts(self, plan: Plan) -> dict[str, Any]:
-        """Return how much memory a question about an input needs, using the same estimate as the check before a run.
+        """Return how much memory is needed to ask a question about an input, using the same estimate as the check before a run.
 
-        The entry "enough" is True if that much memory is available, and None if the available memory is unknown.
+        The "enough" entry is True if enough memory is available, or None if the available memory is unknown.
         """
         model = self.description
         pruning = plan.pruning.config()
@@ -230,7 +230,7 @@ class ModelWeights:
         prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
         available = Device(model.device).available_memory()
         bytes_each = DTYPES[model.dtype].itemsize
-        # If memory is short, try smaller pieces, just like a run does.
+        # If memory is low, try smaller pieces, just like an actual run.
         for _, working in piece_needs(model.config, self.device, encoder, bytes_each, prompt):
             needed = self.bytes + working
             if available is None or needed <= available:
@@ -258,9 +258,9 @@ class ModelWeights:
     def fingerprint(self) -> str:
         """A string that identifies the weights and changes whenever they change.
 
-        For a hub model, it consists of the id and the commit. For a folder, it is a hash of the config and of the weight files'
-        paths, sizes and modification times, because hashing gigabytes of weights would take too long. It therefore also changes
-        when the files are moved.
+        For a hub model, it consists of the ID and the commit. For a folder, it is a hash of the config and the weight files' paths,
+        sizes, and modification times, because hashing gigabytes of weights would take too long. As a result, it also changes when
+        the files are moved.
         """
         model = self.description
         if model.commit is not None and self.files:
@@ -271,10 +271,10 @@ class ModelWeights:
 
 
 def weights_of(model: ModelDescription) -> ModelWeights:
-    """Return a `ModelWeights` for a model that has been described, without loading the weights.
+    """Return a `ModelWeights` object for a described model, without loading the weights.
 
     Raises:
-        UsageError: If the model's device cannot be used, or does not support the requested quantization.
+        UsageError: If the model's device cannot be used, or doesn't support the requested quantization.
     """
     device = pick_device(model.device, auto=model.options.device == "auto")
     Quantization(model.quantize).check(device)
@@ -282,7 +282,7 @@ def weights_of(model: ModelDescription) -> ModelWeights:
 
 
 def check_packages(quantization: str | None, name: str) -> None:
-    """Check that all packages needed to load a quantized checkpoint are installed.
+    """Check that all packages required to load a quantized checkpoint are installed.
 
     Raises:
         ModelError: If a package is missing.
@@ -307,10 +307,10 @@ def weight_files(folder: Path) -> list[Path]:
     """Find a model's safetensors files, and read their headers to detect truncated files.
 
     Raises:
-        ModelError: If there are no such files, or a file is missing, damaged or incomplete.
+        ModelError: If there are no safetensors files, or a file is missing, damaged, or incomplete.
     """
-    # `PureWindowsPath` accepts both kinds of slashes as separators. Links to other folders are fine, because the hub's cache uses
-    # them.
+    # `PureWindowsPath` accepts both slashes and backslashes as separators. Links to other folders are allowed, because the hub
+    # cache uses them.
     inside = Rule(
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
@@ -323,7 +323,7 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted({inside.check(v, f"weight_map.{k}") for k, v in named.items()})]
     elif not files[0].is_file():
         files = []
-    # Name of the download, the command that resumes it, and whether it is known to be incomplete.
+    # The download's name, the command to resume it, and whether it is known to be incomplete.
     name = str(folder)
     again = "hf download ID --local-dir DIR"
     broken = any((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
@@ -353,7 +353,7 @@ def _opened(file: Path) -> Any:
 
 
 def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Yield a tuple for each tensor in safetensors files: the file's path, the opened file, and the tensor's name in the file."""
+    """Yield a tuple for each tensor in a list of safetensors files: the file path, the opened file, and the tensor name."""
     for file in files:
         with _opened(file) as content:
             for stored in content.keys():  # noqa: SIM118 (not a dict)
@@ -361,9 +361,9 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
 
 
 def name_in_memory(name: str) -> str:
-    """Convert a tensor's name in a checkpoint to its name in the model's module tree (model/weights.py).
+    """Convert a tensor name in a checkpoint to the corresponding name in the module tree (model/weights.py).
 
-    The names may differ, because published checkpoints use older names for the tower and the language model.
+    The names may differ because published checkpoints use older names for the tower and the language model.
     """
     if name.startswith("visual."):
         return "model." + name
@@ -375,7 +375,7 @@ def name_in_memory(name: str) -> str:
 def separate_head(files: Iterable[Path]) -> bool:
     """Return True if the weight files contain an output layer that differs from the input embeddings.
 
-    If so, transformers does not tie them, whatever the config says.
+    If so, transformers doesn't tie them, regardless of the config.
     """
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
@@ -386,10 +386,10 @@ def separate_head(files: Iterable[Path]) -> bool:
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
-    """Estimate how many bytes of memory the weights need, from the time they are loaded.
+    """Estimate how many bytes of memory the weights need during loading and afterwards.
 
-    Memory-mapped weights count too: they are read again for every token, so pages that were dropped would have to be loaded again.
-    Mapped weights that will be quantized are read only once, so only their quantized size counts.
+    The estimate includes memory-mapped weights. They are read for each token, so any evicted pages would have to be loaded again.
+    If mapped weights will be quantized, they are read only once, so only their quantized size counts.
 
     Args:
         mapped: Whether the weights stay memory-mapped (see `stay_mapped`).
@@ -402,6 +402,6 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
 
 
 def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
-    """Return True if the weights stay in their memory-mapped files, where they are used or quantized directly."""
+    """Return True if the weights stay in memory-mapped files, from which they are used or quantized directly."""
     stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
     return bool(files) and Device(device).maps_weights(stored, dtype, quantize)
