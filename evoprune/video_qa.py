@@ -171,7 +171,7 @@ class VideoQA(Uncopied):
             times_s: For an array, the ascending start timestamps of the frames, in seconds.
             name: The name of a single input in reports. Defaults to its path, its URL without the password, or `<array>`,
                 `<bytes>`, `<file>` or `<picture>`.
-            cache: A disk cache for encoded inputs other than arrays. It isn't used by question-aware methods.
+            cache: A disk cache for encoded inputs other than arrays. It isn't used if the method reads the question.
             progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInput.encode`. During a
                 download, the stage is "download", and the numbers are the bytes received so far and the total (0 if unknown).
             options: How to sample frames: the fields of `keywords.SamplingKeywords`.

@@ -169,7 +169,7 @@ class EncodedRows:
         """Select the visual tokens for the language model. Can be called again with a different question.
 
         Args:
-            question: `[Q, D]`, the question's token embeddings. Ignored unless the method is question-aware.
+            question: `[Q, D]`, the question's token embeddings. Ignored unless the method reads the question.
 
         Raises:
             ModelError, RuntimeError: See `read_checks`.
@@ -191,7 +191,7 @@ class EncodedRows:
         """Return the token selection for the language model. For the argument, see `select_tokens`.
 
         Raises:
-            UsageError: If the method is question-aware but `question` is None.
+            UsageError: If the method reads the question but `question` is None.
             PluginError: See `methods.selecting.select`.
         """
         tokens = self.selector_input
