@@ -288,7 +288,7 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
         auto: Whether the device option was "auto", in which case `name` is the result of `DeviceName.resolve`.
 
     Raises:
-        UsageError: If the device cannot be used.
+        UsageError: If the device can't be used.
     """
     if auto and name == "cpu" and torch.cuda.is_available():
         warnings.warn("torch finds a GPU that is not used: add --device cuda to use it", DeviceWarning, stacklevel=2)
@@ -359,7 +359,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Timer:
     """A context manager that accumulates the time spent inside it. It can be entered repeatedly.
 
-    On an accelerator, the timer records events, so it does not synchronize until `seconds` is called.
+    On an accelerator, the timer records events, so it doesn't synchronize until `seconds` is called.
     """
 
     def __init__(self, device: torch.device):

@@ -67,7 +67,7 @@ class DeviceName:
         """Return the name of the device to use.
 
         "auto" resolves to "cuda" if torch was built for GPUs, a matching driver is installed, and no environment variable hides the
-        GPU; otherwise, to "cpu". If torch later cannot use the GPU, loading a model raises an error instead of falling back to the
+        GPU; otherwise, to "cpu". If torch can't use the GPU later, loading a model raises an error instead of falling back to the
         CPU (see `pick_device`).
         """
         if self.name != "auto":
@@ -176,7 +176,7 @@ def keep_freed_memory() -> None:
     bf16, this takes up to an eighth of the encoding time (results/machines.md). Only call this function in evoprune's own
     processes, because the process then keeps its peak memory.
     """
-    import ctypes  # imported here so that --help does not load it
+    import ctypes  # imported here so that --help doesn't load it
 
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOC.items():
@@ -233,7 +233,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         ):  # the process was moved outside the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
-        # In a container, the mount starts at the container's own group, whose path is the same as in the process's list of groups.
+        # In a container, the mount starts at the container's own group, with the same path as in the process's list of groups.
         if Path(group_paths[name]).is_relative_to(top):
             folder = Path(group_paths[name]).relative_to(top)
             mounted = root / point.lstrip("/")
@@ -244,8 +244,8 @@ def kib(path: Path, *names: str) -> list[int]:
     """Read fields of a file in /proc and convert their values from KiB to bytes.
 
     Raises:
-        OSError: If the file does not exist.
-        KeyError: If a field does not exist.
+        OSError: If the file doesn't exist.
+        KeyError: If a field doesn't exist.
     """
     values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
     return [int(values[name].split()[0]) * 1024 for name in names]

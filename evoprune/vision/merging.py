@@ -81,7 +81,7 @@ def merge_in_rounds(
             attention of merged rows is summed.
 
     Returns:
-        The remaining rows, and a 0-d bool tensor that is True if every group has its planned number of rows.
+        The remaining rows, and a 0-d bool tensor that is True if each group has its planned number of rows.
 
     Raises:
         RuntimeError: If the merger removes no rows in a round, or too many rows in total. Only raised on the CPU.

@@ -33,8 +33,7 @@ PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
-# Layers that are not quantized, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one
-# number per head.
+# Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head.
 GATES = "in_proj_a", "in_proj_b"
 LANGUAGE = "model.language_model.", "lm_head"  # name prefixes of the language model's layers
 
@@ -501,7 +500,7 @@ class _Layers:
         kind = self.kinds[path]
         full = None
         if reads_rows(path, kind):
-            # Layers of a module that have the same large channels have the same input. `to_bytes` recognizes both by identity.
+            # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
             decodes = kind == "int8" and path.startswith(LANGUAGE)

@@ -20,7 +20,7 @@ def real_streams() -> Iterator[list[int]]:
     signal terminates the process immediately.
 
     Yields:
-        A list to which signals are appended as they are received.
+        A list of the signals received so far, updated as they arrive.
     """
     real_stdin = sys.stdin
     received: list[int] = []
