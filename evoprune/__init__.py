@@ -1,4 +1,4 @@
-"""evoprune: ask Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL or Qwen2.5-VL about videos, and prune visual tokens inside the encoder.
+"""evoprune: ask Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, or Qwen2.5-VL about videos, and prune visual tokens inside the encoder.
 
 Public names are imported on first use, so `import evoprune` itself takes almost no time.
 """
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker that sees `__getattr__` would accept any attribute of the module
+if not TYPE_CHECKING:  # type checkers that see `__getattr__` would accept any module attribute
 
     def __getattr__(name: str):
         if name == "methods":

@@ -1,6 +1,6 @@
 """Lazy imports for a package's `__init__.py`: each public name is imported from its own file on first use.
 
-For example, `from evoprune.video import probe` imports only the modules that `probe` needs, but neither torch nor the rest of the
+For example, `from evoprune.video import probe` imports only the modules required by `probe`, but neither torch nor the rest of the
 package.
 """
 
@@ -14,7 +14,7 @@ def door(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[st
 
     Args:
         package: Dotted name of the package.
-        homes: Maps each module of the package to the public names that it defines.
+        homes: Maps each module in the package to the public names it defines.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 

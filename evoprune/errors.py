@@ -1,4 +1,4 @@
-"""Exceptions that are shown to users. Each has an exit code, a message, and a hint that says how to fix the problem."""
+"""User-facing exceptions. Each has an exit code, a message, and a hint for fixing the problem."""
 
 import errno
 import re
@@ -8,43 +8,43 @@ from contextlib import contextmanager
 from traceback import walk_tb
 from typing import TypeVar
 
-# Hint that says how to use less memory, both on the command line and in Python.
+# Hint on reducing memory usage, both on the command line and in Python.
 USE_LESS = (
     "use fewer frames, fewer visual tokens or a lower budget: --frames, --max-visual-tokens, -b; "
     "in Python frames, max_visual_tokens, budget"
 )
 OTHER_MODELS = "to prune a model you loaded: evoprune.EvoPrune(budget=0.1)(model)"  # hint for callers who pass a Hugging Face model
-# Regular expressions that match out-of-memory messages. They are needed because torch, oneDNN, CUDA, C++, Python threads and the
-# dynamic linker report such failures with generic exception types.
+# Regular expressions that match out-of-memory messages. They are needed because torch, oneDNN, CUDA, C++, Python threads, and the
+# dynamic linker report such failures as generic exceptions.
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "std::bad_alloc",
     "ALLOC_FAILED",
-    "could not create a primitive$",  # "a primitive descriptor for ..." means that oneDNN lacks the operation
+    "could not create a primitive$",  # "a primitive descriptor for ..." means that oneDNN doesn't support the operation
     "can't start new thread",
     "failed to map segment",
 )
 
-# Matches a word longer than 200 characters, such as a data: URL that contains a video. The groups capture its two ends.
+# Matches a word longer than 200 characters, such as a data: URL containing a video. The groups capture both ends of the word.
 LONG_WORD = re.compile(r"(?=\S{201})(\S{97})\S*(\S{100})(?!\S)")
-LFS = b"version https://git-lfs.github.com/spec/"  # first bytes of the pointer file that git-lfs leaves in place of the real file
+LFS = b"version https://git-lfs.github.com/spec/"  # first bytes of a git-lfs pointer file
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
 T = TypeVar("T")
 
 
 class EvopruneError(Exception):
-    """Base class of all expected failures. `str()` returns the message, followed by the hint on a separate line.
+    """Base class for all expected failures. `str()` returns the message, followed by the hint on a separate line.
 
     Attributes:
-        message: What failed, and for which input. The message is a single line, unless it quotes a name or another library's
-            message that contains line breaks.
-        hint: What the user can do about it, or None. Like the message, it is usually a single line.
-        stage: The pipeline stage that failed, such as "read" or "encode", or None.
-        exit_code: The exit code that the command line returns.
-        type: Short name of the error type in JSON records.
+        message: What failed, and for which input. The message is a single line unless it quotes a name or another library's message
+            that contains line breaks.
+        hint: How the user can fix the problem, or None. Like the message, it is usually a single line.
+        stage: The failed pipeline stage, such as "read" or "encode", or None.
+        exit_code: The exit code of the command line.
+        type: The short name of the error type in JSON records.
     """
 
     exit_code = 1
@@ -64,18 +64,18 @@ class EvopruneError(Exception):
 
 
 class UsageError(EvopruneError):
-    """Raised if options are invalid or contradict each other, an output cannot be written, or a system limit is reached."""
+    """Raised if options are invalid or incompatible, an output can't be written, or a system limit is reached."""
 
     exit_code = 2
     type = "usage"
 
 
 class DoesNotFit(UsageError):
-    """Raised if the prompt and the answer together do not fit into the model's context."""
+    """Raised if the prompt and answer together exceed the model's context length."""
 
 
 class VideoError(EvopruneError):
-    """Raised if a video is missing or unreadable, a file is not a video, or the requested time span contains no frames."""
+    """Raised if a video is missing or unreadable, a file isn't a video, or the requested time span contains no frames."""
 
     exit_code = 3
     type = "video"
@@ -83,7 +83,7 @@ class VideoError(EvopruneError):
 
 
 class ModelError(EvopruneError):
-    """Raised if a model is missing, unsupported or damaged, or cannot be downloaded."""
+    """Raised if a model is missing, unsupported, damaged, or can't be downloaded."""
 
     exit_code = 4
     type = "model"
@@ -91,25 +91,25 @@ class ModelError(EvopruneError):
 
 
 class PluginError(EvopruneError):
-    """Raised if code from another package fails, such as a third-party pruning method or the layers of a quantized model."""
+    """Raised if third-party code fails, such as a pruning method or the layers of a quantized model."""
 
     type = "plugin"
 
 
 class EvopruneWarning(UserWarning):
-    """Base class of warnings that the command line prints in its own format."""
+    """Base class for warnings that the command line prints in its own format."""
 
 
 class PluginWarning(EvopruneWarning):
-    """Warns that a pruning method from another package is installed but not used."""
+    """Warns that a third-party pruning method is installed but not used."""
 
 
 class DeviceWarning(EvopruneWarning):
-    """Warns that a GPU cannot be used, or that it is used less efficiently than possible."""
+    """Warns that a GPU can't be used or is used less efficiently than possible."""
 
 
 class ModelWarning(EvopruneWarning):
-    """Warns that a file or setting in a model's folder is ignored."""
+    """Warns that a file or setting in a model folder is ignored."""
 
 
 class OutOfMemory(EvopruneError):
@@ -120,14 +120,14 @@ class OutOfMemory(EvopruneError):
 
 
 def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
-    """Call a function that may come from another package, such as a pruning method or a quantized layer, and return its result.
+    """Call a function that may come from another package, such as a pruning method or a quantized layer. Returns its result.
 
     Args:
-        package: Name of the package to blame in the error message. Pass an empty string for this project's own code.
+        package: The package to blame in the error message. Pass an empty string for this project's own code.
         function: The function to call with the remaining arguments.
 
     Raises:
-        PluginError: If the package's code raises an exception. This includes SystemExit, even with a successful exit code.
+        PluginError: If the package's code raises an exception, including SystemExit with a successful exit code.
     """
     try:
         return function(*args, **kwargs)
@@ -141,11 +141,11 @@ def call(package: str, function: Callable[..., T], *args, **kwargs) -> T:
 
 
 def error_record(problem: BaseException) -> dict:
-    """Convert an exception to a dict for JSON records, with the keys code, type, stage, message and hint.
+    """Convert an exception to a dict for JSON records, with the keys code, type, stage, message, and hint.
 
     Unexpected exceptions are reported as bugs.
     """
-    if is_out_of_memory(problem):  # raised outside all stages
+    if is_out_of_memory(problem):  # raised outside any stage
         problem = OutOfMemory("out of memory", f"close other programs, or {USE_LESS}")
     elif isinstance(problem, FileNotFoundError) and problem.filename is None:  # raised by os.getcwd
         problem = UsageError("the current folder no longer exists", "change to another folder")
@@ -160,13 +160,13 @@ def error_record(problem: BaseException) -> dict:
 
 
 def _damaged_module(problem: BaseException) -> str | None:
-    """Return the path of the truncated .pyc file that caused an exception, or None. Python itself does not detect such files."""
+    """Return the path of the truncated .pyc file that caused an exception, or None. Python itself doesn't detect such files."""
     frames = (frame for frame, _ in walk_tb(problem.__traceback__) if frame.f_code.co_name == "_compile_bytecode")
     return next((frame.f_locals.get("bytecode_path") for frame in frames), None)
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Return True if an exception's type or message shows that the host or a device ran out of memory."""
+    """Return True if an exception's type or message indicates that the host or a device ran out of memory."""
     if isinstance(problem, MemoryError) or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM):
         return True
     if not isinstance(problem, RuntimeError | OSError | ImportError):
@@ -175,10 +175,10 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 class memory_guard:  # noqa: N801 (called as a function)
-    """Context manager that converts out-of-memory errors from the CPU or a device to an `OutOfMemory` that names the stage.
+    """Context manager that converts CPU and device out-of-memory errors to an `OutOfMemory` error that specifies the stage.
 
     This is a class rather than a generator function because, since Python 3.12, the frame of a generator that raises an exception
-    is part of a reference cycle. That cycle would keep all memory of the failed work alive until the garbage collector runs.
+    is part of a reference cycle. The cycle would keep all memory from the failed operation alive until the garbage collector runs.
     """
 
     def __init__(self, stage: str):
@@ -190,7 +190,7 @@ class memory_guard:  # noqa: N801 (called as a function)
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _traceback: object) -> None:
         if not (isinstance(problem, (MemoryError, RuntimeError, OSError)) and is_out_of_memory(problem)):
             return
-        # A GPU allocator's message says how much memory was requested and how much was free.
+        # GPU allocator messages include the amount of memory requested and the amount that was free.
         match = re.search(
             r"Tried to allocate ([\d.]+ \wiB).*?(?:of which ([\d.]+ \wiB) is free|$)", str(problem), re.DOTALL
         )
@@ -204,10 +204,10 @@ class memory_guard:  # noqa: N801 (called as a function)
 
 @contextmanager
 def named(files: Mapping[str, str]) -> Iterator[None]:
-    """Replace the paths of temporary files in `VideoError` messages with the names that the user knows.
+    """Replace temporary file paths in `VideoError` messages with the original names.
 
     Args:
-        files: Maps the path of each temporary file to the name that replaces it.
+        files: Maps each temporary file path to its replacement.
     """
     try:
         yield
@@ -218,7 +218,7 @@ def named(files: Mapping[str, str]) -> Iterator[None]:
 
 
 def not_a_number_error(stage: str) -> ModelError:
-    """Return the exception to raise if the output of a pipeline stage contains NaN or infinity."""
+    """Return the exception to raise if a pipeline stage's output contains NaN or infinity."""
     return ModelError(
         f"NaN or infinity in the output of {stage}",
         "fp16 can overflow: use dtype bf16 or fp32; if that does not help, download the weights again",
@@ -227,12 +227,12 @@ def not_a_number_error(stage: str) -> ModelError:
 
 
 def process_error(what: str, problem: OSError, stage: str | None = None) -> EvopruneError:
-    """Return the exception to raise if the operating system cannot start a process or provide the resources that it needs.
+    """Return the exception to raise if the operating system can't start a process or provide the required resources.
 
     Args:
-        what: The action that failed, in words that follow "cannot".
-        problem: The exception that the system call raised.
-        stage: The stage that needed the process, or None.
+        what: The failed action, phrased to follow "cannot".
+        problem: The exception raised by the system call.
+        stage: The stage that required the process, or None.
     """
     message = f"cannot {what}: {problem.strerror}"
     if problem.errno == errno.ENOMEM:
@@ -247,9 +247,9 @@ def process_error(what: str, problem: OSError, stage: str | None = None) -> Evop
 
 
 def first_line(problem: BaseException) -> str:
-    """Return the first line of an exception's message, or the name of its type if the message is empty or cannot be formatted."""
+    """Return the first line of an exception's message, or its type name if the message is empty or can't be formatted."""
     try:
         text = str(problem).strip()
-    except Exception:  # `__str__` of an exception from another package may itself fail
+    except Exception:  # an exception from another package may fail in its own `__str__`
         text = ""
     return (text or type(problem).__name__).splitlines()[0]

@@ -10,22 +10,22 @@ from typing import BinaryIO
 from evoprune.errors import UsageError
 
 # Paths with these prefixes are opened and written directly instead of being replaced atomically. For example, the shell passes such
-# a path for the pipe that it creates for >(gzip > x).
+# a path for the pipe it creates for >(gzip > x).
 OPEN_FILES = ("/dev/", "/proc/self/fd/")
-# The name of a file while it is being written. The placeholders stand for the final name and eight random hexadecimal digits.
+# Name of a file while it is being written. The placeholders are the final name and eight random hexadecimal digits.
 UNFINISHED = "{}.evoprune-{}.tmp"
-MAX_BYTES = 2**28  # maximum size of a file that is read into memory
+MAX_BYTES = 2**28  # maximum size, in bytes, of a file to read into memory
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
-    """Read an open file into memory, up to a size limit because a pipe or a device may never reach end of file.
+    """Read an open file into memory, up to a size limit because pipes and devices may never reach end of file.
 
     Args:
-        name: Name of the file for the error message.
+        name: The file name for the error message.
         hint: Advice to append to the error's hint.
 
     Raises:
-        UsageError: If the contents are larger than `MAX_BYTES`.
+        UsageError: If the contents exceed `MAX_BYTES`.
     """
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -37,7 +37,7 @@ def write_file(path: str, content: bytes) -> None:
     """Write a file atomically: the contents go to a temporary file, which then replaces `path`.
 
     Raises:
-        OSError: If the file cannot be written.
+        OSError: If the file can't be written.
     """
     number, unfinished = create_unfinished(path)
     try:
@@ -50,15 +50,15 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def append(number: int, content: bytes, regular: bool = True) -> None:
-    """Append bytes to an open file, and sync a regular file to disk.
+    """Append bytes to an open file, and sync it to disk if it is a regular file.
 
     Args:
-        number: File descriptor of the file.
+        number: The file descriptor.
         content: The bytes to append.
-        regular: Whether this is a regular file. If so, a failed append is undone, so the file never ends with a partial write.
+        regular: Whether this is a regular file. If so, a failed append is rolled back, so the file never ends with a partial write.
 
     Raises:
-        OSError: If the bytes cannot be written.
+        OSError: If the bytes can't be written.
     """
     size = os.fstat(number).st_size
     rest = memoryview(content)
@@ -74,22 +74,22 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
 
 
 def create_unfinished(path: str) -> tuple[int, str]:
-    """Create a temporary file that will replace `path` once it is complete, and open it for reading and appending.
+    """Create a temporary file that will replace `path` when complete, and open it for reading and appending.
 
     Returns:
-        The file descriptor of the temporary file, and its unique name.
+        The temporary file's descriptor and its unique name.
 
     Raises:
-        OSError: If the file cannot be created.
+        OSError: If the file can't be created.
     """
     name = UNFINISHED.format(path, secrets.token_hex(4))
     return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
 
 
 def remove_unfinished(path: str) -> None:
-    """Delete temporary files that remain from programs that were killed while writing `path`.
+    """Delete leftover temporary files from programs that were killed while writing `path`.
 
-    The caller must make sure that no other program is writing `path`.
+    The caller must ensure that no other program is writing `path`.
     """
     for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
         with suppress(FileNotFoundError):
@@ -97,9 +97,9 @@ def remove_unfinished(path: str) -> None:
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Sort file names by the whole numbers that they contain, so that frame2 comes before frame10.
+    """Sort file names by the integers they contain, so frame2 comes before frame10.
 
-    A dash is not read as a minus sign, and a dot separates two numbers.
+    Dashes are not treated as minus signs, and dots separate two numbers.
     """
     from natsort import natsorted, ns  # imported here because the import takes tens of milliseconds
 

@@ -1,10 +1,11 @@
-"""Dataclasses that record a question, its answer and all measurements, and that convert to and from JSON and to lines of text.
+"""Dataclasses that record a question, its answer, and all measurements.
 
-The JSON schema is `evoprune/answer@1`, and docs/json.md describes its fields. New fields may be added, but existing fields are
-never removed. Unknown values are None, times are in milliseconds, and sizes are in bytes.
+They can be converted to and from JSON and formatted as text. The JSON schema is `evoprune/answer@1`, and docs/json.md describes its
+fields. New fields may be added, but existing fields are never removed. Unknown values are None, times are in milliseconds, and
+sizes are in bytes.
 
-The text has one line for each stage, with the time, a bar, and a note about the stage's input and output. Unknown values are left
-out, so incomplete reports, such as reports of errors or of Hugging Face model calls, can be printed as well.
+The text has one line per stage, with the time, a bar, and a note on the stage's input and output. Unknown values are omitted, so
+incomplete reports, such as reports of errors or Hugging Face model calls, can also be printed.
 """
 
 import json
@@ -22,24 +23,24 @@ from evoprune.bundled import DEMOS
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
-# Reasons why the report of a Hugging Face model call can be empty, by the name of the warning.
+# Reasons for an empty report of a Hugging Face model call, by warning name.
 EMPTY_REASONS = {
     "not_active": "pruning is not active: call the model inside `with` or after evoprune.apply",
     "no_video": "no video in this call",
     "pictures_only": "pictures are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
-# Characters in a file name or an answer that can make a terminal display misleading text: control characters that JSON allows in
-# strings, and Unicode marks that change the text direction or break the line.
+# Characters in file names or answers that can cause a terminal to display misleading text: control characters allowed in JSON
+# strings, and Unicode marks that change the text direction or break lines.
 INVISIBLE = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 UNROUNDED = ("parsed", "schema")  # these fields contain data rather than measurements
 STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", "prefill", "generate")
-# The time during which reading and preprocessing overlapped with other work. It is reported like a stage, but is not one.
+# The time during which reading and preprocessing overlapped with other work. It is reported like a stage but isn't one.
 OVERLAP = "overlap"
-# Stages that read and encode an input. Only the first question about an input has to wait for them.
+# Stages that read and encode an input. Only the first question about each input has to wait for them.
 INPUT_STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", OVERLAP)
-BRIEF_STAGES = ("speech", "compile", "store")  # stages that are printed only if they take at least 1 ms
+BRIEF_STAGES = ("speech", "compile", "store")  # stages printed only if they take at least 1 ms
 WIDTH = 80
 BAR = 12
 INDENT = " " * 11
@@ -47,7 +48,7 @@ DEMO_KNOWLEDGE = (
     "the demo models know only generated clips (demo: colored shapes and digits; demo-scenes: crowded scenes with "
     "signs)"
 )
-EQUAL_SCORES = "equal_scores"  # warns that all units of a video have the same score
+EQUAL_SCORES = "equal_scores"  # warning that all units of a video have the same score
 WARNINGS = {
     "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and an image has only one",
     "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
@@ -97,7 +98,7 @@ WARNINGS = {
     "--model=Qwen/Qwen2.5-VL-3B-Instruct",
 }
 NOTES = ("hdr_video", "interlaced_video", "other_tracks", "sound_ignored")  # warnings that usually need no action
-# English words that suggest that a question is about sound.
+# English words that suggest a question about the audio.
 ABOUT_SOUND = re.compile(
     r"\b(say(s|ing)?|said|speak(s|ing|er|ers)?|spoken?|speech|talk(s|ed|ing)?|voices?|hear(s|d|ing)?|listen(s|ed|ing)?|sounds?"
     r"|sing(s|ing|er)?|sang|songs?|music|audio|nois(e|es|y)|loud(ly|er)?)\b",
@@ -132,36 +133,36 @@ class Sampling:
     resized_hw: list[int] | None = None
     grid_thw: list[int] | None = None  # in patches, as in Hugging Face processors
     seconds_per_pair: float | None = None
-    seek: str | None = None  # "exact", or "keyframes" if any frame was replaced with a nearby keyframe
-    read_s: list[float] | None = None  # timestamps of the frames that were actually read
+    seek: str | None = None  # "exact", or "keyframes" if any frame was replaced by a nearby keyframe
+    read_s: list[float] | None = None  # timestamps of the frames actually read
 
 
 @dataclass
 class Pruning:
-    """The pruning settings of an answer, and how many visual tokens were left after each step.
+    """An answer's pruning settings and the number of visual tokens remaining after each step.
 
-    All fields are None until the inputs have been encoded. They stay None in the report of an error that occurs before that.
+    All fields are None until the inputs have been encoded, and stay None if an error occurs before that.
 
     Attributes:
-        method: Name of the method.
-        args: All of the method's settings, by name.
-        budget: The requested budget, as a number or a name. With "auto" and "auto:inflection", the share that is kept depends on
-            the content of the video.
-        kept_ratio: Share of the visual tokens that were kept, from 0 to 1.
+        method: Method name.
+        args: All method settings, by name.
+        budget: The requested budget, as a number or a name. With "auto" and "auto:inflection", the kept fraction depends on the
+            video content.
+        kept_ratio: Fraction of visual tokens kept, from 0 to 1.
         visual_tokens_in: Number of visual tokens before pruning.
         visual_tokens_kept: Number of visual tokens after pruning.
-        encoder_rows: Number of rows after the last layer of the vision tower.
-        encoder_live_share: Share of the encoder's work that was actually computed, averaged over its layers, from 0 to 1.
-        layers: A pair for each layer of the tower: the layer's number, and the number of rows that it computed.
-        kept_per_pair: Number of tokens that were kept in each frame pair.
-        positions: Which code computes the positions of the kept tokens: "qwen" (evoprune) or "host" (the Hugging Face model).
-        language_layers: A pair for each layer of the language model: the layer's number, and the number of visual tokens that it
-            read. None unless the method drops tokens inside the language model.
-        language_work: Like `language_layers`, but with separate counts for keys and values, for queries and output, and for the
-            MLP. None unless the method skips some of these operations.
-        after_tower_below: On this device, inputs with fewer visual tokens than this number are pruned only after the tower. None if
-            the size of an input makes no difference.
-        after_tower_inputs: Number of inputs that were pruned only after the tower. None if `after_tower_below` is None.
+        encoder_rows: Number of rows after the vision tower's last layer.
+        encoder_live_share: Share of the encoder computed, averaged over its layers, from 0 to 1.
+        layers: A pair for each vision tower layer: the layer number and the number of rows computed.
+        kept_per_pair: Number of tokens kept in each frame pair.
+        positions: The code that computes the kept tokens' positions: "qwen" (evoprune) or "host" (the Hugging Face model).
+        language_layers: A pair for each language model layer: the layer number and the number of visual tokens it read. None unless
+            the method drops tokens inside the language model.
+        language_work: Like `language_layers`, but with separate counts for keys and values, queries and output, and the MLP. None
+            unless the method skips some of these operations.
+        after_tower_below: On this device, inputs with fewer visual tokens than this are pruned only after the tower. None if the
+            input size makes no difference.
+        after_tower_inputs: Number of inputs pruned only after the tower. None if `after_tower_below` is None.
     """
 
     method: str | None = None
@@ -198,10 +199,10 @@ class InputTimes:
 
 @dataclass
 class InputFacts:
-    """Facts about a single input of a question, which is a video or an image.
+    """Facts about a single video or image input of a question.
 
-    `time_ms` contains the time spent on encoding the input, even if the input was encoded for an earlier question. `warnings`
-    contains only the warnings about this input.
+    `time_ms` includes the time spent encoding the input, even if it was encoded for an earlier question. `warnings` contains only
+    the warnings for this input.
     """
 
     path: str | None = None
@@ -217,13 +218,13 @@ class InputFacts:
 
 @dataclass
 class TokenCounts:
-    """Numbers of tokens in the prompt and in the answer. All counts are None until the model has read the question.
+    """Token counts of the prompt and the answer. All counts are None until the model has read the question.
 
     Attributes:
-        text: Number of text tokens in the prompt, including the chat template and the subtitles.
-        visual: Number of visual tokens in the prompt, after pruning.
-        prompt: Total number of tokens in the prompt, which is the sum of `text` and `visual`.
-        new: Number of tokens generated so far, including the model's thoughts. Always None for a Hugging Face model.
+        text: Number of text tokens in the prompt, including the chat template and subtitles.
+        visual: Number of visual tokens in the prompt after pruning.
+        prompt: Total number of prompt tokens: the sum of `text` and `visual`.
+        new: Number of tokens generated so far, including thinking tokens. Always None for Hugging Face models.
     """
 
     text: int | None = None
@@ -236,7 +237,7 @@ class TokenCounts:
 class Times:
     """Time spent in each stage, in milliseconds.
 
-    The stages before `generate`, minus `overlap`, add up to `ttft_wall`, the time to first token.
+    The stages before `generate`, minus `overlap`, add up to the time to first token, `ttft_wall`.
     """
 
     load: float | None = None
@@ -270,8 +271,8 @@ class Rate:
 class Memory:
     """Memory sizes in bytes.
 
-    `peak_bytes` includes the pages of memory-mapped files, which the operating system can drop at any time. `own_bytes` is the
-    memory that the process uses without these pages.
+    `peak_bytes` includes pages of memory-mapped files, which the operating system can evict at any time. `own_bytes` is the memory
+    usage of the process without these pages.
     """
 
     weights_bytes: int | None = None
@@ -292,12 +293,12 @@ class ModelFacts:
 
     @property
     def precision(self) -> str:
-        """The dtype and quantization as shown in tables, such as "fp32 int8"."""
+        """Dtype and quantization as shown in tables, such as "fp32 int8"."""
         return precision(self.dtype, self.quantize)
 
 
 def precision(dtype: str | None, quantize: str | None) -> str:
-    """Return the dtype, followed by the quantization if there is one, as in "fp32" or "fp32 int8"."""
+    """Return the dtype, followed by the quantization if any, as in "fp32" or "fp32 int8"."""
     if quantize in (None, "none"):
         return str(dtype)
     return f"{dtype} {quantize}"
@@ -314,11 +315,10 @@ class Environment:
 
 @dataclass
 class Report:
-    """The record of a question: the answer or the error, together with everything that was measured while answering.
+    """The record of a question: the answer or the error, together with all measurements.
 
-    `inputs` contains the facts about each input. If there is only one input, `video`, `sampling`, `pruning` and `subtitles` repeat
-    the values from its entry. If there is more than one input, `pruning` covers all of them together, and the other three fields
-    are empty.
+    `inputs` contains the facts about each input. With a single input, `video`, `sampling`, `pruning`, and `subtitles` repeat the
+    values from its entry. With several inputs, `pruning` covers all of them together, and the other three fields are empty.
     """
 
     schema: str = SCHEMA
@@ -326,7 +326,7 @@ class Report:
     created_utc: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     question: str | None = None
     answer: str | None = None
-    thoughts: str | None = None  # the thoughts that the model generated before the answer
+    thoughts: str | None = None  # the reasoning generated before the answer
     finish_reason: str | None = None
     video: VideoFacts = field(default_factory=VideoFacts)
     sampling: Sampling = field(default_factory=Sampling)
@@ -348,13 +348,13 @@ class Report:
     inputs: list[InputFacts] = field(default_factory=list)
     stream: dict[str, Any] | None = None
     conversation: dict[str, int] | None = None
-    stop_reason: str | None = None  # the stop string at which generation stopped
-    logprobs: list[dict[str, Any]] | None = None  # for every token in the answer and in the thoughts before it
-    parsed: Any = None  # the data parsed from an answer that follows a schema
+    stop_reason: str | None = None  # the stop string that ended generation
+    logprobs: list[dict[str, Any]] | None = None  # for each answer and thinking token
+    parsed: Any = None  # data parsed from an answer that follows a schema
     choices: list[dict[str, Any]] | None = None  # each possible answer with its probability
 
     def __str__(self) -> str:
-        """Return the statistics and warnings as text, in the format that the command line prints."""
+        """Return the statistics and warnings as text, in the command line's format."""
         stats = stats_block(self)
         if not stats:
             return repr(self)
@@ -379,17 +379,17 @@ class Report:
         """Return the record as a single line of compact JSON.
 
         Args:
-            ascii_only: Escape all characters outside ASCII. Otherwise, only invisible characters are escaped.
+            ascii_only: Escape all non-ASCII characters. Otherwise, only invisible characters are escaped.
         """
         text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
         return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Parse a report from the JSON that `to_json` returns. Fields added by later versions of evoprune are ignored.
+        """Parse a report from the JSON returned by `to_json`. Fields added in later versions of evoprune are ignored.
 
         Raises:
-            ValueError: If the text is not JSON, or the record has a different schema.
+            ValueError: If the text isn't valid JSON, or the record has a different schema.
         """
         return cls._from_record(json.loads(text))
 
@@ -407,7 +407,7 @@ class Report:
 
 
 def _fill(target, record: Any, name: str = "a record"):
-    """Fill a dataclass and the dataclasses nested in it from a parsed JSON record. Unknown fields in the record are ignored."""
+    """Fill a dataclass and its nested dataclasses from a parsed JSON record. Unknown fields in the record are ignored."""
     if not isinstance(record, dict):
         raise ValueError(f"{name} is not an object")
     for field_, value in record.items():
@@ -420,7 +420,7 @@ def _fill(target, record: Any, name: str = "a record"):
 
 
 def name_inputs(report: Report, names: Sequence[str]) -> None:
-    """Add inputs to a report if only their names are known. Long names are shortened."""
+    """Add inputs to a report when only their names are known. Long names are shortened."""
     names = [shown(name) for name in names]
     report.inputs = [InputFacts(path=name, video=VideoFacts(path=name)) for name in names]
     if len(names) == 1:
@@ -445,7 +445,7 @@ def stats_block(report: Report, width: int = WIDTH, verbose: bool = False) -> li
     """Return a report's statistics as lines of at most `width` columns.
 
     Args:
-        verbose: Whether to include the number of rows per layer, the method's settings, and the versions of packages.
+        verbose: Whether to include the number of rows per layer, the method settings, and the package versions.
     """
     lines = [
         *_heading_lines(report, width),
@@ -471,7 +471,7 @@ def warning_lines(report: Report) -> list[str]:
 def warned(report: Report) -> list[tuple[str, VideoFacts]]:
     """Return the names of a report's warnings, each paired with the `VideoFacts` of the video it refers to.
 
-    The warnings about the inputs come first, followed by the warnings about the model.
+    Input warnings come first, followed by model warnings.
     """
     own = [(name, facts.video) for facts in report.inputs for name in facts.warnings]
     about = report.video
@@ -490,9 +490,9 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
     Args:
         name: Name of the warning.
-        video: The video that the warning is about.
-        path: How to refer to the video in the text. The default is the base name of its path.
-        answers: The words to put before "meaningless". The default is "its answer about PATH is".
+        video: The video that the warning refers to.
+        path: How to refer to the video in the text. Defaults to the base name of its path.
+        answers: The words to put before "meaningless". Defaults to "its answer about PATH is".
     """
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     if video.path == "-":
@@ -507,7 +507,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
 
 
 def summary(report: Report) -> str:
-    """Return one line with the token counts, the time to first token, the total time, and each choice's probability."""
+    """Return a one-line summary: token counts, time to first token, total time, and the probability of each choice."""
     tokens = report.tokens
     times = report.time_ms
     read = f"{counted(tokens.prompt or 0, 'token')} read ({tokens.visual or 0:,} visual), {tokens.new or 0:,} written"
@@ -521,13 +521,13 @@ def summary(report: Report) -> str:
 
 
 def _choices_text(choices: Sequence[dict[str, Any]]) -> str:
-    """Return the choices and their probabilities, with the most probable choice first."""
+    """Return the choices with their probabilities, most probable first."""
     ranked = sorted(choices, key=lambda choice: -choice["probability"])
     return ", ".join(f"{one_line(choice['text'])} {choice['probability']:.3f}" for choice in ranked)
 
 
 def device_text(name: str | None, threads: int | None) -> str:
-    """Format the name of a device for output. For a CPU, the number of threads is added."""
+    """Format a device name for output. For a CPU, the thread count is added."""
     if threads and (name or "").startswith("cpu"):
         return f"{name} ({counted(threads, 'thread')})"
     return str(name)
@@ -553,7 +553,7 @@ def _heading_lines(report, width: int) -> list[str]:
 
 
 def _input_line(facts, width: int) -> str:
-    """Return the line that shows the name of a video or an image and its known properties.
+    """Return a line with the name and known properties of a video or image.
 
     Args:
         facts: One of the report's inputs, or the report itself if it has a single input.
@@ -574,10 +574,10 @@ def _input_line(facts, width: int) -> str:
 
 
 def _kept_text(pruning) -> str:
-    """Describe which percentage of the visual tokens was kept, and which was left after each drop in the language model."""
+    """Describe the percentage of visual tokens kept, and the percentage remaining after each drop in the language model."""
     kept = 100 * (pruning.kept_ratio or 0)
     read = pruning.language_layers or []
-    first_layers: dict[int, int] = {}  # maps a token count to the first layer that reads that many tokens
+    first_layers: dict[int, int] = {}  # maps each token count to the first layer that reads that many tokens
     for layer, tokens in read:
         first_layers.setdefault(tokens, layer)
     if len(first_layers) < 2:
@@ -589,7 +589,7 @@ def _kept_text(pruning) -> str:
 
 
 def _duration_text(report) -> str:
-    """Format the length of a video, together with the time span that was read if that was only part of the video."""
+    """Format a video's duration, plus the time span read if it was only part of the video."""
     length = report.video.duration_s
     start = report.sampling.start_s
     end = report.sampling.end_s
@@ -603,7 +603,7 @@ def _stage_lines(report, width: int) -> list[str]:
     notes = _stage_notes(report)
     spent = {stage: getattr(times, stage) or 0 for stage in STAGES if _is_printed(times, stage)}
     longest = max(spent.values(), default=0) or 1
-    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # columns that are left for the bars
+    room = width - 21 - max((len(notes[stage]) for stage in spent), default=0)  # columns left for the bars
     bar = 0
     gap = ""
     if room >= 6:
@@ -630,7 +630,7 @@ def _stage_lines(report, width: int) -> list[str]:
 
 
 def _after_tower_note(report) -> str:
-    """Return a note that small inputs were pruned only after the vision tower, or an empty string if there were none."""
+    """Return a note that small inputs were pruned only after the vision tower, or an empty string if not applicable."""
     pruning = report.pruning
     if not pruning.after_tower_inputs:
         return ""
@@ -640,7 +640,8 @@ def _after_tower_note(report) -> str:
 def _is_printed(times: Times, stage: str) -> bool:
     """Return True if a stage's time should be printed.
 
-    A stage is left out if an earlier question about the same video already ran it, or if it is a brief stage of less than 1 ms.
+    A stage is omitted if it already ran for an earlier question about the same video, or if it is a brief stage that took less than
+    1 ms.
     """
     spent = getattr(times, stage)
     if stage in ("prefill", "generate"):
@@ -649,7 +650,7 @@ def _is_printed(times: Times, stage: str) -> bool:
 
 
 def _input_lines(report) -> list[str]:
-    """Return one line per input with its token counts and times, or no lines if there is only one input."""
+    """Return one line per input with its token counts and times, or an empty list if there is only one input."""
     lines = []
     for number, facts in enumerate(report.inputs, 1):
         kept = facts.pruning
@@ -662,21 +663,21 @@ def _input_lines(report) -> list[str]:
 
 
 def _frames_read(report) -> str:
-    """Describe how many frames the video has, how many are in the time span that was read (if known), and how many were sampled."""
+    """Describe the number of frames in the video, in the time span read (if known), and in the sample."""
     video = report.video
     sampling = report.sampling
     if not video.frames_total:
         return counted(sampling.frames, "frame")
     part = ""
     if "-" in _duration_text(report) and video.fps and video.variable_rate is False:
-        # Count the frames that are visible between start and end. The times are accurate to a hundredth of a frame.
+        # Count the frames visible between start and end. Timestamps are accurate to a hundredth of a frame.
         inside = ceil(sampling.end_s * video.fps - 0.01) - floor(sampling.start_s * video.fps + 0.01)
         part = f"{inside:,} of "
     return f"{part}{counted(video.frames_total, 'frame')} -> {sampling.frames}"
 
 
 def _stage_notes(report) -> dict[str, str]:
-    """Return a note for each stage that describes what the stage received and produced."""
+    """Return a note for each stage describing its input and output."""
     pruning = report.pruning
     sampling = report.sampling
     count = report.tokens
@@ -741,7 +742,7 @@ def _total_lines(report) -> list[str]:
 
 
 def _memory_lines(memory) -> list[str]:
-    """Return a line with the peak memory and, on a CPU, another line with the process's private memory and mapped files."""
+    """Return a line with the peak memory and, on a CPU, a second line with the process's private memory and mapped files."""
     if memory.peak_bytes is None:
         return []
     lines = [f"{'memory':<11}peak {size(memory.peak_bytes)}; weights {size(memory.weights_bytes)}"]
@@ -752,10 +753,10 @@ def _memory_lines(memory) -> list[str]:
 
 
 def _comparison_lines(pruned, full) -> list[str]:
-    """Return lines that compare the times and token counts of the same question with and without pruning.
+    """Return lines that compare times and token counts for the same question with and without pruning.
 
-    Only the times for encoding and prefill are compared. Read times would not be comparable, because the second run reuses the
-    patches from the first run.
+    Only the encoding and prefill times are compared. Read times wouldn't be comparable, because the second run reuses patches from
+    the first run.
     """
     rows = (
         ("encode + prefill", pruned.time_ms.ttft_model, full.time_ms.ttft_model),
@@ -787,7 +788,7 @@ def _wrap_line(line: str, width: int) -> list[str]:
 
 
 def _verbose_lines(report) -> list[str]:
-    """Return the lines that only a verbose report contains, such as the load times, the rows per layer and the settings."""
+    """Return the lines specific to verbose reports, such as load times, rows per layer, and settings."""
     env = report.env
     times = report.time_ms
     pruning = report.pruning

@@ -1,8 +1,8 @@
-"""Reads JSON files that cannot be trusted: parses them strictly, and checks every value against a rule.
+"""Reads untrusted JSON files: parses them strictly and checks each value against a rule.
 
-A model's folder is not trusted any more than a video is. Every value that evoprune uses has a rule, so a bad value is reported as
-soon as it is read and cannot cause a crash or an endless loop later. The rules are annotations on dataclass fields, and `pick`
-creates such a dataclass from the entries of a file.
+Model folders are trusted no more than videos. Each value used by evoprune has a rule, so an invalid value is reported as soon as it
+is read and can't cause a crash or an infinite loop later. The rules are annotations on dataclass fields, and `pick` creates such a
+dataclass from a file's entries.
 """
 
 import json
@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """A check that a value from an untrusted file must pass, with a description of the allowed values for error messages."""
+    """A check for a value from an untrusted file, with a description of the allowed values for error messages."""
 
-    what: str  # describes the allowed values, in words that follow "is not"
+    what: str  # description of the allowed values, phrased to follow "is not"
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, name: str) -> Any:
-        """Check a value against the rule and return it. A list is returned as a tuple.
+        """Check a value against the rule and return it. Lists are returned as tuples.
 
         Args:
             value: The value.
-            name: Name of the value for the error message.
+            name: The value's name for the error message.
 
         Raises:
             ValueError: If the value breaks the rule.
@@ -47,7 +47,7 @@ class Rule:
         return tuple(value) if isinstance(value, list) else value
 
     def __or__(self, other: Self) -> Self:
-        """Return a rule that accepts every value accepted by at least one of the two rules."""
+        """Return a rule that accepts any value accepted by either rule."""
         return type(self)(f"{self.what}, or {other.what}", lambda v: self.holds(v) or other.holds(v))
 
     @classmethod
@@ -62,7 +62,7 @@ class Rule:
 
     @classmethod
     def list_of(cls, rule: Self, length: int | None = None) -> Self:
-        """Return a rule that accepts lists (of a given length, unless it is None) in which every value satisfies `rule`."""
+        """Return a rule that accepts lists (of the given length, unless None) in which each element satisfies `rule`."""
         what = f"a list of {length} values" if length else "a list"
         return cls(
             f"{what}, each {rule.what}",
@@ -76,10 +76,10 @@ OBJECT = Rule("an object", lambda v: isinstance(v, dict))
 
 
 def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the JSON object stored under a name in another object, or an empty dict if the value is missing or null.
+    """Return the JSON object stored under a name in another object, or an empty dict if it is missing or null.
 
     Raises:
-        ValueError: If the value is not an object.
+        ValueError: If the value isn't an object.
     """
     value = content.get(name)
     if value is None:
@@ -88,15 +88,15 @@ def section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check the entries of `content` that correspond to fields of a dataclass, and return them. Null values are skipped.
+    """Check and return the entries of `content` that correspond to a dataclass's fields. Null values are skipped.
 
     Args:
-        cls: The dataclass, whose fields are annotated with rules.
+        cls: A dataclass with rule-annotated fields.
         content: A JSON object from a settings file.
-        where: Prefix for the names of entries in error messages.
+        where: The prefix for entry names in error messages.
 
     Raises:
-        ValueError: If an entry breaks its rule.
+        ValueError: If an entry violates its rule.
     """
     prefix = f"{where}." if where else ""
     return {
@@ -107,10 +107,10 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
-    """Create a dataclass from the entries of `content` that correspond to its fields. For the arguments, see `checked`.
+    """Create a dataclass instance from the entries of `content` that correspond to its fields. For the arguments, see `checked`.
 
     Raises:
-        ValueError: If an entry breaks its rule, or if an entry is missing and its field has no default.
+        ValueError: If an entry violates its rule, or if a required entry is missing.
     """
     entries = checked(cls, content, where)
     for field in fields(cls):
@@ -121,7 +121,7 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
 @cache
 def _rules(cls: type) -> dict[str, Rule]:
-    """Return the rules with which a dataclass annotates its fields, by field name."""
+    """Return the rules in a dataclass's field annotations, by field name."""
     hints = get_type_hints(cls, include_extras=True)
     annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
@@ -132,11 +132,10 @@ def loads(text: str, once: bool = False) -> Any:
 
     Args:
         text: The JSON text.
-        once: Whether to reject an object that contains the same name more than once. If False, the last value is used, as in
-            Python's own parser.
+        once: Whether to reject objects with duplicate names. If False, the last value is used, as in Python's own parser.
 
     Raises:
-        ValueError: If the text is not JSON, is nested more than `MAX_LEVELS` deep, or contains NaN, infinity or a number that is
+        ValueError: If the text isn't valid JSON, is nested deeper than `MAX_LEVELS`, or contains NaN, infinity, or a number that is
             too large.
     """
 
@@ -171,17 +170,17 @@ def loads(text: str, once: bool = False) -> Any:
 
 
 def _values(outer: dict | list) -> Iterable[Any]:
-    """Return the values that are directly inside an object or a list."""
+    """Return the top-level values of an object or list."""
     if isinstance(outer, dict):
         return outer.values()
     return outer
 
 
 def check_fetched(path: Path) -> None:
-    """Check that a file is not a pointer that git-lfs has left in place of the real file.
+    """Check that a file is not a git-lfs pointer to a file that hasn't been downloaded.
 
     Raises:
-        ModelError: If the file is such a pointer.
+        ModelError: If the file is a git-lfs pointer.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -190,14 +189,14 @@ def check_fetched(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a settings file and return the JSON object that it contains.
+    """Read a settings file and return the JSON object it contains.
 
     Raises:
-        ValueError: If the path is not a regular file, the file is larger than `MAX_BYTES`, or its contents are not a JSON object
-            that `loads` accepts.
-        OSError: If the file cannot be read.
+        ValueError: If the path isn't a regular file, the file exceeds `MAX_BYTES`, or its contents aren't a JSON object accepted by
+            `loads`.
+        OSError: If the file can't be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # for example, reading a pipe that nobody writes to would block forever
+    if not stat.S_ISREG(path.stat().st_mode):  # for example, reading from a pipe without a writer would block forever
         raise ValueError("it is not a regular file")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES // 2**20} MiB")

@@ -1,4 +1,4 @@
-"""Helpers for formatting messages, describing the state of files, deriving seeds, and declaring and checking options."""
+"""Helpers for formatting messages, recording file states, deriving seeds, and declaring and checking options."""
 
 import hashlib
 import math
@@ -15,25 +15,25 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from evoprune.errors import UsageError, is_out_of_memory
 
-# Matches characters that change the text direction, and control characters that a terminal interprets (except tab and newline).
+# Matches characters that change the text direction, and control characters interpreted by terminals (except tab and newline).
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 FILE_URL = "file://"
 WEB = re.compile("https?://", re.IGNORECASE)  # matches the scheme of a web address
-ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # matches a URL, even after a folder
+ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # matches a URL, even with a leading folder
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # matches a web address without a scheme
-STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which cannot be read as a file
+STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which can't be read as a file
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
 TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
 TAGS_AFTER = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # maximum length of a path in a message, in characters
-SOME = 10  # maximum number of items that a message lists
+SOME = 10  # maximum number of items listed in a message
 
 
 def clock(seconds: float | None) -> str:
-    """Format a time for people, for example as 1:02:03.5, 2:31.4 or 0:06.0."""
+    """Format a time for display, for example as 1:02:03.5, 2:31.4, or 0:06.0."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds * 10), 600)
@@ -53,13 +53,13 @@ def long_clock(seconds: float) -> str:
 
 
 def parse_time(text: str) -> float:
-    """Parse a time such as `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s` or `2h`, with an optional minus sign.
+    """Parse a time such as `90`, `90.5`, `1:30`, `01:30:00`, `1:02:03.5`, `90s`, `1m30s`, or `2h`, with an optional minus sign.
 
     Returns:
         The time in seconds.
 
     Raises:
-        UsageError: If the text does not have one of these formats.
+        UsageError: If the text doesn't match any of these formats.
     """
     negative = text.strip().startswith("-")
     digits = text.strip().removeprefix("-")
@@ -79,7 +79,7 @@ def parse_time(text: str) -> float:
 
 
 def roughly(seconds: float) -> str:
-    """Format an estimated time with one or two digits, for example as ~0.3 s, ~40 s, ~12 min or ~9 h."""
+    """Format an estimated time with one or two digits, for example as ~0.3 s, ~40 s, ~12 min, or ~9 h."""
     if seconds >= 5700:
         return f"~{seconds / 3600:,.0f} h"
     if seconds >= 95:
@@ -91,7 +91,7 @@ def roughly(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Shorten a text to at most `width` characters by replacing its middle with an ellipsis."""
+    """Shorten text to at most `width` characters by replacing its middle with an ellipsis."""
     if len(text) <= width:
         return text
     head = max(0, (width - 3) // 2)
@@ -99,7 +99,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shown(path: str) -> str:
-    """Format a path for a message. Of a long path or a data: URL, only the beginning and the end are shown."""
+    """Format a path for a message. Long paths and data: URLs are shortened to their beginning and end."""
     if path.startswith("data:"):
         return shorten(path, 40)
     return shorten(path, LONGEST)
@@ -121,19 +121,19 @@ def counted(count: int, noun: str) -> str:
 
 
 def budget_text(budget: float | str) -> str:
-    """Format a budget, which is either a number such as 0.25 or a name such as auto."""
+    """Format a budget, either a number such as 0.25 or a name such as auto."""
     if isinstance(budget, str):
         return budget
     return f"{budget:g}"
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """Return the start of a hint that suggests known words similar to a misspelled word, or an empty string if there are none.
+    """Return the start of a hint with suggestions for a misspelled word, or an empty string if no known word is similar.
 
     Args:
         word: The misspelled word.
-        known: The words that would be valid.
-        most: Maximum number of words to suggest.
+        known: The valid words.
+        most: The maximum number of words to suggest.
     """
     near = get_close_matches(word.lower(), list(known), most)
     if not near:
@@ -142,10 +142,10 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def missing_hint(path: str, usual: str) -> str:
-    """Return a hint that tells the user how to correct a path that does not exist.
+    """Return a hint on how to correct a nonexistent path.
 
     For a URL, the hint says what to pass instead. For a misspelled path, it suggests a file with a similar name, followed by
-    `usual`. If there is no such file, the hint is just `usual`.
+    `usual`. If no file has a similar name, the hint is just `usual`.
     """
     if path.startswith("data:"):
         return "write it to a file and give its path"
@@ -165,15 +165,15 @@ def missing_hint(path: str, usual: str) -> str:
 
 
 def near_file(path: str) -> str | None:
-    """Find the file that a misspelled path probably refers to: a file with a similar name in the same folder, or None.
+    """Find a file in the same folder whose name resembles a misspelled path. Returns None if there is no match.
 
-    File names are compared without their extensions, because all videos in a folder would otherwise look similar. If the extension
-    differs, the rest of the name must be nearly the same.
+    File names are compared without their extensions; otherwise, all videos in a folder would look similar. If the extensions
+    differ, the rest of the name must be nearly identical.
     """
     folder, name = os.path.split(path)
     try:
         names = [] if os.path.lexists(path) else os.listdir(folder or os.curdir)
-    except (OSError, ValueError):  # the folder cannot be read, or its name is invalid
+    except (OSError, ValueError):  # the folder can't be read, or its name is invalid
         return None
     stem, extension = os.path.splitext(name.lower())
     stems = {each: os.path.splitext(each)[0].lower() for each in names}
@@ -184,17 +184,17 @@ def near_file(path: str) -> str | None:
 
 
 def is_url(path: Any) -> bool:
-    """Return True if a value is an http or https URL, unless a file with that name exists."""
+    """Return True if a value is an http or https URL and no file with that name exists."""
     return isinstance(path, str) and WEB.match(path) is not None and not os.path.lexists(path)
 
 
 def without_password(source: str) -> str:
-    """Return a URL with its user name and password removed."""
+    """Return a URL without its user name and password."""
     return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:
-    """Join the first `SOME` texts. If there are more, say how many were left out, as in "a, b, and 3 more"."""
+    """Join the first `SOME` strings. If there are more, append the number omitted, as in "a, b, and 3 more"."""
     first = list(texts[:SOME])
     if len(texts) > SOME:
         first.append(f"and {len(texts) - SOME:,} more")
@@ -210,12 +210,12 @@ def listed(names: Sequence[str], word: str = "and") -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text, such as a path, as a single line that contains only printable characters."""
+    """Convert text, such as a path, to a single line of printable characters."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def harmless(text: str) -> str:
-    """Replace the characters in a text that a terminal would interpret with visible escape sequences."""
+    """Replace terminal control characters in text with visible escape sequences."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -225,9 +225,9 @@ def is_text(value: str) -> bool:
 
 
 def without_tags(question: str) -> str:
-    """Remove tags such as `<video>` before and after a question. LLaVA's datasets, for example, contain such tags.
+    """Remove leading and trailing tags such as `<video>` from a question. For example, the LLaVA datasets contain such tags.
 
-    The prompt already contains the input, so the tags are not needed. Tags in the middle of a question are kept as text.
+    The prompt already contains the input, so the tags aren't needed. Tags in the middle of a question are kept as text.
     """
     return TAGS_AFTER.sub("", TAGS_BEFORE.sub("", question))
 
@@ -236,14 +236,14 @@ def check_text(*texts: str | None) -> None:
     """Check that questions and system prompts are valid text. None values are ignored.
 
     Raises:
-        UsageError: If a text is not valid.
+        UsageError: If any text is invalid.
     """
     if not all(is_text(text) for text in texts if text):
         raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
 
 
 def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
-    """Return the path, the size in bytes and the modification time in nanoseconds of each file.
+    """Return each file's path, size in bytes, and modification time in nanoseconds.
 
     Raises:
         OSError: If a file is missing.
@@ -253,16 +253,16 @@ def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
 
 
 def open_safetensors(path: str | PathLike[str]) -> Any:
-    """Open a safetensors file, with its tensors memory-mapped for torch.
+    """Open a safetensors file with memory-mapped torch tensors.
 
     Raises:
-        OSError: If the file is missing or damaged, or another process has just deleted it.
+        OSError: If the file is missing or damaged, or was just deleted by another process.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt")
-    # safetensors reads the header, and then torch opens the file a second time by its name. Either of them may fail.
+    # safetensors reads the header, then torch reopens the file by name. Either step may fail.
     except (RuntimeError, SafetensorError) as problem:
         if is_out_of_memory(problem):
             raise
@@ -270,10 +270,10 @@ def open_safetensors(path: str | PathLike[str]) -> Any:
 
 
 def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
-    """Describe the state of files as flat JSON data without reading them. Return None if there are no files or one is missing.
+    """Describe the state of files as flat JSON data, without reading them. Returns None if there are no files or one is missing.
 
     `files` is the number of files, `bytes` is their total size, and `modified_utc` is the latest modification time. `digest` is a
-    hash of all names, sizes and modification times.
+    hash of all names, sizes, and modification times.
     """
     try:
         stats = sorted((os.path.basename(path), size, time) for path, size, time in file_stats(paths))
@@ -293,19 +293,19 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
 
 
 def generator_seed(seed: int) -> int:
-    """Return a seed for torch's CPU generator, which uses only 32 bits of a seed. Larger seeds are replaced with their hash."""
+    """Return a seed for torch's CPU generator, which uses only 32 bits. Larger seeds are replaced by their hash."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()
     return seed if 0 <= seed < 2**32 else int.from_bytes(digest)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the entries that differ between two dicts. If the dicts are equal, return an empty string."""
+    """Describe the differing entries of two dicts. Returns an empty string if the dicts are equal."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names)
 
 
 def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Describe how files have changed between two states from `file_state`.
+    """Describe the file changes between two states returned by `file_state`.
 
     Returns:
         The description, or an empty string if the states are equal or one of them is unknown.
@@ -316,8 +316,8 @@ def file_changes(before: dict[str, Any] | None, now: dict[str, Any] | None) -> s
     return differences(first, second) or "some files have different sizes or modification times"
 
 
-OPTION = "option"  # key under which a field's metadata holds its `Option`
-# For each declared type, the type that values must have, and how messages describe that type.
+OPTION = "option"  # key of the `Option` in a field's metadata
+# For each declared type, the required type of values, and its description in messages.
 ACCEPTED: dict[type, tuple[type, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -328,16 +328,16 @@ ACCEPTED: dict[type, tuple[type, str]] = {
     Callable: (Callable, "a function"),
     NoneType: (NoneType, "None"),
 }
-# The range of integers that torch accepts, for example as seeds.
+# The integer range accepted by torch, for example for seeds.
 MIN_INTEGER = -(2**63)
 MAX_INTEGER = 2**64 - 1
 
 
 def brief(value: Any) -> str:
-    """Return a short description of a value for a message: its repr, or the name of its class if the repr is long."""
+    """Return a short description of a value for a message: its repr, or its class name if the repr is long."""
     try:
         text = repr(value)
-    except Exception:  # `__repr__` of a class from another package may raise anything
+    except Exception:  # a third-party `__repr__` may raise any exception
         text = ""
     if 0 < len(text) <= 60 and "\n" not in text:
         return text
@@ -346,37 +346,37 @@ def brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option that exists both on the command line and as a keyword argument of the Python functions."""
+    """An option available both on the command line and as a keyword argument in Python."""
 
     help: str
-    flags: tuple[str, ...] = ()  # command line flags; if empty, the flag is derived from the field's name
-    # The possible values, for help texts and shell completion. If this is empty, they are taken from the type. Words in
-    # capitals, such as FILE or N, are placeholders.
+    flags: tuple[str, ...] = ()  # command line flags; if empty, the flag is derived from the field name
+    # The possible values, for help text and shell completion. If empty, they are derived from the type. Uppercase words, such as
+    # FILE or N, are placeholders.
     words: tuple[str, ...] = ()
     metavar: str | None = None  # placeholder for the value in the help text
     least: int | None = None  # minimum value; `most` is the maximum
     most: int | None = None
     env: str | None = None  # environment variable that sets the option
-    typed: Any = None  # type of the command line argument that `parse` receives; None means the field's type
-    unless_typed: Any = None  # default on the command line; None means the field's default
+    typed: Any = None  # type of the command line argument passed to `parse`; None means the field type
+    unless_typed: Any = None  # default on the command line; None means the field default
     parse: Callable[[Any], Any] | None = None
-    changes_answers: bool = True  # whether the option affects answers and is therefore recorded in outputs
-    in_python: str | None = None  # help text for Python users; None means `help` with flags replaced by names
+    changes_answers: bool = True  # whether the option affects answers and must be recorded in outputs
+    in_python: str | None = None  # help text for Python users; None means `help` with flags replaced by keyword names
     also: str | None = (
-        None  # an additional type that Python functions accept, as source code because this file cannot import the class
+        None  # an additional type accepted by Python functions, as source code because this file can't import the class
     )
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """Return a dataclass field that declares an option. `more` contains other fields of `Option`."""
+    """Return a dataclass field that declares an option. `more` contains additional `Option` fields."""
     return field(default=default, metadata={OPTION: Option(help, flags, **more)})
 
 
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
-    """Create one object of each dataclass in `declared` from keyword arguments that are named after the dataclasses' fields.
+    """Create an instance of each dataclass in `declared` from keyword arguments named after the dataclass fields.
 
     Raises:
-        TypeError: If a keyword is not a field of any of the dataclasses.
+        TypeError: If a keyword doesn't match any dataclass field.
         UsageError: If a value is invalid.
     """
     check_known(given, *declared)
@@ -384,7 +384,7 @@ def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
 
 
 def check_known(given: Iterable[str], *declared: type) -> None:
-    """Check that every keyword is a field of one of the dataclasses in `declared`.
+    """Check that each keyword is a field of one of the dataclasses in `declared`.
 
     Raises:
         TypeError: If a keyword is unknown. The message lists the known options.
@@ -395,21 +395,21 @@ def check_known(given: Iterable[str], *declared: type) -> None:
 
 
 def check_types(options: Any) -> None:
-    """Check the types of all fields of a dataclass, and convert numpy numbers to Python numbers.
+    """Check the types of all fields in a dataclass, and convert numpy numbers to Python numbers.
 
-    JSON and torch's seeds require Python numbers.
+    JSON and torch seeds require Python numbers.
     """
     for field_ in fields(options):
         object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
 
 
 def parts_of(declared: Any) -> Sequence[Any]:
-    """Return the members of a union type. For any other type, return a list that contains only that type."""
+    """Return the members of a union type. For any other type, return a list containing only that type."""
     return get_args(declared) if get_origin(declared) in (Union, UnionType) else [declared]
 
 
 def kinds_of(declared: Any) -> list[type]:
-    """Return the classes that the values of a declared type can have. For a `Literal` type, the class is `str`."""
+    """Return the possible value classes of a declared type. For a `Literal` type, the class is `str`."""
     return [str if get_origin(part) is Literal else get_origin(part) or part for part in parts_of(declared)]
 
 
@@ -419,12 +419,12 @@ def words_of(declared: Any) -> tuple[str, ...]:
 
 
 def check_type(name: str, value: Any, declared: Any) -> Any:
-    """Check that a value has the declared type, and return it. A numpy number is converted to a Python number.
+    """Check that a value has the declared type, and return it. Numpy numbers are converted to Python numbers.
 
-    Types that are not in `ACCEPTED` are not checked.
+    Types not listed in `ACCEPTED` are not checked.
 
     Raises:
-        UsageError: If the value has a different type. The message names the accepted types.
+        UsageError: If the value has a different type. The message lists the accepted types.
     """
     wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:
@@ -442,11 +442,11 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
 
 
 def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
-    """Combine option dataclasses into the flat dict that output files record.
+    """Combine option dataclasses into the flat dict recorded in output files.
 
-    The dict contains the options that affect answers and differ from their defaults. It also contains the options named in
-    `always`, whatever their values. Do not add options from later versions to `always`, so that outputs written by earlier versions
-    can still be resumed.
+    The dict contains the options that affect answers and differ from their defaults, plus the options listed in `always`,
+    regardless of their values. Don't add options from later versions to `always`; otherwise, outputs from earlier versions could no
+    longer be resumed.
     """
     values = {}
     for group in groups:
@@ -470,15 +470,15 @@ def check_question(question: Any) -> None:
 
 
 class Uncopied:
-    """Base class of objects that cannot be copied or pickled.
+    """Base class for objects that can't be copied or pickled.
 
-    Such objects hold caches and locks, so they belong to one process and one model.
+    These objects hold caches and locks, so they belong to a single process and model.
     """
 
-    INSTEAD: ClassVar[str]  # hint in the error message: what to do instead of copying the object
+    INSTEAD: ClassVar[str]  # hint for the error message: what to do instead of copying the object
 
     def __reduce_ex__(self, protocol: int):
-        """Raise an exception with a hint, because the object cannot be copied or pickled.
+        """Raise an exception with a hint, because the object can't be copied or pickled.
 
         Raises:
             TypeError: Always.

@@ -7,9 +7,9 @@
         print(piece, end="")
     answer.report
 
-Reading and preprocessing run in parallel with encoding. Each stage's time is the time during which the stage was busy, so the times
-of different stages overlap. Read and preprocessing time that was hidden behind other work is reported as `overlap`. The stages
-before `generate`, minus `overlap`, add up to the time to first token.
+Reading and preprocessing run in parallel with encoding. Each stage's time is the time it was busy, so the times of different stages
+overlap. Read and preprocessing time hidden behind other work is reported as `overlap`. The stages before `generate`, minus
+`overlap`, add up to the time to first token.
 """
 
 import os
@@ -55,13 +55,13 @@ if TYPE_CHECKING:
 
 
 Path = str | os.PathLike[str]
-Shape = TypeVar("Shape")  # the class that the caller passed as `schema`
+Shape = TypeVar("Shape")  # the class passed as `schema`
 
 
 class VideoQA(Uncopied):
     """A loaded model with a budget and a pruning method, ready to answer questions about videos. Create one with `VideoQA.load`.
 
-    `VideoQA` always computes in the dtype that the model was loaded with, even inside a torch autocast region.
+    `VideoQA` always computes in the dtype of the loaded model, even inside a torch autocast region.
 
     To process many videos, use `evoprune.batch.answers`, or write your own loop with `in_flight` (session/upcoming.py). Both read
     the next videos while the current one is being answered.
@@ -72,13 +72,13 @@ class VideoQA(Uncopied):
     Args:
         loaded: A model from `load_model` (session/loading/model.py), or a `Session`. A session already has a load time and pruning
             options, so `load_seconds` and `options` are ignored in that case.
-        load_seconds: The time that loading took, in seconds. It appears in reports.
+        load_seconds: The load time in seconds, which is included in reports.
         options: `budget`, `method` and `seed`; see `load`.
 
     Raises:
         UsageError: If the budget or the method is invalid.
         ModelError: If the model has no tokenizer.
-        TypeError: If an option is unknown, or if `loaded` is a model's name instead of a loaded model.
+        TypeError: If an option is unknown, or if `loaded` is a model name instead of a loaded model.
     """
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
@@ -116,8 +116,8 @@ class VideoQA(Uncopied):
 
         Args:
             model: A hub id, a local folder, demo, or demo-scenes.
-            progress: Called with the number of layers that have been quantized and the total number of layers.
-            ahead: The input that you will pass to `encode` or `ask` first, without options. Evoprune reads it while the model
+            progress: Called with the number of quantized layers and the total number of layers.
+            ahead: The first input that you will pass to `encode` or `ask`, without options. Evoprune reads it while the model
                 loads. To read an input with options, pass the result of `evoprune.read_ahead` instead.
             options: How to load the model and how to prune: the fields of `keywords.LoadKeywords`.
         """
@@ -127,7 +127,7 @@ class VideoQA(Uncopied):
             return cls(Session.load(loading, pruning, progress=progress))
         if not isinstance(ahead, ReadAhead):
             paths = _paths_of(ahead)
-            pruning.config()  # raises an error for invalid settings before looking for the model
+            pruning.config()  # reject invalid settings before looking for the model
             ahead = ReadAhead(describe(loading), [(paths, SamplingOptions())], pruning)
         same = ahead.model.options == loading
         try:
@@ -161,24 +161,23 @@ class VideoQA(Uncopied):
         progress: Callable[[str, int, int], None] | None = None,
         **options: "Unpack[SamplingKeywords]",
     ) -> EncodedInputs:
-        """Read, preprocess and encode a video or an image, or several inputs for questions about all of them together.
+        """Read, preprocess, and encode a video or image, or several inputs for questions about all of them together.
 
         Args:
             path: The path of a file or of a folder of frames; an http or https URL; the bytes of a file; a file opened in binary
-                mode, which is read from its current position; a Pillow image; or frames as a uint8 RGB array `[T, H, W, 3]`, with
+                mode, read from its current position; a Pillow image; or frames as a uint8 RGB array `[T, H, W, 3]`, with
                 `frame_rate` or `times_s`. For several inputs, pass a list of these in the order in which the model should read
                 them.
-            times_s: For an array, the start time of each frame in seconds, in ascending order.
-            name: The name of a single input in reports. The default is its path, its URL without the password, or `<array>`,
+            times_s: For an array, the ascending start timestamps of the frames, in seconds.
+            name: The name of a single input in reports. Defaults to its path, its URL without the password, or `<array>`,
                 `<bytes>`, `<file>` or `<picture>`.
-            cache: A disk cache for encoded inputs other than arrays. It is not used if the method reads the question.
+            cache: A disk cache for encoded inputs other than arrays. It isn't used if the method reads the question.
             progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInput.encode`. During a
-                download, the stage is "download", and the numbers are the bytes received so far and the total, or 0 if the total is
-                unknown.
+                download, the stage is "download", and the numbers are the bytes received so far and the total (0 if unknown).
             options: How to sample frames: the fields of `keywords.SamplingKeywords`.
 
         Raises:
-            VideoError: If an input or its subtitles are missing, unreadable or empty, or cannot be downloaded.
+            VideoError: If an input or its subtitles are missing, unreadable, empty, or can't be downloaded.
             UsageError: If an option is out of range, an array has the wrong shape or dtype or has neither a frame rate nor times, a
                 time span is given for an image, one subtitle file is given for more than one video, or a URL is given after
                 `load(offline=True)`.
@@ -228,10 +227,10 @@ class VideoQA(Uncopied):
         on_thoughts: Callable[[str], None] | None = None,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
-        """Ask a question about one or more inputs. This combines `encode` and `EncodedInputs.ask`.
+        """Ask a question about one or more inputs. Combines `encode` and `EncodedInputs.ask`.
 
         Args:
-            inputs: An input in any form that `encode` accepts, which is encoded with the default options, or a result of this
+            inputs: An input in any format accepted by `encode`, which is encoded with the default options, or a result of this
                 object's `encode` method, which is reused. For several inputs, pass a list of these in the order in which the model
                 should read them.
             question: The question, which is passed to the model unchanged.
@@ -263,7 +262,7 @@ class VideoQA(Uncopied):
                     self.session.longest_prompt(plans, [question], generation, encoded_plans)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = EncodedInputs.together(self.session, encoded)
-        if asked not in opened:  # the caller has no reference to these inputs and so cannot ask another question
+        if asked not in opened:  # the caller has no reference to these inputs, so it can't ask another question
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
@@ -279,17 +278,18 @@ class VideoQA(Uncopied):
     ) -> "VideoStream":
         """Start watching a live video.
 
-        Use the result in a `with` statement. Its `add` method takes the next frames, and `ask` asks about everything seen so far.
+        Use the result in a `with` statement. Its `add` method accepts new frames, and `ask` answers questions about everything seen
+        so far.
 
         Args:
-            fps: Number of frames to sample per second. The default is the model's own rate.
-            max_visual_tokens: Maximum number of visual tokens in a window before pruning; see `encode`.
-            system: The system prompt. None means the model's default.
+            fps: The number of frames to sample per second. Defaults to the model's own rate.
+            max_visual_tokens: The maximum number of visual tokens per window before pruning; see `encode`.
+            system: The system prompt, or None for the model's default.
             name: The name of the stream in reports.
             options: How the stream is remembered: the fields of `keywords.StreamKeywords`.
 
         Raises:
-            UsageError: If an option is out of range, or the method cannot prune a stream.
+            UsageError: If an option is out of range, or the method can't prune streams.
             TypeError: If an option is unknown.
         """
         from evoprune.live import VideoStream
@@ -314,27 +314,27 @@ class VideoQA(Uncopied):
         cache: "Cache | None" = None,
         **options: "Unpack[FindKeywords]",
     ) -> "list[Moment]":
-        """Find the moments of a video that match a query, best first. With more than one query, the moments are grouped by query.
+        """Find the moments in a video that match a query, best first. With several queries, the moments are grouped by query.
 
-        The video is cut into segments. Each segment's keyframes are read and encoded once, and the model is then asked every
-        query about them. If it finds "yes" much more probable for one segment than for most others, densely sampled frames are used
-        to determine when the moment begins and ends. Memory use does not grow with the length of the video.
+        The video is split into segments. Each segment's keyframes are read and encoded once, and the model is then asked each query
+        about them. If "yes" is much more probable for one segment than for most others, densely sampled frames are used to
+        determine when the moment begins and ends. Memory usage doesn't grow with the length of the video.
 
         Args:
-            path: A single video in any form that `encode` accepts, except an array.
+            path: A single video in any format accepted by `encode`, except an array.
             query: A query such as "a red star", or several queries.
-            fps: Number of frames to sample per second, in all segments. The default is the model's own rate, or less for a long
+            fps: The number of frames to sample per second, in all segments. Defaults to the model's own rate, or less for a long
                 video (see `total_tokens`).
             start_s, end_s: The part of the video to search, in seconds. Negative times count from the end of the video.
-            progress: Called with "segment", the number of segments that have been read, and the total. Later it is called with
-                "piece" for parts of the best segments, and with "moment" for each query, with the number of moments whose start and
-                end have been found, and the total.
-            cache: See `encode`. Encoded segments are stored in a subfolder, so that other queries can reuse them.
+            progress: Called with "segment", the number of segments read so far, and the total. Later called with "piece" for parts
+                of the best segments, and, for each query, with "moment", the number of moments whose start and end have been found,
+                and the total.
+            cache: See `encode`. Encoded segments are stored in a subfolder so that other queries can reuse them.
             options: How to find moments: the fields of `keywords.FindKeywords`.
 
         Raises:
             UsageError: If an option or a query is invalid, or the input is an image.
-            VideoError: If the video is missing, unreadable or empty.
+            VideoError: If the video is missing, unreadable, or empty.
             OutOfMemory: If a stage needs more memory than is available.
             TypeError: If an option is unknown.
         """
@@ -355,10 +355,10 @@ class VideoQA(Uncopied):
 
 
 def _paths_of(given: Any) -> list[str]:
-    """Return one or more input paths as a list of strings.
+    """Return the given input paths as a list of strings.
 
     Raises:
-        UsageError: If there are no paths, or a value is not a path.
+        UsageError: If there are no paths, or a value isn't a path.
     """
     paths = given
     if isinstance(given, str | os.PathLike):

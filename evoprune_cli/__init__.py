@@ -1,4 +1,7 @@
-"""The command-line interface: parses arguments, calls evoprune, and prints the results. Only commands that need torch import it."""
+"""The command-line interface: parses arguments, calls evoprune, and prints the results.
+
+Torch is imported only by commands that need it.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,11 +1,11 @@
-"""The entry point of the program. All imports happen inside `start`, so that Ctrl-C during an import shows no traceback."""
+"""The program's entry point. All imports happen inside `start`, so pressing Ctrl-C during an import doesn't show a traceback."""
 
 import os
-import sys  # both were already imported when Python started
+import sys  # both were already imported at Python startup
 
-# The number of iterations that an idle OpenMP thread spins before it goes to sleep. With GNU OpenMP's default of 300,000, idle
-# threads keep their cores busy for many milliseconds, even if those cores are needed by other programs or by the one thread that
-# all others are waiting for. The variable is read when torch is loaded.
+# Number of iterations for which an idle OpenMP thread spins before going to sleep. With GNU OpenMP's default of 300,000, idle
+# threads keep their cores busy for many milliseconds, even if those cores are needed by other programs or by the thread that all
+# others are waiting for. This variable is read when torch is loaded.
 SPIN = {"GOMP_SPINCOUNT": "10000"}
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 INTERRUPTED = 130
@@ -20,7 +20,7 @@ def start() -> None:
 
     usual = signal.getsignal(signal.SIGINT)
     if callable(usual):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit immediately, because there is nothing to clean up yet
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit immediately because there is nothing to clean up yet
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
     endings: list[int | str | None] = []
@@ -45,9 +45,9 @@ def start() -> None:
 
 
 def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """Make an interrupted process kill itself with SIGINT, so that a shell loop around it stops as well.
+    """Make an interrupted process kill itself with SIGINT so that a surrounding shell loop also stops.
 
-    If the process simply exited with code 130, the loop would continue.
+    If the process merely exited with code 130, the loop would continue.
     """
     import contextlib
     import signal
@@ -62,10 +62,10 @@ def _stop_loops_too(endings: list[int | str | None]) -> None:
 
 
 def _end_at_once_from_now_on() -> None:
-    """Make signals end the process immediately. All work is done, and an exception would interrupt Python's shutdown."""
+    """Make signals terminate the process immediately. All work is done, and an exception would interrupt Python's shutdown."""
     import signal
 
-    if callable(signal.getsignal(signal.SIGINT)):  # otherwise the signal was already ignored when the process started
+    if callable(signal.getsignal(signal.SIGINT)):  # otherwise, the signal was already ignored at startup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -74,7 +74,7 @@ def _end_at_once_from_now_on() -> None:
 
 
 def _report_uncaught(category, problem, trace) -> None:
-    """Report an uncaught exception as Python does, but print nothing if Ctrl-C was pressed while another exception was handled."""
+    """Report an uncaught exception as Python does, but print nothing if Ctrl-C was pressed during exception handling."""
     if not issubclass(category, KeyboardInterrupt):
         sys.__excepthook__(category, problem, trace)
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 USAGE = 'evoprune ask video.mp4 "What happens?"'
-# Matches words that look like a file: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
+# Matches words that look like files: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
 PROMPT = "> "  # printed before each question
@@ -172,7 +172,7 @@ def ask(
 def check_history(
     history: str | None, prompt: bool, compare: bool = False, hint: str = "leave it out, or add -i"
 ) -> None:
-    """Raise UsageError if --history cannot be combined with the other options. `prompt` is True for an interactive prompt."""
+    """Raise UsageError if --history can't be combined with the other options. `prompt` is True for an interactive prompt."""
     if history not in (None, opt.ON, opt.OFF):
         raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
@@ -182,7 +182,7 @@ def check_history(
 
 
 def why_single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
-    """Return the reason why questions at the prompt are independent of each other, or None if they form a conversation."""
+    """Return the reason why prompt questions are independent of each other, or None if they form a conversation."""
     if history:
         return None if history == opt.ON else "--history off"
     if compare:
@@ -195,9 +195,9 @@ def why_single_questions(history: str | None, session: "Session", compare: bool 
 
 
 def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Split the positional arguments into the inputs and the question, which is None if there is no question.
+    """Split the positional arguments into inputs and the question, which is None if missing.
 
-    If there is more than one word, the last word is the question, unless it is an existing file or looks like a filename.
+    If there is more than one word, the last word is treated as the question unless it is an existing file or looks like a filename.
     """
     *before, last = words
     if before and not _exists(last) and not PATH.fullmatch(last):
@@ -206,11 +206,11 @@ def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
 
 
 def check_words(inputs: Sequence[str], question: str | None) -> None:
-    """Check that all inputs exist if there is more than one. A single input is only checked later, when it is opened.
+    """Check that all inputs exist if there are several. A single input is checked later, when it is opened.
 
     Raises:
-        VideoError: If an input does not exist.
-        UsageError: If stdin is given twice, or there are words that are not files and look like an unquoted question.
+        VideoError: If an input doesn't exist.
+        UsageError: If stdin is given twice, or if some words aren't files and look like an unquoted question.
     """
     if inputs.count(STDIN) > 1:
         raise UsageError("standard input is given twice", "it can be read only once")
@@ -240,7 +240,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
 
 
 def check_generation(generation: GenerationOptions, json: bool) -> None:
-    """Raise UsageError if --logprobs is used without --json, or for `--choices options`, which only `evoprune batch` supports."""
+    """Raise UsageError for --logprobs without --json, or for `--choices options`, which is only supported by `evoprune batch`."""
     if generation.choices_from_rows:
         raise UsageError("--choices options works only in a batch", "give two or more texts")
     if generation.logprobs is not None and not json:
@@ -248,7 +248,7 @@ def check_generation(generation: GenerationOptions, json: bool) -> None:
 
 
 def _exists(word: str) -> bool:
-    """Return True if a word appears to be an input, which is "-", a URL or an existing path. No file is read."""
+    """Return True if a word appears to be an input: "-", a URL, or an existing path. No files are read."""
     try:
         return word == STDIN or is_url(word) or os.path.lexists(word)
     except ValueError:  # not a valid filename
@@ -267,7 +267,7 @@ def _encode(
     full: bool = False,
     ahead: "ReadAhead | None" = None,
 ) -> "EncodedInputs":
-    """Encode the inputs at `paths`, after reporting on stderr which limits apply to them."""
+    """Encode the inputs at `paths`, after reporting the limits that apply to them on stderr."""
     from evoprune.session import Cache, open_inputs
 
     show("reading")
@@ -306,7 +306,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 
 def _usage(inputs: Sequence[str]) -> str:
-    """Return an example command for a hint, with the user's own inputs if they exist."""
+    """Return an example command for a hint, using the user's own inputs if they exist."""
     if not all(map(_exists, inputs)):
         return USAGE
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
@@ -318,7 +318,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
     """Read the question from stdin.
 
     Raises:
-        UsageError: If there is no question on stdin. If the last input may have been meant as the question, the hint says so.
+        UsageError: If stdin contains no question. If the last input may have been intended as the question, the hint says so.
     """
     *before, last = inputs
     named = ""
@@ -340,7 +340,7 @@ def _question_from_stdin(inputs: Sequence[str]) -> str:
 
 
 def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: SamplingOptions, quiet: bool) -> None:
-    """Plan how the inputs are read, so that errors are found within milliseconds, before torch and the weights are loaded.
+    """Plan how to read the inputs, so errors are detected within milliseconds, before torch and the weights are loaded.
 
     For the exceptions, see `ModelDescription.plan`.
     """
@@ -358,7 +358,7 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
 
 
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Print a note on stderr if fewer or smaller frames are read than the options or the model's frame rate ask for."""
+    """Print a note on stderr if fewer or smaller frames are read than requested by the options or the model's frame rate."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         source = "requested" if plan.limited else "model's rate"
         every_s = plan.sampling.seconds_per_frame
@@ -374,7 +374,7 @@ def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
 
 
 def _note_subtitles(plan: "Plan") -> None:
-    """Print a note on stderr about the subtitles that are read and their number of lines, or why no subtitles are read."""
+    """Print a note on stderr with the subtitle source and line count, or the reason why no subtitles are read."""
     lines = plan.subtitles
     if lines.source is None:
         if lines.note:
@@ -389,12 +389,12 @@ def _note_subtitles(plan: "Plan") -> None:
 class Conversation:
     """Asks questions about encoded inputs and prints the answers.
 
-    The object keeps track of answered questions, so that only unanswered questions are reported after an interruption. Statistics
-    are printed unless --json or -q is given: a block for the first answer, and a single line for each later answer. At an
-    interactive prompt, every answer gets a single line.
+    The object keeps track of answered questions, so only unanswered questions are reported after an interruption. Statistics are
+    printed unless --json or -q is given: a block for the first answer, and a single line for each later answer. At an interactive
+    prompt, each answer gets a single line.
 
     Attributes:
-        answered: The number of questions that have been answered or have failed.
+        answered: The number of questions answered or failed so far.
     """
 
     def __init__(
@@ -418,7 +418,7 @@ class Conversation:
         self._quiet = quiet
         plain = not json and not quiet
         self._echo = several and plain and sys.stderr.isatty()  # echo questions from the command line on stderr
-        self._blocks = 0 if interactive else 1  # number of answers with a block of stats; later answers get one line
+        self._blocks = 0 if interactive else 1  # number of answers with a stats block; later answers get a single line
         if verbose or stats:
             self._blocks = math.inf
         if stats is None:
@@ -430,7 +430,7 @@ class Conversation:
         self._full: EncodedInputs | None = None
         self._encode_full: Callable[..., EncodedInputs] | None = None
         self._running: Answer | None = None  # the answer being generated
-        self._half: Report | None = None  # report of a question that has only its pruned answer so far
+        self._half: Report | None = None  # report of a question with only its pruned answer so far
         self._warned: set[str] = set()  # names of warnings already printed
         self._finished = 0  # answers printed so far
 
@@ -441,7 +441,7 @@ class Conversation:
         encode_full: Callable[..., "EncodedInputs"] | None,
         chat: "Chat | None" = None,
     ) -> None:
-        """Set the encoded inputs, and print the warnings about the inputs and the model.
+        """Set the encoded inputs, and print any warnings about the inputs and the model.
 
         Args:
             encode_full: A function that encodes the inputs again without pruning, or None if answers are not compared.
@@ -459,7 +459,7 @@ class Conversation:
         """Ask a question and print the answer.
 
         Args:
-            typed: Whether the user typed the question at a prompt, so that it is already visible on the terminal.
+            typed: Whether the user typed the question at a prompt, so it is already visible on the terminal.
             identity: An ID for the question's record, or None.
         """
         if self._echo and not typed:
@@ -468,7 +468,7 @@ class Conversation:
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
-            if self._full is None:  # encoded here, so that the first pruned answer does not wait for it
+            if self._full is None:  # encoded here so that the first pruned answer doesn't wait for it
                 with progress(not self._quiet) as show:
                     self._full = self._encode_full(show)
             answer = self._ask_and_print(self._full, question, "full")
@@ -477,11 +477,11 @@ class Conversation:
 
             given = Reference.of_answer(self._full, question, answer, self._generation)
             report.agreement = given.agreement(self._inputs).record()
-        self.answered += 1  # counted before printing, so that an interruption does not print the record twice
+        self.answered += 1  # counted before printing, so an interruption doesn't print the record twice
         self._finish(report)
 
     def attempt(self, question: str, typed: bool = False, identity: str | None = None, goes_on: bool = True) -> bool:
-        """Answer a question, and print usage errors instead of raising them. If `goes_on` is True, Ctrl-C is not raised either.
+        """Answer a question, printing usage errors instead of raising them. If `goes_on` is True, Ctrl-C isn't raised either.
 
         Returns:
             False if a usage error prevented the answer.
@@ -501,13 +501,13 @@ class Conversation:
             self.break_off(problem, unanswered)
             if not (goes_on and isinstance(problem, KeyboardInterrupt)):
                 raise
-            note()  # starts a new line after the ^C that the terminal printed
+            note()  # starts a new line after the ^C printed by the terminal
             if self._chat and self._chat.messages == messages and not self._quiet:
                 tell("The stopped answer and its question were removed.")
         return True
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
-        """Print the statistics after a failure and, with --json, an error record for each question that was not answered."""
+        """Print statistics after a failure and, with --json, an error record for each unanswered question."""
         if isinstance(problem, BrokenPipeError | SystemExit) or not unanswered:
             return
         interrupted = not isinstance(problem, Exception)
@@ -547,7 +547,7 @@ class Conversation:
             answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
             new = [name for name in answer.report.warnings if name not in self._warned]
             _print_warnings(answer.report, new)
-            self._warned.update({*new} - {"history_cut"})  # repeat this warning whenever earlier turns are left out
+            self._warned.update({*new} - {"history_cut"})  # repeat this warning whenever earlier turns are omitted
             show = line.enter_context(progress(not self._quiet))
             show("reading prompt")
             try:
@@ -589,7 +589,7 @@ class Conversation:
             tell(summary(report))
 
     def _failure(self, question: str, problem: BaseException) -> Report:
-        """Return the record of a question that was not answered because of `problem`."""
+        """Return the record of a question left unanswered because of `problem`."""
         reason = "error" if isinstance(problem, Exception) else "interrupt"
         report = Report(question=question, finish_reason=reason, error=failure(problem))
         name_inputs(report, self._names)
@@ -597,9 +597,9 @@ class Conversation:
 
 
 def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
-    """Print a report's warnings, first about each input and then about the model.
+    """Print a report's warnings: input warnings first, then model warnings.
 
-    If `names` is given, only the warnings with these names are printed.
+    If `names` is given, only warnings with these names are printed.
     """
     for name, video in warned(report):
         if name != "limited" and (names is None or name in names):  # a note has already described the limit
@@ -613,18 +613,18 @@ def typed_questions(
 ) -> Iterator[str]:
     """Yield the questions typed at a prompt, one per line, until Ctrl-D or a command such as "q" ends the prompt.
 
-    All other prompt commands, such as /new, are executed by this function. Empty lines are skipped.
+    This function also executes all other prompt commands, such as /new. Empty lines are skipped.
 
     Args:
-        twice: Whether Ctrl-C must be pressed twice in a row to quit, because the first press may have been meant to stop an
+        twice: Whether Ctrl-C must be pressed twice in a row to quit, because the first press may have been intended to stop an
             answer.
-        meanwhile: Returns a context manager that is active while the prompt waits for a line.
-        chat: The conversation that /new and /undo apply to.
+        meanwhile: Returns a context manager that is active while the prompt waits for input.
+        chat: The conversation for /new and /undo.
 
     Raises:
-        KeyboardInterrupt: If the user pressed Ctrl-C at the prompt.
+        KeyboardInterrupt: If the user presses Ctrl-C at the prompt.
     """
-    with contextlib.suppress(ImportError):  # if readline is missing, users can still type but not edit
+    with contextlib.suppress(ImportError):  # without readline, users can still type but not edit
         import readline  # editing and history for `input`  # noqa: F401
     warned = False
     while True:
@@ -671,7 +671,7 @@ def typed_questions(
 
 @contextlib.contextmanager
 def _output_on_stderr() -> Iterator[None]:
-    """Redirect stdout to stderr, because `input` and readline print the prompt to stdout, which is reserved for answers."""
+    """Redirect stdout to stderr because `input` and readline print the prompt to stdout, which is reserved for answers."""
     stdout().flush()
     number = stdout().fileno()
     kept = os.dup(number)

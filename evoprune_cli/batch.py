@@ -1,4 +1,4 @@
-"""`evoprune batch`: answers many questions about many videos, and writes one JSON line per answer. Runs can be resumed."""
+"""`evoprune batch`: answers many questions about many videos and writes one JSON line per answer. Runs can be resumed."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from evoprune_cli.terminal import encoding, print_traceback, print_warning, prog
 if TYPE_CHECKING:
     from evoprune.batch import RecordFile, Row, RowReader
 
-DASH = "-"  # stdin, or stdout
+DASH = "-"  # stdin or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
 PLACES = ("local", "ray")
 TELL_EVERY_S = 60.0
@@ -191,14 +191,14 @@ def batch(
 def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tally"):
     """Answer rows in this process and yield their records. `ready` is called once the model is loaded.
 
-    `tally` receives encoding progress updates and the time spent waiting for reads.
+    `tally` receives encoding progress updates and read wait times.
     """
     from evoprune.session import ReadAhead, describe
 
     show("loading model")
     prepare()
     model = describe(settings.model)
-    first = [] if cache else spans  # with the disk cache, inputs may not have to be read at all
+    first = [] if cache else spans  # with the disk cache, inputs may not need to be read at all
     asked = ((span.rows[0].paths, settings.sampling.with_overrides(**span.sampling)) for span in first)
     with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch import answers
@@ -215,10 +215,10 @@ def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tal
 def _rows(
     videos: list[str], questions: list[str], source: str | None, quiet: bool, reader: "RowReader", recursive: bool
 ) -> list["Row"]:
-    """Return the rows from the --from file, or one row for each combination of a video and a question.
+    """Return the rows from the --from file, or one row for each combination of video and question.
 
     Raises:
-        UsageError: If the options are incomplete or cannot be combined.
+        UsageError: If the options are incomplete or incompatible.
     """
     from evoprune.batch import left_out
 
@@ -231,7 +231,7 @@ def _rows(
             raise UsageError(
                 "a batch cannot read a video from stdin", "evoprune ask - can; for a file with that name, write ./-"
             )
-        pictures = (reader.start_s, reader.end_s) == (0.0, None)  # --start and --end do not apply to images
+        pictures = (reader.start_s, reader.end_s) == (0.0, None)  # --start and --end don't apply to images
         rows = reader.pairs(videos, questions, recursive, pictures)
         if not quiet and not recursive:
             for line in filter(None, (left_out(video, pictures) for video in videos)):
@@ -250,7 +250,7 @@ def _rows(
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:
-    """Report missing videos on stderr, because their rows will fail. Returns the names of the reported videos.
+    """Report missing videos on stderr because their rows will fail. Returns the names of these videos.
 
     Raises:
         VideoError: If all videos are missing.
@@ -277,17 +277,17 @@ def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool
 
 
 class Tally:
-    """Counts the records of a batch and reports the batch's progress on stderr.
+    """Counts the records in a batch and reports the batch's progress on stderr.
 
     As a context manager, it prints a summary at the end, even if the batch is interrupted.
 
     Args:
-        total: Number of rows, including rows that an earlier run has answered.
+        total: The number of rows, including rows answered in an earlier run.
         quiet: Whether to print only warnings.
-        named: Missing videos that have already been reported.
+        named: Missing videos already reported.
 
     Attributes:
-        failed: Number of rows that failed in this run.
+        failed: The number of failed rows in this run.
     """
 
     def __init__(self, total: int, quiet: bool, named: Sequence[str] = ()):
@@ -297,7 +297,7 @@ class Tally:
         self._reported_missing = frozenset(named)
         self._file: RecordFile | None = None
         self._warnings: dict[str, dict[str | None, VideoFacts]] = {}  # videos by warning and path
-        # `_cut_answers` is the number of answers that were cut off at the limit set by -n.
+        # `_cut_answers` is the number of answers truncated at the limit set by -n.
         self._last_failure = ""
         self._cut_answers = 0
         self._waited_s: float | None = (
@@ -311,7 +311,7 @@ class Tally:
         self._show_rows()
 
     def encoding(self, what: str, done: int, total: int) -> None:
-        """Show the progress of encoding the inputs of the current row."""
+        """Show the encoding progress of the current row's inputs."""
         self._show_rows(f"{what} {done:,}/{total:,}")
 
     def _show_rows(self, detail: str = "") -> None:
@@ -320,15 +320,15 @@ class Tally:
         self._show("row", self._before + self._file.written, self._total, said)
 
     def wait(self, seconds: float) -> None:
-        """Add to the total time that the model has spent waiting for videos to be read."""
+        """Add to the total time the model has spent waiting for video reads."""
         self._waited_s = (self._waited_s or 0.0) + seconds
 
     def add(self, record: Report) -> None:
-        """Count a record that has been written to the output file, and report its failure if it has one."""
+        """Count a record written to the output file, and report its failure, if any."""
         self._cut_answers += record.finish_reason == "length"
         for name, video in warned(record):
             if name in ("answer_cut", "thoughts_cut"):
-                continue  # cut answers are counted, not reported for each video
+                continue  # truncated answers are counted rather than reported for each video
             self._warnings.setdefault(name, {}).setdefault(video.path, video)
         if record.error:
             self.failed += 1
@@ -394,7 +394,7 @@ class Tally:
 
 
 def pace(count: int, seconds: float) -> str:
-    """Format a processing rate in rows per second, minute or hour, using the shortest unit that gives a rate of at least 1."""
+    """Format a processing rate in rows per second, minute, or hour, using the shortest unit with a rate of at least 1."""
     units = (("s", 1), ("min", 60), ("h", 3600))
     unit, length = next((unit for unit in units if count * unit[1] >= seconds), units[-1])
     return f"{count * length / max(seconds, 1e-3):,.3g} rows/{unit}"

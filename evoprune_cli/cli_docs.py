@@ -38,7 +38,7 @@ def reference() -> str:
 
 
 def _without(explained: set[str], text: str) -> str:
-    """Shorten a help text: of the options that were already `explained`, list only the names, on one line per panel."""
+    """Shorten help text by listing only the names of already `explained` options, on one line per panel."""
     panels = []
     for panel in text.rstrip().split("\n\n"):
         heading, *options = re.split(OPTION, panel)

@@ -1,4 +1,4 @@
-"""`evoprune eval`: measures the accuracy and the cost at each budget, and reports the results as tables and a chart."""
+"""`evoprune eval`: measures accuracy and cost at each budget, and reports the results as tables and a chart."""
 
 import shlex
 import sys
@@ -16,7 +16,7 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, del
 from evoprune_cli.terminal import check_output, note, progress
 
 FORMATS = ("table", "csv")
-# Options that may be combined with --resume DIR even if --data is not given, because they do not affect the results.
+# Options allowed with --resume DIR even without --data, because they don't affect the results.
 ALLOWED_WITH_RESUME = (
     "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
     "--store-quantized",

@@ -1,4 +1,4 @@
-"""`evoprune find`: finds the moments of videos that match a query."""
+"""`evoprune find`: finds the moments in videos that match a query."""
 
 import os
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red star"'
 FILES = "Files"  # panel title in the full help
-BAR = 20  # length in characters of the bar for a score of 1
+BAR = 20  # bar length, in characters, for a score of 1
 
 
 @opt.command(
@@ -174,7 +174,7 @@ def find(
 
 
 class SearchOutput:
-    """The output file of a search, which the caller must close. `left` contains the rows that still have to be searched."""
+    """The output file of a search, which the caller must close. `left` contains the rows still to be searched."""
 
     def __init__(self, rows: Sequence["Row"], options: PipelineOptions, path: str, resume: bool, overwrite: bool):
         from evoprune.batch import Sources
@@ -214,7 +214,7 @@ class SearchOutput:
 
 
 def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any]:
-    """Report on stderr, and with `json` also on stdout, that searching a video failed. Returns the error record."""
+    """Report a failed video search on stderr and, with `json`, also on stdout. Returns the error record."""
     print_traceback(problem)
     error = failure(problem)
     if json:
@@ -240,12 +240,12 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
 
 
 def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions, quiet: bool) -> list["Row"]:
-    """Return a row for each video, expanding folders of videos, and report skipped files on stderr.
+    """Return a row for each video, expanding video folders, and report skipped files on stderr.
 
     Each row's question contains all queries, one per line.
 
     Raises:
-        VideoError: If a video does not exist.
+        VideoError: If a video doesn't exist.
     """
     from evoprune.batch import RowReader, left_out
 
@@ -273,11 +273,11 @@ def _announce(search: "Search", name: str) -> None:
 
 
 def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, Any]] | None, quiet: bool) -> None:
-    """Print the moments that were found in a video, and report warnings and queries without a match on stderr.
+    """Print the moments found in a video, and report warnings and queries without matches on stderr.
 
     Args:
-        several: Whether the search covers more than one video.
-        found: The moments to print as JSON. None means that the moments are printed as text.
+        several: Whether the search covers several videos.
+        found: The moments to print as JSON, or None to print text.
     """
     moments = search.moments()
     others = 0 if several else None
@@ -302,14 +302,14 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
 
 
 def more(search: "Search", query: str) -> str:
-    """Return a note about how many moments of a query `--top` leaves out, or "" if all moments are included."""
+    """Return a note with the number of moments omitted by `--top` for a query, or "" if all moments are included."""
     count = search.more(query)
     verb = "shows" if count == 1 else "show"
     return f"about {counted(count, 'more moment')} {verb} {query!r} (--top)" if count else ""
 
 
 def records(search: "Search", name: str, clips: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the moments in the format of `--json`. `clips` contains a file for each moment, or is empty if no clips were cut."""
+    """Return the moments in `--json` format. `clips` contains a file for each moment, or is empty if no clips were cut."""
     moments = search.moments()
     more = {query: search.more(query) for query in search.queries}
     return [_record(moment, name, clip, more[moment.query]) for moment, clip in zip_longest(moments, clips)]
@@ -331,7 +331,7 @@ def _record(moment: "Moment", name: str, clip: str | None, more: int) -> dict[st
 
 
 def line(moment: "Moment") -> str:
-    """Format a moment as a line with its start, its end, its best time, its score, and a bar that visualizes the score."""
+    """Format a moment as a line with its start, end, best timestamp, score, and a bar that visualizes the score."""
     bar = "#" * round(BAR * moment.score)
     times = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}  best {clock(moment.best_s):<9}"
     return f"{times}  {moment.score:.3f}  {bar}"

@@ -1,4 +1,4 @@
-"""The output file of `evoprune find`, which has one line per video with the moments that were found in it."""
+"""The output file of `evoprune find`, with one line per video that lists the moments found in it."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,13 +13,13 @@ SCHEMA = "evoprune/found@1"
 
 @dataclass(frozen=True)
 class SearchSettings(Settings):
-    """The options of a search, without `start_s` and `end_s`, because each row has its own time span."""
+    """The options of a search, excluding `start_s` and `end_s`, because each row has its own time span."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = (*Settings.ALWAYS, *(option.name for option in fields(FindOptions)))
 
     @property
     def groups(self) -> tuple[Any, ...]:
-        """The groups of options that affect which moments are found."""
+        """The option groups that affect which moments are found."""
         return self.model, self.pruning, self.sampling, self.find
 
 
@@ -32,17 +32,17 @@ class MomentsFile(RecordFile):
 
 @dataclass(frozen=True)
 class FoundVideo:
-    """The search results for one video, which are one line of the output file.
+    """The search results for one video, stored as one line in the output file.
 
-    `moments` has the same format as in `find --json`, with each query's best moments first. If the search failed, `moments` is
-    None and `error` describes the failure.
+    `moments` has the same format as `find --json`, with each query's best moments first. If the search failed, `moments` is None
+    and `error` describes the failure.
     """
 
     id: str
     moments: list[dict[str, Any]] | None
     error: dict[str, Any] | None
-    model: dict[str, Any]  # includes `revision`, the commit of a hub model
-    batch: dict[str, Any]  # everything that the moments depend on: `row`, `settings` and `files`
+    model: dict[str, Any]  # includes `revision`, a hub model's commit
+    batch: dict[str, Any]  # everything the moments depend on: `row`, `settings`, and `files`
 
     def to_json(self, ascii_only: bool = False) -> str:
         """Return the record as one line of compact JSON. See `Report.to_json`."""

@@ -1,4 +1,4 @@
-"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. The network is used only for URLs."""
+"""`evoprune inspect`: describes this machine, a model, or how a model would read a video. Uses the network only for URLs."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from evoprune_cli.terminal import (
     stdout,
 )
 
-NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections whose keys are names of things
+NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections with names as keys
 ONLY_IF_SET = (
     "folder",
     "download_bytes",
@@ -40,15 +40,15 @@ ONLY_IF_SET = (
     "interlaced",
     "pixel_aspect",
     "other_tracks",
-)  # printed only if their values are set
+)  # printed only if set
 JSON_ONLY = ("args", "warnings")  # not printed as text: warnings go to stderr as sentences
-TITLES = {  # titles of the facts whose own names would be unclear or too long
+TITLES = {  # titles for facts with unclear or overly long names
     "resized_hw": "frame size",
     "capped": "cut by a limit",
     "demo_scenes_model_folder": "demo scenes folder",
 }
 TITLE = 22  # width of the title column
-OVERLAYS = (".png", ".gif", ".mp4")  # file types that `inspect --overlay` can draw
+OVERLAYS = (".png", ".gif", ".mp4")  # file types supported by `inspect --overlay`
 
 
 @opt.command(
@@ -100,11 +100,11 @@ def inspect(
     facts = {} if video is None else {"video": {"path": without_password(video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print everything that was found out. After an error, this may be incomplete."""
+        """Print all information collected so far. After an error, this may be incomplete."""
         if json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or video is None:
-            # The section that the user asked for comes first: the model, or a video's overlay.
+            # The requested section comes first: the model, or a video's overlay.
             first = "model" if video is None else "overlay"
             for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
                 print(printable(line, stdout()), file=stdout())
@@ -120,7 +120,7 @@ def inspect(
 
 
 def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
-    """Yield information about versions, devices, decoders and caches, and then about the model if the user named one."""
+    """Yield information about versions, devices, decoders, and caches, followed by the model if the user specified one."""
     if clear_cache:
         from evoprune.session import Cache
 
@@ -138,7 +138,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
     from evoprune.session import describe, weights_of
     from evoprune_cli.inspection import environment_facts
 
-    # Check the model first, so that an error about its name does not follow 50 lines of output.
+    # Check the model first, so an error about its name doesn't follow 50 lines of output.
     weights = weights_of(describe(model, local=True)) if model.model else None
     yield environment_facts(stdout())
     if weights is not None:
@@ -148,7 +148,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 def _about_video(
     video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
-    """Yield information about a video, its scan, the model's plan and the overlay, each section as soon as it is ready."""
+    """Yield information about a video, its scan, the model's plan, and the overlay, each section as soon as it is ready."""
     if clear_cache:
         raise UsageError("--clear-cache does not apply to a video", "evoprune inspect --clear-cache")
     from evoprune.video import local_file, probe
@@ -193,7 +193,7 @@ def _about_video(
 
 
 def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
-    """Show the progress of scanning a video. `frames` is the approximate total number of frames, or 0 if it is unknown."""
+    """Show the progress of a video scan. `frames` is the approximate total number of frames, or 0 if unknown."""
     if frames:
         show("scanning, frame", min(done, frames), frames)
     else:
@@ -201,7 +201,7 @@ def _show_frames(show: Callable[..., None], frames: int, done: int) -> None:
 
 
 def _draw_overlay(file: str, ending: str, path: str, video: str, options: PipelineOptions) -> dict[str, Any]:
-    """Draw an overlay that shows what pruning keeps, write it to `file`, and return information about it."""
+    """Draw an overlay that shows the units kept by pruning, write it to `file`, and return information about it."""
     with progress(True) as show:
         prepare()
         from evoprune.bench import TracedVideo
@@ -223,7 +223,7 @@ def _draw_overlay(file: str, ending: str, path: str, video: str, options: Pipeli
 
 
 def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
-    """Format a nested dictionary as aligned lines, wrapped to the terminal's width.
+    """Format a nested dictionary as aligned lines, wrapped to the terminal width.
 
     `section` is the section of `NAMES` that contains the dictionary, or "". Keys inside such a section are printed unchanged.
     """
@@ -242,7 +242,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             output += BLOCKS[name](title, value)
         elif isinstance(value, dict) and value and name not in SHOWN:
             if name in ("video", "plan") and facts.get("video", {}).get("container") == "picture":
-                value = {key: fact for key, fact in value.items() if fact is not None}  # an image has no times
+                value = {key: fact for key, fact in value.items() if fact is not None}  # images have no timestamps
             output += [title, *lines(value, indent + 2, name if name in NAMES else "")]
         else:
             text = _value(name, value)
@@ -278,7 +278,7 @@ def _preset_lines(title: str, presets: dict[str, dict]) -> list[str]:
     return output
 
 
-BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # formatters of facts that take up more than one line
+BLOCKS: dict[str, Callable[[str, Any], list[str]]] = {  # formatters for multi-line facts
     "overlay": _overlay_lines,
     "presets": _preset_lines,
 }
@@ -301,7 +301,7 @@ def _layers(value: dict[str, int]) -> str:
     return f"{counted(value['layers'], 'layer')}, hidden size {value['hidden_size']:,}"
 
 
-SHOWN: dict[str, Callable[[Any], str]] = {  # formatters of single values
+SHOWN: dict[str, Callable[[Any], str]] = {  # formatters for single values
     "grid": lambda grid: " x ".join(map(str, grid)) + " units",
     "resized_hw": lambda hw: f"{hw[1]}x{hw[0]}",
     "timestamps_s": _times,

@@ -1,4 +1,4 @@
-"""Collects the information that `evoprune inspect` prints about this machine and about how a model would read a video."""
+"""Collects the information printed by `evoprune inspect` about this machine and how a model would read a video."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ def environment_facts(stdout: TextIO) -> dict:
         decoders["decord"] = "works"
     except EvopruneError as problem:
         decoders["decord"] = problem.message
-    demos = {}  # keys: `demo_model`, `demo_model_folder` and so on
+    demos = {}  # keys: `demo_model`, `demo_model_folder`, and so on
     for name, demo in DEMOS.items():
         key = f"{name.replace('-', '_')}_model"
         demos[key] = "missing"
@@ -80,8 +80,8 @@ def _version(name: str) -> str | None:
 def plan_facts(plan: Plan, config: Config) -> dict:
     """Describe how a model would read an input without pruning.
 
-    The result includes the timestamps, the sizes and the number of tokens. For each budget preset, it also includes the number of
-    tokens that would be kept and the size of their KV cache.
+    The result includes timestamps, sizes, and token counts. For each budget preset, it also includes the number of kept tokens and
+    the size of their KV cache.
     """
     plan = plan.full
     n = plan.visual_tokens

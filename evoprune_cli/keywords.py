@@ -10,11 +10,11 @@ from evoprune.signatures import meaning, type_code
 from evoprune.video import SamplingOptions
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
-# Typed dicts for functions that take the options of more than one class.
+# Typed dicts for functions that accept the options of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
 # For each class, an additional typed dict without one option, for overloads whose return type depends on that option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
-POSITIONAL = ("model",)  # functions that load a model have a separate parameter for it
+POSITIONAL = ("model",)  # model-loading functions have a separate parameter for it
 HEAD = '''"""Options of the Python functions, for type checkers and editors only. `help` shows them with their defaults.
 
 Generated from the option classes by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.

@@ -1,4 +1,4 @@
-"""The `evoprune` command, which dispatches to the subcommands and handles errors, signals, closed pipes and shell completion."""
+"""The `evoprune` command, which dispatches to subcommands and handles errors, signals, closed pipes, and shell completion."""
 
 import contextlib
 import errno
@@ -33,10 +33,10 @@ from evoprune_cli.tune import tune
 from evoprune_cli.verify import verify
 from evoprune_cli.watch import watch
 
-# The base class of parser errors. Some versions of Typer bundle click and others import it, so find it among Typer's base classes.
+# Base class of parser errors. Some Typer versions bundle click and others import it, so look it up among Typer's base classes.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-# Words that users may type instead of the name of a command, with a hint for each word.
+# Words that users may type instead of a command name, with a hint for each word.
 MODELS_HINT = "evoprune inspect -m MODEL shows what a model needs; every command takes -m MODEL"
 COMMAND_HINTS = {
     **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
@@ -67,21 +67,21 @@ COMMAND_HINTS = {
     **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
 }
 
-# Error numbers of failed writes to redirected output. An error that also has a filename concerns an input file instead.
+# Error numbers of failed writes to redirected output. Errors with a filename refer to an input file instead.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """The group that contains the subcommands. Looking one up imports neither pydantic nor the commands of other packages."""
+    """The subcommand group. Looking up a subcommand imports neither pydantic nor third-party commands."""
 
     def list_commands(self, ctx):
-        """Return the names of the commands, with commands from other packages at the end."""
+        """Return the command names, with third-party commands at the end."""
         return [*super().list_commands(ctx), *(name for name in plugged() if self.get_command(ctx, name) is not None)]
 
     def get_command(self, ctx, cmd_name):
-        """Return the command with this name, or None if it does not exist.
+        """Return the command with this name, or None if it doesn't exist.
 
-        If a command from another package cannot be loaded, warn and return None.
+        If a third-party command can't be loaded, issue a warning and return None.
         """
         command = super().get_command(ctx, cmd_name)
         if command is None and (entry := plugged().get(cmd_name)):
@@ -95,7 +95,7 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
-        """Return the options, which are all flags. Set their defaults to False, because Typer would use pydantic for None."""
+        """Return the options, which are all flags. Their defaults are set to False because Typer would use pydantic for None."""
         params = super().get_params(ctx)
         for param in params:
             param.default = False
@@ -115,40 +115,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# The entry point group for commands from other packages. Each entry point is a function decorated with `options.command`.
+# Entry point group for third-party commands. Each entry point is a function decorated with `options.command`.
 
 COMMANDS = "evoprune.commands"
 
 
 @cache
 def plugged() -> dict[str, EntryPoint]:
-    """Return the commands from other packages by name, except those with the same name as a command of this package."""
+    """Return third-party commands by name, except commands that share a name with a built-in command."""
     own = {command.name for command in app.registered_commands}
     return {entry.name: entry for entry in entry_points(group=COMMANDS) if entry.name not in own}
 
 
 @cache
 def plugged_command(entry: EntryPoint) -> Any:
-    """Load a command from another package and return it as a Typer command. If loading fails, warn and return None."""
+    """Load a third-party command and return it as a Typer command. If loading fails, issue a warning and return None."""
     package = entry.dist.name if entry.dist else entry.value
     try:
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
         alone.command(entry.name, cls=Command)(entry.load())
         return typer.main.get_command(alone)
-    except (Exception, SystemExit) as problem:  # importing another package may raise anything
+    except (Exception, SystemExit) as problem:  # importing a third-party package may raise any exception
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         warnings.warn(f"the command {entry.name} of {package} cannot be loaded ({reason})", PluginWarning, stacklevel=2)
         return None
 
 
-# Shell completion uses Typer's scripts and protocol. When the user presses TAB, the shell's script runs `evoprune` with the current
+# Shell completion uses Typer's scripts and protocol. When the user presses TAB, the shell script runs `evoprune` with the current
 # line in environment variables, and offers the printed lines as completions. If nothing is printed, the shell offers files.
 
 VARIABLE = "_EVOPRUNE_COMPLETE"
 
 
 def _completes() -> bool:
-    """Return True if a shell completion script has started the program."""
+    """Return True if the program was started by a shell completion script."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -174,7 +174,7 @@ def main(
 for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods):
     name = {evaluate: "eval"}.get(command, command.__name__)
     app.command(name, cls=Command)(command)
-# JSON schemas of error records, for commands that do not print reports.
+# JSON schemas of error records, for commands that don't print reports.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
 
 
@@ -183,16 +183,16 @@ def _terminate(*_) -> None:
 
 
 def run() -> None:
-    """Run the command line and exit with a documented exit code. Tracebacks are shown only with `--debug` or EVOPRUNE_DEBUG=1."""
+    """Run the command line and exit with a documented exit code. Tracebacks are only shown with `--debug` or EVOPRUNE_DEBUG=1."""
     for number in terminal.ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` makes a process ignore SIGHUP
             signal.signal(number, _terminate)
-    # Reopen standard streams that are closed. Otherwise the next opened file would get the descriptor of a standard stream.
+    # Reopen closed standard streams; otherwise, the next opened file would be assigned the descriptor of a standard stream.
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free descriptor
     if sys.stdout is None:
         sys.stdout = terminal.ClosedOutput()
     if sys.stderr is None:
@@ -213,7 +213,7 @@ def run() -> None:
 
 
 def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
-    """Resend a signal whose exception Python dropped because the signal arrived while an object or a generator was finalized."""
+    """Resend a signal whose exception was dropped by Python because it arrived while an object or generator was being finalized."""
     numbers = {KeyboardInterrupt: signal.SIGINT, terminal.Terminated: signal.SIGTERM}
     if dropped.exc_type not in numbers:
         usual(dropped)
@@ -221,8 +221,8 @@ def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
     send = signal.raise_signal
     if os.name == "posix":  # on POSIX systems, `os.kill` also wakes up a waiting main thread
         send = partial(os.kill, os.getpid())
-    # Send the signal later, because an exception raised inside this hook would be dropped, too. The delay allows for a busy
-    # machine, where this function may take tens of milliseconds.
+    # Send the signal later because an exception raised inside this hook would also be dropped. The delay allows for busy machines,
+    # on which this function may take tens of milliseconds.
     again = threading.Timer(0.1, send, [numbers[dropped.exc_type]])
     again.daemon = True
     again.start()
@@ -240,11 +240,11 @@ def _outcome() -> int:
     """Run the command, report any error, and return the exit code."""
     streams = sys.stdout, sys.stderr
     try:
-        # In standalone mode, click would print errors in its own format. Commands return their exit code.
+        # In standalone mode, click would print errors in its own format. Commands return their exit codes.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         if _completes():
             os.environ["COLUMNS"] = (
-                "1000"  # otherwise rich would wrap help texts, and fish would offer every line as a completion
+                "1000"  # otherwise, rich would wrap help text, and fish would offer each line as a completion
             )
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
@@ -268,16 +268,16 @@ def _outcome() -> int:
             code = _report(problem)
         except BrokenPipeError:
             code = _discard_output(streams)
-        except (OSError, UsageError) as unwritten:  # the error record could not be written
+        except (OSError, UsageError) as unwritten:  # the error record couldn't be written
             unwritten.reported = True
             code = _report(unwritten)
     return code
 
 
 def _signal_code(problem: BaseException) -> int | None:
-    """Return the exit code for a signal that an extension module has turned into a different error, or None if there was no signal.
+    """Return the exit code for a signal converted to a different error by an extension module, or None if there was no signal.
 
-    While an extension module is imported, its initialization may turn a KeyboardInterrupt into an ImportError or a SystemError.
+    While being imported, an extension module may convert a KeyboardInterrupt to an ImportError or SystemError.
     """
     codes = {KeyboardInterrupt: 130, terminal.Terminated: 143}
     cause = problem
@@ -287,7 +287,7 @@ def _signal_code(problem: BaseException) -> int | None:
 
 
 def _discard_output(streams) -> int:
-    """Discard buffered output after the reader has closed the pipe, so that the final flush does not fail. Returns exit code 0."""
+    """Discard buffered output after the reader has closed the pipe, so the final flush doesn't fail. Returns exit code 0."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         with contextlib.suppress(OSError, ValueError):
@@ -299,7 +299,7 @@ def _discard_output(streams) -> int:
 
 
 def _report(problem: Exception) -> int:
-    """Print an error and its hint. With `--json`, also print an error record unless the command has already printed one.
+    """Print an error and its hint. With `--json`, also print an error record unless the command has already done so.
 
     Returns:
         The exit code.
@@ -328,12 +328,12 @@ def _report(problem: Exception) -> int:
 
 
 def _command() -> str | None:
-    """Return the subcommand that the user typed: the first word that is neither an option nor `help`."""
+    """Return the subcommand typed by the user: the first word other than an option or `help`."""
     return next((word for word in sys.argv[1:] if not word.startswith("-") and word != "help"), None)
 
 
 def _hint(text: str) -> str:
-    """Return a hint for an error in the command line, given the parser's error message."""
+    """Return a hint for a command line error, given the parser's error message."""
     dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in sys.argv:
         return f"if you mean the file, write ./{dashed[0]}"
@@ -354,7 +354,7 @@ def _hint(text: str) -> str:
 
 
 def _suggestion(typed: str | None, known: Sequence[str]) -> str:
-    """Return a hint that suggests a command with the same meaning or a similar name as the typed word, or "" if there is none."""
+    """Return a hint that suggests a command with a meaning or name similar to the typed word, or "" if there is none."""
     if typed is None:
         if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
             return COMMAND_HINTS["version"]

@@ -50,10 +50,10 @@ def methods(*, json: opt.option(bool, "--json", "Print JSON instead of text.") =
 
 
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
-    """Describe a pruning method, as an entry for the JSON output.
+    """Describe a pruning method as an entry for the JSON output.
 
-    `plugin` is the name of the package that provides the method, or None for a built-in method. If a plugin method cannot be used,
-    `plugin` also contains the reason, and the facts about what the method does are None.
+    `plugin` is the package that provides the method, or None for a built-in method. If a plugin method can't be used, `plugin` also
+    contains the reason, and all facts about its behavior are None.
     """
     method = None
     if plugin is None or name not in registry.available(plugins=False):

@@ -1,4 +1,4 @@
-"""Writes the optional output files of `evoprune find`: subtitles, chapters, a contact sheet and clips."""
+"""Writes the optional output files of `evoprune find`: subtitles, chapters, a contact sheet, and clips."""
 
 import os
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MomentFiles:
-    """The optional output files of `evoprune find`. Each path is None if the user did not request the file."""
+    """The optional output files of `evoprune find`. The paths of files not requested by the user are None."""
 
     srt: str | None
     chapters: str | None
     contact_sheet: str | None
     clips: str | None  # a folder
-    exact: bool  # whether clips start and end exactly at the moments' times
+    exact: bool  # whether clips start and end exactly at the moments' timestamps
 
     def check(self, videos: list[str], output: str | None) -> None:
         """Check the options and the output paths before any video is read.
 
-        `output` is another file that the command will write, so all paths must be different from it.
+        `output` is another file to be written by the command, so all paths must differ from it.
 
         Raises:
-            UsageError: If a file cannot be written, or an option cannot be used with the given videos.
+            UsageError: If a file can't be written, or an option can't be used with the given videos.
         """
         single = {"--srt": self.srt, "--chapters": self.chapters, "--contact-sheet": self.contact_sheet}
         files = [os.path.realpath(file) for file in (*single.values(), output) if file]
@@ -63,14 +63,14 @@ class MomentFiles:
                 raise UsageError(f"{video} is a folder of images, which cannot be cut into clips", "leave out --clips")
 
     def write(self, search: "Search", name: str, quiet: bool) -> list[str]:
-        """Write the requested files for the moments found in a video. If there are no moments, write nothing.
+        """Write the requested files for the moments found in a video. If there are no moments, nothing is written.
 
         Returns:
             The path of each moment's clip. Empty if no clips were requested.
 
         Raises:
-            UsageError: If a file cannot be written.
-            VideoError: If the video cannot be read.
+            UsageError: If a file can't be written.
+            VideoError: If the video can't be read.
         """
         moments = search.moments()
         if not moments:

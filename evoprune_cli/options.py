@@ -1,7 +1,7 @@
-"""Declares the options of commands, formats them for `--help` and `--help-all`, and completes them in the shell.
+"""Declares command options, formats them for `--help` and `--help-all`, and completes them in the shell.
 
 A command is a function with a keyword parameter for each of its own options. Pipeline options are generated from the dataclasses
-that define them, so a new pipeline option has to be added only to its dataclass.
+that define them, so a new pipeline option only needs to be added to its dataclass.
 """
 
 import re
@@ -25,12 +25,12 @@ from evoprune_cli.terminal import only_answers_on_stdout
 
 MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
 
-# Shell completion. Of the returned words, Typer offers the ones that start with the typed text. If there are none, the shell offers
-# files. Typer recognizes the parameters of a completion function by their types and by the name `incomplete`.
+# Shell completion. Typer offers the returned words that start with the typed text. If there are none, the shell offers files. Typer
+# identifies the parameters of a completion function by their types and by the name `incomplete`.
 
 
 def one_of(*words: str) -> dict[str, Any]:
-    """Return the metavar and completion settings for an option with fixed values. Words in capitals (FILE, N) are placeholders."""
+    """Return the metavar and completion settings for an option with fixed values. Uppercase words (FILE, N) are placeholders."""
     names = [word.partition("[")[0] for word in words if word[0].islower()]  # "cuda" for "cuda[:N]"
 
     def complete(incomplete: str) -> list[str]:
@@ -42,12 +42,12 @@ def one_of(*words: str) -> dict[str, Any]:
 
 
 def list_of(*names: str) -> dict[str, Any]:
-    """Return the metavar and completion settings for an option that takes a comma-separated list of names."""
+    """Return the metavar and completion settings for an option that accepts a comma-separated list of names."""
     return {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, lambda last: names)}
 
 
 def _after_commas(typed: str, complete: Callable[[str], Iterable[str]]) -> list[str]:
-    """Complete the last name of a comma-separated list. Names that are already in the list are not offered again."""
+    """Complete the last name in a comma-separated list. Names already in the list are not offered again."""
     before = typed[: typed.rfind(",") + 1]
     return [before + name for name in complete(typed[len(before) :]) if name not in before.split(",")]
 
@@ -57,7 +57,7 @@ def _methods(typed: str) -> list[str]:
 
 
 def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete a list of budgets. `eval` accepts every budget; other commands do not accept the automatic ones."""
+    """Complete a list of budgets. `eval` accepts all budgets; other commands don't accept the automatic budgets."""
     budgets = ALL_BUDGETS if context.info_name == "eval" else Budget.PRESETS
     return _after_commas(incomplete, lambda last: budgets)
 
@@ -65,7 +65,7 @@ def _budget_lists(context: typer.Context, incomplete: str) -> list[str]:
 ALL_BUDGETS = (*Budget.PRESETS, *Budget.AUTOS)
 BUDGETS = {"metavar": "LIST", "autocompletion": _budget_lists}
 METHODS = {"metavar": "LIST", "autocompletion": lambda incomplete: _after_commas(incomplete, _methods)}
-COMPLETED = {  # settings of pipeline options whose values cannot be derived from the field's type
+COMPLETED = {  # settings of pipeline options whose values can't be derived from the field type
     "model": {"metavar": "ID|DIR|demo", "autocompletion": lambda incomplete: [*DEMOS]},
     "budget": {"metavar": "SHARE|PRESET|auto", "autocompletion": lambda incomplete: [*ALL_BUDGETS]},
     "method": {"metavar": "NAME", "autocompletion": _methods},
@@ -75,7 +75,10 @@ COMPLETED = {  # settings of pipeline options whose values cannot be derived fro
 
 
 def option(declared: Any, names: str, text: str, panel: str | None = None, **settings: Any) -> Any:
-    """Declare an option as a type annotation. `names` looks like "-o --output FILE". `panel` is a section of the full help text."""
+    """Declare an option as a type annotation.
+
+    For example, `names` can be "-o --output FILE". `panel` is a section of the full help text.
+    """
     *flags, last = names.split()
     if last.startswith("-"):
         flags.append(last)
@@ -94,14 +97,14 @@ def command(
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Return a decorator for command functions that adds pipeline options, `--debug` and `--help-all`.
 
-    The decorator replaces the function's parameter `options` with one command-line option for each field of `groups`. As its
-    argument, the function receives a `MakeOptions`, which it calls itself, so that invalid values are reported like all other
-    errors of the command. Fields that are not offered as options keep their defaults.
+    The decorator replaces the function's `options` parameter with one command-line option for each field in `groups`. The function
+    receives a `MakeOptions` as the argument and calls it itself, so invalid values are reported like all other errors in the
+    command. Fields not offered as options keep their defaults.
 
     Args:
-        short: Names of the parameters that the short help lists.
-        without: Names of fields that are not offered as options.
-        changed: Overrides for a field's `Option`, by field name.
+        short: The parameter names listed in the short help.
+        without: The names of fields not offered as options.
+        changed: Overrides for the fields' `Option` settings, by field name.
     """
     offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
     declared = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
@@ -111,7 +114,7 @@ def command(
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if groups:
-                resumed = given.get("resume") and given.get("data", "") is None  # the old run names the model
+                resumed = given.get("resume") and given.get("data", "") is None  # the earlier run specifies the model
                 typed = {name: given.pop(name) for name in declared}
                 given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
             return function(**given)
@@ -131,12 +134,12 @@ def command(
 
 
 def _flags(name: str, declared: Option) -> str:
-    """Return the command-line flags of a field, separated by spaces, with the long form at the end."""
+    """Return a field's command-line flags, separated by spaces, with the long form last."""
     return " ".join(declared.flags) or f"--{name.replace('_', '-')}"
 
 
 def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
-    """Convert a field of an options dataclass to the command parameter that Typer needs."""
+    """Convert a field of an options dataclass to a Typer command parameter."""
     default = field.default if declared.unless_typed is None else declared.unless_typed
     kind = declared.typed
     if kind is None:
@@ -161,7 +164,7 @@ def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
 
 
 def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
-    """Build pipeline options from the values on the command line.
+    """Build pipeline options from command-line values.
 
     Raises:
         UsageError: If a value is invalid.
@@ -190,7 +193,7 @@ def _as_typed(message: str, declared: dict[str, Option]) -> str:
     )
 
 
-# Options that more than one command accepts.
+# Options shared by several commands.
 
 # Panel titles.
 SWEEP = "Sweep (separate values by commas, or repeat the option)"
@@ -258,12 +261,12 @@ def listed(texts: Sequence[str] | None) -> list[str]:
 
 
 def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = False) -> dict:
-    """Return the `budgets` and `methods` that `profile` or `eval` sweeps over, without duplicates.
+    """Return the `budgets` and `methods` for a `profile` or `eval` sweep, without duplicates.
 
     If `named` is True, the budgets "auto" and "auto:inflection" are also allowed.
 
     Raises:
-        UsageError: If a budget is invalid, or a method does not exist.
+        UsageError: If a budget is invalid, or a method doesn't exist.
     """
     wanted = tuple(dict.fromkeys(listed(names) or [MethodText.DEFAULT]))
     for name in wanted:
@@ -272,11 +275,11 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
     return {"budgets": tuple(dict.fromkeys(shares)), "methods": wanted}
 
 
-# Help texts are plain text, so that they can be piped and a narrow terminal does not cut off option names. `--help` lists the most
-# common options on one screen. `--help-all` lists all options, grouped by panel.
+# Help is plain text, so it can be piped, and a narrow terminal doesn't cut off option names. `--help` lists the most common options
+# on one screen. `--help-all` lists all options, grouped by panel.
 
-COMPLETION_WIDTH = 60  # maximum length of the help text that shells show next to an option
-EVERYTHING = "evoprune.help_all"  # key in the `meta` of a context whose help lists all options
+COMPLETION_WIDTH = 60  # maximum length of the help text shown by shells next to an option
+EVERYTHING = "evoprune.help_all"  # key in a context's `meta` if its help lists all options
 
 
 def full_help(context: typer.Context) -> str:
@@ -304,9 +307,9 @@ class Command(TyperCommand):
     """A Typer command with a short help text (`--help`) and a full help text (`--help-all`)."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Parse the arguments, unless the command is only needed for shell completion or for generating the documentation.
+        """Parse the arguments, unless the command is only used for shell completion or for generating the documentation.
 
-        In these cases, only the names of the options are needed, and parsing their values would make Typer import pydantic.
+        In these cases, only the option names are needed, and parsing their values would make Typer import pydantic.
         """
         if ctx.resilient_parsing:
             return []
@@ -318,7 +321,7 @@ class Command(TyperCommand):
             return super().invoke(ctx)
 
     def format_options(self, ctx, formatter) -> None:
-        """Write the options: for the full help, all options grouped by panel; otherwise, only the common options."""
+        """Write the options: for the full help, all options grouped by panel; otherwise, only the most common options."""
         everything = ctx.meta.get(EVERYTHING)
         sections = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
@@ -339,10 +342,10 @@ class Command(TyperCommand):
         for title, rows in sections.items():
             if rows:
                 with formatter.section(title):
-                    formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names get a separate line
+                    formatter.write_dl(rows, col_max=formatter.width // 3)  # longer names are put on a separate line
 
     def shell_complete(self, ctx, incomplete: str) -> list:
-        """Return completions for the shell, each with the beginning of the option's help text."""
+        """Return shell completions, each with the beginning of the option's help text."""
         items = super().shell_complete(ctx, incomplete)
         for item in items:
             item.help = textwrap.shorten(item.help or "", COMPLETION_WIDTH, placeholder="...")

@@ -1,4 +1,4 @@
-"""`evoprune profile`: measures latency, token counts and memory use, next to plain transformers and a lower bound."""
+"""`evoprune profile`: measures latency, token counts, and memory usage, compared with plain transformers and a lower bound."""
 
 import re
 import time
@@ -18,11 +18,11 @@ from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepa
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-UNITS = (28, 32)  # side lengths of a unit in the supported models, in pixels
+UNITS = (28, 32)  # side lengths of a unit in supported models, in pixels
 SIZE = (224, 336)  # height and width of a frame for units of 28 pixels; scaled for units of 32
 PICTURES = ((1344, 1344), (2688, 2688))  # 2,304 and 9,216 visual tokens
 FORMATS = ("table", "md", "csv", "json")
-NOTED_S = 2.0  # if a run is expected to take longer than this, the expected duration is printed
+NOTED_S = 2.0  # print the expected duration if a run is expected to take longer than this
 ROUNDS = "Rounds"  # a panel title
 WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # the allowed values of each model option
 QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
@@ -153,7 +153,7 @@ def profile(
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print or write the results and the chart. After an interruption, they include only the finished rounds."""
+        """Print or write the results and the chart. After an interruption, only finished rounds are included."""
         if error is not None:
             results.interrupted = error["type"] in ("interrupted", "terminated")
         try:
@@ -193,7 +193,7 @@ def profile(
 
 
 def _write_or_print(path: str, text: str) -> None:
-    """Write results to a file. If this fails, print them before raising UsageError, because they took minutes to measure."""
+    """Write results to a file. If this fails, print them before raising UsageError because they took minutes to measure."""
     try:
         write_bytes(path, text.encode())
     except UsageError:
@@ -205,7 +205,7 @@ def _write_or_print(path: str, text: str) -> None:
 def _inputs(
     video: str | None, counts: list[int], sizes: list[tuple[int, int]], offline: bool
 ) -> Iterator[tuple[list[Case], Video | None]]:
-    """Yield the cases to measure, together with the video that the frames are taken from, or None for synthetic clips."""
+    """Yield the cases to measure, together with the source video of the frames, or None for synthetic clips."""
     if video is None:
         yield [Case(count, *size) for count in counts for size in sizes or [SIZE]], None
         return
@@ -221,7 +221,7 @@ def _inputs(
         for count in counts:
             Plan.of(
                 info, InputLimits(), SamplingOptions(frames=count)
-            )  # raises an error if the video does not have enough frames
+            )  # raises an error if the video doesn't have enough frames
         # Keep the video's aspect ratio, with at most as many pixels as a synthetic clip.
         sizes = sizes or [
             InputLimits(min_pixels=28 * 28, max_pixels=SIZE[0] * SIZE[1]).resized(info.height, info.width)

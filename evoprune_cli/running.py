@@ -1,4 +1,4 @@
-"""Functions that several commands share: they load models, check output paths, and deliver results to stdout and files.
+"""Shared functions for commands: load models, check output paths, and deliver results to stdout and files.
 
 Results are delivered at the end of a run, even if the run is interrupted and the results are incomplete.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from evoprune.session import ModelDescription, Session
 
 SOME_FAILED = 6  # exit code if some items failed
-# Memory that importing torch and this package takes, in bytes. If less memory is available, no model can run.
+# Memory required to import torch and this package, in bytes. If less memory is available, no model can run.
 LIBRARIES = 2**28
-GREEDY = 1e-3  # sampling at a lower temperature is practically greedy
-# Matches the beginnings of the files that evoprune writes. Only the beginning identifies a file, because the same words may
-# also appear elsewhere in a file that evoprune did not write.
+GREEDY = 1e-3  # sampling at a lower temperature is effectively greedy
+# Matches the start of files written by evoprune. Only the start identifies a file because the same words may also appear elsewhere
+# in files not written by evoprune.
 HEADS = re.compile(
     b"|".join(
         [
@@ -44,17 +44,17 @@ HEADS = re.compile(
     ),
     re.DOTALL,
 )
-MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # the comment at the end of an MP4 file
+MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # comment at the end of an MP4 file
 
 
 def prepare() -> None:
-    """Check that there is enough memory to import torch, and make the allocator reuse freed memory.
+    """Check that enough memory is available to import torch, and make the allocator reuse freed memory.
 
     Raises:
-        OutOfMemory: If even the libraries do not fit into memory.
+        OutOfMemory: If even the libraries don't fit in memory.
     """
     available = Host().available_memory()
-    if available is not None and available < LIBRARIES:  # the system would kill this process silently
+    if available is not None and available < LIBRARIES:  # the system would silently kill this process
         figures = f"{max(0, available) >> 20} MiB are available, but the libraries alone need {LIBRARIES >> 20}"
         hint = "close other programs, or give the container more memory"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
@@ -69,12 +69,12 @@ def load(
     streams: bool = False,
     model: "ModelDescription | None" = None,
 ) -> "Session":
-    """Load the model for `ask`, `watch` and the other commands that answer questions.
+    """Load the model for `ask`, `watch`, and other commands that answer questions.
 
     Args:
-        show: The function that `terminal.progress` yields.
+        show: The function yielded by `terminal.progress`.
         streams: See `Session.load`.
-        model: The model's description if it is already known.
+        model: The model description, if already known.
     """
     prepare()
     from evoprune.session import Session
@@ -87,12 +87,12 @@ def load(
 
 
 def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Print notes on stderr about ignored sampling settings in the model's files, and about quantization that evoprune chose."""
+    """Print notes on stderr about ignored sampling settings in the model files, and about automatic quantization."""
     if quiet:
         return
     loaded = session.loaded
     files = loaded.generation
-    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
+    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers defaults
     wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
     others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
     greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
@@ -111,10 +111,10 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """Check the path of an SVG chart before anything is measured. For the arguments, see `check_writable`.
+    """Check the path of an SVG chart before any measurements. For the arguments, see `check_writable`.
 
     Raises:
-        UsageError: If the file cannot be written, its name does not end in .svg, or matplotlib is not installed.
+        UsageError: If the file can't be written, its name doesn't end in .svg, or matplotlib isn't installed.
     """
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "use a name that ends in .svg")
@@ -124,14 +124,14 @@ def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[st
 
 
 def check_writable(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:
-    """Check that an output file can be written, before anything is measured.
+    """Check that an output file can be written, before any measurements.
 
     Args:
-        beside: A folder that will be created later, along with its parents. The output file may be in any of these folders.
-        inputs: The input files and folders of the command. Empty names are ignored.
+        beside: A folder that will be created later, along with its parent folders. The output file may be in any of these folders.
+        inputs: The command's input files and folders. Empty names are ignored.
 
     Raises:
-        UsageError: If the file cannot be written, exists but was not written by evoprune, or is an input or inside one.
+        UsageError: If the file can't be written, exists but wasn't written by evoprune, or is an input or inside an input folder.
     """
     if path is None:
         return
@@ -155,10 +155,10 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
 
 
 def check_new_folder(path: str) -> None:
-    """Check that a folder can be created, before anything is measured. If the folder exists, a number will be appended to the name.
+    """Check that a folder can be created, before any measurements. If the folder exists, a number will be appended to its name.
 
     Raises:
-        UsageError: If the folder cannot be created.
+        UsageError: If the folder can't be created.
     """
     if Path(path).name in ("", ".."):
         raise UsageError(f"-o {path!r} does not name a new folder", "name a folder to create, for example runs/a")
@@ -180,7 +180,7 @@ def is_one_of(path: str, files: Iterable[str]) -> bool:
 def _may_replace(path: str) -> bool:
     """Return True if an output file may be overwritten.
 
-    This is the case if the path is missing, an empty file, an open descriptor, a device, a pipe, or a file that evoprune wrote.
+    This is the case if the path is missing, an empty file, an open descriptor, a device, a pipe, or a file written by evoprune.
     """
     if path.startswith(OPEN_FILES):
         return True
@@ -199,7 +199,7 @@ def _may_replace(path: str) -> bool:
 
 
 def print_text(text: str) -> None:
-    """Print text to stdout. Characters outside the encoding of stdout are escaped."""
+    """Print text to stdout, escaping characters not supported by its encoding."""
     stream = stdout()
     try:
         text.encode(stream.encoding or "ascii")
@@ -209,10 +209,10 @@ def print_text(text: str) -> None:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a file. If the new contents do not fit on the disk, the old contents are kept.
+    """Write a file. If the new contents don't fit on the disk, the old contents are kept.
 
     Raises:
-        UsageError: If the file cannot be written.
+        UsageError: If the file can't be written.
     """
     try:
         folder = os.path.dirname(os.path.realpath(path))
@@ -231,7 +231,7 @@ def write_bytes(path: str, content: bytes) -> None:
 def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
     """Context manager that delivers the results so far if the block fails or is interrupted.
 
-    If `ready` returns True, the error record is passed to `deliver`. The exception is then raised again.
+    If `ready` returns True, the error record is passed to `deliver`. The exception is then re-raised.
     """
     try:
         yield
@@ -244,7 +244,7 @@ def rescuing(ready: Callable[[], bool], deliver: Callable[[dict[str, Any]], Any]
 
 
 def deliver_results(results: "Results", form: str, output: str | None = None, chart: str | None = None) -> None:
-    """Print results in the format `form`: "table", "json" or "csv". Even if this fails, write the JSON file and the chart."""
+    """Print results in the format `form`: "table", "json", or "csv". Even if this fails, write the JSON file and the chart."""
     try:
         print_text(results.text(form, page_width()))
     finally:

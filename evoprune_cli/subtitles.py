@@ -1,4 +1,4 @@
-"""Formats moments for video players and editors: as SRT subtitles, and as chapters in FFmpeg's metadata format."""
+"""Formats moments for video players and editors, as SRT subtitles or as chapters in FFmpeg's metadata format."""
 
 import re
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from operator import attrgetter
 from evoprune.moments import Moment
 from evoprune.util import long_clock
 
-SPECIAL = re.compile(r"[=;#\\\n]")  # characters that must be escaped in FFmpeg's metadata
+SPECIAL = re.compile(r"[=;#\\\n]")  # characters that must be escaped in FFmpeg metadata
 NO_MOMENT = "-"  # title of the chapters between moments
 
 
 def srt(moments: Iterable[Moment]) -> str:
-    """Return SRT subtitles that show each moment's query and score for as long as the moment lasts."""
+    """Return SRT subtitles that show each moment's query and score for the duration of the moment."""
     blocks = []
     for number, moment in enumerate(_in_order(moments), 1):
         times = f"{_srt_time(moment.start_s)} --> {_srt_time(moment.end_s)}"
@@ -22,13 +22,13 @@ def srt(moments: Iterable[Moment]) -> str:
 
 
 def chapters(moments: Iterable[Moment], duration_s: float | None = None) -> str:
-    """Return chapters in FFmpeg's metadata format. There are no gaps between chapters, because MP4 does not allow gaps.
+    """Return chapters in FFmpeg's metadata format, without gaps, because MP4 doesn't allow gaps between chapters.
 
-    The title of a chapter is the query of its moment. If moments overlap, their queries are joined with " + ". Chapters between
-    moments have the title `NO_MOMENT`. If there are no moments, there are no chapters.
+    A chapter's title is its moment's query. If moments overlap, their queries are joined with " + ". Chapters between moments are
+    titled `NO_MOMENT`. If there are no moments, there are no chapters.
 
     Args:
-        duration_s: The duration of the video in seconds. If it is None, the last chapter ends with the last moment.
+        duration_s: The video duration in seconds. If None, the last chapter ends with the last moment.
     """
     spans = [(round(1000 * each.start_s), round(1000 * each.end_s), each.query) for each in _in_order(moments)]
     lines = [";FFMETADATA1"]
@@ -52,5 +52,5 @@ def _srt_time(seconds: float) -> str:
 
 
 def _line(text: str) -> str:
-    """Return a text as a single line without "-->", because SRT would treat such a line as a time range."""
+    """Return text as a single line without "-->", which SRT would interpret as a time range."""
     return " ".join(text.split()).replace("-->", "->")

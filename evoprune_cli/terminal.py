@@ -1,4 +1,4 @@
-"""Prints errors, warnings, notes and progress to stderr, and answers and JSON to stdout. Colors are used only on a terminal."""
+"""Prints errors, warnings, notes, and progress to stderr, and answers and JSON to stdout. Colors are used only on terminals."""
 
 import io
 import json
@@ -18,31 +18,31 @@ from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
-LEAST_S = 1.0  # the progress line shows an estimate of the remaining time only after this many seconds
+LEAST_S = 1.0  # the progress line shows the estimated remaining time only after this many seconds
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
-# Options that can be set by an environment variable.
+# Options that can be set using environment variables.
 FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
-GLUE = "\0"  # replaces spaces at which a line must not break; printable text does not contain this character
+GLUE = "\0"  # replaces spaces where lines must not break; printable text doesn't contain this character
 
 _stdout: TextIO | None = None  # the real stdout while `sys.stdout` is stderr
 
 
-# Signals that ask the process to end: SIGTERM, and SIGHUP when the terminal is closed.
+# Signals that request the process to terminate: SIGTERM, and SIGHUP when the terminal is closed.
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Terminated(BaseException):
-    """Raised when one of the signals in `ENDINGS` arrives, so that files are closed and results so far are printed."""
+    """Raised when a signal in `ENDINGS` arrives, so files are closed and results so far are printed."""
 
 
 def stdout() -> TextIO:
-    """Return the real stdout, even inside the context of `only_answers_on_stdout`."""
+    """Return the real stdout, even inside an `only_answers_on_stdout` context."""
     return _stdout or sys.stdout
 
 
 @contextmanager
 def only_answers_on_stdout() -> Iterator[None]:
-    """Redirect `sys.stdout` to stderr, so that plugins and libraries cannot print to stdout. Answers are written to `stdout()`."""
+    """Redirect `sys.stdout` to stderr so that plugins and libraries can't print to stdout. Answers are written to `stdout()`."""
     global _stdout
     _stdout = sys.stdout
     sys.stdout = sys.stderr
@@ -54,19 +54,19 @@ def only_answers_on_stdout() -> Iterator[None]:
 
 
 def columns() -> int:
-    """Return the width of messages on stderr in columns, which is at most 80."""
+    """Return the width of stderr messages in columns (at most 80)."""
     if not sys.stderr.isatty():
         return WIDTH
     return min(WIDTH, width_of(sys.stderr))
 
 
 def page_width() -> int:
-    """Return the width of tables on stdout in columns, which is at most 80."""
+    """Return the width of stdout tables in columns (at most 80)."""
     return min(WIDTH, width_of(stdout()))
 
 
 def width_of(terminal) -> int:
-    """Return the width of a terminal in columns, which COLUMNS overrides. If the width is unknown, return 80."""
+    """Return a terminal's width in columns, which can be overridden with COLUMNS. If the width is unknown, return 80."""
     stated = os.environ.get("COLUMNS", "")
     if stated.isdecimal():
         return int(stated) or WIDTH
@@ -84,28 +84,28 @@ def paint(text: str, code: str) -> str:
 
 
 class ClosedOutput(io.StringIO):
-    """A replacement for a stdout that was closed when the process started. Writing to it raises UsageError."""
+    """A replacement for a stdout that was closed at process startup. Writing to it raises UsageError."""
 
     def write(self, text: str) -> int:
-        """Raise UsageError, because nothing can be written to a closed stdout."""
+        """Raise UsageError because nothing can be written to a closed stdout."""
         problem = UsageError("cannot write the output: stdout is closed", "redirect it, for example: > answers.txt")
         problem.reported = True  # no error record can be printed
         raise problem
 
     def fileno(self) -> int:
-        """Raise UsageError, because a closed stdout has no file descriptor."""
+        """Raise UsageError because a closed stdout has no file descriptor."""
         return self.write("")
 
 
 def check_output() -> None:
-    """Raise UsageError if stdout is closed. Commands call this before they start any long computation."""
+    """Raise UsageError if stdout is closed. Commands call this before starting any long computation."""
     stdout().write("")
 
 
 def encodable(text: str, stream=None) -> str:
-    """Escape the characters of a string that a stream (default: stderr) cannot encode.
+    """Escape the characters in a string that a stream (default: stderr) can't encode.
 
-    If the stream is a terminal, control characters are escaped as well, because answers and filenames are untrusted.
+    If the stream is a terminal, control characters are also escaped because answers and filenames are untrusted.
     """
     stream = stream or sys.stderr
     if stream.isatty():
@@ -115,12 +115,12 @@ def encodable(text: str, stream=None) -> str:
 
 
 def printable(text: str, stream=None) -> str:
-    """Return a text as a single line without control characters, escaping characters that the stream cannot encode."""
+    """Return text as a single line without control characters, escaping characters that the stream can't encode."""
     return encodable(one_line(text), stream)
 
 
 def note(text: str = "", end: str = "\n") -> None:
-    """Print a line to stderr. If stderr cannot be written, for example because its reader has exited, stop printing to it."""
+    """Print a line to stderr. If writing fails, for example because the reader has exited, stop printing to stderr."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
@@ -128,12 +128,12 @@ def note(text: str = "", end: str = "\n") -> None:
 
 
 def print_json(report: Report) -> None:
-    """Print a report to stdout as one line of JSON. If stdout is not UTF-8 or the text is not valid Unicode, print only ASCII."""
+    """Print a report to stdout as one line of JSON. If stdout isn't UTF-8 or the text isn't valid Unicode, print only ASCII."""
     text = report.to_json()
     stream = stdout()
     try:
         proper = (stream.encoding or "").lower().replace("-", "") == "utf8" and bool(text.encode("utf-8"))
-    except UnicodeEncodeError:  # a path with bytes that are not UTF-8
+    except UnicodeEncodeError:  # a path with non-UTF-8 bytes
         proper = False
     if not proper:
         text = report.to_json(ascii_only=True)
@@ -141,18 +141,18 @@ def print_json(report: Report) -> None:
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """Print a JSON document to stdout as a single line that contains only ASCII characters."""
+    """Print a JSON document to stdout as a single line of ASCII characters."""
     write_whole(f"{json_line(document)}\n")
 
 
 def write_whole(text: str) -> None:
     """Write text to stdout. If stdout is a file and the disk is full, nothing is written.
 
-    A single write is used if possible, so that lines from different processes are not mixed up in a shared file. The stream's
-    buffer is bypassed, because it would keep unwritten text and write it later.
+    A single write is used if possible, so lines from different processes aren't interleaved in a shared file. The stream's buffer
+    is bypassed because it would keep unwritten text and write it later.
 
     Raises:
-        OSError: If the text cannot be written.
+        OSError: If the text can't be written.
     """
     stream = stdout()
     stream.flush()
@@ -187,9 +187,9 @@ def json_line(document: dict[str, Any]) -> str:
 
 
 def failure(problem: BaseException) -> dict:
-    """Return an error record for an exception that ends a command, including Ctrl-C and signals. See `errors.error_record`.
+    """Return an error record for an exception that terminates a command, including Ctrl-C and signals. See `errors.error_record`.
 
-    If the error message quotes a value that comes from an environment variable, the hint names the variable.
+    If the error message quotes the value of an environment variable, the hint mentions the variable.
     """
     for ending, code, name in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
         if isinstance(problem, ending):
@@ -210,7 +210,7 @@ def print_traceback(problem: BaseException) -> None:
 
 
 def print_error(message: str, hint: str | None) -> None:
-    """Print an error message and, if there is one, its hint."""
+    """Print an error message and its hint, if any."""
     print_titled("error:", message)
     if hint:
         print_titled("hint:", hint)
@@ -226,7 +226,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
         text = warning_text(name, video)
     elif more == 0:
         text = warning_text(name, video, video.path)
-        if text == template:  # the warning does not name the video
+        if text == template:  # the warning doesn't mention the video
             text += f" ({video.path})"
     else:
         text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos are")
@@ -238,7 +238,7 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
 
 
 def tell(text: str) -> None:
-    """Print a message to stderr, wrapped to the terminal's width if stderr is a terminal."""
+    """Print a message to stderr, wrapped to the terminal width if stderr is a terminal."""
     for line in _folded(printable(text), 2):
         note(paint(line, "2"))
 
@@ -246,7 +246,7 @@ def tell(text: str) -> None:
 def print_titled(title: str, text: str) -> None:
     """Print a message with a colored title to stderr. `title` is a key of `COLORS`.
 
-    Lines are not broken inside command-line arguments, even at spaces, because most arguments with spaces are paths.
+    Lines aren't broken inside command-line arguments, even at spaces, because most arguments with spaces are paths.
     """
     text = printable(text)
     for word in sys.argv[1:]:
@@ -258,7 +258,7 @@ def print_titled(title: str, text: str) -> None:
 
 
 def _folded(text: str, indent: int) -> list[str]:
-    """If stderr is a terminal, wrap text at spaces and indent all lines but the first. Otherwise return a single line."""
+    """If stderr is a terminal, wrap text at spaces and indent all lines except the first. Otherwise, return a single line."""
     if not sys.stderr.isatty():
         return [text]
     settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
@@ -266,7 +266,7 @@ def _folded(text: str, indent: int) -> list[str]:
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Print an answer to stdout while it is generated. Even if the answer is interrupted, a newline is printed at the end."""
+    """Print an answer to stdout as it is generated. A newline is printed at the end, even if the answer is interrupted."""
     stream = stdout()
     try:
         for piece in pieces:
@@ -276,7 +276,7 @@ def print_stream(pieces: Iterable[str]) -> None:
 
 
 def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """Return a progress callback for `VideoQA.encode` that shows the progress of reading first, and then of encoding."""
+    """Return a progress callback for `VideoQA.encode` that shows read progress first, followed by encoding progress."""
     named = {
         "read": "reading, frame",
         "encode": "encoding, frame",
@@ -299,7 +299,7 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 
 
 class Line:
-    """A progress line that shows the current step with its count, the elapsed time, and an estimate of the remaining time."""
+    """A progress line that shows the current step with its count, the elapsed time, and the estimated remaining time."""
 
     def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
         self._now = now
@@ -316,7 +316,7 @@ class Line:
         self._what, self._done, self._total, self._detail = what, done, total, detail
 
     def text(self, width: int) -> str:
-        """Return the progress line, leaving out parts that do not fit into `width` columns."""
+        """Return the progress line, omitting parts that don't fit in `width` columns."""
         from rich.cells import cell_len, set_cell_size
 
         now = self._now()
@@ -336,7 +336,7 @@ class Line:
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
-    """Return a progress callback for `frames.local_file` that shows how much of a file has been downloaded."""
+    """Return a progress callback for `frames.local_file` that shows the download progress of a file."""
 
     def step(done: int, total: int) -> None:
         text = f"downloading, {size(done)}"
@@ -351,7 +351,7 @@ def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
 def progress(active: bool, timing: bool = False) -> Iterator:
     """Show a progress line while the block runs, provided that stderr is a terminal. Yields `Line.show`.
 
-    With `timing`, the line is not animated, because a spinner thread would disturb measurements. The yielded function then takes
+    With `timing`, the line isn't animated because a spinner thread would affect measurements. The yielded function then accepts
     only `what`.
     """
     if not active or not sys.stderr.isatty():

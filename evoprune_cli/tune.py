@@ -1,4 +1,4 @@
-"""`evoprune tune`: finds the fastest pruning setting that preserves a model's answers well enough, without any labels."""
+"""`evoprune tune`: finds the fastest pruning setting that preserves a model's answers well enough, without requiring labels."""
 
 import os
 from contextlib import ExitStack
@@ -122,7 +122,7 @@ def tune(
     tuning = None
 
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Print the results, write the output file and the chart, and return the results. `error` says why the run ended early."""
+        """Print and return the results, and write the output file and the chart. `error` explains why the run ended early."""
         results = tuning.results(error)
         deliver_results(results, "json" if json else "table", output, chart)
         return results.document()
@@ -136,7 +136,7 @@ def tune(
     ):
         tell("loading libraries")
         prepare()
-        # Prefetch only the first video, because reading other videos at the same time would distort the measurements.
+        # Prefetch only the first video because reading other videos in parallel would distort the measurements.
         model = describe(pipeline.model)
         ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import OperationTuning, TuneSettings, Tuning
@@ -155,7 +155,7 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
     """Return the questions from the command line and the file, without duplicates. If there are none, the caller uses defaults.
 
     Raises:
-        UsageError: If the file cannot be read or contains no question, or a question is empty.
+        UsageError: If the file can't be read or contains no questions, or a question is empty.
     """
     if file is not None:
         from evoprune.files import read_all

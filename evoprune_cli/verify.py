@@ -1,4 +1,4 @@
-"""`evoprune verify`: checks whether evoprune computes the same results as transformers on this machine."""
+"""`evoprune verify`: checks whether evoprune produces the same results as transformers on this machine."""
 
 import time
 from typing import Any

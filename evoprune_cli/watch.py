@@ -1,4 +1,4 @@
-"""`evoprune watch`: answers questions about live video while it runs."""
+"""`evoprune watch`: answers questions about a live video while it is running."""
 
 import contextlib
 import json as jsonlib
@@ -181,10 +181,10 @@ class _Watching:
         quiet: bool,
         speak: Callable[[str], None],
     ):
-        """Store everything that is needed to ask questions, without asking any.
+        """Store everything needed to ask questions, without asking any yet.
 
         Args:
-            begin: A function that is called when the first question is asked, so that the stream's window can fill before then.
+            begin: A function called when the first question is asked, so the stream's window can fill before then.
             prompt: Whether questions are typed at a prompt.
         """
         self._talk = talk
@@ -196,14 +196,14 @@ class _Watching:
         self._speak = speak
         self._failed = 0
         self._status = not quiet and sys.stderr.isatty()
-        # The time at which the last status line was printed, and whether the line is still visible.
+        # Time at which the last status line was printed, and whether the line is still visible.
         self._status_at = 0.0
         self._status_visible = False
 
     def converse(self, chat: "Chat | None") -> int:
         """Answer questions from the terminal until q or Ctrl-C ends the prompt, even after the video source has ended.
 
-        `chat` is the conversation about the stream. None means that the questions are independent of each other.
+        `chat` is the conversation about the stream, or None if the questions are independent of each other.
         """
         questions = typed_questions(twice=False, chat=chat)
         while True:
@@ -238,7 +238,7 @@ class _Watching:
             if self._status and time.monotonic() - self._status_at >= STATUS_S:  # overwrites the previous line
                 self._status_at, self._status_visible = time.monotonic(), True
                 _write(f"\r{self._state()}\x1b[K")
-            latest_s = self._feed.latest_s  # read this first, because all earlier frames have then been fed
+            latest_s = self._feed.latest_s  # read this first, so that all earlier frames have been fed by then
             now_s = self._stream.until_s or 0.0
             due = next_s is not None and max(now_s, latest_s) >= next_s
             new = now_s > asked_s
@@ -269,7 +269,10 @@ class _Watching:
                 return SOME_FAILED if self._failed else 0
 
     def _feasible_interval(self, every_s: float) -> float:
-        """Return the interval between questions. If the interval between sampled frames is longer, warn and return that instead."""
+        """Return the interval between questions.
+
+        If the interval between sampled frames is longer, issue a warning and return it instead.
+        """
         step_s = self._stream.step_s
         if step_s is None or every_s >= step_s:
             return every_s
@@ -278,7 +281,7 @@ class _Watching:
         return step_s
 
     def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
-        """Report how many repeated questions were skipped from `first_s` to `over_s`, not counting `over_s` if `asked` is True."""
+        """Report the number of repeated questions skipped from `first_s` to `over_s`, excluding `over_s` if `asked` is True."""
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return
@@ -353,9 +356,9 @@ def _write(text: str) -> None:
 
 
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
-    """Return a queue that receives the non-empty lines of a pipe, followed by None at the end.
+    """Return a queue that receives the nonempty lines from a pipe, followed by None at the end.
 
-    The lines are read in a thread, which does not hold the locks of Python's streams while it waits.
+    The lines are read in a separate thread, which doesn't hold the locks of Python's streams while waiting.
     """
     if path != STDIN and not os.path.exists(path):
         raise UsageError(f"no such file: {path}", missing_hint(path, "to read stdin: --questions -"))

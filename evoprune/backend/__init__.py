@@ -1,6 +1,6 @@
-"""All device-specific code. Callers pass a device or tensors, and the functions in this package adapt to the device.
+"""Device-specific code. Callers pass in a device or tensors, and the functions in this package adapt to the device.
 
-Every kernel and CUDA graph has a fallback in plain PyTorch, which is used if the kernel cannot run or if `EVOPRUNE_PLAIN=1` is set.
+Every kernel and CUDA graph has a fallback in plain PyTorch, used if the kernel can't run or if `EVOPRUNE_PLAIN=1` is set.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-"""Chooses the fastest way to compute attention on each device, both for prompts and for groups of patches.
+"""Selects the fastest attention implementation for each device, both for prompts and for patch groups.
 
-cuDNN's attention is never used on CUDA, because it can spend seconds on planning for each new shape.
+The cuDNN backend is never used on CUDA because it can spend seconds planning for each new shape.
 """
 
 import math
@@ -18,20 +18,20 @@ from evoprune.backend.devices import as_current, is_host, uses_kernels
 T = TypeVar("T")
 
 # With at least this many keys, the attention scores no longer fit into the CPU cache, so the fused kernel is faster than two matrix
-# products. For an image of 2688x2688 pixels (36,864 patches), it takes a third of the time.
+# products. On a 2688x2688 image (36,864 patches), it takes a third of the time.
 LONG = 4096
 
 _lock = threading.Lock()
-_active = 0  # the number of active `without_cudnn` contexts
+_active = 0  # number of active `without_cudnn` contexts
 _setting_before = False
 
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Keep `scaled_dot_product_attention` from choosing cuDNN. Works as a context manager and as a decorator.
+    """Prevent `scaled_dot_product_attention` from choosing cuDNN. Works as a context manager and as a decorator.
 
     Torch's setting applies to the whole process. The first thread to enter the context saves the setting, and the last thread to
-    leave it restores the setting.
+    leave restores it.
     """
     global _active, _setting_before
     with _lock:
@@ -49,14 +49,14 @@ def without_cudnn() -> Iterator[None]:
 
 
 class Attention:
-    """Chooses the fastest attention implementation for a device and a dtype.
+    """Selects the fastest attention implementation for a given device and dtype.
 
     Args:
-        device: The device of the queries, keys and values.
-        dtype: The dtype of the queries, keys and values.
+        device: The device of the queries, keys, and values.
+        dtype: The dtype of the queries, keys, and values.
     """
 
-    # For kernels that cannot handle an infinite bias, a key is hidden by giving it a weight of e^-NEVER.
+    # Some kernels can't handle an infinite bias, so hidden keys get a weight of e^-NEVER instead.
     NEVER = 1000.0
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -65,21 +65,21 @@ class Attention:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Self:
-        """Return the `Attention` for the device and dtype of a tensor."""
+        """Return the `Attention` for a tensor's device and dtype."""
         return cls(x.device, x.dtype)
 
     def prefers_products(self, keys: int) -> bool:
-        """Return True if attention is faster as two matrix products, with the scores held in memory, than as a fused kernel.
+        """Return True if two matrix products with materialized scores are faster than a fused attention kernel.
 
-        This is the case for bf16 on a CPU if there are fewer than `LONG` keys.
+        This is the case for bf16 on a CPU with fewer than `LONG` keys.
         """
         return is_host(self._device) and self._dtype == torch.bfloat16 and keys < LONG
 
     def of_transformers(self) -> tuple[str, str | None]:
-        """Return the name of transformers' fastest attention implementation on this device, and a note about it for reports.
+        """Return the name of the fastest transformers attention implementation on this device, plus a note for reports.
 
-        The fastest implementation is flash-attn if it is installed, otherwise torch's SDPA. The note says how the vision tower of
-        transformers runs with this implementation. On a CPU, the note is None.
+        The fastest implementation is flash-attn if installed; otherwise, torch's SDPA. The note describes how the transformers
+        vision tower runs with this implementation. On a CPU, the note is None.
         """
         if is_host(self._device):
             return "sdpa", None
@@ -89,11 +89,11 @@ class Attention:
 
     @property
     def varlen_kernel(self) -> Callable | None:
-        """A kernel that computes attention within groups of different lengths in a single call, or None if unsupported.
+        """A kernel that computes attention within variable-length groups in a single call, or None if unsupported.
 
-        The kernel takes queries, keys and values (each `[patches, heads, d]`), the cumulative ends of the groups among the
-        queries and among the keys (int32), the maximum numbers of queries and keys in a group, and `scale`. It requires 16-bit
-        floats and a CUDA GPU of the Ampere generation or newer.
+        The kernel takes queries, keys, and values (each `[patches, heads, d]`), the cumulative group ends for the queries and for
+        the keys (int32), the maximum number of queries and of keys per group, and `scale`. It requires 16-bit floats and an Ampere
+        or newer CUDA GPU.
         """
         half = self._dtype in (torch.bfloat16, torch.float16)
         if not uses_kernels(self._device) or torch.version.cuda is None or not half:
@@ -104,16 +104,15 @@ class Attention:
         return attend_varlen
 
     def form_of_groups(self, by_length: Callable[[], T], packed: Callable[[Callable], T], padded: Callable[[], T]) -> T:
-        """Create attention groups in the layout for which attention is fastest on the device.
+        """Create attention groups in the fastest layout for the device.
 
         Args:
-            by_length: Creates groups for the CPU, where the lengths of the groups can be read.
-            packed: Creates groups for a kernel that handles groups of different lengths. It receives that kernel as its argument
-                (see `varlen_kernel`).
-            padded: Creates padded groups for devices that have no such kernel.
+            by_length: Creates groups for the CPU, where group lengths can be read.
+            packed: Creates groups for a variable-length kernel, which is passed as its argument (see `varlen_kernel`).
+            padded: Creates padded groups for devices without a variable-length kernel.
 
         Returns:
-            The result of the one function that was called.
+            The result of whichever function was called.
         """
         if is_host(self._device):
             return by_length()
@@ -123,14 +122,14 @@ class Attention:
     def causal(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
     ) -> torch.Tensor | None:
-        """Compute causal attention for the last L of n columns, without a mask if possible.
+        """Compute maskless causal attention for the last L of n columns, if possible.
 
-        On CUDA, kernels that need no mask are several times faster than kernels with a mask.
+        On CUDA, kernels without a mask are several times faster than kernels with one.
 
         Args:
             queries: `[..., heads, L, d]`.
             keys, values: `[..., heads, n, d]`.
-            scale: The scale factor for the scores. None means torch's default.
+            scale: Scale factor for the scores, or None for torch's default.
 
         Returns:
             `[..., heads, L, d]`, or None if no kernel can compute this attention without a mask.
@@ -150,17 +149,17 @@ class Attention:
         return flash(queries, keys, values, 0.0, True, False, scale=scale)[0]
 
     def bias_features(self, bias: torch.Tensor, dim: int, least: float = -math.inf) -> torch.Tensor:
-        """Return additional key features, `[n, e]`, that add a bias to the scores in kernels that do not accept a mask.
+        """Return extra key features, `[n, e]`, that add a bias to the scores in kernels without mask support.
 
-        The queries have ones in the additional features, so the dot product of a query and a key includes the key's bias. Kernels
-        support heads with up to 256 features, in multiples of eight, so `e` is chosen to make `dim + e` a multiple of eight.
-        Because the kernel divides the scores by the square root of `dim`, the bias is multiplied by that root here. The result is
-        stored as the sum of two numbers, because a single bf16 number could be off by 2^-9 of its value.
+        The queries are filled with ones in the extra features, so the dot product of a query and a key includes the key's bias.
+        Kernels support head dimensions up to 256 in multiples of eight, so `e` is chosen to make `dim + e` a multiple of eight. The
+        kernel divides the scores by the square root of `dim`, so the bias is premultiplied by that square root. The result is
+        stored as the sum of two numbers because a single bf16 number can have a relative error of up to 2^-9.
 
         Args:
             bias: float32 `[n]`, the bias to add to each key's scores.
-            dim: The number of features in a head, not counting the additional ones.
-            least: A lower bound for the multiplied bias. Values below it are raised to it.
+            dim: The head dimension, not counting the extra features.
+            least: Lower bound for the premultiplied bias. Smaller values are clamped to it.
         """
         least = max(least, torch.finfo(self._dtype).min / 4)  # -inf times 0 would be NaN
         value = (bias * dim**0.5).clamp(min=least)
@@ -168,20 +167,20 @@ class Attention:
         return F.pad(torch.stack([high, (value - high.float()).to(self._dtype)], -1), (0, -(dim + 2) % 8))
 
     def room_for_bias(self, bias: torch.Tensor, columns: int, kv_heads: int, dim: int) -> torch.Tensor | None:
-        """Allocate a buffer for the keys and values of a layer, with additional features that apply a bias.
+        """Allocate a buffer for a layer's keys and values, with extra features that apply a bias.
 
-        The additional features of the keys are filled with the result of `bias_features`, and those of the values with zeros. With
-        this buffer, attention needs no mask, which would be slow on a GPU.
+        The extra key features are set to the result of `bias_features`, and the extra value features to zero. With this buffer,
+        attention doesn't need a mask, which would be slow on a GPU.
 
         Args:
             bias: float32 `[n]`, the bias to add to each key's scores.
-            columns: The number of columns for which queries are computed.
+            columns: The number of query columns.
             kv_heads: The number of key/value heads.
-            dim: The number of features in a head, not counting the additional ones.
+            dim: The head dimension, not counting the extra features.
 
         Returns:
-            `[2, kv_heads, n, dim + e]`, or None if the device has no kernel for this or if there is only one column. The caller
-            then applies the bias as a mask.
+            `[2, kv_heads, n, dim + e]`, or None if the device has no suitable kernel or if there is only one column. In that case,
+            the caller applies the bias as a mask.
         """
         if columns == 1 or not uses_kernels(self._device):
             return None
@@ -201,7 +200,7 @@ def attend_varlen(
     most: int,
     scale: float,
 ) -> torch.Tensor:
-    """Compute attention within groups of different lengths (see `Attention.varlen_kernel` for the arguments).
+    """Compute attention within variable-length groups (see `Attention.varlen_kernel` for the arguments).
 
     `torch.nn.attention.varlen` calls the same operator, but takes longer to import.
     """

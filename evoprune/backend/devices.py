@@ -1,11 +1,11 @@
-"""Device-specific behavior: dtypes, chunk sizes, copies, synchronization, timing and memory.
+"""Device-specific behavior: dtypes, chunk sizes, copies, synchronization, timing, and memory.
 
 This module also decides whether to use kernels and CUDA graphs. If a kernel fails, evoprune warns once and falls back to plain
-PyTorch. On CUDA, a function can run on its own stream, or it can be captured as a graph, which replays all of its kernels with a
-single launch.
+PyTorch. On CUDA, a function can run on its own stream or be captured as a graph, which replays all of its kernels with a single
+launch.
 
 `pick_device` chooses the torch device when a model is loaded. After that, code takes the device from the tensors. Code outside this
-package passes devices along but never checks what kind they are.
+package passes devices along but never checks their type.
 """
 
 import atexit
@@ -32,25 +32,25 @@ from evoprune.report import Environment
 
 T = TypeVar("T")
 
-WIDENED = ("compressed-tensors", "fp8")  # formats that transformers dequantizes when it loads weights onto a CPU
+WIDENED = ("compressed-tensors", "fp8")  # formats that transformers dequantizes when loading weights onto a CPU
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # dtype names in safetensors
-# The number of units in a single matrix product. With 256 units (1,024 patches), products run at full speed on a CPU and their
-# results still fit in its caches (results/benchmarks.md, "Kernels"). A GPU needs more units to stay busy.
+# Number of units per matrix product. With 256 units (1,024 patches), a CPU reaches full speed and the results still fit in its
+# caches (results/benchmarks.md, "Kernels"). A GPU needs more units to stay busy.
 PIECE_UNITS = 256
 GPU_PIECE_UNITS = 8192
-# The number of attention scores to hold in memory at a time. It differs between the CPU and GPUs for the same reasons.
+# Number of attention scores to hold in memory at a time. The CPU and GPU values differ for the same reasons.
 SCORES = 1 << 21
 GPU_SCORES = 1 << 26
-# Sizes of square matrix products that are large enough to keep a device busy.
+# Sizes of square matrix products large enough to keep a device busy.
 SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
 
 
 class Device:
-    """Device-dependent properties of a run: dtypes, chunk sizes, timing, memory, and the device information in reports.
+    """Device-dependent properties of a run: dtypes, chunk sizes, timing, memory, and device information for reports.
 
     Args:
-        device: A torch device, or its name.
+        device: A torch device or its name.
     """
 
     def __init__(self, device: torch.device | str):
@@ -60,12 +60,12 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """The kind of device, such as "cuda" for "cuda:1". Devices of the same kind compute the same results."""
+        """The device type, such as "cuda" for "cuda:1". Devices of the same type produce the same results."""
         return self._device.type
 
     @staticmethod
     def describe_all() -> dict[str, str]:
-        """Return a dictionary from the name of each available device to its product name and capabilities."""
+        """Return a dictionary that maps each available device's name to its product name and capabilities."""
         cpu = Device("cpu")
         bf16 = "yes" if cpu.default_dtype == "bf16" else "no"
         devices = {"cpu": f"{cpu.product_name}, bf16 {bf16}"}
@@ -76,7 +76,7 @@ class Device:
 
     @staticmethod
     def kinds() -> set[str]:
-        """Return the kinds of devices that torch can use here: "cpu", plus the kind of accelerator if there is one."""
+        """Return the device types that torch can use on this machine: "cpu", plus the accelerator type, if any."""
         return {"cpu", accelerator() or "cpu"}
 
     @property
@@ -90,7 +90,7 @@ class Device:
             return platform.processor() or platform.machine()
 
     def environment(self) -> Environment:
-        """Return the package versions, the device's product name, and the number of torch threads."""
+        """Return the package versions, the device's product name, and the torch thread count."""
         return Environment(
             evoprune=evoprune.__version__,
             torch=str(torch.__version__),
@@ -101,7 +101,7 @@ class Device:
 
     @property
     def holds_values(self) -> bool:
-        """Whether tensors on the device have data. Tensors on the meta device have only a shape and a dtype."""
+        """Whether tensors on this device hold data. Meta tensors have only a shape and a dtype."""
         return self._device.type != "meta"
 
     @property
@@ -110,101 +110,100 @@ class Device:
         return "bf16" if _has_bf16(self._device) else "fp32"
 
     def maps_weights(self, stored: Collection[str], dtype: torch.dtype, quantize: str) -> bool:
-        """Return True if a model's weights stay memory-mapped until they are packed or quantized, which happens only on a CPU.
+        """Return True if a model's weights stay memory-mapped until they are packed or quantized. This only happens on a CPU.
 
         Args:
-            stored: The dtypes of the weights in the model's files, named as in safetensors.
-            dtype: The dtype that the weights will have.
-            quantize: The requested kind of quantization, or "none".
+            stored: The weight dtypes in the model files, using safetensors names.
+            dtype: The target dtype of the weights.
+            quantize: The requested quantization type, or "none".
         """
         return self._on_host and (quantize != "none" or {*stored} == {STORED[dtype]})
 
     def widens(self, quantization: str | None) -> bool:
-        """Return True if loading weights in this quantized format onto the device dequantizes them."""
+        """Return True if weights in this quantized format are dequantized when loaded onto the device."""
         return self._on_host and quantization in WIDENED
 
     @property
     def busy_cores(self) -> int:
-        """The number of CPU cores that a running model keeps busy.
+        """Number of CPU cores kept busy by a running model.
 
-        On the CPU, this is the number of torch threads. Any other device needs only one core to launch its work.
+        On the CPU, this is the torch thread count. Other devices need only one core to launch kernels.
         """
         return torch.get_num_threads() if self._on_host else 1
 
     @property
     def piece_units(self) -> int:
-        """The number of units that are embedded or multiplied by a weight matrix at a time."""
+        """Number of units to embed, or to multiply by a weight matrix, at a time."""
         return PIECE_UNITS if self._on_host else GPU_PIECE_UNITS
 
     @property
     def reads_drafts(self) -> bool:
-        """Whether verifying a few drafted tokens in one pass takes about as long as decoding a single token.
+        """Whether verifying a few draft tokens in one pass takes about as long as decoding a single token.
 
-        This is the case on the CPU. On CUDA, decoding single tokens is faster, because those passes run as CUDA graphs.
+        This is the case on the CPU. On CUDA, single-token passes are faster because they run as CUDA graphs.
         """
         return self._on_host
 
     @property
     def resizes_bytes(self) -> bool:
-        """Whether torch can resize uint8 images on the device, as it can on the CPU."""
+        """Whether torch can resize uint8 images directly on this device, as it does on the CPU."""
         return self._on_host
 
     @property
     def scores_at_a_time(self) -> int:
-        """The number of attention scores to hold in memory at a time."""
+        """Number of attention scores to hold in memory at a time."""
         return SCORES if self._on_host else GPU_SCORES
 
     @property
     def product_sides(self) -> tuple[int, ...]:
-        """Sizes of the square matrix products that are used to measure the matmul rate."""
+        """Sizes of the square matrix products used to measure matmul throughput."""
         return SIDES if self._on_host else GPU_SIDES
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether this device runs evoprune's kernels. Only CUDA does, and only if plain PyTorch is not requested."""
+        """Whether this device runs evoprune's kernels. Only CUDA devices do, unless plain PyTorch is requested."""
         return uses_kernels(self._device)
 
     @property
     def capture(self) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-        """A function that captures another function as a CUDA graph (see `run_and_capture`), or None without CUDA graphs."""
+        """A function that captures another function as a CUDA graph (see `run_and_capture`), or None if graphs are unavailable."""
         if not self.uses_kernels or torch.version.cuda is None:
             return None
         return lambda function: run_and_capture(function, self._device)
 
     def run_beside(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run a function in its own thread and on its own CUDA stream. On devices other than CUDA, do not run it at all.
+        """Run a function in a separate thread and CUDA stream. On other devices, the function does not run at all.
 
         Returns:
-            A function that waits until the thread has finished. Exceptions raised in the thread are discarded.
+            A function that waits for the thread to finish. Exceptions raised in the thread are discarded.
         """
         if not self._on_cuda:
             return lambda: None
         device = self._device
-        if device.index is None:  # resolve the index here, because each thread has its own current device
+        if device.index is None:  # resolve the index now, because each thread has its own current device
             device = torch.device("cuda", torch.cuda.current_device())
 
         def run() -> None:
-            # The program does the same work again later and reports the error then.
+            # Errors are ignored here because the same work runs again later, where any error is reported.
             with suppress(Exception), as_current(device), torch.cuda.stream(torch.cuda.Stream(device)):
                 function()
 
         thread = threading.Thread(target=run, name="evoprune-beside", daemon=True)
         thread.start()
-        atexit.register(thread.join)  # a compiler that is still running while the interpreter shuts down would crash it
+        atexit.register(thread.join)  # a compiler still running during interpreter shutdown would crash it
         return thread.join
 
     def now(self) -> float:
-        """Return the current time in seconds. On an accelerator, first wait until all launched kernels have finished."""
+        """Return the current time in seconds. On an accelerator, wait for all launched kernels to finish first."""
         if self._device.type == accelerator():
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
     def available_memory(self) -> int | None:
-        """Return the number of bytes that this process can allocate without swapping.
+        """Return the amount of memory, in bytes, that this process can allocate without swapping.
 
-        On CUDA, this is the device's free memory plus the memory that torch's allocator has reserved but does not use. On other
-        devices, it is the host's available memory (see `limits.Host`). None means that the number is unknown, or that this is the
-        meta device.
+        On CUDA, this is the device's free memory plus the memory that torch's allocator has reserved but isn't using. On other
+        devices, it is the host's available memory (see `limits.Host`). Returns None on the meta device or if the amount is unknown.
         """
         if self._on_cuda:
             cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -212,16 +211,16 @@ class Device:
         return limits.Host().available_memory() if self.holds_values else None
 
     def shortage(self, needed: int) -> str | None:
-        """Return a message for the user if fewer than `needed` bytes of memory are available, otherwise None."""
+        """Return a user-facing message if fewer than `needed` bytes of memory are available; otherwise, None."""
         available = self.available_memory()
         if available is None or needed <= available:
             return None
         return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
 
     def memory_in_use(self) -> tuple[int | None, int | None]:
-        """Return the resident memory of this process in bytes, as two values: its own memory and memory-mapped files.
+        """Return this process's resident memory in bytes, split into its own memory and memory-mapped files.
 
-        Both values are None on CUDA, and on systems where they cannot be measured.
+        Both values are None on CUDA and on systems that don't report them.
         """
         if self._on_cuda:
             return None, None
@@ -232,20 +231,20 @@ class Device:
             return None, None
 
     def peak_memory(self) -> int | None:
-        """Return the peak memory in bytes, or None if it is unknown.
+        """Return the peak memory usage in bytes, or None if unknown.
 
-        On CUDA, this is the peak memory of torch's allocator. On other devices, it is the peak RSS of this process.
+        On CUDA, this is the peak of torch's allocator. On other devices, it is the peak RSS of this process.
         """
         if self._on_cuda:
             return torch.cuda.max_memory_allocated(self._device)
         try:
-            # getrusage is only a fallback, because on Linux its peak includes the parent process.
+            # getrusage is only a fallback because its peak includes the parent process on Linux.
             return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
         except (OSError, KeyError):
             pass
         try:
             import resource
-        except ImportError:  # not a Unix
+        except ImportError:  # not on Unix
             return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if sys.platform == "darwin":  # macOS reports bytes, other systems KiB
@@ -254,13 +253,13 @@ class Device:
 
     @property
     def peak_memory_note(self) -> str | None:
-        """A note for reports that `peak_memory` covers the whole process rather than only the measured model, or None on CUDA."""
+        """A report note saying that `peak_memory` covers the whole process, not just the measured model. None on CUDA."""
         if self._on_cuda:
             return None
         return "peak memory is measured for the whole process, including the weights of all rows"
 
     def reset_peak_memory(self) -> bool:
-        """Reset the value that `peak_memory` returns. Return False if the system does not support this."""
+        """Reset the peak reported by `peak_memory`. Returns False if the system doesn't support this."""
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
             return True
@@ -282,23 +281,23 @@ def _size(size: int) -> str:
 def pick_device(name: str, *, auto: bool = False) -> torch.device:
     """Return the torch device with the given name, after checking that it works.
 
-    If "auto" was resolved to the CPU because no GPU driver files were found, but torch does find a GPU, this issues a warning.
+    Issues a warning if "auto" resolved to the CPU because no GPU driver files were found, although torch does find a GPU.
 
     Args:
         name: The name of a torch device (never "auto").
-        auto: Whether the device option was "auto", so that `name` is the result of `DeviceName.resolve`.
+        auto: Whether the device option was "auto", in which case `name` is the result of `DeviceName.resolve`.
 
     Raises:
-        UsageError: If the device cannot be used.
+        UsageError: If the device can't be used.
     """
     if auto and name == "cpu" and torch.cuda.is_available():
         warnings.warn("torch finds a GPU that is not used: add --device cuda to use it", DeviceWarning, stacklevel=2)
     try:
-        with warnings.catch_warnings(record=True) as caught:  # if torch finds no GPU, a warning gives the reason
+        with warnings.catch_warnings(record=True) as caught:  # if torch finds no GPU, its warning gives the reason
             warnings.simplefilter("always")
             device = torch.device(name)
             torch.zeros(1, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as problem:  # a torch build without CUDA raises AssertionError
+    except (RuntimeError, AssertionError) as problem:  # torch builds without CUDA raise AssertionError
         reason = first_line(caught[-1].message if caught else problem).partition(". ")[0]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         failure = f"device {name!r} cannot be used here"
@@ -313,7 +312,7 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return True if a device multiplies bf16 matrices in hardware. Otherwise, as on older CUDA GPUs, bf16 is slower than fp32."""
+    """Return True if the device supports bf16 matmul in hardware. Without it, as on older CUDA GPUs, bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -335,32 +334,32 @@ def _installed(package: str) -> str:
 def is_host(device: torch.device) -> bool:
     """Return True if a device is the CPU.
 
-    On the CPU, reading a value from a tensor requires no synchronization, so shapes can depend on values. Weights can stay
+    On the CPU, reading a tensor value requires no synchronization, so shapes can depend on values. In addition, weights can stay
     memory-mapped, and matrix products run in oneDNN.
     """
     return device.type == "cpu"
 
 
 def accelerator() -> str | None:
-    """Return the kind of accelerator that torch uses on this machine, such as "cuda", or None if there is none.
+    """Return the accelerator type that torch uses on this machine, such as "cuda", or None if there is no accelerator.
 
-    It supports streams and events, and copies from pinned memory to it are asynchronous.
+    Accelerators support streams, events, and asynchronous copies from pinned memory.
     """
     device = torch.accelerator.current_accelerator()
     return device and device.type
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `x` on `device`, using an asynchronous copy from pinned memory if `x` moves from the CPU to an accelerator."""
+    """Move `x` to `device`, using an asynchronous copy from pinned memory for CPU-to-accelerator transfers."""
     if x.device.type == "cpu" and device.type == accelerator():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 class Timer:
-    """A context manager that adds up the time spent inside it, and that can be entered repeatedly.
+    """A context manager that accumulates the time spent inside it. It can be entered repeatedly.
 
-    On an accelerator, the timer records events, so it does not synchronize until `seconds` is called.
+    On an accelerator, the timer records events, so it doesn't synchronize until `seconds` is called.
     """
 
     def __init__(self, device: torch.device):
@@ -374,7 +373,7 @@ class Timer:
         self._marks.append(self._mark())
 
     def copy(self) -> "Timer":
-        """Return a new timer that continues from the time that this timer has measured so far."""
+        """Return a new timer that continues from this timer's accumulated time."""
         timer = Timer(self._device or torch.device("cpu"))
         timer._marks = list(self._marks)
         return timer
@@ -387,7 +386,7 @@ class Timer:
         return event
 
     def seconds(self) -> float:
-        """Return the total time so far, in seconds. On an accelerator, wait for the last timed block to finish."""
+        """Return the accumulated time in seconds. On an accelerator, wait for the last timed block to finish."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
         if self._device is None:
             return sum(end - start for start, end in pairs)
@@ -397,7 +396,7 @@ class Timer:
 
 
 def empty_cache() -> None:
-    """Return unused memory from the CUDA allocator and from glibc to the system."""
+    """Release unused memory from the CUDA allocator and from glibc back to the system."""
     torch.cuda.empty_cache()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -410,18 +409,18 @@ _plain_pytorch: list[bool] = []
 
 
 def wants_plain_pytorch() -> bool:
-    """Return True if EVOPRUNE_PLAIN is set to anything but 0, or inside a `plain_pytorch` context."""
+    """Return True if EVOPRUNE_PLAIN is set to anything other than 0, or inside a `plain_pytorch` context."""
     return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return True if a device runs evoprune's kernels. Only CUDA does, and only if plain PyTorch is not requested."""
+    """Return True if a device runs evoprune's kernels. Only CUDA devices do, unless plain PyTorch is requested."""
     return device.type == "cuda" and not wants_plain_pytorch()
 
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Context manager that disables kernels and CUDA graphs, so that models run transformers' own layers."""
+    """Context manager that disables kernels and CUDA graphs, so models run the original transformers layers."""
     _plain_pytorch.append(True)
     try:
         yield
@@ -443,12 +442,12 @@ def failed(what: str) -> bool:
 
 
 def give_up(what: str, consequence: str, problem: Exception) -> None:
-    """Stop using kernels for a task after one of them has failed, and warn about it. Out-of-memory errors are raised again instead.
+    """Stop using kernels for a task after a failure, and issue a warning. Out-of-memory errors are re-raised instead.
 
     Args:
-        what: The name of the task. From now on, `failed` returns True for this name.
-        consequence: The beginning of the warning, which says how the task runs without kernels.
-        problem: The exception that a kernel raised.
+        what: The task name. After this call, `failed` returns True for this name.
+        consequence: The start of the warning, which describes how the task runs without kernels.
+        problem: The exception raised by the kernel.
     """
     if is_out_of_memory(problem):
         raise problem
@@ -457,10 +456,10 @@ def give_up(what: str, consequence: str, problem: Exception) -> None:
 
 
 def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Callable]:
-    """Decorate a function that runs kernels, so that it falls back to `plain_form` if kernels are disabled or fail.
+    """Decorate a function that runs kernels so that it falls back to `plain_form` if kernels are disabled or fail.
 
-    `plain_form` takes the same arguments as the decorated function. A warning is issued when a kernel fails for the first time.
-    Out-of-memory errors propagate instead of triggering the fallback.
+    `plain_form` takes the same arguments as the decorated function. The first kernel failure issues a warning. Out-of-memory errors
+    propagate instead of triggering the fallback.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -479,16 +478,16 @@ def with_fallback(what: str, plain_form: Callable) -> Callable[[Callable], Calla
     return decorate
 
 
-# The current CUDA device, CUDA graphs and streams.
+# The current CUDA device, CUDA graphs, and streams.
 
 _NOTHING = nullcontext()
 
 
 def as_current(device: torch.device) -> AbstractContextManager:
-    """Return a context that makes a CUDA device this thread's current device. For other devices, the context does nothing.
+    """Return a context manager that makes a CUDA device this thread's current device. It does nothing for other devices.
 
-    This is needed because Triton launches kernels on the current device, and some torch functions report the capabilities of the
-    current device. Torch's own operators take the device from their tensors instead.
+    Triton launches kernels on the current device, and some torch functions report its capabilities. Torch's own operators, in
+    contrast, use the device of their tensors.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return _NOTHING
@@ -496,7 +495,7 @@ def as_current(device: torch.device) -> AbstractContextManager:
 
 
 def on_its_device(function: Callable) -> Callable:
-    """Decorate a function that launches Triton kernels, so that they run on the device of its first argument."""
+    """Decorate a function so that its Triton kernels are launched on the device of its first argument."""
 
     @wraps(function)
     def run(first: torch.Tensor, *args, **kwargs):
@@ -510,21 +509,20 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
     """Run a function, then capture it as a CUDA graph.
 
     Args:
-        function: The function to capture. It reads and writes tensors that must outlive the graph, and must not copy anything to
-            the host. Exceptions that it raises propagate.
+        function: The function to capture. The tensors that it reads and writes must outlive the graph, and it must not copy
+            anything to the host. Its exceptions propagate.
         device: The CUDA device.
 
     Returns:
-        A function that replays the captured kernels. Host values that `function` used during the capture stay the same in every
-        replay.
+        A function that replays the captured kernels. Host values used during the capture stay the same in every replay.
     """
     stream = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with as_current(device), torch.cuda.stream(stream):
-        function()  # the first call sets up libraries and loads kernels, which is not allowed during a capture
-        # We do not use `torch.cuda.graph`, because it would empty the allocator. This error mode allows other threads to use the
-        # device during the capture.
+        function()  # the first call initializes libraries and loads kernels, which is not allowed during capture
+        # Don't use `torch.cuda.graph`, because it empties the allocator's cache. This error mode lets other threads use the device
+        # during capture.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             function()
@@ -540,8 +538,8 @@ def run_and_capture(function: Callable[[], None], device: torch.device) -> Calla
 
 
 def read_or(read: Callable[[], T], like: torch.Tensor, otherwise: T) -> T:
-    """Return `read()` if `like` is on the CPU, where reading a tensor's values requires no synchronization.
+    """Return `read()` if `like` is on the CPU, where reading tensor values requires no synchronization.
 
-    On other devices, return `otherwise` instead, which is typically an upper bound that is known without reading any values.
+    On other devices, return `otherwise`, which is typically an upper bound known without reading any values.
     """
     return read() if is_host(like.device) else otherwise

@@ -1,4 +1,4 @@
-"""Decides how transformers' modules run on each device: which layers and experts they use, and whether they call fla's kernels."""
+"""Configures transformers modules for each device: their layer and expert implementations, and whether they call fla kernels."""
 
 import sys
 import threading
@@ -14,20 +14,20 @@ from evoprune.backend.devices import is_host, wants_plain_pytorch
 
 T = TypeVar("T")
 
-# The name of the argument through which transformers models receive the KV cache, and of the output field that returns it. The
-# first name is used since transformers 5.24, the second one in older versions.
+# Name of the KV cache argument and output field in transformers models. Transformers 5.24 and later use the first name, older
+# versions the second.
 CACHE_NAMES = ("cache", "past_key_values")
 
-EXPERTS = "evoprune"  # the name of `_experts_output` in transformers' registry of experts implementations
-# Functions of transformers that are replaced with GPU kernels if fla or causal-conv1d is installed.
+EXPERTS = "evoprune"  # the name under which `_experts_output` is registered with transformers
+# Transformers functions that are replaced with GPU kernels if fla or causal-conv1d is installed.
 FUSED = {"causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"}
-# Counts the `without_packages` contexts that are active in each thread.
+# Counts the active `without_packages` contexts in each thread.
 _thread = threading.local()
 
 
 @cache
 def cache_name() -> str:
-    """Return the name of the KV cache argument in the installed version of transformers."""
+    """Return the name of the KV cache argument in the installed transformers version."""
     from transformers.generation import GenerationMixin
 
     known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -35,15 +35,15 @@ def cache_name() -> str:
 
 
 def form_of_layers(device: torch.device, few: T, modules: T) -> T:
-    """Choose between two implementations of a model's layers.
+    """Select one of two layer implementations for a model.
 
-    On the CPU, arithmetic is the bottleneck, so `modules` is returned. On other devices, the number of operations is the
-    bottleneck, so `few` is returned unless plain PyTorch is requested.
+    On the CPU, arithmetic is the bottleneck, so `modules` is returned. Other devices are limited by the number of operations, so
+    `few` is returned unless plain PyTorch is requested.
 
     Args:
         device: The model's device.
-        few: An implementation with as few operations as possible.
-        modules: An implementation that calls transformers' modules.
+        few: The implementation with as few operations as possible.
+        modules: The implementation that calls the transformers modules.
     """
     return modules if is_host(device) or wants_plain_pytorch() else few
 
@@ -51,15 +51,15 @@ def form_of_layers(device: torch.device, few: T, modules: T) -> T:
 def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the output of a layer's experts, `[L, hidden]`.
 
-    On devices other than the CPU, a single column is multiplied by copies of its experts' weights, as in transformers' generation.
-    Two or more columns go through a grouped matmul. Except for bf16 on Hopper and Blackwell GPUs, the grouped matmul
-    copies the ends of its groups to the host, which is not possible inside a CUDA graph.
+    On devices other than the CPU, a single column is multiplied by copies of its expert weights, as transformers does during
+    generation. Two or more columns use a grouped matmul. Except for bf16 on Hopper and Blackwell GPUs, the grouped matmul copies
+    its group offsets to the host, which is not possible inside a CUDA graph.
 
     Args:
         layer: The transformers module that contains the experts.
         x: The columns, `[L, hidden]`.
         chosen: int64 `[L, n]`, the experts chosen for each column.
-        weights: `[L, n]`, the weight of each chosen expert's output.
+        weights: `[L, n]`, the output weight of each chosen expert.
     """
     from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
@@ -70,10 +70,10 @@ def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch
 
 @contextmanager
 def without_packages() -> Iterator[None]:
-    """Keep this thread's linear attention layers from calling fla and causal-conv1d. Works as a context manager and a decorator.
+    """Prevent linear attention layers in this thread from calling fla and causal-conv1d.
 
-    If these packages are installed, transformers calls them instead of its own functions. On the first prompt, fla would then spend
-    more than a minute compiling and timing up to 59 variants of its kernels.
+    Works as a context manager and a decorator. If these packages are installed, transformers calls them instead of its own
+    functions. On the first prompt, fla would then spend more than a minute compiling and autotuning up to 59 kernel variants.
     """
     _thread.depth = getattr(_thread, "depth", 0) + 1
     try:
@@ -83,15 +83,16 @@ def without_packages() -> Iterator[None]:
 
 
 def choose_functions(model, *, experts: bool) -> None:
-    """Replace the functions that compute linear attention and experts in the language model of a `HostedVL`, in place.
+    """Replace the linear attention and expert functions in the language model of a `HostedVL`, in place.
 
-    If the kernels in `FUSED` are installed, transformers calls them on every device, although they fail on a CPU. The replacements
-    call transformers' own functions on the CPU and inside a `without_packages` context, and the kernels in all other cases.
+    If the kernels in `FUSED` are installed, transformers calls them on every device, even though they fail on a CPU. The
+    replacements call the built-in transformers functions on the CPU and inside a `without_packages` context. In all other cases,
+    they call the kernels.
 
     Args:
         model: The `HostedVL` to change.
-        experts: Whether a mixture of experts should call `_experts_output`. This has no effect if the model already uses an
-            implementation other than transformers' default.
+        experts: Whether MoE layers should call `_experts_output`. This has no effect if the model already uses a non-default
+            implementation.
     """
     text = model.model.language_model
     for source in {type(part).__module__ for part in text.modules()}:

@@ -1,8 +1,7 @@
-"""Patches the attention layers of Qwen4-Exp, which select keys with an indexer, so that their masks can contain biases.
+"""Patches the indexer-based attention layers of Qwen4-Exp to support biases in their masks.
 
-In transformers, the indexer treats a key as hidden unless its mask value is exactly 0. If the mask contains biases for the sizes of
-clusters, the indexer would therefore ignore most visual tokens. It also loops over all columns to select their keys, even if every
-key has to be selected.
+In transformers, the indexer treats a key as hidden unless its mask value is exactly 0, so it would ignore most visual tokens if the
+mask contained cluster-size biases. It also loops over all columns to select their keys, even when every key has to be selected.
 """
 
 from functools import wraps
@@ -13,7 +12,7 @@ METHOD = "_evoprune_forward"
 
 
 def accept_biases(model) -> None:
-    """Permanently patch the indexer classes of a model to accept masks with biases. Models without indexers are not changed."""
+    """Permanently patch a model's indexer classes to accept masks with biases. Models without indexers are left unchanged."""
     for kind in {type(part) for part in model.modules() if hasattr(part, "index_qk_proj")}:
         if not hasattr(kind.forward, METHOD):
             kind.forward = _accepting(kind.forward)
@@ -27,7 +26,7 @@ def _accepting(stock):
             seen = seen > torch.finfo(seen.dtype).min / 2
         if seen.shape[-1] > self.token_budget or kwargs:
             return stock(self, hidden_states, position_embeddings, seen, cache, **kwargs)
-        if cache is not None:  # this call selects all blocks, but later columns still need the indexer's keys
+        if cache is not None:  # this call selects all blocks, but later columns still need the indexer keys
             keys = self.index_qk_proj(hidden_states)[..., -self.index_head_dim :]
             cache.update_indexer(keys, self.layer_idx)
         return seen

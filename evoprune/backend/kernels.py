@@ -1,7 +1,8 @@
 """Triton kernels for the operators in operators.py, for decoder layers, and for the vision tower's attention.
 
-Triton is installed along with PyTorch for CUDA. Importing it takes a while, so this module is imported only on devices that run
-kernels. Each kernel computes the same result as the plain PyTorch fallback next to its caller, even in Triton's interpreter.
+Triton is installed along with CUDA builds of PyTorch. Because importing Triton takes a while, this module is imported only on
+devices that run kernels. Each kernel computes the same result as the plain PyTorch fallback next to its caller, even in Triton's
+interpreter.
 """
 
 import struct
@@ -16,18 +17,21 @@ from evoprune.backend.devices import on_its_device
 
 
 def give_up(problem: Exception) -> None:
-    """Stop using fused kernels in decoder layers and warn about it. If `problem` is an out-of-memory error, raise it instead."""
+    """Stop using fused kernels in decoder layers and issue a warning.
+
+    If `problem` is an out-of-memory error, re-raise it instead.
+    """
     devices.give_up("layers", "layers compute without fused kernels", problem)
 
 
 # Farthest-point selection. The matrix products between these kernels run in cuBLAS.
 
-SIDE = 64  # side length of a block of distances, in points
-# The number of rows in a block of features.
+SIDE = 64  # side length of a distance block, in points
+# Number of rows in a feature block.
 ROWS = 32
 CHANNELS = 64
-# Arguments whose values change from video to video. They are excluded from specialization, because Triton would otherwise compile
-# another version of a kernel for values that are divisible by 16.
+# Arguments whose values vary between videos. They are excluded from specialization; otherwise, Triton would compile a separate
+# kernel for values divisible by 16.
 SIZES = ["points", "length", "count", "begin"]
 
 
@@ -38,7 +42,7 @@ def _given(x: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["length"])
 def _moments(rows, count, mean, variance, length, width, block_rows: tl.constexpr, block: tl.constexpr):
-    """Compute the mean and variance of a block of channels over all rows, each weighted by its `count`."""
+    """Compute the mean and variance of a channel block over all rows, weighting each row by its `count`."""
     c = tl.program_id(0) * block + tl.arange(0, block)
     inside = c < width
     first = tl.load(rows + c, mask=inside, other=0.0).to(tl.float32)
@@ -68,9 +72,9 @@ def _standardise(
     rows, mean, variance, average, place, squares, length, still, rounding,
     width: tl.constexpr, block_rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Standardize a block of rows, and compute the squared lengths of the standardized rows.
+    """Standardize a block of rows and compute the squared norms of the results.
 
-    Each channel is standardized by subtracting its mean and dividing by its standard deviation.
+    Standardizing a channel means subtracting its mean and dividing by its standard deviation.
     """
     r = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     floor = still * tl.load(average)
@@ -91,7 +95,7 @@ def _standardise(
 
 @triton.jit
 def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, valid_j):
-    """Return the rounded distances `[i, j]` between selected points i and candidates j, given the dot products of their places."""
+    """Return the rounded distances `[i, j]` between selected points i and candidates j, given the dot products of coordinates."""
     half_i = tl.load(half + row_i, mask=valid_i, other=0.0)
     half_j = tl.load(half + row_j, mask=valid_j, other=0.0)
     weight_j = tl.load(weight + row_j, mask=valid_j, other=0.0)
@@ -102,7 +106,7 @@ def _distances(product, half, weight, row_i, row_j, time_i, time_j, valid_i, val
 
 @triton.jit(do_not_specialize=SIZES)
 def _tube_distances(product, half, weight, row, time, tubes, points, length, side: tl.constexpr):
-    """Replace the dot products between all points in a tube with the distances between these points, in place."""
+    """Convert the dot products between all points in a tube to distances, in place."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * side + tl.arange(0, side)
     j = tl.program_id(2) * side + tl.arange(0, side)
@@ -120,7 +124,7 @@ def _tube_distances(product, half, weight, row, time, tubes, points, length, sid
 
 @triton.jit(do_not_specialize=SIZES)
 def _greedy(apart, first, row, tubes, out, points, length, block: tl.constexpr):
-    """Select the points of a tube greedily by distance, and write their radii."""
+    """Greedily select points in a tube by distance, and write their radii."""
     tube = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, block)
     point = tl.load(tubes + tube * length + i, mask=i < length, other=points)
@@ -167,7 +171,7 @@ def _nearest(product, half, weight, row, time, selected, out, begin, points, cou
 
 @triton.jit
 def _means(rows, order, row, weight, ends, out, width: tl.constexpr, block: tl.constexpr):
-    """Compute a block of columns of one weighted mean. Rows are added in ascending order, so that the sum is reproducible."""
+    """Compute a column block of one weighted mean. Rows are added in ascending order so that the sum is reproducible."""
     mean = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros((block,), tl.float32)
@@ -207,7 +211,7 @@ def tube_radii(place, half, weight, first, row, time, tubes, keep):
     apart = torch.bmm(there, there.transpose(1, 2))
     blocks = triton.cdiv(length, SIDE)
     _tube_distances[count, blocks, blocks](apart, half, weight, row, time, tubes, points, length, side=SIDE)
-    # Nearly all grids use the same block size, because a kernel is compiled for each block size.
+    # Nearly all grids share one block size, because each block size requires compiling another kernel.
     radii = torch.empty_like(row, dtype=torch.float32)
     block = max(256, triton.next_power_of_2(length))
     _greedy[count,](apart, first, row, tubes, radii, points, length, block=block, num_warps=4)
@@ -222,7 +226,7 @@ def nearest_selected(place, half, weight, row, time, selected, held=1 << 26):
     count = len(selected)
     there = place[row[selected]].T
     rows = row.clamp(min=0)
-    step = max(1, held // count)  # the number of points whose products are held in memory at a time
+    step = max(1, held // count)  # number of points whose products are held in memory at a time
     for begin in range(0, points, step):
         end = min(begin + step, points)
         product = place[rows[begin:end]] @ there
@@ -244,9 +248,9 @@ def mean_rows(rows, into, row, weight, count):
     return means
 
 
-# Greedy selection by cosine similarity. A single program selects all rows, using a precomputed matrix of pairwise cosines.
+# Greedy selection by cosine similarity. A single program selects all rows, using a precomputed pairwise cosine matrix.
 
-COSINES_HELD = 1 << 26  # the number of float32 cosines to hold in memory at a time
+COSINES_HELD = 1 << 26  # number of float32 cosines to hold in memory at a time
 
 
 @triton.jit
@@ -306,7 +310,7 @@ def greedy_cosine(unit, weight, bonus, factor, keep, from_nearest):
 
 
 def _bits(x: float) -> int:
-    """Return the bit pattern of a positive float32 as an integer. These integers sort in the same order as the floats."""
+    """Return a positive float32's bit pattern as an integer. These integers sort in the same order as the floats."""
     return struct.unpack("<i", struct.pack("<f", x))[0]
 
 
@@ -314,7 +318,7 @@ def _bits(x: float) -> int:
 def _gain(now, then, inside, low: tl.constexpr, high: tl.constexpr, halvings: tl.constexpr):
     """Return the weighted median of the ratios `now / then`, with `then` as the weights.
 
-    The median is found by bisection between `low` and `high`, which are the bit patterns of two floats.
+    The median is found by bisection between `low` and `high`, both given as float bit patterns.
     """
     ratio = tl.where(inside, now / tl.maximum(then, 1e-3), float("inf"))
     bits = ratio.to(tl.int32, bitcast=True)
@@ -406,7 +410,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     """Run the `reuse_scan` operator (see backend/operators.py) as a single Triton kernel.
 
     Args:
-        most: The largest factor by which the brightness may drift. For the other arguments, see the operator.
+        most: The maximum brightness drift, as a factor. For the other arguments, see the operator.
     """
     count, units, _ = means.shape
     low = _bits(1 / most)
@@ -426,7 +430,7 @@ def reuse_scan(means, held, pair, known, seen, threshold, blocks, channels, most
     return source, held.T.contiguous(), pair
 
 
-# Decoder layers. The kernels round intermediate results at the same points as transformers does.
+# Decoder layers. The kernels round intermediate results at the same points as transformers.
 
 
 @triton.jit
@@ -502,7 +506,7 @@ def _rotate_put(
 def add_norm(
     x: torch.Tensor, plus: torch.Tensor | None, weight: torch.Tensor, eps: float, rounds: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add a residual to `x` and apply an RMS norm. Returns the sum `x + plus` (just `x` if `plus` is None) and the normed sum.
+    """Add a residual to `x` and apply an RMS norm. Returns `x + plus` (or just `x` if `plus` is None) and the normalized sum.
 
     Args:
         x, plus: `[rows, wide]`, contiguous. The results are contiguous as well.
@@ -524,7 +528,7 @@ def add_norm(
 
 @on_its_device
 def silu_times(x: torch.Tensor) -> torch.Tensor:
-    """Apply SiLU to the first half of each row and multiply it by the second half.
+    """Apply SiLU to the first half of each row and multiply the result by the second half.
 
     Args:
         x: `[rows, 2 * wide]`.
@@ -551,17 +555,17 @@ def rotate_put(
     column: torch.Tensor | None,
     more: int,
 ) -> torch.Tensor:
-    """Apply norms and the rotary embedding to queries and keys, and write keys and values to the KV cache.
+    """Apply norms and rotary embeddings to queries and keys, and write the keys and values to the KV cache.
 
     Args:
-        x: The queries, keys and values before the norms and the rotary embedding, `[L, (heads + 2 * kv_heads) * head_dim]`.
+        x: The queries, keys, and values before norms and rotary embeddings, `[L, (heads + 2 * kv_heads) * head_dim]`.
         places: The cosines and sines, as returned by `rotation` in language/decoder.py.
-        norms: The weights of the norm for queries and of the norm for keys. None means that the model has no such norms.
+        norms: The weights of the query norm and the key norm, or None if the model has no such norms.
         eps: The epsilon of the norms.
         heads: The number of query heads.
         keys, values: The KV cache to write to, `[kv_heads, n, head_dim or more]`, with equal strides.
-        column: int64 `[1]`, the first column of the KV cache to write to. None means column 0.
-        more: The number of features to append to each query head. All of these features are set to 1.
+        column: int64 `[1]`, the first KV cache column to write to. None means column 0.
+        more: The number of features, all set to 1, to append to each query head.
 
     Returns:
         The queries, `[1, L, heads, head_dim + more]`.
@@ -578,7 +582,7 @@ def rotate_put(
     return out
 
 
-# The steps between the tower's qkv product and its attention: apply the rotary embedding and sort the keys by attention group.
+# The steps between the tower's QKV product and its attention: apply rotary embeddings and sort the keys by attention group.
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -587,9 +591,9 @@ def _rotate_into_groups(
     heads: tl.constexpr, dim: tl.constexpr, more: tl.constexpr, root: tl.constexpr, least: tl.constexpr, half: tl.constexpr,
     gathers: tl.constexpr,
 ):  # fmt: skip
-    """Write the queries, or the keys and values, of one unit, for all heads and all four patches.
+    """Write one unit's queries, or its keys and values, for all heads and all four patches.
 
-    The first `rows` programs write queries, and all other programs write keys and values.
+    The first `rows` programs write queries; all other programs write keys and values.
     """
     at = tl.program_id(0).to(tl.int64)
     asks = at < rows
@@ -649,20 +653,20 @@ def rotate_into_groups(
     keys: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Apply the rotary embedding to the vision tower's queries and keys, and sort keys and values by attention group.
+    """Apply rotary embeddings to the vision tower's queries and keys, and sort the keys and values by attention group.
 
     Args:
-        qkv: The queries, keys and values, `[R, 4, 3 * heads * d]`.
+        qkv: The queries, keys, and values, `[R, 4, 3 * heads * d]`.
         cos, sin: The rotary embedding, float32 `[places, 4, d]`, with the first half of the sines negated.
-        place: int64 `[R]`, each row's place in its frame pair.
+        place: int64 `[R]`, each row's position in its frame pair.
         heads: The number of heads.
-        keys: int64 `[K]`, the rows that serve as keys. None means that all rows are keys, in their original order.
-        weight: int64 `[K]` or None. The logarithm of each key's weight is added to its attention scores by means of additional
-            features (see `vision.attention.with_bias`).
+        keys: int64 `[K]`, the rows that serve as keys. None uses all rows as keys, in their original order.
+        weight: int64 `[K]` or None. The logarithm of each key's weight is added to its attention scores through extra features (see
+            `vision.attention.with_bias`).
 
     Returns:
         The queries, `[R * 4, heads, d']`, and the keys and values, `[K * 4, heads, d']` each. Here, d' is d plus the number of
-        additional features.
+        extra features.
     """
     rows = len(qkv)
     dim = qkv.shape[2] // (3 * heads)

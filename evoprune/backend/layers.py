@@ -1,4 +1,4 @@
-"""Reduces the number of operations in each layer by joining weight matrices and by using fused kernels on CUDA."""
+"""Reduces the number of operations per layer by joining weight matrices and, on CUDA, using fused kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ import torch
 
 from evoprune.backend.devices import failed, has_triton, uses_kernels
 
-# For each type of module, the linear layers inside it that read the same input.
+# For each module type, the linear layers inside it that share an input.
 SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 _unjoined: list[bool] = []
 
 
 def join(model) -> None:
-    """Join the language model's weight matrices that multiply the same input into one contiguous tensor.
+    """Join language model weight matrices that share an input into one contiguous tensor.
 
-    Each linear layer's weight becomes a view of its part of the joined tensor.
+    Each linear layer's weight becomes a view into the joined tensor.
     """
     for layer in model.model.language_model.layers:
         for part, names in SHARED_INPUT.items():
@@ -33,11 +33,11 @@ def join(model) -> None:
 
 
 def join_tower(visual) -> None:
-    """Join the first two matrices in every gated MLP of the vision tower, and pad its inner size to make matrix products fast.
+    """Join the first two matrices of every gated MLP in the vision tower, and pad the inner dimension to speed up matrix products.
 
-    The MLPs of Qwen2.5-VL have an inner size of 3,420. Because this is not a multiple of 8, matrix products take twice as long as
-    they should. The padding consists of zeros, so it does not change the results. Each linear layer's weight becomes a view of
-    its part of the padded tensors.
+    The MLPs of Qwen2.5-VL have an inner dimension of 3,420. Because this isn't a multiple of 8, matrix products take twice as long
+    as they should. The padding consists of zeros, so it doesn't change the results. Each linear layer's weight becomes a view into
+    the padded tensors.
     """
     for block in visual.blocks:
         mlp = block.mlp
@@ -62,8 +62,7 @@ def join_tower(visual) -> None:
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Return the joined weight and bias that `join` or `join_tower` created for an attention or MLP module.
 
-    None means that the module has no joined weights, that its weights have since been replaced, or that an `unjoined` context is
-    active.
+    Returns None if the module has no joined weights, if its weights have since been replaced, or inside an `unjoined` context.
     """
     parameters = getattr(module, "joined", None)
     if parameters is None or _unjoined:
@@ -75,14 +74,14 @@ def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def is_unhooked_linear(module: torch.nn.Module) -> bool:
-    """Return True if a module is a plain linear layer without hooks. Layers with hooks must be called, so that the hooks run."""
+    """Return True if a module is a plain linear layer without hooks. Layers with hooks must be called so that the hooks run."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
 
 
 @contextmanager
 def unjoined() -> Iterator[None]:
-    """Context manager that ignores joined weights, so that each matrix is multiplied separately, as in transformers."""
+    """Context manager that disables joined weights, so each matrix is multiplied separately, as in transformers."""
     _unjoined.append(True)
     try:
         yield
@@ -91,7 +90,7 @@ def unjoined() -> Iterator[None]:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """Return the module of fused kernels, or None if the device does not support them or one of them has failed before."""
+    """Return the fused kernel module, or None if the device doesn't support fused kernels or if one has failed before."""
     if not uses_kernels(device) or failed("layers") or not has_triton():
         return None
     from evoprune.backend import kernels

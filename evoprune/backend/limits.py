@@ -1,7 +1,7 @@
-"""Finds out how many cores, how much memory and which devices this process may use. Does not import torch.
+"""Determines which cores, memory, and devices are available to this process, without importing torch.
 
-Containers limit cores and memory with control groups (cgroups v1, v2, or both). A limit applies to a control group and to all
-groups nested in it. If the file for a limit is missing from a group's folder, the group does not set that limit.
+Containers limit cores and memory with control groups (cgroups v1, v2, or both). A limit applies to a control group and all of its
+descendants. A missing limit file in a group's folder means that the group doesn't set this limit.
 """
 
 import math
@@ -15,34 +15,34 @@ from pathlib import Path
 
 ROOT = Path("/")
 # Options for glibc's mallopt. The allocator returns free memory above the trim threshold to the system, and requests new pages for
-# every block larger than the mmap threshold. If the maximum number of arenas is 1, all threads share one arena.
+# each block larger than the mmap threshold. With a maximum of 1 arena, all threads share it.
 TRIM_THRESHOLD = -1
 TOP_PAD = -2
 MMAP_THRESHOLD = -3
 ARENA_MAX = -8
 MALLOC = {TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26, MMAP_THRESHOLD: 2**30, ARENA_MAX: 1}
 
-# Pairs of files in a control group's folder: the memory limit and the memory in use, both in bytes. The kernel does not kill
-# processes in a group that exceeds `memory.high`, but it slows them to a crawl.
+# File pairs in a control group's folder: the memory limit and the memory usage, both in bytes. The kernel doesn't kill processes in
+# a group that exceeds `memory.high`, but it throttles them heavily.
 MEMORY = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-# Matches the fields of memory.stat that count memory the system can reclaim when it runs low: cached files, including mapped ones.
-# In cgroups v1, only the fields that begin with `total_` include the groups inside this group.
+# Matches the memory.stat fields that count reclaimable memory: cached files, including mapped ones. In cgroups v1, only the fields
+# starting with `total_` include nested groups.
 RECLAIMABLE = re.compile(r"^(total_)?(?:active_file|inactive_file|slab_reclaimable) (\d+)$", re.MULTILINE)
 
-# Files whose presence shows that the GPU driver for a toolkit is installed. The last pattern for each toolkit is for WSL.
+# Files that indicate an installed GPU driver, by toolkit. The last pattern for each toolkit is for WSL.
 DRIVERS = {
     "cuda": ("dev/nvidia[0-9]*", "dev/nvmap", "usr/lib/wsl/lib/libcuda.so*"),
     "hip": ("dev/kfd", "dev/dxg"),
 }
-# Matches the lines in torch's `version` module that reveal the toolkit that torch was built with.
+# Matches the lines in torch's `version` module that specify the toolkit torch was built with.
 BUILT_WITH = re.compile(r"^(cuda|hip)\b[^=]*=\s*['\"]", re.MULTILINE)
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches values of these variables that leave at least one GPU visible
-# The number of visual tokens (before pruning) that a CPU can encode in about a minute.
+VISIBLE = re.compile(r"\s*(\d|GPU-|MIG-)")  # matches variable values that leave at least one GPU visible
+# Number of visual tokens (before pruning) that a CPU can encode in about a minute.
 MAX_VISUAL_TOKENS_CPU = 4_096
 # With fewer units than this, the vision tower is launch-bound on CUDA, so its run time hardly depends on the number of rows. The
 # threshold was chosen from measurements on one H200 (results/gpu.md, "Small inputs"). At 384 units, pruning inside the tower was
@@ -53,10 +53,10 @@ LAUNCH_BOUND_UNITS = {"cuda": 2048}
 
 
 class DeviceName:
-    """The name of a device, and what can be derived from it without importing torch.
+    """A device name, with properties that can be derived from it without importing torch.
 
     Args:
-        name: The value of the device option: "auto", or the name of a torch device such as "cuda:1".
+        name: The value of the device option: "auto" or a torch device name such as "cuda:1".
     """
 
     def __init__(self, name: str):
@@ -66,9 +66,9 @@ class DeviceName:
     def resolve(self, root: Path = ROOT) -> str:
         """Return the name of the device to use.
 
-        "auto" resolves to "cuda" if torch was built for GPUs, a matching driver is installed, and the environment does not hide the
-        GPU. Otherwise, it resolves to "cpu". If torch later cannot use the GPU, loading a model raises an error instead of falling
-        back to the CPU (see `pick_device`).
+        "auto" resolves to "cuda" if torch was built for GPUs, a matching driver is installed, and no environment variable hides the
+        GPU; otherwise, to "cpu". If torch can't use the GPU later, loading a model raises an error instead of falling back to the
+        CPU (see `pick_device`).
         """
         if self.name != "auto":
             return self.name
@@ -77,21 +77,21 @@ class DeviceName:
 
     @property
     def visual_token_limit(self) -> float:
-        """The maximum number of visual tokens before pruning. Infinity means that the device sets no limit."""
+        """Maximum number of visual tokens before pruning, or infinity if the device imposes no limit."""
         return MAX_VISUAL_TOKENS_CPU if self._kind == "cpu" else math.inf
 
     @property
     def launch_bound_units(self) -> int:
-        """The number of units below which the vision tower is launch-bound on this device, or 0 if it never is."""
+        """Number of units below which the vision tower is launch-bound on this device, or 0 if it never is."""
         return LAUNCH_BOUND_UNITS.get(self._kind, 0)
 
     def cluster_share(self, gpus: int, cores: Sequence[int]) -> tuple[int, dict[str, float]]:
-        """Return how many model processes fit on a Ray cluster, and the resources that each process requests from Ray.
+        """Return the number of model processes that fit on a Ray cluster, and the Ray resources requested by each process.
 
-        If the models run on GPUs, each process gets one GPU. Otherwise, each process gets as many cores as the smallest node has.
+        On GPUs, each process is assigned one GPU. Otherwise, each process is assigned as many cores as the smallest node has.
 
         Args:
-            gpus: The number of GPUs in the whole cluster.
+            gpus: The total number of GPUs in the cluster.
             cores: The number of cores on each node.
         """
         if self.name.startswith("cuda") or (self.name == "auto" and gpus):
@@ -101,19 +101,19 @@ class DeviceName:
 
 
 def _has_gpu(root: Path) -> bool:
-    """Return True if the driver for a GPU that the installed torch supports is present.
+    """Return True if a driver is present for a GPU supported by the installed torch build.
 
-    On systems without /dev, such as Windows, the driver cannot be checked, so a torch that was built for GPUs is enough.
+    On systems without /dev, such as Windows, the driver can't be checked, so any GPU build of torch returns True.
     """
     toolkits = _toolkits()
     if not (root / "dev").is_dir():
         return bool(toolkits)
     files = (file for toolkit in toolkits for pattern in DRIVERS[toolkit] for file in root.glob(pattern))
-    return any(os.access(file, os.R_OK) for file in files)  # a control group may forbid a device
+    return any(os.access(file, os.R_OK) for file in files)  # a control group may block access to a device
 
 
 def _toolkits() -> list[str]:
-    """Return the GPU toolkits that torch was built with ("cuda", "hip"), or all known toolkits if this cannot be determined."""
+    """Return the GPU toolkits that torch was built with ("cuda", "hip"), or all known toolkits if they can't be determined."""
     try:
         folders = find_spec("torch").submodule_search_locations
         return BUILT_WITH.findall(Path(folders[0], "version").with_suffix(".py").read_text(encoding="utf-8"))
@@ -122,20 +122,20 @@ def _toolkits() -> list[str]:
 
 
 class Host:
-    """Reports how many cores and how much memory this process may use.
+    """Reports the number of cores and the amount of memory available to this process.
 
     Args:
-        root: The file system root, under which /proc and the control groups are mounted.
+        root: The file system root under which /proc and the control groups are mounted.
     """
 
     def __init__(self, root: Path = ROOT):
         self._root = root
 
     def available_cores(self) -> int:
-        """Return the number of CPU cores that this process may keep busy, which is at least 1.
+        """Return the number of CPU cores available to this process (at least 1).
 
-        This is the number of cores in the process's CPU affinity mask, or its control groups' CPU quota if that is lower. The quota
-        is rounded up to whole cores.
+        This is the number of cores in the CPU affinity mask or the control groups' CPU quota, whichever is lower. The quota is
+        rounded up to whole cores.
         """
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
@@ -145,11 +145,11 @@ class Host:
         return max(1, math.ceil(min(cores, quota)))
 
     def available_memory(self) -> int | None:
-        """Return the number of bytes that this process can allocate without swapping, or None if the number is unknown.
+        """Return the amount of memory, in bytes, that this process can allocate without swapping, or None if unknown.
 
-        This is the lowest of three values: the memory that Linux reports as available, the memory left in the process's control
-        groups, and the address space left under `ulimit -v`. Cached files count as available memory, because the system evicts them
-        when memory runs low.
+        This is the lowest of three values: the available memory reported by Linux, the memory remaining in the process's control
+        groups, and the address space remaining under `ulimit -v`. Cached files are treated as available memory because the system
+        evicts them when memory runs low.
         """
         try:
             (free,) = kib(self._root / "proc/meminfo", "MemAvailable")
@@ -160,9 +160,9 @@ class Host:
         return min(free, _unused_address_space(mapped), *groups)
 
     def oom_kills(self) -> int:
-        """Return how many processes the kernel has killed so far because memory ran out, or 0 if the number is unknown.
+        """Return the number of processes that the kernel's OOM killer has terminated so far, or 0 if unknown.
 
-        The number covers the whole machine, not only the control groups of this process.
+        The count covers the whole machine, not just the control groups of this process.
         """
         with suppress(OSError, ValueError, StopIteration), (self._root / "proc/vmstat").open() as file:
             return next(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
@@ -170,13 +170,13 @@ class Host:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed memory instead of returning it to the system. With other C libraries, this does nothing.
+    """Make glibc reuse freed memory instead of returning it to the system. This does nothing with other C libraries.
 
-    By default, glibc returns the memory of each layer's results to the system and requests new pages for the next layer, which
-    takes up to an eighth of the encoding time of a 3B model in bf16 (results/machines.md). Call this function only in processes
-    that belong to evoprune, because the process then holds on to its peak memory.
+    By default, glibc returns each layer's output memory to the system and requests new pages for the next layer. With a 3B model in
+    bf16, this takes up to an eighth of the encoding time (results/machines.md). Only call this function in evoprune's own
+    processes, because the process then keeps its peak memory.
     """
-    import ctypes  # imported here so that --help does not load it
+    import ctypes  # imported here so that --help doesn't load it
 
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in MALLOC.items():
@@ -184,7 +184,7 @@ def keep_freed_memory() -> None:
 
 
 def _quotas(folder: Path) -> Iterator[float]:
-    """Yield each CPU quota that is set in a control group's folder, in cores."""
+    """Yield the CPU quotas set in a control group's folder, in cores."""
     with suppress(OSError, ValueError):  # "max" means no limit
         quota, period = map(int, (folder / "cpu.max").read_text().split())
         yield quota / period
@@ -195,7 +195,7 @@ def _quotas(folder: Path) -> Iterator[float]:
 
 
 def _unused_memory(folder: Path) -> Iterator[int]:
-    """Yield the number of bytes that can still be allocated under each memory limit of a control group."""
+    """Yield the number of bytes remaining under each memory limit of a control group."""
     for limit, used in MEMORY:
         with suppress(OSError, ValueError):  # "max" means no limit
             unused = int((folder / limit).read_text()) - int((folder / used).read_text())
@@ -209,9 +209,9 @@ def _reclaimable(stat: str) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the control groups that contain this process, from the innermost to the outermost visible group.
+    """Yield the folders of this process's control groups, from the innermost to the outermost visible group.
 
-    With cgroups v1, the requested controller is enabled in all of these groups. With v2, some of the groups may lack it.
+    With cgroups v1, all of these groups have the requested controller enabled. With v2, some of them may lack it.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -230,10 +230,10 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
             continue
         if name not in group_paths or ".." in group_paths[name].split(
             "/"
-        ):  # the process was moved out of the visible groups
+        ):  # the process was moved outside the visible groups
             continue
         top, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field) for field in where.split(" ")[3:5])
-        # In a container, the mount starts at the container's own group, whose path is the same as in the process's list of groups.
+        # In a container, the mount starts at the container's own group, with the same path as in the process's list of groups.
         if Path(group_paths[name]).is_relative_to(top):
             folder = Path(group_paths[name]).relative_to(top)
             mounted = root / point.lstrip("/")
@@ -244,8 +244,8 @@ def kib(path: Path, *names: str) -> list[int]:
     """Read fields of a file in /proc and convert their values from KiB to bytes.
 
     Raises:
-        OSError: If the file does not exist.
-        KeyError: If a field does not exist.
+        OSError: If the file doesn't exist.
+        KeyError: If a field doesn't exist.
     """
     values = dict(line.partition(":")[::2] for line in path.read_text("utf-8", "replace").splitlines())
     return [int(values[name].split()[0]) * 1024 for name in names]

@@ -1,12 +1,12 @@
-"""Torch operators for farthest-point selection, greedy selection by cosine similarity, and reuse, for each kind of device.
+"""Torch operators for farthest-point selection, greedy cosine-similarity selection, and reuse on each device type.
 
-Each operator is implemented in numpy or PyTorch for the CPU, as Triton kernels for CUDA (kernels.py), and with as few PyTorch
-operations as possible for other devices. Only the CPU implementations read values back to the host. Distances are rounded to whole
-steps, so that devices that sum in different orders agree, and so that the distance between equal rows is exactly 0.
+Each operator has a numpy or PyTorch implementation for the CPU, Triton kernels for CUDA (kernels.py), and an implementation with as
+few PyTorch operations as possible for other devices. Only the CPU implementations read values back to the host. Distances are
+rounded to whole steps, so devices agree even if they sum in different orders, and the distance between equal rows is exactly 0.
 
-Farthest-point selection has four operators. They compute the places of rows, select the farthest points inside tubes, find the
-nearest selected point for every point, and average clusters. A point has a row and a time. The distance between a selected point i
-and a point j, in steps, is
+Farthest-point selection consists of four operators: compute row coordinates, select the farthest points in each tube, find the
+nearest selected point for each point, and average the clusters. A point has a row and a time. The distance between a selected point
+i and a point j, in steps, is
 
     d(i, j) = half[row_i] + half[row_j] - place[row_i] . place[row_j] + weight[row_j] * |time_i - time_j|
 """
@@ -18,20 +18,20 @@ import torch
 
 from evoprune.backend.devices import with_fallback
 
-MAX_DISTANCES = 1 << 23  # the number of distances to hold in memory at a time on a CPU
+MAX_DISTANCES = 1 << 23  # number of distances to hold in memory at a time on a CPU
 MAX_DISTANCES_ON_DEVICE = 1 << 26
-FEW_TUBES = 4  # a CPU processes up to this number of tubes one by one
+FEW_TUBES = 4  # a CPU processes up to this many tubes one by one
 FEW_ROWS = (
     512  # with at most this many rows, a CPU multiplies all pairs of rows once and looks up the products for its points
 )
-# The number of rows to convert to float32 at a time.
+# Number of rows to convert to float32 at a time.
 AT_ONCE = 1024
 AT_ONCE_ON_DEVICE = 16384
-# The fraction of the mean variance that is added to every channel's variance, so that nearly constant channels have less influence.
+# Fraction of the mean variance to add to each channel's variance, which reduces the influence of nearly constant channels.
 VARIANCE_FLOOR = 1e-3
-ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean are damped, because they may be rounding errors
+ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean may be rounding errors, so they are damped
 
-# We register operators with the low-level API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
+# Use the low-level registration API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
 _LIBRARY = torch.library.Library("evoprune", "DEF")
 _LIBRARY.define("standard_places(Tensor rows, Tensor unit_to_row, Tensor? projection, int steps) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -50,19 +50,19 @@ mean_rows = torch.ops.evoprune.mean_rows
 def _standard_places(
     rows: torch.Tensor, unit_to_row: torch.Tensor, projection: torch.Tensor | None, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the places of rows, which are the rows after standardization, and the squares of the places' lengths.
+    """Compute the coordinates of rows, which are standardized rows, and the squared norms of these coordinates.
 
     Args:
         rows: `[E, D]`.
-        unit_to_row: int64 `[N]`, each unit's row, or -1 for a unit without a row. The mean and the standard deviation weight each
-            row by the number of its units.
-        projection: float32 `[D, d]`, the matrix that maps the standardized rows to `d` dimensions, or None.
-        steps: The number of steps in a length of 1.
+        unit_to_row: int64 `[N]`, each unit's row, or -1 for units without a row. The mean and standard deviation weight each row by
+            its number of units.
+        projection: float32 `[D, d]`, a matrix that projects the standardized rows to `d` dimensions, or None.
+        steps: The number of steps per unit length.
 
     Returns:
-        The places, float32 `[E, d]`, and the squared lengths, float32 `[E]`. To compute the places, the mean row is subtracted from
-        the rows, each channel is divided by its standard deviation, and everything is divided by the length of the longest row. The
-        squared lengths are rounded to steps. They are 0 for rows that have no unit. If all rows are equal, both results are 0.
+        The coordinates, float32 `[E, d]`, and their squared norms, float32 `[E]`. The coordinates are computed by subtracting the
+        mean row, dividing each channel by its standard deviation, and dividing everything by the largest row norm. The squared
+        norms are rounded to steps and are 0 for rows without a unit. If all rows are equal, both results are 0.
     """
     count = unit_counts(unit_to_row, len(rows))
     at_once = AT_ONCE_ON_DEVICE if rows.device.type != "cpu" else AT_ONCE
@@ -71,7 +71,7 @@ def _standard_places(
     def pieces() -> Iterator[torch.Tensor]:  # converted to float32 a few rows at a time to save memory
         return (part.float() for part in rows.split(at_once))
 
-    first = rows[0].float()  # subtracted before summing, so that the sums are exact if all rows are equal
+    first = rows[0].float()  # subtracted before summing, so the sums are exact if all rows are equal
     mean = first + sum(share @ (piece - first) for share, piece in zip(shares, pieces(), strict=True))
     variance = sum(share @ (piece - mean).square_() for share, piece in zip(shares, pieces(), strict=True))
     scale = (variance + VARIANCE_FLOOR * variance.mean() + (ROUNDING * mean).square_()).clamp_(min=1e-30).rsqrt_()
@@ -90,7 +90,7 @@ def _standard_places(
 
 
 def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the number of units that belong to each row, float32 `[rows]`.
+    """Return the number of units per row, float32 `[rows]`.
 
     Args:
         unit_to_row: int64 `[N]`, each unit's row, or -1 for a unit without a row.
@@ -101,7 +101,7 @@ def unit_counts(unit_to_row: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Round numbers to multiples of `1 / steps`, and raise negative numbers to 0."""
+    """Round numbers to multiples of `1 / steps`, and clamp negative numbers to 0."""
     return (x * steps).round_().div_(steps).clamp_(min=0)
 
 
@@ -115,22 +115,21 @@ def _tube_radii(
     tubes: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Select points greedily inside each tube, and return each point's radius in whole steps, float32 `[N]`.
+    """Greedily select points in each tube, and return each point's radius in whole steps, float32 `[N]`.
 
-    The selection in a tube starts with the point that has the largest `first`. After that, the next point is always the one that is
-    farthest from all points selected so far, and this distance is its radius. The radius of the first point is its `first`, or one
-    step more than the second radius if that is larger. Radii therefore decrease in the order of selection, so the K largest radii
-    overall belong to the points that were selected first in their tubes. If points are tied, the point with the lowest index is
-    selected. Points without a row have a radius of -1.
+    In each tube, selection starts with the point with the largest `first`. Each step then selects the point farthest from all
+    previously selected points, and this distance becomes its radius. The first point's radius is its `first`, or one step more than
+    the second radius if that is larger. Radii therefore decrease in selection order, so the K largest radii overall belong to the
+    first points selected in their tubes. Ties go to the point with the lowest index. Points without a row have a radius of -1.
 
     Args:
-        place: float32 `[E, d]`, each row's place.
+        place: float32 `[E, d]`, each row's coordinates.
         half, weight, first: float32 `[E]`, per-row values in steps. `half` and `weight` are described in the module docstring.
         row: int64 `[N]`, each point's row, or -1 for a point without a row.
         time: float32 `[N]`, each point's time.
-        tubes: int64 `[B, L]`, the points in each tube, ascending. N stands for padding.
-        keep: The number of radii that the caller needs, starting from the largest. The CPU stops early once it has found them, so
-            smaller radii may be returned as 0.
+        tubes: int64 `[B, L]`, the points in each tube, ascending, padded with N.
+        keep: The number of largest radii that the caller needs. The CPU stops once it has found them, so smaller radii may be
+            returned as 0.
     """
     index, rows, valid = _members(row, tubes)
     distances = _distances(place, half, weight, rows, time[index])
@@ -153,7 +152,7 @@ def _tube_radii(
 
 
 def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the points in each tube and their rows, int64 `[B, L]`, and a mask that is False for padding and points without a row.
+    """Return the points in each tube and their rows, int64 `[B, L]`, and a mask, False for padding and points without a row.
 
     Padding is returned as point 0 and row 0.
     """
@@ -166,7 +165,7 @@ def _members(row: torch.Tensor, tubes: torch.Tensor) -> tuple[torch.Tensor, torc
 def _distances(
     place: torch.Tensor, half: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, time: torch.Tensor
 ) -> torch.Tensor:
-    """Return the rounded distances between all points in the same tube, float32 `[B, selected, candidate]`.
+    """Return the rounded distances between all pairs of points in each tube, float32 `[B, selected, candidate]`.
 
     `rows` and `time` contain each point's row (int64) and time (float32), `[B, L]`.
     """
@@ -211,7 +210,7 @@ def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.n
         radius = near[best]
         if not radius > 0 or (
             selected >= keep and radius < latest
-        ):  # an equal radius could still win a tie by its index
+        ):  # an equal radius could still win a tie because of its index
             break  # also reached if a distance is NaN, because argmax returns NaN first
         radii[best] = latest = radius
         np.minimum(near, distances[best], out=near)
@@ -220,7 +219,7 @@ def _greedy_in_tube(distances: np.ndarray, first: np.ndarray, keep: int) -> np.n
 
 
 def _greedy_together(distances: np.ndarray, first: np.ndarray, keep: int) -> np.ndarray:
-    """Return the same radii as `_greedy`, but process all tubes together, selecting one point per tube in each step."""
+    """Return the same radii as `_greedy`, but process all tubes in parallel, selecting one point per tube at each step."""
     at = np.arange(len(first))
     near = first
     best = near.argmax(1)
@@ -252,7 +251,7 @@ def _nearest_selected(
 ) -> torch.Tensor:
     """Find the nearest selected point for each point.
 
-    A selected point is always assigned to itself. If selected points are tied, the one with the lowest index wins.
+    A selected point is always assigned to itself. Ties go to the selected point with the lowest index.
 
     Args:
         selected: int64 `[K]`, the selected points. For the other arguments, see `_tube_radii`.
@@ -282,7 +281,7 @@ def _with_selected(nearest: torch.Tensor, row: torch.Tensor, selected: torch.Ten
 
 
 def _nearest_selected_cpu(place, half, weight, row, time, selected):
-    # With reuse, many points share a row, so each product is computed only once per row, in batches that fit into the CPU cache.
+    # With reuse, many points share a row, so each product is computed once per row, in batches that fit in the CPU cache.
     rows, back = row[selected].unique(return_inverse=True)
     there = place[rows]
     half_of = half[rows]
@@ -300,12 +299,12 @@ def _nearest_selected_cpu(place, half, weight, row, time, selected):
 def _mean_rows(
     rows: torch.Tensor, into: torch.Tensor, row: torch.Tensor, weight: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Compute weighted means of rows, `[count, D]`. The sums are computed in float32, and the means have the dtype of `rows`.
+    """Compute weighted means of rows, `[count, D]`. Sums are accumulated in float32, and the means have the dtype of `rows`.
 
     Args:
         rows: `[E, D]`.
         into, row: int64 `[m]` each. Row `row[k]` contributes to mean `into[k]`.
-        weight: float32 `[m]`, the weights of these contributions. Every mean's weights must have a positive sum.
+        weight: float32 `[m]`, the weights of these contributions. The weights of each mean must have a positive sum.
         count: The number of means.
     """
     total = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -318,7 +317,7 @@ def _mean_rows(
 
 
 def _mean_rows_cpu(rows, into, row, weight, count):
-    # With reuse, a row can contribute to the same mean many times. It is added only once, with the sum of its weights.
+    # With reuse, a row can contribute to the same mean many times. Add it only once, using the sum of its weights.
     both, back = (into * len(rows) + row).unique(return_inverse=True)
     weight = weight.new_zeros(len(both)).index_add_(0, back, weight)
     return _mean_rows(rows, both // len(rows), both % len(rows), weight, count)
@@ -326,7 +325,7 @@ def _mean_rows_cpu(rows, into, row, weight, count):
 
 @with_fallback("the distance of units", _standard_places)
 def _standard_places_cuda(rows, unit_to_row, projection, steps):
-    from evoprune.backend import kernels  # Triton takes a while to import
+    from evoprune.backend import kernels  # importing Triton takes a while
 
     count = unit_counts(unit_to_row, len(rows))
     return kernels.standard_places(rows, count, projection, steps, VARIANCE_FLOOR, ROUNDING)
@@ -364,12 +363,10 @@ for _name, _plain, _cpu, _cuda in (
     _LIBRARY.impl(_name, _cuda, "CUDA")
 
 
-# Greedy selection by cosine similarity. Each step selects the row that differs most from the rows selected so far.
+# Greedy selection by cosine similarity. Each step selects the row least similar to all previously selected rows.
 
-BLOCK = 512  # the number of rows of the pairwise cosine matrix to hold in memory at a time
-MOST_ROWS = (
-    1 << 15
-)  # the maximum for the kernel, which holds all cosines as 16-bit numbers (2 GiB for this number of rows)
+BLOCK = 512  # number of rows of the pairwise cosine matrix to hold in memory at a time
+MOST_ROWS = 1 << 15  # maximum for the kernel, which stores all cosines as 16-bit numbers (2 GiB at this number of rows)
 
 _LIBRARY.define(
     "greedy_cosine(Tensor unit, Tensor? weight, Tensor? bonus, float factor, int keep, bool from_nearest) -> Tensor"
@@ -378,7 +375,7 @@ greedy_cosine = torch.ops.evoprune.greedy_cosine
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
-    """Round scores to multiples of 1/16384, so that the cosines of equal rows are tied even if their last bits differ."""
+    """Round scores to multiples of 1/16384, so the cosines of equal rows are tied even if their last bits differ."""
     return (score * 16384).round() / 16384
 
 
@@ -390,10 +387,10 @@ def _greedy_cosine(
     keep: int,
     from_nearest: bool,
 ) -> torch.Tensor:
-    """Select rows one by one, always taking the row with the highest score, and return their indices, int64 `[keep]`, ascending.
+    """Greedily select the rows with the highest scores, one at a time. Returns their indices, int64 `[keep]`, ascending.
 
-    The score of a row depends on `near`, the largest cosine between this row and any selected row. Cosines are rounded. If rows are
-    tied, the one with the lowest index is selected.
+    A row's score depends on `near`, the largest cosine between this row and any selected row. Cosines are rounded. Ties go to the
+    row with the lowest index.
 
     Args:
         unit: float32 `[N, D]`, rows of unit length.
@@ -401,8 +398,7 @@ def _greedy_cosine(
         bonus: float32 `[N]` or None. With a bonus, the score is bonus - factor * near, rounded, and `weight` must be None.
         factor: The factor for `near` in scores with a bonus.
         keep: The number of rows to select.
-        from_nearest: Whether `near` is the cosine to the most similar other row until the first row is selected. If False, `near`
-            starts at 0.
+        from_nearest: Whether `near` is initialized to the cosine with the most similar other row. If False, `near` starts at 0.
     """
     near = unit.new_zeros(len(unit))
     if from_nearest and keep:
@@ -423,7 +419,7 @@ def _greedy_cosine(
 
 
 def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return each row's cosine similarity to the most similar other row, float32 `[N]`, or -inf if there is only one row.
+    """Return each row's cosine similarity to its most similar other row, float32 `[N]`, or -inf if there is only one row.
 
     The rows of `unit`, `[N, D]`, must have unit length.
     """
@@ -439,7 +435,7 @@ def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
 def _greedy_cosine_cuda(unit, weight, bonus, factor, keep, from_nearest):
     if not 0 < keep <= len(unit) <= MOST_ROWS:
         return _greedy_cosine(unit, weight, bonus, factor, keep, from_nearest)
-    from evoprune.backend import kernels  # Triton takes a while to import
+    from evoprune.backend import kernels  # importing Triton takes a while
 
     return kernels.greedy_cosine(unit, weight, bonus, factor, keep, from_nearest)
 
@@ -448,12 +444,12 @@ _LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
 _LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
-# Reuse. For each unit, the operator finds the last frame pair whose unit at the same place was encoded (see vision/patches.py).
+# Reuse. For each unit, the operator finds the last frame pair that was encoded at the same position (see vision/patches.py).
 
-# The number of blocks (7x7 or 8x8 pixels) in a unit, counting both frames, and the number of color channels.
+# Number of blocks (7x7 or 8x8 pixels) in a unit across both frames, and number of color channels.
 BLOCKS = 2 * 4**2
 CHANNELS = 3
-# The largest factor, in either direction, by which the brightness may have drifted since the references were encoded.
+# Maximum brightness drift, as a factor in either direction, since the references were encoded.
 BRIGHTNESS = 1.2
 
 _LIBRARY.define(
@@ -465,18 +461,18 @@ reuse_scan = torch.ops.evoprune.reuse_scan
 def _reuse_scan(
     means: torch.Tensor, held: torch.Tensor, pair: torch.Tensor, known: bool, seen: int, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find, for each unit, the frame pair whose encoded row at the same place it can reuse.
+    """For each unit, find the frame pair whose encoded row at the same position can be reused.
 
     Args:
-        means: float32 `[T, units, 96]`, the block means of the next frame pairs.
-        held: float32 `[units, 96]`, the block means at each place when it was last encoded. Ignored if `known` is False.
-        pair: int64 `[units]`, the index of the last frame pair that was encoded at each place.
-        known: Whether earlier frame pairs have set `held` and `pair`.
+        means: float32 `[T, units, 96]`, the block means of the next T frame pairs.
+        held: float32 `[units, 96]`, the block means of the last encoded unit at each position. Ignored if `known` is False.
+        pair: int64 `[units]`, the index of the frame pair last encoded at each position.
+        known: Whether `held` and `pair` have been set by earlier frame pairs.
         seen: The number of earlier frame pairs.
-        threshold: The smallest difference, in levels out of 255, at which a unit is treated as changed.
+        threshold: The minimum difference, in levels out of 255, at which a unit is treated as changed.
 
     Returns:
-        The index of the frame pair for each unit, int64 `[T, units]`, and the updated values of `held` and `pair`.
+        Each unit's frame pair index, int64 `[T, units]`, and the updated values of `held` and `pair`.
     """
     source = torch.empty(means.shape[:2], dtype=torch.int64, device=means.device)
     for t, now in enumerate(means):
@@ -487,7 +483,8 @@ def _reuse_scan(
         else:
             gain = brightness(now, held)
             changed = differences(now, held * gain) >= threshold
-            # If most of the frame has changed, because of a cut or a moving camera, the measured brightness is meaningless.
+            # If most of the frame has changed, for example because of a cut or camera motion, the measured brightness is
+            # meaningless.
             cut = 2 * changed.sum() > len(changed)
             if cut.device.type != "cpu" or cut:
                 gain = torch.where(cut, 1.0, gain)
@@ -499,20 +496,20 @@ def _reuse_scan(
 
 
 def differences(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the largest color difference of any block in each unit, float32 `[units]`.
+    """Return the largest block color difference in each unit, float32 `[units]`.
 
-    The color difference of a block is the Euclidean distance between its two mean colors. `means` and `reference` contain these
-    colors, float32 `[units, 96]`.
+    A block's color difference is the Euclidean distance between its mean colors in `means` and `reference`, float32 `[units, 96]`
+    each.
     """
     difference = (means - reference).view(len(means), BLOCKS, CHANNELS)
     return difference.square_().sum(2).amax(1).sqrt_()
 
 
 def brightness(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the factors by which color channels are brighter than in `reference`, float32 `[96]` (3 values, repeated per block).
+    """Return each color channel's brightness relative to `reference`, float32 `[96]` (3 values, repeated per block).
 
-    Each factor is the median over all units, weighted by brightness. Because it is a median, it ignores changes in less than half
-    of the frame. The weights suppress noise in dark regions.
+    Each value is a median over all units, weighted by brightness. A median ignores changes in less than half of the frame, and the
+    weights suppress noise in dark regions.
     """
     now, then = (x.view(len(x), BLOCKS, CHANNELS).mean(1) for x in (means, reference))
     ratio, order = (now / then.clamp(min=1e-3)).sort(0)

@@ -4,22 +4,22 @@ from evoprune.backend.cpu.linear import Packing
 from evoprune.backend.devices import Device, is_host, uses_kernels
 from evoprune.backend.layers import join, join_tower
 
-RESERVED_BYTES = 2**29  # memory that packing must leave free for running the model
+RESERVED_BYTES = 2**29  # memory that packing must leave free for inference
 
 
 def prepare(model, packs: bool = True) -> Packing:
-    """Rearrange a model's weights in place to make matrix products fast.
+    """Rearrange a model's weights in place for fast matrix products.
 
-    On a CPU, the weights are packed, unless memory is low. On devices that run kernels, they are joined. The vision tower is packed
-    immediately, because it is only a sixth of a 3B model and encodes about a tenth faster when it is packed. The language model is
-    packed later, because packing it immediately would delay the first words of the answer.
+    On a CPU, weights are packed unless memory is low. On devices that run kernels, they are joined. The vision tower is packed
+    immediately because it is only a sixth of a 3B model and encodes about a tenth faster when packed. The language model is packed
+    later because immediate packing would delay the first words of the answer.
 
     Args:
-        model: The model whose weights are rearranged.
+        model: The model whose weights to rearrange.
         packs: Whether to pack the weights if the model is on a CPU.
 
     Returns:
-        The schedule for packing the language model.
+        The packing schedule for the language model.
     """
     packing = Packing()
     if uses_kernels(model.device):

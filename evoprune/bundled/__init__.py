@@ -1,4 +1,4 @@
-"""Descriptions of the bundled demo models: their files, how they were trained, and the words they know. Does not import numpy."""
+"""Metadata of the bundled demo models: their files, training setup, and vocabulary. Does not import numpy."""
 
 import re
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ _WEIGHTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Demo:
-    """A bundled demo model, which was trained on generated clips (see docs/demo-model.md)."""
+    """A bundled demo model, trained on generated clips (see docs/demo-model.md)."""
 
     folder: Path
     world: str
-    tag: str  # comment that the clip generator writes into the metadata of each clip
+    tag: str  # comment that the clip generator writes to each clip's metadata
     inputs: int  # maximum number of inputs in a training prompt
     span: int  # number of temporal positions in the longest training clip, two per second
-    presence: str  # the training question that asks whether a thing is present; {} stands for the thing's name
+    presence: str  # training question that asks whether an object is present; {} is a placeholder for the object's name
 
     def questions_of(self, query: str) -> tuple[tuple[str, bool], ...]:
-        """Return the yes-or-no questions that decide whether a query such as "a red star" or "a red star appears" is true.
+        """Return yes-or-no questions that determine whether a query such as "a red star" or "a red star appears" is true.
 
         The query may start with an article. Each question is paired with the answer that supports the query (True for yes).
         """
@@ -35,31 +35,31 @@ class Demo:
         return tuple((text.format(thing), yes) for text, yes in ((self.presence, True), *event))
 
     def unknown_words(self, question: str) -> list[str]:
-        """Return the words in a question that do not occur in any training question, in order and in lowercase."""
+        """Return the words in a question that don't occur in any training question, in order and in lowercase."""
         signs = self.world == "scenes"
         words = (word for word in re.findall(r"\w+", question) if not (signs and SIGN.fullmatch(word)))
         return [word for word in map(str.lower, words) if word not in WORDS[self.world]]
 
     def made(self, tags: Mapping[str, str]) -> bool:
-        """Return True if a video's metadata tags show that it was made by the generator of this demo's training clips."""
+        """Return True if a video's metadata tags show that it comes from the generator of this demo's training clips."""
         return any(key.lower() == "comment" and text == self.tag for key, text in tags.items())
 
     @staticmethod
     def stores_tags(container: str) -> bool:
-        """Return True if a container format can store tags. Files in other formats do not reveal how they were made."""
+        """Return True if a container format can store tags. Files in other formats don't reveal how they were created."""
         return _NO_COMMENTS.isdisjoint(container.split(","))
 
     @classmethod
     def of(cls, folder: Path | None) -> Self | None:
-        """Return the demo model that is stored in `folder`, or None if the folder is None or contains a different model."""
+        """Return the demo model stored in `folder`, or None if the folder is None or contains a different model."""
         return next((demo for demo in DEMOS.values() if folder and demo.folder.resolve() == folder.resolve()), None)
 
 
 ARTICLE = re.compile(r"^(a|an|any|the)\s+", re.IGNORECASE)
 AT_START = "Is the {} there at the start?"
 AT_END = "Is the {} there at the end?"
-# For each verb that describes an event, the training questions about the event, each with its answer (True for yes). The event
-# happens if the model gives these answers to all of the questions. All demo models were trained with these questions.
+# For each verb that describes an event, the training questions about the event, each with its answer (True for yes). The event is
+# considered to happen if the model gives these answers to all of the questions. All demo models were trained on these questions.
 EVENTS = {
     " appears": ((AT_START, False), (AT_END, True)),
     " vanishes": ((AT_START, True), (AT_END, False)),
@@ -72,13 +72,13 @@ DEMOS = {
     ),
 }
 
-# Formats that cannot store a comment, by their names in FFmpeg: transport formats, raw formats, and frames without a file.
+# Formats that can't store comments, by FFmpeg name: transport formats, raw formats, and frames without a file.
 _NO_COMMENTS = {
     "mpegts", "hls", "dash", "rtsp", "rtp", "sdp", "mpeg", "mpegvideo", "mjpeg", "mpjpeg", "h264", "hevc", "av1", "obu", "ivf",
     "yuv4mpegpipe", "apng", "stream",
 }  # fmt: skip
 
-WORDS = {  # for scenes, this includes the words in answer options and in the sentence that asks for a letter
+WORDS = {  # for scenes, this includes words from answer options and from the sentence that asks for a letter
     world: frozenset(text.split())
     for world, text in {
         "shapes": """
@@ -98,6 +98,6 @@ WORDS = {  # for scenes, this includes the words in answer options and in the se
         """,
     }.items()
 }
-# Text that may be written on signs. The model reads signs letter by letter, so questions may contain any uppercase word and any
-# number.
+# Text that may be written on signs. The model reads signs letter by letter, so questions may contain arbitrary uppercase words and
+# numbers.
 SIGN = re.compile(r"[A-Z]{3,6}|\d+")

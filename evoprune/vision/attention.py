@@ -1,10 +1,10 @@
-"""Computes attention between rows inside groups, which are windows or frame pairs.
+"""Computes attention between rows within groups (windows or frame pairs).
 
 `attention_groups` prepares the groups for a layer's attention, and the result can be reused until the rows change. On the CPU,
-where reading values costs nothing, groups of similar length are padded to a common length, and a mask hides the padding. If all
-groups consist of neighboring rows and have the same length, neither padding nor a mask is needed. On other devices, reading the
-lengths would force a synchronization, so `PackedGroups` passes all groups to a kernel that reads the lengths on the device. If
-there is no such kernel, all groups are padded to the maximum length.
+where reading values is free, groups of similar length are padded to a common length, and a mask hides the padding. If all groups
+consist of contiguous rows and have the same length, no padding or mask is needed. On other devices, reading the lengths would force
+a synchronization, so `PackedGroups` passes all groups to a kernel that reads the lengths on the device. If no such kernel is
+available, all groups are padded to the maximum length.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,15 +27,14 @@ class PaddedGroups:
     """A batch of B attention groups, each padded to Q query rows and K key rows."""
 
     shape: tuple[int, int]  # (B, Q)
-    # The query rows, either as int64 indices `[B, Q]` or as a slice of neighboring rows. None means all rows in order.
+    # The query rows, either as int64 indices `[B, Q]` or as a slice of contiguous rows. None means all rows in order.
     query: torch.Tensor | slice | None = None
-    key: torch.Tensor | None = None  # int64 `[B, K]`, the key rows; None if they are the query rows
-    # int64 or bool `[B, K]`, the weights of the keys, which are 0 for padding. None if all weights are equal.
+    key: torch.Tensor | None = None  # int64 `[B, K]`, the key rows; None if they are the same as the query rows
+    # int64 or bool `[B, K]`, the key weights, 0 for padding. None if all weights are equal.
     weight: torch.Tensor | None = None
     # bool `[B, Q]`, False for padding. None if there is no padding or if `back` is set.
     inside: torch.Tensor | None = None
-    # Two int64 `[R]` tensors: each row's group, and the row's index in this group. None if `query` and `inside` are
-    # sufficient.
+    # Two int64 `[R]` tensors: each row's group and its index within the group. None if `query` and `inside` are sufficient.
     back: tuple[torch.Tensor, torch.Tensor] | None = None
     rows: Rows | None = None  # the rows of the video; None if the groups contain all rows in order
 
@@ -45,7 +44,7 @@ class PaddedGroups:
         return self.query if self.key is None else self.key
 
     def parts(self, rows: int) -> Iterator["PaddedGroups"]:
-        """Split the batch into parts. A part with more than one group has at most `rows` query rows and at most `rows` key rows."""
+        """Split the batch into parts. Parts with more than one group have at most `rows` query rows and at most `rows` key rows."""
         groups, longest = self.shape
         widest = longest
         if self.key is not None:
@@ -65,7 +64,7 @@ class PaddedGroups:
     def by_head(self, x: torch.Tensor, index: torch.Tensor | slice | None) -> torch.Tensor:
         """Gather rows of `x` (`[R, 4, heads, d]`) for attention. Returns `[B, heads, n*4, d]`.
 
-        `index` is `query` or `key_rows`, which have n rows per group.
+        `index` is either `query` or `key_rows`, with n rows per group.
         """
         if index is not None:
             x = x[index]
@@ -82,7 +81,7 @@ class PaddedGroups:
 
     @cached_property
     def valid(self) -> torch.Tensor | None:
-        """Mask of the query rows, bool `[B, Q]`, which is False for padding. None if there is no padding."""
+        """Query row mask, bool `[B, Q]`, False for padding. None if there is no padding."""
         if self.back is None:
             return self.inside
         row = torch.ones_like(self.back[0], dtype=torch.bool)
@@ -90,7 +89,7 @@ class PaddedGroups:
 
     @cached_property
     def bias(self) -> torch.Tensor | None:
-        """The log of each key patch's weight, float32 `[B, 1, 1, K*4]`, to add to attention scores. None if all are 0."""
+        """The log weight of each key patch, float32 `[B, 1, 1, K*4]`, to add to the attention scores. None if all are 0."""
         if self.weight is None:
             return None
         return self.weight.float().log().repeat_interleave(PATCHES, dim=1)[:, None, None]
@@ -98,14 +97,14 @@ class PaddedGroups:
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """All attention groups of a video, for a kernel that reads the lengths of the groups on the device."""
+    """All attention groups of a video, for a kernel that reads the group lengths on the device."""
 
     rows: Rows
     scope: Scope
     kernel: Callable  # `Attention.varlen_kernel`
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Compute the attention inside all groups with a single kernel call.
+        """Compute attention within all groups in a single kernel call.
 
         Args:
             q, k, v: `[patches, heads, d]`, sorted by group.
@@ -119,7 +118,7 @@ class PackedGroups:
     def keys(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The key rows, sorted by group, and their weights, each as int64 `[K]`.
 
-        If the key rows are None, all rows are keys, in order. If the weights are None, all keys have the same weight.
+        If the key rows are None, all rows are keys, in order. If the weights are None, all keys are weighted equally.
         """
         rows = self.rows
         if not rows.mixes(self.scope):
@@ -132,7 +131,7 @@ class PackedGroups:
 
     @cached_property
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The offsets of the groups, counted in query patches and in key patches, each as int32 `[G + 1]`, starting with 0."""
+        """Group offsets in query patches and in key patches, each as int32 `[G + 1]`, starting with 0."""
         rows = self.rows
         query = (first_rows(rows, self.scope)[1] * PATCHES).int()
         if not rows.mixes(self.scope):
@@ -144,7 +143,7 @@ Groups = list[PaddedGroups] | PackedGroups
 
 
 def attention_groups(rows: Rows, scope: Scope, like: torch.Tensor) -> Groups:
-    """Return the windows or frame pairs in the data structure that is most efficient for the device and dtype of `like`."""
+    """Return the windows or frame pairs in the most efficient data structure for the device and dtype of `like`."""
     return Attention.of(like).form_of_groups(
         by_length=lambda: groups_by_length(rows, scope),
         packed=lambda kernel: PackedGroups(rows, scope, kernel),
@@ -157,16 +156,16 @@ def _index(x: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor 
 
 
 def first_rows(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's group, int64 `[R]`, and the offsets of the groups, counted in rows, int64 `[G + 1]`."""
+    """Return each row's group, int64 `[R]`, and the group offsets in rows, int64 `[G + 1]`."""
     group = rows.group(scope)
     return group, torch.searchsorted(group, arange_on(rows.group_count(scope) + 1, group.device))
 
 
 def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each group's keys, with one key for each of the group's units, without synchronizing the device.
+    """Return each group's keys, one per unit in the group, without synchronizing the device.
 
-    If a row represents more than one unit of a group, it appears as a key more than once. With size bias, all of these keys are
-    valid, so the row is weighted by its number of units. Without size bias, only one of them is valid.
+    If a row represents several units of a group, it appears as several keys. With size bias, all of them are valid, which weights
+    the row by its number of units. Without size bias, only one of them is valid.
 
     Returns:
         int64 `[G, K]`, the rows that serve as keys, and bool `[G, K]`, True for valid keys.
@@ -179,7 +178,7 @@ def keys_of_units(rows: Rows, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
-    """Divide the rows, in order, into groups of equal length. Rows attend only to the rows of their own group."""
+    """Divide the rows, in order, into groups of equal length. Rows attend only to rows in their own group."""
     shape = groups, len(rows) // groups
     if rows.weight is None:
         return PaddedGroups(shape)
@@ -187,10 +186,10 @@ def equal_groups(rows: Rows, groups: int) -> PaddedGroups:
 
 
 def weight_of(weight: torch.Tensor | None, key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the weights of keys, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
+    """Return the key weights, int64 or bool `[B, K]`, with 0 for padding, or None if all weights are equal.
 
     Args:
-        weight: int64, the weights that `key` indexes. None if they are equal.
+        weight: int64, the weights indexed by `key`. None if all weights are equal.
         key: int64 `[B, K]`, indices into `weight`.
         valid: bool `[B, K]`, False for padding. None if there is no padding.
     """
@@ -206,7 +205,7 @@ def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
     longest = rows.longest(scope)
     full = rows.geometry.even(scope)
     same = rows.counts is not None and min(rows.counts) == longest
-    # If there is one row per unit, or if all frame pairs have equally many rows, all groups have the same length.
+    # If there is one row per unit, or if all frame pairs have the same number of rows, all groups have the same length.
     if full and not rows.mixes(scope) and (rows.reach == "place" or (scope == "pair" and same)):
         return equal_groups(rows, len(rows) // longest)
     group, bounds = first_rows(rows, scope)
@@ -222,22 +221,22 @@ def padded_groups(rows: Rows, scope: Scope) -> PaddedGroups:
 
 
 def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
-    """Return batches of groups with similar lengths. This reads the lengths back from the device.
+    """Return batches of groups with similar lengths. Reads the lengths back from the device.
 
-    If the groups have at most four different numbers of keys, each batch contains the groups with the same number. Otherwise, every
-    group in a batch has more than three quarters as many keys as the longest group of the batch. If queries and keys are different
-    rows, each batch is split again, so that every group has more than half as many queries as the longest group. This way, a group
-    with a single new row is not padded to the length of a full group.
+    If the groups have at most four distinct key counts, each batch contains the groups with one of these counts. Otherwise, each
+    group in a batch has more than three quarters as many keys as the longest group in the batch. If queries and keys are different
+    rows, each batch is split again so that each group has more than half as many queries as the longest group. That way, a group
+    with a single new row isn't padded to the length of a full group.
     """
     length = rows.lengths(scope)
     start = length.cumsum(0) - length
-    used = length > 0  # whether a group has query rows, which are always neighbors in the table of rows
+    used = length > 0  # whether a group has query rows, which are always contiguous in the row table
     start = start[used]
     length = length[used]
-    keys = None  # int64, the key rows sorted by group; None if the keys of each group are its own rows
+    keys = None  # int64, the key rows, sorted by group; None if each group's keys are its own rows
     key_start = start
     key_length = length
-    weight = rows.weight  # for each key row, how many of the group's units it represents; None if all weights are equal
+    weight = rows.weight  # number of the group's units represented by each key row; None if all weights are equal
     if rows.mixes(scope):
         keys, key_length, weight = _keys_of_groups(rows, scope, used)
         key_start = key_length.cumsum(0) - key_length
@@ -253,7 +252,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
         key, valid = _runs(key_start[members], key_length[members], len(keys))
         return PaddedGroups(shape, query, keys[key], weight_of(weight, key, valid), inside, rows=rows)
 
-    share = 1.0  # one batch per number of keys
+    share = 1.0  # one batch per key count
     if len(lengths) > 4:
         share = 0.75
     batches = []
@@ -266,7 +265,7 @@ def groups_by_length(rows: Rows, scope: Scope) -> list[PaddedGroups]:
 
 
 def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call `runs` with the maximum length, and return a mask of None if there is no padding. Reads the lengths from the device."""
+    """Call `runs` with the maximum length. The returned mask is None if there is no padding. Reads the lengths from the device."""
     index, valid = runs(start, length, int(length.max()), rows)
     if valid.all():
         return index, None
@@ -276,14 +275,14 @@ def _runs(start: torch.Tensor, length: torch.Tensor, rows: int) -> tuple[torch.T
 def _keys_of_groups(
     rows: Rows, scope: Scope, used: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return each group's key rows, which are the rows that represent the group's units and may be in other frame pairs.
+    """Return each group's key rows, which represent the group's units and may belong to other frame pairs.
 
     Args:
-        used: bool `[G]`, True for groups that have query rows. All other groups get no keys.
+        used: bool `[G]`, True for groups with query rows. All other groups have no keys.
 
     Returns:
-        Three int64 tensors: the key rows, sorted by group; the number of key rows in each group that has query rows; and, for each
-        key row, how many of the group's units it represents. Without size bias, the third value is None.
+        Three int64 tensors: the key rows, sorted by group; the number of key rows in each group with query rows; and the number of
+        the group's units represented by each key row. Without size bias, the third value is None.
     """
     limit = len(rows) + rows.geometry.units
     group = group_table(rows.geometry, rows.pairs, scope)[:-1]
@@ -295,9 +294,9 @@ def _keys_of_groups(
 
 
 def _by_similar_length(length: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
-    """Divide groups into batches by `length` (int64 `[G]`), and yield the indices of the groups in each batch.
+    """Divide groups into batches by `length` (int64 `[G]`), and yield the group indices of each batch.
 
-    A batch contains the longest remaining groups, and all other groups that are longer than `share` times this length.
+    Each batch contains the longest remaining groups and all groups longer than `share` times that length.
     """
     left = length.unique().tolist()
     while left:
@@ -315,17 +314,17 @@ def grouped_attention(
     timer: Timer | None = None,
     at_once: int | None = None,
 ) -> torch.Tensor:
-    """Compute the softmax attention of each row to the key rows of its group. Returns `[R, 4, heads, d]`.
+    """Compute softmax attention from each row to the key rows in its group. Returns `[R, 4, heads, d]`.
 
     Args:
         q, k, v: `[R, 4, heads, d]`, after rotary.
         groups: The groups of the rows.
-        received: float32 `[R]`, to which the attention that each row receives is added in place. This attention is averaged over
-            heads and over the group's queries, and summed over the row's four patches. Queries in other frame pairs are ignored.
-            None skips this computation.
+        received: float32 `[R]`, an accumulator for the attention received by each row, updated in place. Received attention is
+            averaged over heads and over the group's queries, and summed over the row's four patches. Queries in other frame pairs
+            are ignored. None skips this computation.
         timer: Measures the time spent on `received`.
-        at_once: The number of rows that attend at a time, which limits memory. None processes all rows at once. Kernels that read
-            lengths on the device ignore this limit.
+        at_once: The number of query rows to process at a time, which limits memory usage. None processes all rows at once. Kernels
+            that read lengths on the device ignore this limit.
     """
     timer = timer or nullcontext()
     if isinstance(groups, PackedGroups):
@@ -357,7 +356,7 @@ def _attend_padded(
     received: torch.Tensor | None,
     timer: AbstractContextManager,
 ) -> torch.Tensor:
-    """Compute the attention inside a batch of groups, `[B, Q, 4, heads, d]`. For the arguments, see `grouped_attention`."""
+    """Compute attention within a batch of groups, `[B, Q, 4, heads, d]`. For the arguments, see `grouped_attention`."""
     query = groups.by_head(q, groups.query)
     key = groups.by_head(k, groups.key_rows)
     value = groups.by_head(v, groups.key_rows)
@@ -391,14 +390,13 @@ def attend_by_products(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention as two matrix products instead of calling the fused kernel.
 
-    In bf16 on a CPU, this takes half the time of the fused kernel, provided that the scores fit into the CPU's cache.
+    In bf16 on a CPU, this takes half the time of the fused kernel, provided that the scores fit in the CPU cache.
 
     Args:
         q: `[B, heads, Q, d]`.
         k, v: `[B, heads, K, d]`.
-        bias: `[B, 1, 1, K]`, which is added to the scores. None adds nothing.
-        weight: float32 `[B, Q]`, each query's weight in the received attention. If None, the received attention is not
-            computed.
+        bias: `[B, 1, 1, K]`, added to the scores, or None.
+        weight: float32 `[B, Q]`, each query's weight in the received attention. None skips the received attention.
         timer: Measures the time spent on the received attention.
 
     Returns:
@@ -408,7 +406,7 @@ def attend_by_products(
     keys = k.shape[2]
     q, k, v = (x.reshape(batch * heads, -1, dim) for x in (q, k, v))
     if bias is None:
-        added = q.new_empty(1)  # a placeholder, which `beta` = 0 ignores
+        added = q.new_empty(1)  # a placeholder, ignored because `beta` is 0
         beta = 0
     else:
         bias = bias.expand(-1, heads, 1, -1).reshape(batch * heads, 1, keys)
@@ -439,7 +437,7 @@ def attend_by_products(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once: int | None = None) -> torch.Tensor:
-    """Compute only the attention that each row of `k` receives, float32, without the attention output. See `grouped_attention`."""
+    """Compute only the attention received by each row of `k`, float32, without the attention output. See `grouped_attention`."""
     total = torch.zeros(len(k), dtype=torch.float32, device=k.device)
     if isinstance(groups, PackedGroups):
         groups = [padded_groups(groups.rows, groups.scope)]
@@ -452,7 +450,7 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, groups: Groups, at_once
 
 @without_autocast()
 def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGroups) -> torch.Tensor:
-    """Compute the attention that each key patch receives, float32 `[B, K*4]`. `queries` and `keys` come from `by_head`."""
+    """Compute the attention received by each key patch, float32 `[B, K*4]`. `queries` and `keys` come from `by_head`."""
     batch, heads, _, dim = queries.shape
     weight = query_weight(groups, queries.transpose(1, 2))
     total = torch.zeros(batch, keys.shape[2], dtype=torch.float32, device=keys.device)
@@ -466,7 +464,7 @@ def received_by_keys(queries: torch.Tensor, keys: torch.Tensor, groups: PaddedGr
 
 
 def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
-    """Return the weights of query patches in the mean over queries and heads, float32 `[B, Q*4]`. `q` is `[..., heads, d]`."""
+    """Return each query patch's weight in the mean over queries and heads, float32 `[B, Q*4]`. `q` is `[..., heads, d]`."""
     if groups.valid is None:
         valid = q.new_ones(groups.shape, dtype=torch.float32)
     else:
@@ -475,13 +473,13 @@ def query_weight(groups: PaddedGroups, q: torch.Tensor) -> torch.Tensor:
 
 
 def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGroups) -> None:
-    """Add the attention that key patches receive (`per_key`, float32 `[B, K*4]`) to their rows in `received` (float32 `[R]`)."""
+    """Add the attention received by key patches (`per_key`, float32 `[B, K*4]`) to their rows in `received` (float32 `[R]`)."""
     per_row = per_key.view(len(per_key), -1, PATCHES).sum(2)
     index = groups.key_rows
     if index is None or isinstance(index, slice):
         received[index or slice(None)] += per_row.flatten()
         return
-    if groups.rows.reach == "clip":  # keys in other frame pairs receive nothing
+    if groups.rows.reach == "clip":  # keys in other frame pairs receive no attention
         pair = groups.rows.pair_of_row
         per_row = torch.where(pair[index] == pair[groups.query[:, :1]], per_row, 0)
     if groups.weight is not None:
@@ -490,9 +488,9 @@ def add_by_row(received: torch.Tensor, per_key: torch.Tensor, groups: PaddedGrou
 
 
 def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
-    """Compute the attention inside the groups with a kernel that reads the groups' lengths on the GPU.
+    """Compute attention within groups using a kernel that reads the group lengths on the GPU.
 
-    The kernel does not accept a mask or a bias, so the weights are encoded in extra head dimensions (see `with_bias`).
+    The kernel supports neither masks nor biases, so the weights are encoded in extra head dimensions (see `with_bias`).
     """
     dim = q.shape[-1]
     keys, weight = groups.keys

@@ -1,17 +1,17 @@
 """The pruned vision encoder: embed, run layers, select rows, run the remaining layers, merge patches, select tokens.
 
 All rows of a video go through a layer before the next layer starts. To limit temporary memory, each matrix product processes a
-limited number of rows at a time, and attention processes a limited number of windows or frame pairs (tower.py). Apart from
-rounding, the result does not depend on these limits. Without pruning, the output is the same as Hugging Face's.
+limited number of rows at a time, and attention a limited number of windows or frame pairs (tower.py). Except for rounding, the
+result doesn't depend on these limits. Without pruning, the output matches Hugging Face's.
 
-Each step of the plan runs some layers, and can then select rows from the whole video. After a selection, a unit may be represented
-by a row from another frame pair, and the unit's own frame pair then attends to that row too. Merging rows and setting rows aside
-happen only inside frame pairs, in hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the
-language model's tokens from the rows that the tower returns.
+Each step of the plan runs some layers and can then select rows from the whole video. After a selection, a unit may be represented
+by a row from another frame pair, in which case the unit's own frame pair attends to that row too. Rows are merged or set aside only
+within frame pairs, by hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the language model's
+tokens from the tower's output rows.
 
-The plan specifies how many rows each layer computes, so all shapes are known without reading values from the GPU. The encoder
-synchronizes with the GPU only when it selects rows between layers, when it reads all checks at the end, and, if the patches are on
-the GPU, during reuse.
+The plan specifies the number of rows that each layer computes, so all shapes are known without reading values from the GPU. The
+encoder synchronizes with the GPU only when it selects rows between layers, when it reads all checks at the end, and during reuse if
+the patches are on the GPU.
 """
 
 from bisect import bisect_left
@@ -53,7 +53,7 @@ from evoprune.vision.tower import (
     run_layer,
 )
 
-ROWS_AT_ONCE = 512  # the number of rows of the cosine-similarity matrix to hold in memory at a time
+ROWS_AT_ONCE = 512  # number of rows of the cosine-similarity matrix to hold in memory at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,20 +61,20 @@ class Encoded:
     """One encoded video, or the concatenation of several encoded videos, ready for the language model."""
 
     features: torch.Tensor  # `[K, D]`, the tokens
-    kept: torch.Tensor  # int64 `[K]`, the unit whose position each token has, ascending (in Hugging Face's order)
-    rows: torch.Tensor  # `[E, D]`, the rows that the encoder computed, sorted by unit
-    unit_to_row: torch.Tensor  # int64 `[N]`, the index in `rows` of each unit's row, or -1 for dropped units
+    kept: torch.Tensor  # int64 `[K]`, the unit at each token's position, ascending (in Hugging Face's order)
+    rows: torch.Tensor  # `[E, D]`, the rows computed by the encoder, sorted by unit
+    unit_to_row: torch.Tensor  # int64 `[N]`, each unit's index into `rows`, or -1 for dropped units
     grids: tuple[tuple[int, int, int], ...]  # (T, H, W) in units, one per video
-    layers: list[tuple[int, int]]  # pairs of a layer and the number of rows that it computed for all videos
-    prune_seconds: float  # the part of the encoding time that was spent on scoring, merging and selecting
-    flat: bool = False  # whether every frame pair has a single color, which makes all its units alike
-    # float32 `[K]`, each token's weight in the language model's attention, which adds log(size) to the logits. The method
-    # `evoprune` uses (cluster size) ** count, which is the square root by default. None means 1 for all.
+    layers: list[tuple[int, int]]  # pairs of a layer and the number of rows it computed for all videos
+    prune_seconds: float  # portion of the encoding time spent on scoring, merging, and selecting
+    flat: bool = False  # whether every frame pair has a single color, so all its units look the same
+    # float32 `[K]`, each token's weight in the language model's attention, which adds log(size) to the logits. The `evoprune`
+    # method uses (cluster size) ** count, which is the square root by default. None means a weight of 1 for all tokens.
     size: torch.Tensor | None = None
-    # `[n, K, D]`, the features to add to the tokens after each of the first n layers of the language model
+    # `[n, K, D]`, the features to add to the tokens after each of the language model's first n layers
     deepstack: torch.Tensor | None = None
     kept_on_cpu: torch.Tensor | None = None  # a copy of `kept` on the CPU, or None if it has not been copied yet
-    after_tower_below: int = 0  # see `EncoderPlan`; the maximum if there is more than one video
+    after_tower_below: int = 0  # see `EncoderPlan`; for several videos, the maximum
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -82,38 +82,38 @@ class Encoded:
 
     @property
     def live_share(self) -> float:
-        """The share of a video's units that a layer computes, averaged over layers. The tower's run time is proportional to it."""
+        """The fraction of a video's units computed by a layer, averaged over layers. The tower's run time is proportional to it."""
         return sum(rows for _, rows in self.layers) / len(self.layers) / len(self.unit_to_row)
 
     @cached_property
     def kept_here(self) -> torch.Tensor:
-        """A copy of `kept` on the CPU. It is cached because copying from an accelerator synchronizes."""
+        """A cached copy of `kept` on the CPU. Without the cache, each copy from an accelerator would synchronize."""
         return self.kept.cpu() if self.kept_on_cpu is None else self.kept_on_cpu
 
     @property
     def every_size(self) -> torch.Tensor:
-        """Weights of the tokens, float32 `[K]`. These are `size`, or ones if `size` is None."""
+        """Token weights, float32 `[K]`: `size`, or all ones if `size` is None."""
         if self.size is None:
             return self.features.new_ones(len(self.kept), dtype=torch.float32)
         return self.size
 
     @property
     def every_feature(self) -> torch.Tensor:
-        """The tokens, followed by their DeepStack features, `[(1 + n) K, D]`."""
+        """Tokens followed by their DeepStack features, `[(1 + n) K, D]`."""
         if self.deepstack is None:
             return self.features
         return torch.cat([self.features, *self.deepstack])
 
     @property
     def kept_per_pair(self) -> list[int]:
-        """The number of tokens in each frame pair of all videos, in order."""
+        """The number of tokens in each frame pair, across all videos in order."""
         kept = self.kept_here.tolist()
         ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]
 
     @staticmethod
     def joined(videos: "list[Encoded]") -> "Encoded":
-        """Concatenate several encoded videos. The numbering of units and rows continues from one video to the next."""
+        """Concatenate several encoded videos. Unit and row numbers continue from one video to the next."""
         if len(videos) == 1:
             return videos[0]
         units = [0, *accumulate(len(v.unit_to_row) for v in videos)]
@@ -146,30 +146,30 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """A video that has passed through the tower, but whose tokens have not been selected yet."""
+    """A video that has passed through the tower, before token selection."""
 
     plan: EncoderPlan
     rows: Rows  # sorted by unit
     seed: int  # see `Tokens`
     source: torch.Tensor  # int64 `[T, H*W]`, the frame pair whose pixels represent each unit
     layers: list[tuple[int, int]]  # see `Encoded`
-    selection: Selection | None  # the last selection inside the tower, if exactly its rows become the tokens
+    selection: Selection | None  # the last selection inside the tower, if its rows are exactly the final tokens
     timer: Timer  # measures the pruning time
-    # bool `[3]`: whether all values are finite, whether mergers removed as many rows as planned, and whether every frame pair has a
-    # single color. These values are read only at the end, because reading them synchronizes.
+    # bool `[3]`: whether all values are finite, whether mergers removed the planned number of rows, and whether every frame pair
+    # has a single color. These values are read only at the end because reading them synchronizes.
     checks: torch.Tensor
 
     @cached_property
     def selector_input(self) -> Tokens:
-        """The rows, together with the grid and the seed, as the input for a token selector."""
+        """The token selector's input: the rows together with the grid and the seed."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
 
     @torch.inference_mode()
     def select_tokens(self, question: torch.Tensor | None = None) -> Encoded:
-        """Select the visual tokens that the language model reads. This can be called again with a different question.
+        """Select the visual tokens for the language model. Can be called again with a different question.
 
         Args:
-            question: `[Q, D]`, the embeddings of the question's tokens. Ignored unless the method reads the question.
+            question: `[Q, D]`, the question's token embeddings. Ignored unless the method reads the question.
 
         Raises:
             ModelError, RuntimeError: See `read_checks`.
@@ -188,10 +188,10 @@ class EncodedRows:
         return self.encoded(features, kept, selection.size, deepstack)
 
     def token_selection(self, question: torch.Tensor | None = None) -> Selection:
-        """Return the selection of the tokens that the language model reads. For the argument, see `select_tokens`.
+        """Return the token selection for the language model. For the argument, see `select_tokens`.
 
         Raises:
-            UsageError: If the method reads the question, but `question` is None.
+            UsageError: If the method reads the question but `question` is None.
             PluginError: See `methods.selecting.select`.
         """
         tokens = self.selector_input
@@ -214,18 +214,18 @@ class EncodedRows:
         return select(selector, tokens, keep, stage.inflection)
 
     def nothing_selected(self) -> Encoded:
-        """Return an `Encoded` without tokens, for methods that cannot select tokens until the question is known."""
+        """Return an `Encoded` without tokens, for methods that can't select tokens until the question is known."""
         rows = self.rows
         return self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
 
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
     ) -> Encoded:
-        """Read the checks, and return an `Encoded` with the given tokens. Raises the same exceptions as `read_checks`.
+        """Read the checks and return an `Encoded` with the given tokens. Raises the same exceptions as `read_checks`.
 
         Args:
             features, kept, size: See `Encoded`.
-            deepstack: `[K, n, D]`, the DeepStack features of the tokens.
+            deepstack: `[K, n, D]`, the tokens' DeepStack features.
         """
         flat, seconds, kept_on_cpu = self.read_checks(kept)
         by_layer = None
@@ -241,8 +241,8 @@ class EncodedRows:
             Whether every frame pair has a single color, the pruning time in seconds, and a copy of `kept` on the CPU.
 
         Raises:
-            ModelError: If a row has NaN or infinite values.
-            RuntimeError: If a merger did not remove as many rows as planned.
+            ModelError: If a row contains NaN or infinite values.
+            RuntimeError: If a merger didn't remove the planned number of rows.
         """
         checks, kept = _read_together(self.checks, kept)
         finite, as_planned, flat = map(bool, checks.tolist())
@@ -255,32 +255,34 @@ class EncodedRows:
 
 
 def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
-    """Run the vision tower on a video. Afterwards, call `EncodedRows.select_tokens` to select tokens, which may require a question.
+    """Run the vision tower on a video.
+
+    To select tokens, call `EncodedRows.select_tokens` on the result, which may require a question.
 
     Args:
-        visual: The vision tower: either a `model.weights.Tower`, or a transformers tower of a supported family. Under torch's
-            autocast, a transformers tower computes in autocast's dtype, and so do the rows.
-        patches: The whole video in pieces `[n, values]`. Values are either pixels (uint8) or were normalized by a processor.
-        plan: A plan for this tower, from `MethodChain.plan`.
+        visual: The vision tower: either a `model.weights.Tower` or a transformers tower from a supported family. Under torch's
+            autocast, a transformers tower computes in the autocast dtype, and the rows have that dtype too.
+        patches: The whole video in pieces `[n, values]`. Values are either pixels (uint8) or normalized by a processor.
+        plan: A plan for this tower, as returned by `MethodChain.plan`.
         options: Keyword arguments for `EncoderRun`.
 
     Raises:
-        ValueError: If the number of patches does not match the grid.
+        ValueError: If the number of patches doesn't match the grid.
         ModelError: If the tower computes NaN or infinite values.
     """
     return EncoderRun(visual, plan, **options).encode(patches)
 
 
 class EncoderRun:
-    """Encodes a single video, and holds the state of the encoding process.
+    """Encodes a single video and holds its encoding state.
 
     Args:
         visual, plan: See `encode_rows`.
-        normal: The mean and standard deviation of the colors, for normalizing pixels.
+        normal: The color mean and standard deviation for normalizing pixels.
         seed: See `Tokens`.
-        piece_units: The number of rows per matrix product, and the number of units to embed at a time. None uses
-            `Device.piece_units`. Larger values need more temporary memory. With 16-bit dtypes, the value can also change the
-            rounding, because matrix products of different sizes may round differently.
+        piece_units: The number of rows per matrix product and the number of units to embed at a time. Defaults to
+            `Device.piece_units`. Larger values require more temporary memory. With 16-bit dtypes, the value can also affect
+            rounding because matrix products of different sizes may round differently.
         on_layer: A function called after every layer with the number of finished layers and the total number of layers.
         pause: A function called after every layer, which may block.
     """
@@ -311,16 +313,16 @@ class EncoderRun:
         self.on_layer = on_layer
         self.pause = pause
         self.timer = Timer(self.device)
-        # The state of reuse after the frame pairs embedded so far.
+        # Reuse state after the frame pairs embedded so far.
         self.references: ReferenceBlocks | None = None
         # These lists of 0-d bool tensors are combined in `checks`.
         self.single_color: list[torch.Tensor] = []  # for each piece, whether every frame pair has a single color
-        self.finite: list[torch.Tensor] = []  # for each tensor checked, whether all values are finite
-        self.as_planned: list[torch.Tensor] = []  # for each merge, whether it left as many rows as planned
+        self.finite: list[torch.Tensor] = []  # for each checked tensor, whether all values are finite
+        self.as_planned: list[torch.Tensor] = []  # for each merge, whether it left the planned number of rows
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
-        self.computed = [0] * tower.depth  # the number of rows that each layer computed
+        self.computed = [0] * tower.depth  # number of rows computed by each layer
         self.source: torch.Tensor | None = None  # see `EncodedRows`
-        self.counts: tuple[int, ...] = ()  # for each frame pair, the number of rows that enter the tower
+        self.counts: tuple[int, ...] = ()  # number of rows that enter the tower, by frame pair
         self.selection: Selection | None = None  # see `EncodedRows`
 
     @torch.inference_mode()
@@ -338,7 +340,7 @@ class EncoderRun:
         return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
-        """Embed the patches and return the input rows of the first layer, one for each unit that has to be encoded."""
+        """Embed the patches and return the first layer's input rows, one for each unit to encode."""
         plan = self.plan
         geo = self.geometry
         values = []
@@ -358,7 +360,7 @@ class EncoderRun:
                     means = patch_means(piece, geo.units, self.normal)
                     source, self.references = scan(means, self.references, threshold=plan.reuse)
                     alive = source == own
-                    counts = tuple(alive.sum(1).tolist())  # synchronizes with an accelerator, once per piece
+                    counts = tuple(alive.sum(1).tolist())  # synchronizes with the accelerator once per piece
             unit = window_order(geo, pairs, alive, sum(counts))
             x = piece.view(-1, PATCHES, piece.shape[1])[unit]
             if x.dtype == torch.uint8:
@@ -380,15 +382,15 @@ class EncoderRun:
     def note_color(self, patches: torch.Tensor) -> None:
         """Record whether every frame pair in `patches` (`[pairs, n, values]`) consists of a single color.
 
-        This is the case if the patches of the frame pair differ by less than one level of 255. On the CPU, the check is skipped
-        once a frame pair with more than one color has been found.
+        A frame pair has a single color if its patches differ by less than one level out of 255. On the CPU, the check is skipped
+        after the first frame pair with more than one color.
         """
         if self.single_color and read_or(lambda: not self.single_color[-1], self.single_color[-1], False):
             return
         self.single_color.append((patches.amax(1) - patches.amin(1)).max() < 1 / 255)
 
     def run_layers(self, rows: Rows, layers: range) -> Rows:
-        """Run some layers, and the hooks after each of them. Returns the new rows."""
+        """Run some layers, with hooks after each layer. Returns the new rows."""
         if not self.hooks and self.visible is None:
             layers = run_by_kernels(self.visual, layers, rows, self.piece, self.after_layer)
         attending = None  # the rows for which `groups` and `rotation` were computed
@@ -417,12 +419,12 @@ class EncoderRun:
         return rows
 
     def after_layer(self, done: int, rows: Rows, computed: int) -> None:
-        """Record the number of rows that a layer computed, collect DeepStack features, and report progress.
+        """Record the number of rows computed by a layer, collect DeepStack features, and report progress.
 
         Args:
             done: The number of finished layers, including this one.
             rows: The rows after this layer and its hooks.
-            computed: The number of rows that this layer computed.
+            computed: The number of rows computed by this layer.
         """
         self.computed[done - 1] = computed
         inner = VisionConfig.of(self.visual.config).deepstack_visual_indexes
@@ -436,11 +438,12 @@ class EncoderRun:
         self.pause()
 
     def select_rows(self, rows: Rows, stage: Stage) -> Rows:
-        """Run the selector of a stage, and return the rows that the remaining layers compute.
+        """Run a stage's selector, and return the rows to compute in the remaining layers.
 
         Selectors normally see the rows after the next layer's norm, which scales down the few channels that are large in every row.
-        A selector that needs "hidden" sees the rows before this norm. If only the first frame pair has rows, and the stage allows
-        this many rows, all of them are kept. The selection is recorded if its rows can become the tokens without another selection.
+        Selectors that need "hidden" see the rows before this norm. If only the first frame pair has rows and their number is within
+        the stage's budget, all of them are kept. The selection is recorded if its rows can be used as the tokens without another
+        selection.
         """
         plan = self.plan
         selector = stage.selector
@@ -464,7 +467,7 @@ class EncoderRun:
             unit_to_token = selection.unit_to_token
             if unit_to_token is None:
                 unit_to_token = _nearest_kept(tokens, selection.kept)
-            del seen, tokens  # free their memory before the rows are copied, because they are as large as the rows
+            del seen, tokens  # they are as large as the rows, so free their memory before copying the rows
             left = rows.take(selection, unit_to_token, reach, not selector.drops)
         if not stage.whole_pairs and selector.suffices(len(left), plan.keep, plan.units):
             self.selection = selection
@@ -482,7 +485,7 @@ class EncoderRun:
         return rows.by_unit()
 
     def note_finite(self, *rows: torch.Tensor) -> None:
-        """Record whether all values in `rows` are finite. On the CPU, raise ModelError immediately if they are not."""
+        """Record whether all values in `rows` are finite. On the CPU, raise ModelError immediately if any are not."""
         for values in rows:
             if values.numel():
                 self.finite.append(all_finite(values))
@@ -498,7 +501,10 @@ class EncoderRun:
 
 
 def _all_true(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> torch.Tensor:
-    """Return whether all checks are True, as a 0-d bool tensor on the device of `like`. Without any checks, return `without`."""
+    """Return whether all checks are True, as a 0-d bool tensor on the device of `like`.
+
+    If there are no checks, return `without`.
+    """
     if not checks:
         return torch.full_like(like, without)
     return torch.stack(checks).all()
@@ -507,7 +513,7 @@ def _all_true(checks: list[torch.Tensor], like: torch.Tensor, without: bool) -> 
 def _nearest_kept(tokens: Tokens, kept: torch.Tensor) -> torch.Tensor:
     """Find the kept unit with the highest cosine similarity to each unit. Returns int64 `[N]`, indices into `kept` (int64 `[K]`).
 
-    The result is used as `unit_to_token` for selectors that do not return one.
+    The result is used as `unit_to_token` for selectors that don't return one.
     """
     rows = F.normalize(tokens.rows.float(), dim=1)
     chosen = rows[tokens.unit_to_row[kept]]
@@ -523,14 +529,14 @@ def _hooks(
     merge: Callable[[torch.Tensor], torch.Tensor],
     as_planned: list[torch.Tensor],
 ) -> list[Hook]:
-    """Create the hooks that the plan of a pruning method requires, sorted in execution order.
+    """Create the hooks required by a pruning method's plan, in execution order.
 
     Args:
         merge: The patch merger.
         as_planned: See `Merging`.
 
     Raises:
-        TypeError: If the stages cannot be combined, or if a selector needs data that is not available (see also `selector_hooks`).
+        TypeError: If the stages can't be combined, or if a selector needs unavailable data (see also `selector_hooks`).
     """
     before = after = []
     if plan.token_stage and plan.token_stage.selector.needs:
@@ -550,23 +556,23 @@ def _hooks(
 
 
 def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:
-    """Return the indices of the rows with the largest clusters, int64 `[keep]`, ascending. Evenly spaced rows win ties.
+    """Return the indices of the rows with the largest clusters, int64 `[keep]`, ascending.
 
-    Merging inside frame pairs always leaves at least one row per frame pair. If the budget is even smaller, this function drops the
-    excess rows.
+    Ties are broken in favor of evenly spaced rows. Merging within frame pairs always leaves at least one row per frame pair. If the
+    budget is smaller than that, this function drops the excess rows.
 
     Args:
         size: int64 `[E]`, the cluster sizes.
     """
     order = arange_on(len(size), size.device)
-    even = order * keep // len(size)  # a row where this value changes belongs to the evenly spaced ones
+    even = order * keep // len(size)  # rows where this value changes are evenly spaced
     first = torch.cat([torch.ones(1, dtype=torch.bool, device=size.device), even[1:] != even[:-1]])
     rank = (size * 2 + first).argsort(descending=True, stable=True)
     return rank[:keep].sort().values
 
 
 def _read_together(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy two one-dimensional tensors to the CPU. From another device, both are copied as int64 in a single transfer."""
+    """Copy two one-dimensional tensors to the CPU. On an accelerator, both are transferred together as int64."""
     if on_cpu := read_or(lambda: (first, second), second, None):
         return on_cpu
     return torch.cat([first.long(), second]).cpu().split([len(first), len(second)])

@@ -1,9 +1,9 @@
-"""Layers of the vision tower for each model family, with the same rounding as in Hugging Face's code.
+"""Vision tower layers for each model family, with the same rounding as the Hugging Face implementation.
 
-Qwen2.5-VL (arXiv 2502.13923) uses RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) uses layer norms with a bias, and MLPs that
-consist of two linear layers with the quick GELU between them. Qwen3-VL (arXiv 2511.21631) is like Qwen2-VL, but its MLPs use the
-tanh approximation of GELU. It also adds learned position embeddings to the patches and outputs features from inner layers
-(DeepStack, arXiv 2406.04334). Qwen3.5 and Qwen4-Exp use the tower of Qwen3-VL without the features from inner layers.
+Qwen2.5-VL (arXiv 2502.13923) uses RMS norms and gated MLPs. Qwen2-VL (arXiv 2409.12191) uses layer norms with a bias, and MLPs made
+up of two linear layers with quick GELU in between. Qwen3-VL (arXiv 2511.21631) resembles Qwen2-VL, but its MLPs use the tanh
+approximation of GELU. It also adds learned position embeddings to the patches and outputs features from inner layers (DeepStack,
+arXiv 2406.04334). Qwen3.5 and Qwen4-Exp use the tower of Qwen3-VL without the features from inner layers.
 """
 
 import math
@@ -17,15 +17,15 @@ from evoprune.backend import linear
 from evoprune.model import VisionConfig
 from evoprune.vision.layout import Geometry
 
-EPS = 1e-6  # the epsilon that all norms use
+EPS = 1e-6  # epsilon of all norms
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Functions that compute the norms and the MLP of a layer in one model family.
+    """A model family's functions for computing the norms and the MLP of a layer.
 
-    `norm(module, x)` applies a norm to `x`. `mlp(module, x, plus)` applies an MLP to `x`, which must already be normed, and then
-    adds `plus` unless it is None.
+    `norm(module, x)` applies a norm to `x`. `mlp(module, x, plus)` applies an MLP to `x`, which must already be normalized, and
+    then adds `plus` unless it is None.
     """
 
     norm: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
@@ -34,7 +34,7 @@ class Layers:
 
 
 def tower_layers(visual) -> Layers:
-    """Return the layer functions for the vision tower `visual`, which may be this project's `Tower` or a transformers module."""
+    """Return the layer functions for a vision tower, which may be this project's `Tower` or a transformers module."""
     return LAYERS[VisionConfig.of(visual.config).traits.hidden_act]
 
 
@@ -65,14 +65,14 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Apply an RMS norm to `x` (`[..., D]`) with float32 scales. On CPUs, this needs fewer passes over memory than F.rms_norm."""
+    """Apply an RMS norm to `x` (`[..., D]`) with float32 scales. On CPUs, this makes fewer passes over memory than F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> torch.Tensor:
-    """Embed patches (`[R, 4, values]`) that belong to the units `unit` (int64 `[R]`). Returns `[R, 4, hidden]`."""
+    """Embed patches (`[R, 4, values]`) of the given units (`unit`, int64 `[R]`). Returns `[R, 4, hidden]`."""
     proj = visual.patch_embed.proj
     x = F.linear(patches, proj.weight.flatten(1), proj.bias)
     if VisionConfig.of(visual.config).num_position_embeddings is None:
@@ -81,7 +81,7 @@ def embed(visual, patches: torch.Tensor, geo: Geometry, unit: torch.Tensor) -> t
 
 
 def learned_positions(table: torch.Tensor, geo: Geometry) -> torch.Tensor:
-    """Interpolate a square table of learned position embeddings to the patches of a frame pair: bilinear, with aligned corners.
+    """Interpolate a square table of learned position embeddings to the patches of a frame pair (bilinear, with aligned corners).
 
     Args:
         table: `[side * side, hidden]`.
@@ -104,11 +104,11 @@ def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
-    """Apply the patch merger to the output rows of the last layer (`[R, 4, hidden]`). Returns the tokens, `[R, D]`.
+    """Apply the patch merger to the last layer's output rows (`[R, 4, hidden]`). Returns the tokens, `[R, D]`.
 
     If `number` is not None, the rows come from an inner layer, and the DeepStack merger with this index is used instead. The
     language model adds that merger's output after its own layer with the same index. Some model families apply the merger's norm to
-    each patch, and others to the concatenated patches. The width of the norm shows which is the case.
+    each patch, and others to the concatenated patches, as determined from the width of the norm.
     """
     merger = visual.merger
     if number is not None:

@@ -1,4 +1,4 @@
-"""Hooks that run after the layers of the vision tower, to change rows for a pruning method or to record data for a selector."""
+"""Hooks that run after vision tower layers, either to change rows for a pruning method or to record data for a selector."""
 
 from collections.abc import Callable
 
@@ -11,37 +11,40 @@ SELECTOR_DATA = ("attention", "keys", "middle")
 MIDDLE_LAYERS = (
     7 / 32,
     23 / 32,
-)  # relative depths of the first and the last layer of "middle", as in Nuwa (arXiv 2602.02951)
-# The name of the attention that rows receive if it is computed separately, in float32. "attention", on the other hand, is a
-# by-product of the layer's own computation.
+)  # relative depths of the first and last "middle" layers, as in Nuwa (arXiv 2602.02951)
+# Name of the received attention when it is computed separately, in float32. "attention", on the other hand, is a by-product of the
+# layer's own computation.
 PRECISE_ATTENTION = "precise attention"
 
 
 class Hook:
-    """Base class of hooks, which the encoder calls before the first layer and after every layer of a video. Does nothing itself."""
+    """Base class for hooks, which the encoder calls before the first layer and after each layer of a video.
+
+    The base class does nothing.
+    """
 
     def needs(self, done: int) -> frozenset[str]:
-        """Return the names of the data that this hook needs from the layer that runs just before it.
+        """Return the names of the data that this hook needs from the preceding layer.
 
-        `done` is the number of layers that have run by then, including that layer. The possible names are "keys" (before rotary),
+        `done` is the number of finished layers, including the preceding layer. The possible names are "keys" (before rotary),
         "keys_rotary", "attention" and `PRECISE_ATTENTION`.
         """
         return frozenset()
 
     def __call__(self, done: int, rows: Rows, seen: dict[str, torch.Tensor]) -> Rows:
-        """Run the hook, and return the rows for the next layer.
+        """Run the hook and return the rows for the next layer.
 
         Args:
             done: The number of layers that have run so far.
-            rows: The output rows of the latest layer.
-            seen: The data from the latest layer that `needs` requested, by name. Keys are float32 `[R, 4 * d]`, averaged over heads
-                and with the four patches concatenated. Received attention is float32 `[R]`.
+            rows: The output rows of the most recent layer.
+            seen: The data from the most recent layer requested by `needs`, by name. Keys are float32 `[R, 4 * d]`, averaged over
+                heads, with the four patches concatenated. Received attention is float32 `[R]`.
         """
         return rows
 
 
 class LastLayerData(Hook):
-    """A hook that records the attention and the keys of the vision tower's last full-attention layer for a selector."""
+    """A hook that records attention and keys from the vision tower's last full-attention layer for a selector."""
 
     def __init__(self, needs: frozenset[str], tower: TowerShape):
         self._done = max(tower.full_layers) + 1
@@ -63,7 +66,7 @@ class LastLayerData(Hook):
 
 
 class MiddleLayerMean(Hook):
-    """A hook that averages the rows over the vision tower's middle layers for a selector, and applies the patch merger to the mean.
+    """A hook that averages rows over the vision tower's middle layers for a selector, and applies the patch merger to the mean.
 
     Args:
         merge: The patch merger, which takes float32 `[R, 4, hidden]` and returns `[R, D]`.
@@ -88,13 +91,13 @@ class MiddleLayerMean(Hook):
 def selector_hooks(
     selector: Selector, tower: TowerShape, merge: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[list[Hook], list[Hook]]:
-    """Return the hooks that record data for a selector, as two lists: hooks to run before all other hooks, and hooks to run last.
+    """Return the hooks that record data for a selector, as two lists: hooks to run first and hooks to run last.
 
     Args:
         merge: See `MiddleLayerMean`.
 
     Raises:
-        TypeError: If the selector needs data that the encoder does not provide.
+        TypeError: If the selector needs data that the encoder doesn't provide.
         ValueError: If the vision tower has no full-attention layer.
     """
     if unknown := sorted(selector.needs - set(SELECTOR_DATA)):

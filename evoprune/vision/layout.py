@@ -1,9 +1,9 @@
 """Index tables that map units to windows and frame pairs, and raster order to window order.
 
-A *unit* is a 2x2 block of patches. Units are always kept, merged or dropped as a whole, because the patch merger turns each unit
+A *unit* is a 2x2 block of patches. Units are always kept, merged, or dropped as a whole because the patch merger turns each unit
 into one token. A video of T frame pairs with H x W units each has N = T*H*W units. In Hugging Face's order, units are in raster
 order within each frame pair, one frame pair after another. In *window order*, units are sorted by frame pair, then by window (4x4
-units), and then in raster order. Each window and each frame pair is therefore a run of consecutive units.
+units), and finally in raster order, so each window and each frame pair is a run of consecutive units.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Scope = Literal["window", "pair"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The geometry of a frame pair: H x W units, in windows of `side` x `side` units. The tensors are on `device`."""
+    """The geometry of a frame pair: H x W units in windows of `side` x `side` units. Tensors are on `device`."""
 
     height: int
     width: int
@@ -39,43 +39,43 @@ class Geometry:
 
     @property
     def largest_window(self) -> int:
-        """The number of units in the largest window."""
+        """Number of units in the largest window."""
         return min(self.height, self.side) * min(self.width, self.side)
 
     @cached_property
     def window(self) -> torch.Tensor:
-        """The window that contains each place in a frame pair, int64 `[H*W]`. Windows are numbered in raster order."""
+        """The window at each position in a frame pair, int64 `[H*W]`. Windows are numbered in raster order."""
         y = arange_on(self.height, self.device) // self.side
         x = arange_on(self.width, self.device) // self.side
         return (y[:, None] * -(-self.width // self.side) + x).flatten()
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """The raster indices of the places in a frame pair, sorted in window order, int64 `[H*W]`."""
+        """The raster indices of the positions in a frame pair, in window order, int64 `[H*W]`."""
         return self.window.argsort(stable=True)
 
     def groups(self, scope: Scope) -> int:
-        """Return the number of groups in a frame pair: the number of windows, or 1 if the scope is the frame pair itself."""
+        """Return the number of groups per frame pair: the number of windows, or 1 if the scope is the frame pair itself."""
         return self.windows if scope == "window" else 1
 
     def largest(self, scope: Scope) -> int:
-        """Return the number of units in the largest group of this scope."""
+        """Return the number of units in the largest group for this scope."""
         return self.largest_window if scope == "window" else self.units
 
     def even(self, scope: Scope) -> bool:
-        """Return True if all groups of this scope have the same number of units. This is always true for frame pairs."""
+        """Return True if all groups for this scope have the same number of units, which is always true for frame pairs."""
         return self.groups(scope) * self.largest(scope) == self.units
 
 
 @lru_cache(maxsize=64)
 def geometry(height: int, width: int, side: int = 4, device: str = "cpu") -> Geometry:
-    """Return the cached geometry of a frame pair with `height` x `width` units, so that its tables are computed only once."""
+    """Return the geometry of a frame pair with `height` x `width` units. It is cached, so its tables are computed only once."""
     return Geometry(height, width, side, device)
 
 
 @lru_cache(maxsize=64)
 def group_table(geo: Geometry, pairs: int, scope: Scope) -> torch.Tensor:
-    """Return each unit's group, a window or a frame pair, int64 `[T * H*W + 1]`. The last entry is an extra group for padding."""
+    """Return each unit's group (window or frame pair), int64 `[T * H*W + 1]`. The last entry is an extra group for padding."""
     pair = arange_on(pairs + 1, geo.device)
     place = torch.zeros_like(geo.window)
     if scope == "window":
@@ -127,15 +127,15 @@ def group_units(geo: Geometry, pairs: int, scope: Scope) -> tuple[torch.Tensor, 
 
 
 def bincount_fixed(index: torch.Tensor, bins: int) -> torch.Tensor:
-    """Count how often each number below `bins` occurs in `index` (int64 `[n]`), without synchronizing. Returns int64 `[bins]`."""
+    """Count the occurrences of each number below `bins` in `index` (int64 `[n]`), without synchronizing. Returns int64 `[bins]`."""
     return index.new_zeros(bins).scatter_add_(0, index, torch.ones_like(index))
 
 
 def runs(start: torch.Tensor, length: torch.Tensor, longest: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the row indices of B runs of consecutive rows as a padded batch. Padding repeats the last row of the run.
+    """Return the row indices of B runs of consecutive rows as a padded batch. Padding repeats each run's last row.
 
     Args:
-        start, length: int64 `[B]`, each run's first row and its length, which may be 0.
+        start, length: int64 `[B]`, each run's first row and length, which may be 0.
         longest: An upper bound on `length`.
         rows: The total number of rows. Indices are clamped to stay below it.
 

@@ -1,4 +1,4 @@
-"""Merges rows inside windows or frame pairs between the layers of the vision tower.
+"""Merges rows within windows or frame pairs between vision tower layers.
 
 The pruning method's merger decides which rows merge.
 """
@@ -18,13 +18,13 @@ from evoprune.vision.rows import Rows, merge_rows
 
 
 class Merging(Hook):
-    """A hook that merges rows after some of the vision tower's layers.
+    """A hook that merges rows after certain vision tower layers.
 
     Args:
         merger: The pruning method's merger, which decides which rows merge.
-        left: Maps the number of layers after which a merge runs to the number of rows that the merge leaves in each frame pair.
+        left: Maps the number of layers before a merge to the number of rows that the merge leaves in each frame pair.
         tower: The properties of the vision tower.
-        as_planned: A list. Each merge appends a 0-d bool tensor, which is True if every group has its planned number of rows.
+        as_planned: A list to which each merge appends a 0-d bool tensor: True if every group has its planned number of rows.
     """
 
     def __init__(
@@ -66,25 +66,25 @@ def merge_in_rounds(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> tuple[Rows, torch.Tensor]:
-    """Merge rows inside windows or frame pairs, in rounds, until every frame pair has its target number of rows.
+    """Merge rows within windows or frame pairs, in rounds, until every frame pair has its target number of rows.
 
-    On the CPU, the loop stops as soon as enough rows have merged. On other devices, it cannot stop early without reading values
-    back, so it always runs for as many rounds as the worst case requires. Until the last round, the table of rows keeps its length
-    and is filled up with padding.
+    On the CPU, the loop stops as soon as enough rows have been merged. On other devices, it can't stop early without reading values
+    back, so it always runs the worst-case number of rounds. Until the last round, the row table keeps its length and is filled with
+    padding.
 
     Args:
-        scope: The groups inside which rows merge.
+        scope: The groups within which rows merge.
         target: The number of rows to leave in each frame pair.
-        features: float32 `[R, D]`, the features that the merger compares. When rows merge, their features are averaged, weighted by
+        features: float32 `[R, D]`, the features compared by the merger. The features of merged rows are averaged, weighted by
             cluster size.
-        attention: float32 `[R]`, the attention that each row received in the layer, or None if the merger does not use it. When
-            rows merge, their attention is added up.
+        attention: float32 `[R]`, the attention received by each row in the layer, or None if the merger doesn't use it. The
+            attention of merged rows is summed.
 
     Returns:
-        The remaining rows, and a 0-d bool tensor that is True if every group has its planned number of rows.
+        The remaining rows, and a 0-d bool tensor that is True if each group has its planned number of rows.
 
     Raises:
-        RuntimeError: If the merger removes no rows in a round, or too many rows in total. Raised on the CPU only.
+        RuntimeError: If the merger removes no rows in a round, or too many rows in total. Only raised on the CPU.
     """
     longest = rows.longest(scope)
     goal = to_device(torch.tensor(target, dtype=torch.int64, device="cpu"), rows.unit.device)
@@ -94,7 +94,7 @@ def merge_in_rounds(
         lengths = rows.lengths(scope)
         start = lengths.cumsum(0) - lengths
         remove = lengths - wanted
-        # On the CPU, skip the groups that already have few enough rows.
+        # On the CPU, skip groups that already have few enough rows.
         if (losing := read_or(lambda: (remove > 0).nonzero().flatten(), remove, None)) is not None:  # noqa: B023
             remove, start, lengths = remove[losing], start[losing], lengths[losing]
         if not len(remove):
@@ -132,10 +132,10 @@ def _partners(
     features: torch.Tensor,
     attention: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Match rows for merging. Returns int64 `[R]`, the index of the row into which each row merges, or its own index if it stays.
+    """Match rows for merging. Returns the row into which each row merges, int64 `[R]`. Rows that are kept map to themselves.
 
     Args:
-        start, length, remove: int64 `[B]`, each group's first row, its number of rows, and the number of rows to remove from it.
+        start, length, remove: int64 `[B]`, each group's first row, row count, and number of rows to remove.
         longest: An upper bound on `length`.
         merger, features, attention: See `merge_in_rounds`.
     """
@@ -152,7 +152,7 @@ def _partners(
         width=rows.geometry.width,
     )
     place = torch.where(valid, row, len(rows)).flatten()
-    with without_autocast():  # the merger may write into `candidates`, which are not used afterwards
+    with without_autocast():  # the merger may write to `candidates`, which are not used afterwards
         local = call(merger.package, merger.match, candidates, remove)
     into = arange_on(len(rows) + 1, row.device)  # the last entry is a dummy target for padding
     return into.scatter_(0, place, row.gather(1, local).flatten())[:-1]
@@ -164,7 +164,7 @@ def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger)
     for count, left in set(zip(rows.per_pair, target, strict=True)):
         if scope == "pair":
             worst = max(worst, merger.rounds(count, left))
-        else:  # only the device knows how many rows each window has, so assume the worst case
+        else:  # only the device knows the number of rows per window, so assume the worst case
             longest = min(count, rows.geometry.largest_window)
             cases = ((n, max(1, n - (count - left))) for n in range(1, longest + 1))
             worst = max([worst, *(merger.rounds(n, fewest) for n, fewest in cases)])
@@ -172,14 +172,14 @@ def most_rounds(rows: Rows, scope: Scope, target: Sequence[int], merger: Merger)
 
 
 def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.Tensor:
-    """Distribute the rows to keep among groups in proportion to the groups' sizes, using the largest remainder method.
+    """Distribute the rows to keep among groups in proportion to their sizes, using the largest remainder method.
 
-    Every group that is not empty keeps at least one row. If groups are tied, the group with the lower index keeps more.
+    Each nonempty group keeps at least one row. Ties go to the group with the lower index.
 
     Args:
         sizes: int64 `[B, G]`, the number of rows in each group.
-        total: int64 `[B]`, the total number of rows to keep. It is at least the number of groups that are not empty, and at most
-            the sum of their sizes.
+        total: int64 `[B]`, the total number of rows to keep. It must be at least the number of nonempty groups and at most the sum
+            of their sizes.
         longest: An upper bound on `sizes`.
 
     Returns:
@@ -190,13 +190,13 @@ def share_rows(sizes: torch.Tensor, total: torch.Tensor, longest: int) -> torch.
     counts = torch.where(sizes > 0, (total * sizes // size.clamp(min=1)).clamp(min=1), 0)
     missing = total - counts.sum(1, keepdim=True)
     excess = counts * size - total * sizes
-    # If rounding down left some rows unassigned, the groups that are furthest below their exact share each get one more row. One
-    # row per group is enough, because rounding down took less than one row from each group. It is also possible, because every
-    # group that was rounded down has more rows than it keeps.
+    # If rounding down left some rows unassigned, the groups furthest below their exact share each get one more row. One row per
+    # group is enough because rounding down took less than one row from each group. It is also always possible because each group
+    # that was rounded down has more rows than it keeps.
     more = _first(counts < sizes, excess.argsort(dim=1, stable=True), missing)
-    # If too many rows are assigned, because every group keeps at least one, the groups give rows back in turns. In a full turn,
-    # every group that still has more than one row gives one back, so after p turns a group has given back min(p, spare) rows. After
-    # `turns` full turns, the groups that are furthest above their exact share each give back one more row.
+    # If too many rows are assigned, because each group keeps at least one, the groups give back rows in turns. In each full turn,
+    # every group with more than one row gives one back, so after p turns a group has given back min(p, spare) rows. After `turns`
+    # full turns, the groups furthest above their exact share each give back one more row.
     spare = (counts - 1).clamp(min=0)
     give = -missing
     given = torch.minimum(arange_on(longest, sizes.device)[:, None], spare[:, None]).sum(2)  # [B, longest]

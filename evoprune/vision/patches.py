@@ -1,10 +1,9 @@
-"""Prepares patches for the vision tower: groups them into frame pairs, normalizes them, and finds units that have not changed.
+"""Prepares patches for the vision tower: groups them into frame pairs, normalizes them, and finds unchanged units.
 
 `scan` finds the units that have not changed since they were last encoded. It runs before the tower and looks only at pixels. Each
-unit is compared with the unit that was last encoded at the same place, because a comparison with the previous frame pair would miss
-slow changes. In each frame, a unit is divided into 16 blocks, and it has changed if the mean color of any block has changed.
-Averaging over a block removes noise, but a stroke that is only one pixel wide still changes the mean. A small drift in the
-brightness of the whole image is ignored.
+unit is compared with the last encoded unit at the same position, because comparing it with the previous frame pair would miss slow
+changes. In each frame, a unit is divided into 16 blocks. The unit has changed if any block's mean color has changed. Averaging over
+a block removes noise, but even a one-pixel-wide stroke still changes the mean. Small drifts in overall brightness are ignored.
 """
 
 import math
@@ -19,22 +18,22 @@ from evoprune.model import PATCHES
 from evoprune.video import InputLimits
 from evoprune.vision.layout import Geometry, cat
 
-# The mean and the standard deviation of red, green and blue, on a scale from 0 to 1.
+# The mean and standard deviation of red, green, and blue, on a scale from 0 to 1.
 Normal = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normal = InputLimits.image_mean, InputLimits.image_std
 
 
 def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: int) -> Iterator[torch.Tensor]:
-    """Regroup a video's patches into pieces that consist of complete frame pairs.
+    """Regroup a video's patches into pieces of complete frame pairs.
 
-    Every piece except the last consists of as few frame pairs as possible, but at least `units` units.
+    Each piece except the last contains as few frame pairs as possible, but at least `units` units.
 
     Args:
         patches: The patches in pieces of any size, each `[n, values]`. The pieces are moved to the device of `geo`.
         pairs: The number of frame pairs in the video.
 
     Raises:
-        ValueError: If the number of patches does not match `pairs` frame pairs.
+        ValueError: If the number of patches doesn't match `pairs` frame pairs.
     """
     device = torch.device(geo.device)
     of_pair = geo.units * PATCHES
@@ -60,9 +59,9 @@ def in_pairs(patches: Iterable[torch.Tensor], geo: Geometry, pairs: int, units: 
 
 
 def normalised(patches: torch.Tensor, normal: Normal = CLIP) -> torch.Tensor:
-    """Normalize patches (uint8 `[..., values]`). Returns float32 of the same shape.
+    """Normalize patches (uint8 `[..., values]`). Returns float32 values in the same shape.
 
-    Colors are scaled to the range from 0 to 1. Then the mean is subtracted, and the result is divided by the standard deviation.
+    Colors are scaled to the range from 0 to 1, then the mean is subtracted, and the result is divided by the standard deviation.
     """
     x = patches.unflatten(-1, (3, -1)).float()
     mean, std = normal
@@ -77,7 +76,7 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 
 def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> torch.Tensor:
-    """Compute the mean colors of the blocks in each unit, on a scale from 0 to 255. Returns float32 `[T, units, 96]`.
+    """Compute the mean block colors in each unit, on a scale from 0 to 255. Returns float32 `[T, units, 96]`.
 
     Each patch is divided into four blocks of 7x7 or 8x8 pixels, so a unit has 16 blocks in each of its two frames. With three
     colors, this makes 96 means.
@@ -85,13 +84,13 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
     Args:
         patches: `[T * units * 4, values]`, the patches of T frame pairs, either uint8 or normalized.
         units: The number of units per frame pair.
-        normal: The mean and standard deviation with which the patches were normalized. Ignored for uint8.
+        normal: The mean and standard deviation used to normalize the patches. Ignored for uint8.
     """
     half = math.isqrt(patches.shape[1] // 24)
     blocks = patches.float().view(-1, units, 2, 2, 3, 2, 2, half, 2, half).mean((7, 9))
     # pair, unit, patch y, x, channel, frame, block y, x -> pair, unit, frame, y, x, channel
     blocks = blocks.permute(0, 1, 5, 2, 6, 3, 7, 4)
-    if patches.dtype != torch.uint8:  # a processor has normalized the patches, so undo this
+    if patches.dtype != torch.uint8:  # the patches were normalized by a processor, so undo this
         mean, std = map(blocks.new_tensor, normal)
         blocks = 255 * (blocks * std + mean)
     return blocks.reshape(-1, units, 96)
@@ -99,30 +98,30 @@ def patch_means(patches: torch.Tensor, units: int, normal: Normal = CLIP) -> tor
 
 @dataclass(frozen=True)
 class ReferenceBlocks:
-    """The state that `scan` carries over from one piece of a video to the next."""
+    """State carried over by `scan` from one piece of a video to the next."""
 
-    # float32 `[units, 96]`: for each place, the block means of the unit that was last encoded there, divided by the brightness of
-    # its frame pair
+    # float32 `[units, 96]`: for each position, the block means of the last encoded unit, divided by the brightness of its frame
+    # pair
     means: torch.Tensor
-    pair: torch.Tensor  # int64 `[units]`: for each place, the frame pair of the unit that was last encoded there
+    pair: torch.Tensor  # int64 `[units]`: for each position, the frame pair of the last encoded unit
     seen: int  # the number of frame pairs scanned so far
 
 
 def scan(
     means: torch.Tensor, references: ReferenceBlocks | None = None, *, threshold: float
 ) -> tuple[torch.Tensor, ReferenceBlocks]:
-    """Find the units in the next piece of a video that need not be encoded again.
+    """Find the units in the next piece of a video that don't need to be encoded again.
 
-    The result does not depend on how the video is cut into pieces.
+    The result doesn't depend on how the video is split into pieces.
 
     Args:
         means: float32 `[T, units, 96]`, the result of `patch_means` for at least one frame pair.
         references: The state after the previous piece. None for the first piece.
-        threshold: The smallest difference that is treated as a change, on a scale of 255. With 0, all units are encoded.
+        threshold: The minimum difference to treat as a change, on a scale of 0 to 255. With 0, all units are encoded.
 
     Returns:
-        int64 `[T, units]`, the frame pair whose row represents each unit. For a unit that has to be encoded, this is the unit's own
-        frame pair. The second value is the state for the next piece.
+        int64 `[T, units]`, the frame pair whose row represents each unit. Units that need to be encoded map to their own frame
+        pair. The second value is the state for the next piece.
     """
     reference_means = means[0]
     pair = means.new_zeros(means.shape[1], dtype=torch.int64)

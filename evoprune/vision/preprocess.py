@@ -2,7 +2,7 @@
 
 In this order, units are in raster order, and the 2x2 patches of a unit are four consecutive rows. Inside a row, pixels are ordered
 by channel, frame, y and x. After normalization (patches.py), the patches are equal to the output of `Qwen2VLImageProcessor`, but
-without requiring torchvision.
+torchvision is not required.
 """
 
 import numpy as np
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from evoprune.backend import Device, to_device
 from evoprune.video import InputLimits, Plan
 
-# The maximum factor by which an accelerator shrinks a side of a frame. Torch's CUDA kernel rejects much larger factors.
+# Maximum factor by which an accelerator shrinks a frame's width or height. Torch's CUDA kernel rejects much larger factors.
 MAX_SHRINK = 32
-FLOATS = 1 << 24  # the number of float32 values to resize at a time on an accelerator (64 MiB)
+FLOATS = 1 << 24  # number of float32 values to resize at a time on an accelerator (64 MiB)
 
 
 def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torch.device) -> torch.Tensor:
     """Resize frames to the size in `plan` and cut them into patches. Returns uint8 `[rows, values]` on `device`.
 
-    The frames are copied to the device at full size, and are resized and cut there. Only frames that have to shrink by more than
-    `MAX_SHRINK` are resized on the CPU.
+    The frames are copied to the device at full size, then resized and cut there. Frames are resized on the CPU only if they have to
+    shrink by more than `MAX_SHRINK`.
 
     Args:
         frames: uint8 `[n, height, width, 3]`.
@@ -36,8 +36,8 @@ def patches_of(frames: np.ndarray, plan: Plan, limits: InputLimits, device: torc
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resize frames (uint8 `[F, H, W, 3]`) with antialiased bicubic interpolation.
 
-    The result differs from Pillow's by at most one level of 255. On the CPU, torch resizes the bytes directly: first horizontally,
-    rounding to bytes, and then vertically. On other devices, the same steps are performed in float32.
+    The result differs from Pillow's by at most one level out of 255. On the CPU, torch resizes the bytes directly: first
+    horizontally, rounding to bytes, and then vertically. Other devices perform the same steps in float32.
     """
     if frames.shape[1:3] == (height, width):
         return frames
@@ -58,7 +58,7 @@ def pixel_patches(frames: torch.Tensor, patch: int = 14, temporal: int = 2, merg
 
     Args:
         frames: uint8 `[F, H, W, 3]`. H and W must be multiples of `patch * merge`, and F must be a multiple of `temporal`. If F is
-            1, the frame is an image, which is repeated to fill a frame pair.
+            1, the frame is treated as an image and repeated to fill a frame pair.
 
     Returns:
         uint8 `[max(1, F/temporal) * H/patch * W/patch, 3 * temporal * patch * patch]`.

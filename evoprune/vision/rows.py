@@ -1,8 +1,8 @@
-"""The rows of a video, which are the table that the encoder processes from the patch embeddings to the tokens.
+"""The row table of a video, which the encoder processes from patch embeddings to tokens.
 
-A *row* is a unit that the encoder computes. It has the position of one unit (`unit`), but may represent many units (`unit_to_row`).
-Rows are in window order (layout.py) until the last layer has run. After that, they are sorted by unit. Each layer replaces
-`values`. Only `take` and `merge` reduce the number of rows, and only `by_unit` changes their order.
+A *row* is a unit computed by the encoder. It has the position of one unit (`unit`) but may represent many units (`unit_to_row`).
+Rows are in window order (layout.py) until the last layer has run, and are then sorted by unit. Each layer replaces `values`. Only
+`take` and `merge` reduce the number of rows, and only `by_unit` changes their order.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ WIDTH = {reach: width for width, reach in enumerate(("place", "window", "pair", 
 
 
 class Aside(Protocol):
-    """Rows of a video that a hook has set aside, and that are added back after the last layer."""
+    """Rows set aside by a hook, which are added back after the last layer."""
 
-    # int64, the rows that layers compute. All other rows are used only as keys and values. None if layers compute all rows.
+    # int64, the rows computed by layers. All other rows are used only as keys and values. None if layers compute all rows.
     active: torch.Tensor | None
 
     def whole(self, rows: "Rows") -> "Rows":
@@ -36,22 +36,22 @@ class Rows:
     """A table of R rows that represent the N units of a video."""
 
     values: torch.Tensor  # `[R, 4, hidden]`, or `[R, D]` after the patch merger
-    unit: torch.Tensor  # int64 `[R]`, the unit that determines the place of each row
-    # int64 `[N]`, the row that represents each unit, or -1 if the unit was dropped. If a video is encoded in segments, R + p means
-    # the previous segment's row at place p, which exists only as keys and values (live/segments.py).
+    unit: torch.Tensor  # int64 `[R]`, the unit that determines each row's position
+    # int64 `[N]`, the row that represents each unit, or -1 if the unit was dropped. If a video is encoded in segments, R + p refers
+    # to the previous segment's row at position p, which exists only as keys and values (live/segments.py).
     unit_to_row: torch.Tensor
     geometry: Geometry  # the geometry of a frame pair
-    deepstack: torch.Tensor  # `[R, n, D]`, the DeepStack features of the n inner layers that have run
+    deepstack: torch.Tensor  # `[R, n, D]`, the DeepStack features of the n inner layers run so far
     given: dict[str, torch.Tensor] = field(default_factory=dict)  # `[R, ...]`, the data for a selector, by name
-    # How far away from a unit the row that represents it may be: at the same place, in the same window or frame pair, or anywhere
-    # in the clip. A group that is at least this large contains the rows of all its units.
+    # How far a unit may be from its row: at the same position, in the same window or frame pair, or anywhere in the clip. A group
+    # at least this large contains the rows of all its units.
     reach: Reach = "place"
-    # Whether attention weights each key by the number of units that it represents in the group, by adding the log of this number to
-    # the key's logits (ToMe, arXiv 2210.09461, section 3).
+    # Whether attention weights each key by the number of units it represents in the group, by adding the log of this number to the
+    # key's logits (ToMe, arXiv 2210.09461, section 3).
     size_bias: bool = False
-    counts: tuple[int, ...] | None = None  # the number of rows per frame pair; None if only the device knows it
+    counts: tuple[int, ...] | None = None  # number of rows per frame pair; None if known only on the device
     complete: bool = False  # whether every unit is known to have a row
-    aside: Aside | None = None  # if not None, `deepstack` and `given` may already include the rows that were set aside
+    aside: Aside | None = None  # if not None, `deepstack` and `given` may already include the rows set aside
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -63,19 +63,19 @@ class Rows:
 
     @property
     def active(self) -> torch.Tensor | None:
-        """The indices (int64) of the rows that layers compute, or None if layers compute all rows. See `Aside`."""
+        """The indices (int64) of the rows computed by layers, or None if layers compute all rows. See `Aside`."""
         return None if self.aside is None else self.aside.active
 
     @property
     def computed(self) -> int:
-        """The number of rows that layers compute, not counting rows that serve only as keys and values."""
+        """Number of rows computed by layers, not counting rows used only as keys and values."""
         if self.active is None:
             return len(self)
         return len(self.active)
 
     @cached_property
     def size(self) -> torch.Tensor:
-        """Each row's cluster size, int64 `[R]`, which is the number of units that the row represents."""
+        """Each row's cluster size (the number of units it represents), int64 `[R]`."""
         sizes = torch.zeros(len(self) + 1, dtype=torch.int64, device=self.unit_to_row.device)
         row = torch.where(self.unit_to_row >= 0, self.unit_to_row, len(self)).clamp(max=len(self))
         return sizes.scatter_add_(0, row, torch.ones_like(row))[:-1]
@@ -97,12 +97,12 @@ class Rows:
 
     @cached_property
     def per_pair(self) -> tuple[int, ...]:
-        """The number of rows in each frame pair. If `counts` is None, this synchronizes with the GPU."""
+        """Number of rows in each frame pair. If `counts` is None, reading this synchronizes with the GPU."""
         return self.counts or tuple(self.lengths("pair").tolist())
 
     @cached_property
     def unit_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The permutation that sorts the rows by unit, int64 `[R]`, and `unit_to_row` for the sorted rows, int64 `[N]`.
+        """The permutation that sorts the rows by unit, int64 `[R]`, and the `unit_to_row` of the sorted rows, int64 `[N]`.
 
         `take` sets both in advance, which avoids a sort.
         """
@@ -116,7 +116,7 @@ class Rows:
         return self.pairs * self.geometry.groups(scope)
 
     def group(self, scope: Scope) -> torch.Tensor:
-        """Return each row's group, a window or a frame pair, int64 `[R]`. Groups are numbered across the whole video."""
+        """Return each row's group (window or frame pair), int64 `[R]`. Groups are numbered across the whole video."""
         return group_table(self.geometry, self.pairs, scope)[self.unit]
 
     def lengths(self, scope: Scope) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Rows:
         return min(rows, self.geometry.largest(scope))
 
     def mixes(self, scope: Scope) -> bool:
-        """Return True if rows may represent units in a different window or frame pair than their own."""
+        """Return True if rows may represent units outside their own window or frame pair."""
         return WIDTH[self.reach] > WIDTH[scope]
 
     # Methods that reduce or reorder the rows.
@@ -144,10 +144,11 @@ class Rows:
         """Return a new table with the rows of the selected units.
 
         Args:
-            unit_to_token: int64 `[N]`, for each unit, the index in `selection.kept` of the unit that represents it, or -1 to drop
-                the unit.
+            unit_to_token: int64 `[N]`, each unit's index into `selection.kept`, which specifies the unit that represents it, or -1
+                to drop the unit.
             reach: The reach of the new rows.
-            complete: Whether the selection drops no units. The new rows are `complete` only if the old ones are complete too.
+            complete: Whether the selection keeps or represents every unit. The new rows are `complete` only if the old rows are
+                complete too.
         """
         _, rank = order_tables(self.geometry, self.pairs)
         at = rank[selection.kept]
@@ -192,13 +193,13 @@ class Rows:
         counts: tuple[int, ...] | None = None,
         size_bias: bool = True,
     ) -> "Rows":
-        """Merge rows inside windows or frame pairs. Merged rows become means, weighted by cluster size.
+        """Merge rows within windows or frame pairs. Merged rows become means weighted by cluster size.
 
         Args:
-            into: int64 `[R]`, the row into which each row merges. A row that stays has its own index.
-            scope: The groups inside which rows merge.
-            left: The number of rows in the result. If fewer rows stay, the result ends with padding. Padding represents no unit,
-                and its `unit` is N, so it forms a separate group.
+            into: int64 `[R]`, the row into which each row merges. Rows that are kept map to themselves.
+            scope: The groups within which rows merge.
+            left: The number of rows in the result. If fewer rows are kept, the result ends with padding. Padding rows don't
+                correspond to any unit; their `unit` is set to N, so they form a separate group.
             moves: An upper bound on the number of rows that merge into another row.
             counts: The number of rows per frame pair, if known.
             size_bias: See `Rows`.
@@ -225,7 +226,7 @@ class Rows:
         )
 
     def whole(self) -> "Rows":
-        """Return this table together with the rows that a hook has set aside."""
+        """Return this table together with the rows set aside by a hook."""
         return self if self.aside is None else self.aside.whole(self)
 
     def by_unit(self) -> "Rows":
@@ -245,7 +246,7 @@ class Rows:
 
 
 def all_units(values: torch.Tensor, deepstack: torch.Tensor, geo: Geometry, pairs: int) -> Rows:
-    """Return the rows of a video that is encoded without reuse, so that every unit has its own row."""
+    """Return the rows of a video encoded without reuse, so each unit has its own row."""
     order, rank = order_tables(geo, pairs)
     rows = Rows(values, order, rank, geo, deepstack, counts=(geo.units,) * pairs, complete=True)
     rows.unit_order = rank, arange_on(len(rank), rank.device)
@@ -262,7 +263,7 @@ def reused_units(
 ) -> Rows:
     """Return the rows of a video whose unchanged units reuse the rows of earlier frame pairs.
 
-    Only changed units have their own row. All other units are represented by the row at the same place in an earlier frame pair.
+    Only changed units have their own row. All other units are represented by the row at the same position in an earlier frame pair.
 
     Args:
         values, deepstack, counts, unit: See `Rows`.
@@ -284,18 +285,18 @@ def reused_units(
 
 
 def _append_none(index: torch.Tensor) -> torch.Tensor:
-    """Append -1 to the lookup table `index` (int64 `[n]`), so that looking up -1 returns -1."""
+    """Append -1 to the lookup table `index` (int64 `[n]`) so that looking up -1 returns -1."""
     return F.pad(index, (0, 1), value=-1)
 
 
 def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: int, moves: int) -> torch.Tensor:
-    """Merge rows of `x` into the rows that stay, which become means weighted by cluster size.
+    """Merge rows of `x` into the kept rows, which become means weighted by cluster size.
 
     Args:
         x: `[R, ...]`, the values of the rows.
         size: int64 `[R]`, the cluster sizes.
-        into: int64 `[R]`, the row into which each row merges. A row that stays has its own index.
-        rows: The number of rows in the result. If fewer rows stay, the result ends with meaningless padding.
+        into: int64 `[R]`, the row into which each row merges. Rows that are kept map to themselves.
+        rows: The number of rows in the result. If fewer rows are kept, the result ends with meaningless padding.
         moves: An upper bound on the number of rows that merge into another row.
 
     Returns:
@@ -308,13 +309,13 @@ def merge_rows(x: torch.Tensor, size: torch.Tensor, into: torch.Tensor, rows: in
     out = x[kept]
     before = size[kept]
     to = (stays.cumsum(0) - 1).clamp(max=rows - 1)[into[moved]]
-    # Padding in `moved` gets a weight of 0.
+    # Padding in `moved` has a weight of 0.
     added = torch.where(arange_on(moves, into.device) < goes.sum(), size[moved], 0)
     after = before.index_add(0, to, added)
-    # If several rows merge into the same row, only one of their slots in `total` accumulates the sum. It does not matter which
-    # slot, because all of them start with the value of that row.
+    # If several rows merge into the same row, only one of their slots in `total` accumulates the sum. It doesn't matter which slot,
+    # because they all start with that row's value.
     place = torch.empty_like(before).scatter_(0, to, arange_on(moves, into.device))[to]
-    grown = (after > before)[to]  # rows that nothing merges into must stay exactly the same
+    grown = (after > before)[to]  # rows without merges must stay bit-identical
     column = (-1, *[1] * (x.ndim - 1))
     total = out[to].float().mul_(torch.where(grown, before[to], 1).view(column))
     total.index_add_(0, place, x[moved].float().mul_(added.view(column)))

@@ -1,7 +1,7 @@
-"""Runs the layers of a vision tower on the rows of a video, with the same rounding as in Hugging Face's code.
+"""Runs vision tower layers on the rows of a video, with the same rounding as the Hugging Face implementation.
 
-`run_layer` runs one layer in plain PyTorch, and `run_by_kernels` runs consecutive layers with fused GPU kernels. The differences
-between model families are implemented in families.py, and the hooks that run after layers in hooks.py.
+`run_layer` runs one layer in plain PyTorch, whereas `run_by_kernels` runs consecutive layers using fused GPU kernels. The
+differences between model families are implemented in families.py, and the hooks that run after layers in hooks.py.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,10 @@ Table = tuple[torch.Tensor, torch.Tensor]  # the rotary cosines and sines
 
 @lru_cache(maxsize=16)
 def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosines and the sines of the rotary embedding, each float32 `[units, 4, 1, 1, head_dim]`, in raster order.
+    """Return the rotary embedding cosines and sines, each float32 `[units, 4, 1, 1, head_dim]`, in raster order.
 
-    The first half of the sines is negated, as `rotate` requires. Half of the angles depend on the y coordinate of the patch, and
-    the other half on its x coordinate.
+    The first half of the sines is negated, as required by `rotate`. Half of the angles depend on the patch's y coordinate, and the
+    other half on its x coordinate.
     """
     merge = sizes.spatial_merge_size
     quarter = sizes.hidden_size // sizes.num_heads // 4
@@ -45,7 +45,7 @@ def rotary(sizes: VisionConfig, geo: Geometry) -> tuple[torch.Tensor, torch.Tens
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply the rotary embedding to `x` (`[R, 4, 2, heads, d]`) in float32. `cos` and `sin` are `[R, 4, 1, 1, d]`."""
+    """Apply rotary embeddings to `x` (`[R, 4, 2, heads, d]`) in float32. `cos` and `sin` are `[R, 4, 1, 1, d]`."""
     wide = x.float()
     rolled = wide.roll(x.shape[-1] // 2, -1)
     return (wide * cos).addcmul_(rolled, sin).to(x.dtype)
@@ -59,9 +59,9 @@ def in_pieces(
     Args:
         function: A function that returns one row for each row of its arguments.
         piece: The number of rows per call.
-        rows: The arguments of the function, which all have the same number of rows.
-        into: A tensor that the result may overwrite to save an allocation. It may be one of `rows`, and it is used only if more
-            than one call is needed.
+        rows: The function's arguments, which must all have the same number of rows.
+        into: A tensor that may be overwritten with the result to save an allocation. It may be one of `rows`, and is used only if
+            more than one call is needed.
     """
     if len(rows[0]) <= piece:
         return function(*rows)
@@ -75,15 +75,14 @@ def in_pieces(
     return into
 
 
-# A function that returns the keys and values, `[K, 4, heads, d]` each, that the rows of a layer can attend to. Its arguments are
-# the layer's index, the keys and values of the R rows, and the rows. K is greater than R if rows of the previous segment are
-# visible.
+# A function that returns the keys and values visible to the rows of a layer, `[K, 4, heads, d]` each. Its arguments are the layer
+# index, the keys and values of the R rows, and the rows. K is greater than R if rows from the previous segment are visible.
 Visible = Callable[[int, torch.Tensor, torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the vision tower: attention inside windows or frame pairs, followed by an MLP, both with residual connections.
+    """A vision tower layer: attention within windows or frame pairs, followed by an MLP, both with residual connections.
 
     `by_kernels` computes the whole layer, including the attention between rows. All other methods process each row independently.
     """
@@ -96,14 +95,14 @@ class Layer:
 
     @classmethod
     def of(cls, visual, number: int) -> "Layer":
-        """Return the layer with index `number` of the vision tower `visual`."""
+        """Return the layer at index `number` in the vision tower `visual`."""
         heads = VisionConfig.of(visual.config).num_heads
         return cls(
             number, visual.blocks[number], tower_layers(visual), heads, TowerShape.of_tower(visual).scope(number)
         )
 
     def queries_keys_values(self, x: torch.Tensor, piece: int) -> torch.Tensor:
-        """Compute queries, keys and values of the rows `x` (`[R, 4, hidden]`) before rotary. Returns `[R, 4, 3, heads, d]`."""
+        """Compute the queries, keys, and values of the rows `x` (`[R, 4, hidden]`) before rotary. Returns `[R, 4, 3, heads, d]`."""
         normed = in_pieces(partial(self.kind.norm, self.weights.norm1), piece, x)
         return linear(self.weights.attn.qkv, normed).view(*x.shape[:2], 3, self.heads, -1)
 
@@ -125,15 +124,15 @@ class Layer:
         table: Table,
         piece: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the layer as five matrix products and four fused kernels, instead of about 45 operations in plain PyTorch.
+        """Run the layer as five matrix products and four fused kernels instead of about 45 plain PyTorch operations.
 
         Args:
             x: `[R * 4, hidden]`, the patches of the rows.
             normed: `x` after this layer's first norm, or None to compute it here.
             after: A norm to apply to the output, or None.
-            groups: The groups of the rows for this layer's scope.
+            groups: The row groups for this layer's scope.
             table: The result of `rotary`.
-            piece: The number of rows that go through the MLP at a time.
+            piece: The number of rows to process at a time in the MLP.
 
         Returns:
             The output, `[R * 4, hidden]`, and the output after the norm `after` (None if there is no such norm).
@@ -151,7 +150,7 @@ class Layer:
     def _add_norm(
         self, x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the sum of `x` and `plus`, and this sum after `norm` (None if `norm` is None)."""
+        """Return the sum of `x` and `plus`, and the same sum after `norm` (None if `norm` is None)."""
         if norm is None:
             return x + plus, None
         if self.kind.rms:
@@ -161,7 +160,7 @@ class Layer:
         return x, self.kind.norm(norm, x)
 
     def _mlp_by_kernels(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the MLP without its norm and without the residual connection."""
+        """Compute the MLP without its norm or residual connection."""
         mlp = self.weights.mlp
         if parameters := joined(mlp):
             hidden = kernels_for(x.device).silu_times(F.linear(x, *parameters))
@@ -184,18 +183,19 @@ def run_layer(
     timer: Timer | None = None,
     visible: Visible | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run a layer of the vision tower, replacing the values of `rows` with the layer's output.
+    """Run a vision tower layer, replacing the values of `rows` with the layer's output.
 
     Args:
-        groups: The attention groups of these rows, by scope. If the layer's scope is missing, its groups are added in place.
+        groups: The attention groups of these rows, by scope. Groups for a missing scope are added in place.
         rotation: The result of `rotation_of` for these rows.
-        piece: The number of rows per matrix product, which limits memory. Attention also processes about this many rows at a time.
-        needs: The names of the data that hooks need (see `Hook.needs`).
-        timer: Measures the time spent on computing the data for hooks.
-        visible: A function that adds the keys and values of the previous segment, or None if there is no previous segment.
+        piece: The number of rows per matrix product, which limits memory usage. Attention also processes about this many rows at a
+            time.
+        needs: The names of the data required by hooks (see `Hook.needs`).
+        timer: Measures the time spent computing the data for hooks.
+        visible: A function that adds the previous segment's keys and values, or None if there is no previous segment.
 
     Returns:
-        The data that `needs` requests, by name (see `Hook`).
+        The data requested by `needs`, by name (see `Hook`).
     """
     timer = timer or nullcontext()
     seen = {}
@@ -229,20 +229,20 @@ def run_layer(
 
 
 def fused_kernels(x: torch.Tensor) -> ModuleType | None:
-    """Return the module of fused kernels, or None if the kernels do not support the device or the dtype of `x`."""
+    """Return the fused kernel module, or None if the kernels don't support the device or dtype of `x`."""
     return None if Attention.of(x).varlen_kernel is None else kernels_for(x.device)
 
 
 def run_by_kernels(visual, layers: range, rows: Rows, piece: int, after: Callable[[int, Rows, int], None]) -> range:
-    """Run layers that have no hooks with fused GPU kernels, replacing the values of `rows` with the output of the last layer.
+    """Run layers without hooks using fused GPU kernels, replacing the values of `rows` with the last layer's output.
 
     Args:
-        piece: The number of rows that go through an MLP at a time.
-        after: Called after every layer with the number of finished layers, the rows, and the number of rows.
+        piece: The number of rows to process at a time in an MLP.
+        after: Called after each layer with the number of finished layers, the rows, and the number of rows.
 
     Returns:
-        The range of layers that still have to run, which is normally empty. If a kernel fails, the range starts with the layer that
-        failed. If no kernels are available, it contains all layers.
+        The range of layers still to run, which is normally empty. If a kernel fails, the range starts with the failed layer. If no
+        kernels are available, it contains all layers.
     """
     kernels = fused_kernels(rows.values)
     if not layers or kernels is None:

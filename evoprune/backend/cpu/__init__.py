@@ -1,1 +1,1 @@
-"""Layers for the CPU with packed or quantized weights."""
+"""CPU layers with packed or quantized weights."""

@@ -1,12 +1,12 @@
-"""Linear layers that are fused with the operation that follows them and, on the CPU, have their weights packed once.
+"""Linear layers fused with the operation that follows, with weights packed once on the CPU.
 
-PyTorch's plain CPU matmul rearranges the whole weight matrix in every call. A packed layer rearranges it only once. This mainly
-speeds up products with a single row, and therefore decoding (`python -m experiments.speed.kernels`). With many rows, the plain
-product is equally fast.
+PyTorch's plain CPU matmul rearranges the whole weight matrix on every call, whereas a packed layer rearranges it only once. This
+mainly speeds up single-row products, and therefore decoding (`python -m experiments.speed.kernels`). With many rows, the plain
+product is just as fast.
 
-Packing takes as long as it saves in dozens of products, so layers can delay it (see `Packing`). Short answers then need no
-packing at all, and longer answers pack some layers with each token. The operators used here are the same ones that torch.compile
-uses. If the installed torch lacks them, layers are not packed.
+Packing pays off only after dozens of products, so layers can delay it (see `Packing`). Short answers then don't need any packing,
+and longer answers pack some layers with each token. This module uses the same operators as torch.compile. If the installed torch
+version lacks them, layers are not packed.
 """
 
 import threading
@@ -25,32 +25,32 @@ from torch import nn
 from evoprune.backend.devices import Device, is_host
 from evoprune.backend.layers import is_unhooked_linear
 
-# The number of input rows for which weights are packed. The packed layout is the same for any number above a few dozen.
+# Number of input rows for which weights are packed. The packed layout is the same for any number above a few dozen.
 ROWS = 512
-# With at least this many rows, plain and packed weights are equally fast and give the same numbers, because products are not split
-# along the inner dimension. Products with small weights are still split, but packing small weights takes almost no time.
+# With at least this many rows, plain and packed weights are equally fast and produce the same results, because products are not
+# split along the inner dimension. Products with small weights are still split, but small weights can be packed in almost no time.
 MANY_ROWS = 256
 SMALL_WEIGHT = 2**21
-LARGE_WEIGHT = 2**28  # larger weights, such as an output layer, are split into parts that are packed one by one
+LARGE_WEIGHT = 2**28  # larger weights, such as the output layer, are split into parts and packed one by one
 PARTS = 16
-SPARE_BYTES = 2**28  # bytes of memory that packing leaves free
-START_PASSES = 32  # the number of passes (one per token) before waiting layers are packed
-PASS_BYTES = 2**28  # approximate bytes of weights to pack in each later pass, so that no token takes a second longer
+SPARE_BYTES = 2**28  # amount of memory, in bytes, that packing leaves free
+START_PASSES = 32  # number of passes (one per token) before pending layers are packed
+PASS_BYTES = 2**28  # approximate bytes of weights to pack in each later pass, so no token is delayed by a second
 
 
 class Packing:
-    """A schedule for packing linear layers later: a few in each pass, and more while no question is being answered.
+    """A schedule for deferred packing of linear layers: a few in each pass, and more while no question is being answered.
 
-    A layer may wait only if its plain weights give the same numbers as packed weights, because an answer would otherwise depend on
-    the questions before it. Whether the numbers are equal depends on the dtype, the CPU and the torch version, so it is tested. The
-    first layer of each shape is packed immediately, and both its plain and its packed weights are kept as a sample until all layers
-    with this shape are packed.
+    Packing may be deferred only if a layer's plain and packed weights produce the same results; otherwise, an answer would depend
+    on the questions before it. Whether the results match depends on the dtype, CPU, and torch version, so this is tested at run
+    time. The first layer of each shape is packed immediately, and both its plain and packed weights are kept as a sample until all
+    layers of this shape are packed.
 
     Attributes:
-        model: A weak reference to the model whose layers wait, or None.
-        seconds: The time that the layers of this schedule have spent on packing, in seconds.
+        model: A weak reference to the model with pending layers, or None.
+        seconds: The total packing time of the layers in this schedule, in seconds.
         passes: The number of decoding passes through the language model so far (see `begin_pass`).
-        room: The number of bytes of weights that can still be packed in this pass.
+        room: The remaining weight bytes that can be packed in this pass.
     """
 
     def __init__(self):
@@ -58,19 +58,19 @@ class Packing:
         self.seconds = 0.0
         self.passes = 0
         self.room = 0
-        self._waiting: Counter[torch.Size] = Counter()  # the number of waiting layers by weight shape
-        self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights by shape
-        self._same: dict[tuple, bool] = {}  # whether plain and packed products are equal, by shape, rows and threads
+        self._waiting: Counter[torch.Size] = Counter()  # number of pending layers, by weight shape
+        self._samples: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}  # plain and packed weights, by shape
+        self._same: dict[tuple, bool] = {}  # whether plain and packed products are equal, by shape, rows, and threads
 
     @staticmethod
     def supports(weight: torch.Tensor) -> bool:
-        """Return True if packing is possible for `weight` and saves time.
+        """Return True if `weight` can be packed and packing saves time.
 
         The weight must be on the CPU, in fp32 or in bf16 with hardware support, and torch must have the packing operators.
         """
         if not is_host(weight.device) or weight.dtype not in (torch.float32, torch.bfloat16):
             return False
-        if type(weight.data) is not torch.Tensor:  # a tensor subclass from a quantization library such as torchao
+        if type(weight.data) is not torch.Tensor:  # a tensor subclass, such as torchao's quantized tensors
             return False
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
@@ -79,13 +79,13 @@ class Packing:
 
     @staticmethod
     def now(model: nn.Module) -> None:
-        """Pack the linear layers inside `model` immediately, in place. Layers with hooks are not changed."""
+        """Immediately pack the linear layers of `model`, in place. Layers with hooks are left unchanged."""
         _replace_layers(model, None)
 
     def later(self, model: nn.Module) -> None:
-        """Schedule the linear layers inside `model` for packing, except for small layers, which are packed immediately.
+        """Schedule the linear layers of `model` for packing. Small layers are packed immediately.
 
-        Layers with hooks are not changed. The schedule is stored in the model (see `of`).
+        Layers with hooks are left unchanged. The schedule is stored in the model (see `of`).
         """
         _replace_layers(model, self)
         model.packing = self
@@ -93,27 +93,27 @@ class Packing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """Return the packing schedule of a model, or an empty schedule if the model has none."""
+        """Return a model's packing schedule, or an empty schedule if it has none."""
         return getattr(model, "packing", None) or cls()
 
     @property
     def waiting(self) -> list["PackedLinear"]:
-        """The layers that are waiting to be packed."""
+        """The layers still waiting to be packed."""
         model = self.model and self.model()
         if model is None:
             return []
         return [module for module in model.modules() if isinstance(module, PackedLinear) and module.waits]
 
     def finish(self) -> None:
-        """Pack all waiting layers now. Benchmarks call this so that their measurements do not include packing."""
+        """Pack all pending layers now. Benchmarks call this to exclude packing from their measurements."""
         for layer in self.waiting:
             layer.pack()
 
     @contextmanager
     def meanwhile(self) -> Iterator[None]:
-        """Pack waiting layers in a background thread within this context, while the current thread is idle.
+        """Context manager that packs pending layers in a background thread while the current thread is idle.
 
-        On exit, the background thread finishes the layer that it is packing. The remaining layers keep waiting.
+        On exit, the background thread finishes its current layer. The remaining layers stay pending.
         """
         layers = self.waiting
         ended = threading.Event()
@@ -135,22 +135,22 @@ class Packing:
                 thread.join()
 
     def begin_pass(self) -> None:
-        """Record that a decoding pass starts, so the language model computes the next token."""
+        """Record the start of a decoding pass, in which the language model computes the next token."""
         self.passes += 1
         self.room = 0
         if self.passes > START_PASSES:
             self.room = PASS_BYTES
 
     def add(self, weight: torch.Tensor) -> None:
-        """Add a layer with the given weights to the layers that wait to be packed."""
+        """Add a layer with the given weights to the pending layers."""
         self._waiting[weight.shape] += 1
 
     def can_wait(self, weight: torch.Tensor, rows: int) -> bool:
-        """Return True if a layer may keep using its plain weights for now to multiply inputs with `rows` rows or with one row."""
+        """Return True if a layer may keep its plain weights for now, for inputs with either `rows` rows or one row."""
         return self.room <= 0 and self._equal(weight.shape, 1) and self._equal(weight.shape, rows)
 
     def remove(self, plain: torch.Tensor, packed: torch.Tensor) -> None:
-        """Remove a layer from the layers that wait to be packed. `plain` and `packed` are its weights before and after packing."""
+        """Remove a layer from the pending layers. `plain` and `packed` are its weights before and after packing."""
         shape = plain.shape
         self.room -= plain.nbytes
         self._waiting[shape] -= 1
@@ -169,11 +169,11 @@ class Packing:
 
 
 def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> bool:
-    """Return True if plain and packed weights give exactly the same numbers for a random input.
+    """Return True if plain and packed weights produce bit-identical results for a random input.
 
-    If bf16 products are summed in a different order, only about one number in ten thousand differs (torch 2.15), and a single input
-    can miss that. The remainders are therefore compared too. They are computed in float32 by subtracting the results from the sums,
-    so they reveal differences in the last bits.
+    If bf16 products are summed in a different order, only about one in ten thousand results differs (torch 2.15), which a single
+    input can miss. Therefore, the rounding errors are compared too. They are computed in float32 by subtracting the results from
+    the sums, so they reveal differences in the last bits.
     """
     random = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, plain.shape[1], generator=random, dtype=torch.float32, device="cpu").to(plain.dtype)
@@ -184,12 +184,13 @@ def _equal_products(plain: torch.Tensor, packed: torch.Tensor, rows: int) -> boo
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on the CPU whose weights are stored in the layout that matmul reads. The plain weights are freed.
+    """A CPU linear layer with weights stored in the packed matmul layout. The plain weights are freed.
 
     Args:
         layer: The layer to replace.
-        packing: A schedule, with which a layer that is not small uses its plain weights at first. It packs them when it is called
-            with few rows and the schedule no longer lets it wait, unless memory is low. None packs the weights immediately.
+        packing: A packing schedule. With a schedule, all but small layers start with their plain weights. A layer packs its weights
+            when it is called with few rows and the schedule no longer allows it to wait, unless memory is low. None packs the
+            weights immediately.
     """
 
     def __init__(self, layer: nn.Linear, packing: Packing | None = None):
@@ -197,7 +198,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.bias = layer.bias
         self._packing = packing
-        # The weights, and whether they are final. Both are in one attribute, because several threads may run the model.
+        # The weights, and whether they are final. Both are stored in one attribute because several threads may run the model.
         if packing is not None and layer.weight.numel() > SMALL_WEIGHT:
             self._weights_and_final = layer.weight.detach(), False
             packing.add(layer.weight)
@@ -206,7 +207,7 @@ class PackedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Memory that the layer uses in addition to its parameters, in bytes."""
+        """Memory used in addition to the layer's parameters, in bytes."""
         return self._weights_and_final[0].numel() * self._weights_and_final[0].element_size()
 
     @property
@@ -215,7 +216,7 @@ class PackedLinear(nn.Module):
         return not self._weights_and_final[1]
 
     def weights_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the plain or packed weights for a product with `x` (`[..., in]`). This may pack the weights first."""
+        """Return the plain or packed weights to multiply with `x` (`[..., in]`), packing them first if necessary."""
         weights, final = self._weights_and_final
         rows = x.numel() // self.in_features
         if final or rows >= MANY_ROWS or self._packing.can_wait(weights, rows):
@@ -223,7 +224,7 @@ class PackedLinear(nn.Module):
         return self.pack()
 
     def pack(self) -> torch.Tensor:
-        """Pack the weights unless they are already final, and return them. If memory is low, they stay plain."""
+        """Pack and return the weights, unless they are already final. If memory is low, the plain weights are kept."""
         plain, final = self._weights_and_final
         if final:
             return plain
@@ -242,9 +243,9 @@ class PackedLinear(nn.Module):
 
 
 class PackedParts(nn.Module):
-    """A large linear layer whose weights are packed part by part, so that packing does not noticeably delay any token.
+    """A large linear layer whose weights are packed in parts, so packing doesn't noticeably delay any token.
 
-    All parts have the same shape, so one of them serves as the sample for the others.
+    All parts have the same shape, so one part serves as the sample for all others.
     """
 
     def __init__(self, layer: nn.Linear, packing: Packing):
@@ -269,7 +270,7 @@ def _frozen(data: torch.Tensor) -> nn.Parameter:
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be used later outside of inference mode
+    with torch.inference_mode(False):  # an inference tensor couldn't be used outside of inference mode later
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
@@ -310,16 +311,16 @@ def linear(
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the total size in bytes of the model's weights as they are stored in memory, either packed, quantized or plain.
+    """Return the total in-memory size of the model's weights in bytes, whether packed, quantized, or plain.
 
-    Weights that are shared by several layers are counted once.
+    Weights shared by several layers are counted once.
     """
     inside = sum(getattr(module, "nbytes", 0) for module in model.modules())
     return inside + sum(weight.nbytes for weight in model.parameters())
 
 
 def _replace_layers(model: nn.Module, packing: Packing | None) -> None:
-    """Replace the linear layers inside `model` with packed layers, one at a time to free each layer's plain weights early."""
+    """Replace the linear layers in `model` with packed layers, one at a time so that plain weights are freed early."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if is_unhooked_linear(child) and Packing.supports(child.weight):
@@ -329,7 +330,10 @@ def _replace_layers(model: nn.Module, packing: Packing | None) -> None:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module tree that shares its tensors. Layers of the copy can be replaced without changing the original."""
+    """Return a copy of a module tree that shares the original's tensors.
+
+    Replacing layers in the copy doesn't affect the original.
+    """
     clone = copy(module)
     clone._modules = {name: child and shared_copy(child) for name, child in module.named_children()}
     return clone

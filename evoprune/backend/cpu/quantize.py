@@ -1,16 +1,16 @@
-"""Linear layers with 8-bit and 4-bit weights for the CPU. They save memory and speed up products on CPUs without bf16.
+"""CPU linear layers with 8-bit and 4-bit weights, which save memory and speed up products on CPUs without bf16.
 
-int8 weights have one scale per output feature, and inputs have one scale per row. Rows are rounded independently, so the result for
-a row does not depend on the other rows in a batch. Products use integers and are exact. If a few input channels are much larger
-than all others, rounding with a common scale would cost the other channels their precision. These large channels are therefore
-computed in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
+int8 weights have one scale per output feature, and inputs have one scale per row. Rows are rounded independently, so a row's result
+doesn't depend on the other rows in the batch. Products use integers and are exact. If a few input channels are much larger than the
+others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
+in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On CPUs without VNNI, the language model decodes with a different matrix product, which rounds only the weights
+On CPUs without VNNI, the language model decodes using a different matrix product, which rounds only the weights
 (`RowMajorInt8Linear`).
 
-int4 weights have a scale and a zero point for every 32 weights, and use PyTorch's own kernel. They are used only while the language
-model decodes. Prompts and the vision tower use int8. The kernel is vectorized only for bf16, on AVX2 as well as on AVX512: with
-float32 it takes 20 times as long. Inputs are therefore converted to bf16, even on CPUs without bf16 instructions.
+int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
+language model decoding; prompts and the vision tower use int8. On both AVX2 and AVX512, the kernel is vectorized only for bf16 and
+takes 20 times as long with float32. Therefore, inputs are converted to bf16 even on CPUs without bf16 instructions.
 """
 
 import threading
@@ -26,24 +26,23 @@ from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
 
-GROUP = 32  # the number of int4 weights that share a scale
-PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so that they fit into a cache
-ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights requires both sizes to be multiples of this number
-PIECE_ROWS = 512  # the number of rows to multiply by row-major weights at a time
-STEP_ROWS = 64  # pieces have a multiple of this number of rows, because kernels arrange rows in steps that divide it
-LARGE = 4.0  # a channel is large if it exceeds the median channel by this factor
-MAX_LARGE = 1 / 32  # the largest share of channels that can be treated as large
-# Layers that are not quantized, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one
-# number per head.
+GROUP = 32  # number of int4 weights that share a scale
+PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
+ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights requires both dimensions to be multiples of this
+PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
+STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
+LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
+MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
+# Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head.
 GATES = "in_proj_a", "in_proj_b"
-LANGUAGE = "model.language_model.", "lm_head"  # the beginnings of the names of the language model's layers
+LANGUAGE = "model.language_model.", "lm_head"  # name prefixes of the language model's layers
 
-SCRATCH_BYTES = 2**25  # the allocator returns larger blocks to the system when they are freed
+SCRATCH_BYTES = 2**25  # the allocator returns larger blocks to the system when freed
 Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU, by name
 
 
 class Bytes:
-    """Quantizes rows to 8 bits. Layers with the same input share one instance, which caches its latest result."""
+    """Quantizes rows to 8 bits. Layers with the same input share an instance, which caches its most recent result."""
 
     def __init__(self):
         self._last: tuple = (None, None, None)
@@ -53,18 +52,18 @@ class Bytes:
 
         Args:
             x: `[..., K]`.
-            large: int64, the large channels, which are replaced with 0 before rounding.
+            large: int64, the large channels, which are zeroed before rounding.
 
         Returns:
             The rows as uint8 `[R, K]`, where `levels() + 1` represents zero; the step size of each row, float32 `[R, 1]`; and the
             large channels, float32 `[R, m]`.
         """
-        known, known_large, rounded = self._last  # read only once, because another thread may run the same model
+        known, known_large, rounded = self._last  # read once, because another thread may be running the same model
         if x is known and large is known_large:
             return rounded
         rows = x.reshape(-1, x.shape[-1]).float()
         rest = rows
-        room = None  # the copy, if there is one, is reused for the result
+        room = None  # if a copy is made, it is reused for the result
         if len(large):
             rest = rows.index_fill(1, large, 0.0)
             room = rest
@@ -77,12 +76,12 @@ class Bytes:
 
 
 def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
-    """Quantize the weights of a linear layer on the CPU, and return the tensors that `Int8Linear` needs.
+    """Quantize a linear layer's weights on the CPU, and return the tensors required by `Int8Linear`.
 
     Args:
         layer: The layer to quantize.
         large: int64, the input channels to compute in float32.
-        memory: int8, a buffer to store `whole` in if it is large enough. The next call with the same buffer overwrites it.
+        memory: int8, a buffer that stores `whole` if it is large enough. The next call with the same buffer overwrites it.
 
     Returns:
         `whole`, int8 `[out, in]`; the `scale` and `sum` of each row of `whole`, float32 `[out]`; `large`; and `wide`, float32 `[m,
@@ -116,7 +115,10 @@ _role = _Role()
 
 
 class Int8Linear(nn.Module):
-    """A linear layer that multiplies 8-bit integers. Layers that read the same input share `to_bytes`, which quantizes it once."""
+    """A linear layer that multiplies 8-bit integers.
+
+    Layers with the same input share `to_bytes`, which quantizes the input once.
+    """
 
     def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
         super().__init__()
@@ -133,7 +135,7 @@ class Int8Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes that the layer holds in addition to parameters and other modules."""
+        """Memory used in addition to the layer's parameters and submodules, in bytes."""
         return self.packed.numel() + 12 * self.out_features + self.wide.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,11 +143,11 @@ class Int8Linear(nn.Module):
         return self._finished(x, self._product(whole), step, wide)
 
     def _arranged(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the weights in the layout that the matrix product reads."""
+        """Return the weights in the layout expected by the matrix product."""
         return torch.ops.onednn.qlinear_prepack(whole, None)
 
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
-        """Multiply quantized rows by the weights, without applying the rows' step sizes. Returns float32 `[R, out]`."""
+        """Multiply quantized rows by the weights without applying the row step sizes. Returns float32 `[R, out]`."""
         return _product(whole, self.packed, self.scale, self.zero, self.offset)
 
     def _finished(
@@ -164,16 +166,16 @@ class Int8Linear(nn.Module):
 
 
 class RowMajorInt8Linear(Int8Linear):
-    """An `Int8Linear` of the language model for CPUs without VNNI, where oneDNN needs three times as long for a single row.
+    """An `Int8Linear` for the language model on CPUs without VNNI, where oneDNN takes three times as long for a single row.
 
-    The weights stay in row-major order, which also saves the time to pack them. While the model decodes, the layer uses PyTorch's
-    matrix product for 8-bit weights, which is vectorized for bf16 inputs, so only the weights are rounded. While the model reads a
-    prompt, the layer computes the same as `Int8Linear`.
+    The weights stay in row-major order, so they don't need to be packed. During decoding, the layer uses PyTorch's matrix product
+    for 8-bit weights, which is vectorized for bf16 inputs, so only the weights are rounded. During prefill, the layer computes the
+    same as `Int8Linear`.
     """
 
     @staticmethod
     def suits(shape: Sequence[int]) -> bool:
-        """Return True if this class supports weights of the given shape and is faster than `Int8Linear` on this CPU."""
+        """Return True if this class supports the given weight shape and is faster than `Int8Linear` on this CPU."""
         return levels() < 127 and all(size % ROW_STEP == 0 for size in shape) and _has_row_major_products()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +191,7 @@ class RowMajorInt8Linear(Int8Linear):
 
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
         count = len(whole)
-        if count == 1:  # oneDNN's product with a single column is not exact on CPUs with AVX512 and without VNNI
+        if count == 1:  # oneDNN's single-column product is not exact on CPUs with AVX512 but without VNNI
             whole = whole.expand(2, -1)
         y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
         middle = levels() + 1
@@ -233,7 +235,7 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def large_channels(x: torch.Tensor) -> torch.Tensor:
     """Return the channels of `x` (`[..., K]`) that exceed `LARGE` times the median channel, int64, ascending.
 
-    At most a share of `MAX_LARGE` of the channels is returned. If more channels exceed the threshold, the largest ones are
+    At most a fraction of `MAX_LARGE` of all channels is returned. If more channels exceed the threshold, only the largest are
     returned.
     """
     size = x.reshape(-1, x.shape[-1]).float().abs().amax(0)
@@ -244,10 +246,10 @@ def large_channels(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def levels() -> int:
-    """Return the number of levels on either side of zero for rounding rows: 127, or 63 on CPUs without VNNI.
+    """Return the number of rounding levels on either side of zero: 127, or 63 on CPUs without VNNI.
 
-    CPUs without these dot-product instructions add two products in 16 bits. The sum of two products of 127 and 127 fits into 16
-    bits, but the sum of two products of 255 and 127 does not.
+    CPUs without these dot-product instructions add two products in 16 bits. The sum of two products of 127 and 127 fits in 16 bits,
+    but the sum of two products of 255 and 127 overflows.
     """
     return 127 if has_exact_products(255) else 63
 
@@ -271,14 +273,17 @@ def int4_weights(layer: nn.Linear) -> Weights:
 
 
 def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize some rows of a weight matrix. Returns them in the kernel's layout, and scales and zeros `[groups, rows, 2]`."""
-    # The kernel processes 16 rows at a time. Rows added here as padding are removed from the output.
+    """Quantize some rows of a weight matrix.
+
+    Returns the rows in the kernel's layout, and the scales and zeros, `[groups, rows, 2]`.
+    """
+    # The kernel processes 16 rows at a time. Padding rows added here are removed from the output.
     rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = rows.view(len(rows), -1, GROUP)
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    # Round scales to the kernel's dtype before the weights are divided by them.
+    # Round the scales to the kernel's dtype before dividing the weights by them.
     scale = ((high - low) / 15).clamp_(min=1e-8).bfloat16().float()
-    middle = (low + 8 * scale).bfloat16().float()  # the weight that the kernel's zero, 8, represents
+    middle = (low + 8 * scale).bfloat16().float()  # the weight represented by the kernel's zero, 8
     whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
     scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().bfloat16()
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
@@ -289,9 +294,9 @@ class Int4Linear(nn.Module):
 
     Args:
         weights: The result of `int4_weights`.
-        shape: The numbers of output and input features.
+        shape: The number of output features and the number of input features.
         bias: `[out]`, or None.
-        full: A layer that is called instead while the model reads a prompt. None uses 4-bit weights for the prompt as well.
+        full: A layer to call instead during prefill. None uses 4-bit weights for the prompt as well.
     """
 
     def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
@@ -304,7 +309,7 @@ class Int4Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes that the layer holds in addition to parameters and other modules."""
+        """Memory used in addition to the layer's parameters and submodules, in bytes."""
         return self.packed.nbytes + self.scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -319,16 +324,16 @@ class Int4Linear(nn.Module):
 
 
 class Unquantized(nn.Module):
-    """A placeholder for a linear layer until its first input shows which channels are large.
+    """A placeholder for a linear layer until its first input reveals the large channels.
 
-    On the first call, the placeholder passes the layer and the large channels to `quantize`. This function replaces the placeholder
-    with a quantized layer, and returns the quantized layer, which then computes the current call.
+    On the first call, the placeholder passes the layer and the large channels to `quantize`, which replaces the placeholder with a
+    quantized layer and returns it. The quantized layer then handles the current call.
     """
 
     def __init__(self, layer: nn.Linear, quantize: Callable[[nn.Linear, torch.Tensor], nn.Module]):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        # The layer is wrapped in a list, so that it does not become a submodule.
+        # Wrapping the layer in a list keeps it from becoming a submodule.
         self._layer = [layer]
         self._quantize = quantize
 
@@ -338,7 +343,7 @@ class Unquantized(nn.Module):
 
 
 def reads_rows(path: str, kind: str) -> bool:
-    """Return True if a quantized layer needs int8 weights. All layers do except an int4 output layer, which reads only one row."""
+    """Return True if a quantized layer needs int8 weights. All layers do except int4 output layers, which read only one row."""
     return kind == "int8" or path != "lm_head"
 
 
@@ -355,10 +360,10 @@ class Quantization:
     @staticmethod
     @contextmanager
     def decoding() -> Iterator[None]:
-        """Context manager that tells quantized layers that this thread is decoding an answer rather than reading a prompt.
+        """Context manager that tells quantized layers that this thread is decoding an answer rather than prefilling a prompt.
 
-        Some quantized layers use different weights for an answer than for a prompt. They must not choose the weights by the number
-        of rows, because an answer would then depend on how many of its tokens are read together.
+        Some quantized layers use different weights for answers than for prompts. They can't choose the weights based on the number
+        of rows, because an answer would then depend on how many of its tokens are processed together.
         """
         before = _role.decodes
         _role.decodes = True
@@ -369,7 +374,7 @@ class Quantization:
 
     @staticmethod
     def kinds(device: torch.device) -> list[str]:
-        """Return the kinds of quantization, except "none", that work on a device with the installed PyTorch and this CPU."""
+        """Return the quantization types, except "none", supported on a device by the installed PyTorch version and this CPU."""
         if not is_host(device) or not has_exact_products(127):
             return []
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
@@ -377,7 +382,7 @@ class Quantization:
         return ["int8", "int4"]
 
     def check(self, device: torch.device) -> None:
-        """Raise UsageError if this kind of quantization does not work on a device with the installed PyTorch and this CPU."""
+        """Raise UsageError if the installed PyTorch version or this CPU doesn't support this quantization type on a device."""
         if self.kind == "none":
             return
         if not is_host(device):
@@ -387,11 +392,11 @@ class Quantization:
 
     @property
     def levels(self) -> int:
-        """The number of levels on either side of zero for rounding rows, which depends on the CPU."""
+        """Number of rounding levels on either side of zero, which depends on the CPU."""
         return levels()
 
     def layers(self, model: nn.Module) -> dict[str, str]:
-        """Return the kind of quantization ("int8" or "int4") for each linear layer to quantize, keyed by the layer's name."""
+        """Return a mapping from the name of each linear layer to quantize to its quantization type ("int8" or "int4")."""
         kinds = {}
         for path, layer in model.named_modules():
             if is_unhooked_linear(layer) and not path.endswith(GATES):
@@ -400,9 +405,9 @@ class Quantization:
         return kinds
 
     def saved_bytes(self, model: nn.Module) -> int:
-        """Return the number of bytes that quantization saves. The model may be on the meta device.
+        """Return the number of bytes saved by quantization. The model may be on the meta device.
 
-        If the output layer shares its weights with the input embedding, the original weights remain in memory as well.
+        If the output layer shares its weights with the input embedding, the original weights also remain in memory.
         """
         saved = 0
         embedding = model.model.language_model.embed_tokens.weight
@@ -429,17 +434,17 @@ class Quantization:
         """Quantize the linear layers of a model in place. Each layer is quantized as soon as its input is known.
 
         Args:
-            model: The model, which is changed in place.
-            run: Runs the model on a fixed input, which must be the same every time. It must call every linear layer.
-            progress: Called with the number of finished layers and the total.
-            store: Called with each layer's name and the tensors that `restore` needs for it.
+            model: The model to modify in place.
+            run: Runs the model on a fixed input, which must be the same every time and must reach every linear layer.
+            progress: Called with the number of finished layers and the total number of layers.
+            store: Called with each layer's name and the tensors required to `restore` it.
 
         Raises:
             RuntimeError: If a layer was not called.
         """
         layers = _Layers(model, self.layers(model), progress)
-        # Without a shared buffer, each layer's temporary blocks would leave gaps between the permanent ones. The gaps would add up
-        # to a third of the model.
+        # Without a shared buffer, each layer's temporary blocks would leave gaps between the permanent blocks, adding up to a third
+        # of the model's size.
         memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
         def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
@@ -463,12 +468,12 @@ class Quantization:
     def restore(
         self, model: nn.Module, read: Callable[[str], Weights], progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Replace a model's linear layers with quantized layers, using the weights that `apply` has stored.
+        """Replace a model's linear layers with quantized layers, using the weights stored by `apply`.
 
         Args:
-            model: The model, which is changed in place.
-            read: Returns the stored weights for a layer's name.
-            progress: Called with the number of finished layers and the total.
+            model: The model to modify in place.
+            read: Returns the stored weights for a layer, given its name.
+            progress: Called with the number of finished layers and the total number of layers.
         """
         layers = _Layers(model, self.layers(model), progress)
         for path in layers.kinds:
@@ -495,7 +500,7 @@ class _Layers:
         kind = self.kinds[path]
         full = None
         if reads_rows(path, kind):
-            # Layers of a module that have the same large channels have the same input. `to_bytes` recognizes both by identity.
+            # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
             decodes = kind == "int8" and path.startswith(LANGUAGE)

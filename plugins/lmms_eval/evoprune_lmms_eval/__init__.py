@@ -2,7 +2,7 @@
 
 
 def manifest():
-    """Return the name and the class of the model, for the `lmms_eval.models` entry point group."""
+    """Return the model's name and class for the `lmms_eval.models` entry point group."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     name = "evoprune_qwen2_5_vl"

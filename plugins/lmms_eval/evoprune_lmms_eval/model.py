@@ -3,8 +3,8 @@
     python -m lmms_eval --model evoprune_qwen2_5_vl --tasks videomme --log_samples --output_path runs \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,budget=0.1,method=evoprune
 
-Consecutive questions about the same videos and images share an encoding. Evoprune's measurements are added to the `token_counts`
-of each sample.
+Consecutive questions about the same videos and images share an encoding. Evoprune's measurements are added to each sample's
+`token_counts`.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ class Measured(TokenCounts):
 
 
 class EvoPruneQwen25VL(lmms):
-    """A model for lmms-eval, which passes the entries of its `model_args` as arguments.
+    """A model for lmms-eval, which passes its `model_args` entries as arguments.
 
     Args:
-        pretrained: Hub ID, local folder, or `demo`.
+        pretrained: A hub ID, a local folder, or `demo`.
         system_prompt: Replaces the model's own system prompt.
-        images: Whether questions may have images, or more than one input. Images are pruned like videos.
+        images: Whether questions may contain images or several inputs. Images are pruned like videos.
         batch_size: Must be 1.
         max_batch_size: Ignored.
-        options: Options of `VideoQA.load`, `encode` and `ask`, such as `budget`, `method` and `fps`. The settings of a task
-            override them.
+        options: Options for `VideoQA.load`, `encode`, and `ask`, such as `budget`, `method`, and `fps`. Task settings override
+            them.
 
     Raises:
-        EvopruneError: If `VideoQA.load` fails, `batch_size` is not 1, or there is more than one process.
+        EvopruneError: If `VideoQA.load` fails, `batch_size` isn't 1, or there is more than one process.
         TypeError: If an option is unknown.
     """
 
@@ -69,13 +69,13 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError(f"batch_size {batch_size}: videos are answered one at a time", "leave it at 1")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UsageError("this model runs in one process", "start one run per GPU, each with its own tasks")
-        # `max_new_tokens` is the limit for tasks that do not set one.
+        # `max_new_tokens` is the limit for tasks without their own limit.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
         model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
         self._qa = VideoQA(Session.load(model, pruning))
         self._pictures = str(pictures).lower() in ("true", "1")
-        self._inputs: EncodedInputs | None = None  # the encoded inputs of the latest question
-        self._shown: list[str] | None = None  # the paths of these inputs; inputs from memory are identified by contents
+        self._inputs: EncodedInputs | None = None  # encoded inputs of the most recent question
+        self._shown: list[str] | None = None  # paths of these inputs; in-memory inputs are identified by their contents
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """Return the answers in the order of the requests."""
@@ -95,7 +95,7 @@ class EvoPruneQwen25VL(lmms):
                 paths = _files(visuals, folder) if self._pictures else [_only_video(visuals)]
                 contents = [path.removeprefix(folder) for path in paths]
                 if self._shown != contents:
-                    self._inputs = self._shown = None  # frees memory before the next inputs are encoded
+                    self._inputs = self._shown = None  # free memory before encoding the next inputs
                     self._inputs, self._shown = self._qa.encode(paths, **vars(self._sampling)), contents
             text, report = self._answer(without_tags(question), settings)
             self.cache_hook.add_partial("generate_until", (question, settings), text)
@@ -106,7 +106,7 @@ class EvoPruneQwen25VL(lmms):
             yield GenerationResult(text, Measured(**tokens, measured=facts))
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
-        """Answer a question. Returns the text of the answer up to the first of the task's stop words, and the report."""
+        """Answer a question. Returns the answer text up to the task's first stop word, and the report."""
         if settings.get("num_beams", 1) > 1:
             raise UsageError("beam search is not supported", "set num_beams to 1 in the task's generation_kwargs")
         sampled = settings.get("do_sample", True)
@@ -134,10 +134,10 @@ class EvoPruneQwen25VL(lmms):
 
 
 def _only_video(visuals: list) -> str:
-    """Return the path of the only video of a question.
+    """Return the path of a question's only video.
 
     Raises:
-        UsageError: If the question has images, or does not have exactly one video.
+        UsageError: If the question contains images, or doesn't contain exactly one video.
     """
     if len(visuals) != 1 or not isinstance(visuals[0], str | os.PathLike):
         kinds = ", ".join(type(visual).__name__ for visual in visuals) or "none"
@@ -148,7 +148,7 @@ def _only_video(visuals: list) -> str:
 def _files(visuals: list, folder: str) -> list[str]:
     """Return the paths of a question's videos and images.
 
-    Images in memory are written to files in `folder`, whose names are hashes of the images' contents.
+    In-memory images are written to files in `folder`, named after the hash of their contents.
 
     Raises:
         UsageError: If an input is neither a video nor an image, or there are no inputs.

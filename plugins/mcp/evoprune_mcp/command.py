@@ -1,4 +1,4 @@
-"""The `evoprune mcp` command. The `mcp` package and torch are imported only when it runs."""
+"""The `evoprune mcp` command. The `mcp` package and torch are only imported when it runs."""
 
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions

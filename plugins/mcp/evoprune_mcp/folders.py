@@ -1,4 +1,4 @@
-"""Restricts an agent to the files below the folders that the user has allowed."""
+"""Restricts an agent to files inside the folders allowed by the user."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from evoprune.errors import UsageError
 
 
 class Folders:
-    """Folders whose files an agent may read, including files in subfolders.
+    """Folders that an agent may read files from, including subfolders.
 
     Raises:
-        UsageError: If a path is not a folder.
+        UsageError: If a path isn't a folder.
     """
 
     def __init__(self, paths: Sequence[str]):
@@ -28,23 +28,23 @@ class Folders:
         """Find a file or a folder of frames that the agent is allowed to read, and return its real path.
 
         Args:
-            path: The path that the agent gives, either absolute or relative to one of the folders.
+            path: The path given by the agent, either absolute or relative to one of the folders.
 
         Raises:
-            UsageError: If there is no such file below the folders, or its path leads out of them through a symbolic link.
+            UsageError: If the folders don't contain the file, or if its path leads outside them through a symbolic link.
         """
         problem = UsageError(f"{path} is no file below an allowed folder", f"give the path of a file below {self}")
         try:
             given = Path(path).expanduser()
             for folder in self._folders:
-                real = (folder / given).resolve()  # if `given` is absolute, the result does not depend on the folder
+                real = (folder / given).resolve()  # if `given` is absolute, the result doesn't depend on the folder
                 if self._has(real) and real.exists():
                     break
             else:
                 raise problem
             if not all(self._has(file.resolve()) for file in _read_with(real)):
                 raise problem
-        except (OSError, RuntimeError, ValueError) as unusable:  # also an unknown home folder, or a loop of links
+        except (OSError, RuntimeError, ValueError) as unusable:  # also an unknown home folder or a symlink loop
             raise problem from unusable
         return str(real)
 
@@ -53,12 +53,12 @@ class Folders:
 
 
 def _read_with(real: Path) -> Iterator[Path]:
-    """Return all files that reading a path may involve: the images in a folder, or a video and the subtitles next to it."""
+    """Return all files that may be read for a path: the images in a folder, or a video and the subtitles next to it."""
     if real.is_dir():
         return real.iterdir()
     return (file for file in real.parent.iterdir() if file.name.startswith(real.stem))
 
 
 def printable(path: Path) -> str:
-    """Convert a path to valid Unicode, because MCP messages must be valid Unicode."""
+    """Convert a path to valid Unicode, as required in MCP messages."""
     return str(path).encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Defines the MCP tools that agents call, and reports errors and progress to the client."""
+"""Defines the MCP tools for agents, and reports errors and progress to the client."""
 
 import asyncio
 import os
@@ -20,9 +20,9 @@ from evoprune_cli import tell
 from evoprune_mcp.videos import Answered, Moments, Videos
 from evoprune_mcp.worker import Report, Worker
 
-TICK_S = 0.2  # minimum time between two progress notifications
+TICK_S = 0.2  # minimum time between progress notifications, in seconds
 
-# The arguments of the tools, with the descriptions that agents read.
+# Tool arguments, with descriptions for the agents.
 Path = Annotated[str, Field(description="A file, or a folder of frames: absolute, or relative to an allowed folder.")]
 Paths = Annotated[list[Path], Field(description="Videos and images to ask about together.", min_length=1)]
 Time = Annotated[float | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
@@ -33,18 +33,18 @@ Query = Annotated[str, Field(description="What to look for, such as: a red car."
 
 
 def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
-    """Create the MCP server with its tools. The server starts to load the model as soon as it runs.
+    """Create the MCP server with its tools. The server starts loading the model as soon as it runs.
 
     Args:
-        videos: Answers the questions that the tools receive.
-        model: The worker thread for everything that uses the model.
+        videos: Answers the questions received by the tools.
+        model: The worker thread for all jobs that use the model.
         prober: A second worker thread, which reads metadata even while the model is busy.
     """
 
     @asynccontextmanager
     async def start(_: MCPServer) -> AsyncIterator[None]:
-        # Redirect everything that libraries print to stderr, even after the server has ended, because its threads may still be
-        # running. The server itself has already opened the real stdout.
+        # Redirect library output to stderr, even after the server has shut down, because its threads may still be running. The
+        # server itself has already opened the real stdout.
         sys.stdout = sys.stderr  # `real_streams` restores it
         model.submit(videos.load_early)
         yield
@@ -84,7 +84,7 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
 
 
 async def _result(context: Context, worker: Worker, work: Callable[[Report], Any]) -> Any:
-    """Run a function in a worker's thread while reporting its progress to the client. If the request is cancelled, so is the job.
+    """Run a function in a worker thread while reporting its progress to the client. If the request is canceled, the job is too.
 
     Raises:
         ToolError: If the function raises an exception.
@@ -109,7 +109,7 @@ async def _result(context: Context, worker: Worker, work: Callable[[Report], Any
 
 
 def _told(problem: Exception) -> str:
-    """Format an error for the agent, as a message and a hint. Unexpected errors are also printed to stderr."""
+    """Format an error as a message and a hint for the agent. Unexpected errors are also printed to stderr."""
     record = error_record(problem)
     if record["type"] == "bug":
         tell(f"error: {record['message']}")

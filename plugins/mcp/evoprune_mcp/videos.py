@@ -21,9 +21,9 @@ from evoprune_mcp.worker import Report
 if TYPE_CHECKING:
     from evoprune import Cache, EncodedInputs, VideoQA
 
-KEPT = 8  # maximum number of encodings that are cached for further questions
-# Stages of `VideoQA.encode` and `VideoQA.find`. For each stage, the text of progress messages, and the share of the total work that
-# is done when the stage begins and when it ends. Stages may overlap, because frames are encoded while other frames are read.
+KEPT = 8  # maximum number of encodings cached for follow-up questions
+# Stages of `VideoQA.encode` and `VideoQA.find`. For each stage, the progress message, and the fraction of the total work completed
+# when the stage begins and when it ends. Stages may overlap because frames are encoded while others are being read.
 STAGES = {
     "read": ("reading, frame", 0.0, 0.6),
     "encode": ("encoding, frame", 0.0, 0.6),
@@ -73,9 +73,9 @@ class Videos:
     """Answers an agent's questions about video and image files.
 
     Args:
-        folders: The folders whose files may be read.
-        options: Default options for all questions.
-        cache: Whether to cache encoded videos on disk as well.
+        folders: The folders that files may be read from.
+        options: The default options for all questions.
+        cache: Whether to also cache encoded videos on disk.
         quiet: Whether to suppress notes about the model.
     """
 
@@ -88,7 +88,7 @@ class Videos:
         self._kept: OrderedDict[str, EncodedInputs] = OrderedDict()
 
     def load_early(self, report: Report) -> None:
-        """Load the model before the first question. If loading fails, print the error. The first question then tries again."""
+        """Load the model before the first question. If loading fails, the error is printed, and the first question tries again."""
         try:
             self._model(report)
         except EvopruneError as problem:
@@ -106,7 +106,7 @@ class Videos:
         """Answer a question about one or more inputs together.
 
         Raises:
-            EvopruneError: If an argument, an input or the model cannot be used.
+            EvopruneError: If an argument, an input, or the model is invalid.
         """
         if not question.strip():
             raise UsageError("the question is empty", "ask in words")
@@ -123,7 +123,7 @@ class Videos:
         except OutOfMemory:
             if not self._kept:
                 raise
-        if encoded is None:  # not in the `except` block, where the error still refers to partial results
+        if encoded is None:  # not in the `except` block, because the error still refers to partial results there
             self._kept.clear()
             encoded = self._encoded(key, paths, sampling, pruning, report)
 
@@ -139,7 +139,7 @@ class Videos:
         return Answered(made.answer or "", made.finish_reason == "length", reused, warnings)
 
     def find(self, report: Report, path: str, query: str) -> Moments:
-        """Return the moments of a video that match a query, best first. For the exceptions, see `ask`."""
+        """Return the moments in a video that match a query, best first. For the exceptions, see `ask`."""
         path = self.folders.find(path)
         qa = self._model(report)
         how = {"fps": self._options.sampling.fps, "speech": self._options.sampling.speech} | vars(self._options.find)
@@ -148,10 +148,10 @@ class Videos:
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])
 
     def describe(self, path: str) -> dict[str, Any]:
-        """Return a file's metadata, without using the model: `kind`, and all known fields of `evoprune.video.Video`.
+        """Return a file's metadata without using the model: `kind`, and all known fields of `evoprune.video.Video`.
 
         Raises:
-            EvopruneError: If the file cannot be read, or the agent is not allowed to read it.
+            EvopruneError: If the file can't be read, or the agent isn't allowed to read it.
         """
         video = probe(self.folders.find(path))
         return {"kind": video.kind} | {name: value for name, value in asdict(video).items() if value is not None}
@@ -190,7 +190,7 @@ class Videos:
 
 
 def _show(report: Report, which: list[int], stage: str, done: int, total: int) -> None:
-    """Convert the progress of `VideoQA.encode` or `VideoQA.find` to the finished share of the total work, and report it.
+    """Convert the progress of `VideoQA.encode` or `VideoQA.find` to a fraction of the total work, and report it.
 
     Args:
         which: The number of the current input and the total number of inputs. Updated in place.

@@ -1,4 +1,4 @@
-"""Handles the standard streams and the signals of the server process."""
+"""Handles the server process's standard streams and signals."""
 
 import os
 import signal
@@ -14,13 +14,13 @@ CHUNK_BYTES = 2**16
 
 @contextmanager
 def real_streams() -> Iterator[list[int]]:
-    """Set `sys.stdin` to a copy of stdin that reaches end of file at the first signal, and `sys.stdout` to the real stdout.
+    """Set `sys.stdin` to a copy of stdin that reaches end of file on the first signal, and `sys.stdout` to the real stdout.
 
-    Without the copy, a blocked read from stdin would delay the shutdown. When the context ends, the first signal is raised again. A
-    second signal ends the process immediately.
+    Without the copy, a blocked read from stdin would delay shutdown. When the context ends, the first signal is re-raised. A second
+    signal terminates the process immediately.
 
     Yields:
-        A list. Signals are appended to it as they are received.
+        A list of the signals received so far, updated as they arrive.
     """
     real_stdin = sys.stdin
     received: list[int] = []
@@ -51,13 +51,13 @@ def real_streams() -> Iterator[list[int]]:
 
 
 def end_at_once(received: Sequence[int]) -> None:
-    """Exit the process without Python's cleanup, which could crash a thread that is still computing.
+    """Exit the process without Python's cleanup, which could crash a thread that is still running.
 
     Args:
-        received: The signals that the process has received. They determine the exit code.
+        received: The signals received by the process, which determine the exit code.
     """
     sys.stderr.flush()
-    if signal.SIGINT in received and os.name == "posix":  # so that a shell loop around this process stops, too
+    if signal.SIGINT in received and os.name == "posix":  # so that a surrounding shell loop also stops
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     codes = [130 if number == signal.SIGINT else 143 for number in received]

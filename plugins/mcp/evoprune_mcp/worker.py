@@ -1,4 +1,4 @@
-"""A thread that runs blocking jobs one after another, so that the event loop is never blocked."""
+"""A worker thread that runs blocking jobs one at a time, so the event loop is never blocked."""
 
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -9,17 +9,17 @@ from typing import Any, Self
 
 from evoprune.video import Scope
 
-END_S = 1.0  # how long to wait for the last job at shutdown; clients kill a server after 2 s
+END_S = 1.0  # how long to wait for the last job at shutdown, in seconds; clients kill the server after 2 s
 
 Report = Callable[[float, str], None]
 
 
 class Job:
-    """A function that runs in a worker's thread, together with its result and its progress.
+    """A function that runs in a worker thread, together with its result and progress.
 
     Attributes:
-        future: The result of the function.
-        progress: The share of the work that is done, from 0 to 1, which never decreases, and the name of the current step.
+        future: The function's result.
+        progress: The completed fraction of the work, from 0 to 1 and never decreasing, and the name of the current step.
     """
 
     def __init__(self, work: Callable[[Report], Any]):
@@ -29,7 +29,7 @@ class Job:
         self._scope = Scope()
 
     def run(self) -> None:
-        """Run the function in the current thread, unless the job has been stopped."""
+        """Run the function in the current thread unless the job has been stopped."""
         if not self.future.set_running_or_notify_cancel():
             return
         self._scope.enter()
@@ -40,7 +40,7 @@ class Job:
             self.future.set_exception(problem)
 
     def stop(self) -> None:
-        """Cancel the job if it is waiting. If it is running, make it fail the next time it reads a file or reports progress."""
+        """Cancel the job if it is waiting. A running job fails the next time it reads a file or reports progress."""
         self.future.cancel()
         self._scope.stop()
 
@@ -51,7 +51,7 @@ class Job:
 
 
 class Worker:
-    """A thread that runs jobs in the order of submission. All jobs are stopped when the context ends."""
+    """A thread that runs jobs in submission order. All jobs are stopped when the context ends."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -70,7 +70,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether the thread is still running. A job may outlive the context, because loading a model cannot be interrupted."""
+        """Whether the thread is still running. A job may outlive the context because model loading can't be interrupted."""
         return self._thread.is_alive()
 
     def submit(self, work: Callable[[Report], Any]) -> Job:

@@ -1,6 +1,6 @@
 """`evoprune serve`: a single-machine server with an OpenAI-compatible API.
 
-Starlette and torch are imported only when the command runs.
+Starlette and torch are only imported when the command runs.
 """
 
 from evoprune_serve.command import serve

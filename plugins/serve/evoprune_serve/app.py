@@ -1,4 +1,4 @@
-"""The server application, with routes for OpenAI's chat completions, responses, models and files, and for health and metrics."""
+"""The server application, with routes for OpenAI's chat completions, responses, models, and files, and for health and metrics."""
 
 import asyncio
 import time
@@ -42,10 +42,10 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
-MOST_COMMAS = 2**20  # maximum number in a body, because parsed values may take 100 times as much memory as their text
-SENDING_S = 60.0  # extra time after the deadline for a slow client to receive the end of a stream
-AGEING_S = 60.0  # interval between checks for expired files
-CLOSED = 499  # status in logs and metrics when the client has disconnected
+MOST_COMMAS = 2**20  # maximum number per body, because parsed values may take 100 times as much memory as their text
+SENDING_S = 60.0  # extra time after the deadline, in seconds, for a slow client to receive the end of a stream
+AGEING_S = 60.0  # interval between checks for expired files, in seconds
+CLOSED = 499  # status in logs and metrics if the client has disconnected
 T = TypeVar("T")
 
 
@@ -54,15 +54,15 @@ class Settings:
     """Settings of a server.
 
     Attributes:
-        folder: A private folder for the files that clients send.
-        usual: The default options, for options that a request does not set.
+        folder: A private folder for files sent by clients.
+        usual: The default values for options not set by a request.
         urls, folders: See `Sources`.
-        files_bytes: Maximum total size of the files that clients have sent, in bytes.
-        file_age_s: How long an uploaded file is kept, in seconds.
+        files_bytes: Maximum total size of the files sent by clients, in bytes.
+        file_age_s: The retention time for uploaded files, in seconds.
         most, keep: See `Work`.
-        answer_s: Maximum time from the arrival of a request to the end of its answer, in seconds.
+        answer_s: Maximum time from a request's arrival to the end of its answer, in seconds.
         log: Called with a log line for each request.
-        log_contents: Whether to log questions and answers as well.
+        log_contents: Whether to also log questions and answers.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class Settings:
 
 
 class Server:
-    """The routes of the API, and the state that they share."""
+    """The API routes and their shared state."""
 
     def __init__(self, models: Mapping[str, VideoQA], settings: Settings):
         self.settings = settings
@@ -93,7 +93,7 @@ class Server:
         self.metrics = Metrics(self.work)
         most = settings.access.bodies_bytes
         self.bodies = Bodies(most, share=max(most // 2, settings.access.body_bytes))
-        self.storing = asyncio.Lock()  # allows one copy at a time, because no disk space is reserved for copies
+        self.storing = asyncio.Lock()  # allows one copy at a time because no disk space is reserved for copies
         self.started = int(time.time())
 
     # Questions.
@@ -115,9 +115,9 @@ class Server:
             return JSONResponse(await unless_gone(request, asked.whole(first)))
 
     async def task(self, request: Request, task: Task) -> Response:
-        """Run a task for a request in the model's thread.
+        """Run a request's task in the model thread.
 
-        The response is the task's last message as JSON or, if the request asks for a stream, a stream with all messages.
+        The response is the task's last message as JSON or, if the request asks for streaming, a stream with all messages.
         """
         deadline_s = self.deadline_s()
         async with self.asking(request, read_chat, deadline_s) as asked:
@@ -131,17 +131,17 @@ class Server:
             return JSONResponse(event.facts)
 
     def deadline_s(self) -> float:
-        """Return the deadline for a request that arrives now, as a time on the event loop's clock."""
+        """Return the deadline for a request arriving now, on the event loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
     async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Parse a request, queue a job, fetch its files, and yield the request. An exception in the context cancels the job."""
+        """Parse a request, queue a job, fetch its files, and yield the request. Exceptions in the context cancel the job."""
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
                 body = await read_json(request, room.add)
-                # Run in a thread, because checking a schema may take a while.
+                # Run in a thread because checking a schema may take a while.
                 question, sources, form = await run_in_threadpool(read, body, self.settings.usual, [*self.models])
                 del body
                 job = self.work.admit(client_of(request))
@@ -165,7 +165,7 @@ class Server:
         self.metrics.request(next(known, "other"), status)
 
     def counted(self, route: Handler, logged: bool = True) -> Handler:
-        """Wrap a route so that its responses are counted and, if `logged` is True, logged. Error handlers do this for errors."""
+        """Wrap a route to count its responses and, if `logged` is True, log them. For errors, the error handlers do this."""
 
         async def counting(request: Request) -> Response:
             response = await route(request)
@@ -178,7 +178,7 @@ class Server:
         return counting
 
     def log(self, request: Request, status: int, *more: str) -> None:
-        """Count a request in the metrics and write a log line about it, ending with the words in `more`."""
+        """Count a request in the metrics and write a log line for it, ending with the words in `more`."""
         self.count(request, status)
         words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
         self.settings.log(" ".join(words))
@@ -200,14 +200,14 @@ class Server:
     # Files.
 
     async def upload(self, request: Request) -> Response:
-        """Store the file from an upload form, and respond with a description of it."""
+        """Store the file from an upload form, and respond with its description."""
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
         with self.store.room() as room:
             return await self._take(request, room)
 
     async def _take(self, request: Request, room: Room) -> Response:
-        """Read an upload form with a file and its purpose, and store the file. Disk space is reserved in `room` as bytes arrive."""
+        """Read an upload form with a file and its purpose, and store the file. Disk space is reserved in `room` as data arrives."""
 
         async def receive() -> Message:
             message = await request.receive()
@@ -238,7 +238,7 @@ class Server:
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def age(self) -> None:
-        """Delete expired files periodically, even if no requests arrive."""
+        """Periodically delete expired files, even if no requests arrive."""
         while True:
             await asyncio.sleep(AGEING_S)
             await run_in_threadpool(self.uploads.drop_old)
@@ -272,24 +272,24 @@ PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATH
 
 @dataclass
 class Asked:
-    """A request that is being answered, together with its job."""
+    """A request being answered, together with its job."""
 
     server: Server
     request: Request
     job: Job
     question: Question
-    names: dict[str, str]  # names that are shown to the client instead of paths on this machine
+    names: dict[str, str]  # names shown to the client instead of local paths
     reply: Reply
     deadline_s: float
     logged: bool = False
 
     def log(self, status: int, *more: str) -> None:
-        """Count the request in the metrics and log it. Called when the answer ends."""
+        """Count the request in the metrics and log it. Called at the end of the answer."""
         self.logged = True
         self.server.log(self.request, status, *more)
 
     async def next(self) -> Piece | Done | Told:
-        """Wait for the next event: a piece of the answer, the end of the answer, or a message of a task.
+        """Wait for the next event: a piece of the answer, the end of the answer, or a task message.
 
         Raises:
             ApiError: If the request fails or the deadline passes.
@@ -319,7 +319,10 @@ class Asked:
         self.log(200, *facts)
 
     async def chunks(self, event: Piece | Done) -> AsyncIterator[bytes]:
-        """Yield the events of a streamed answer, starting with `event`. If it fails, the stream ends with an error event."""
+        """Yield the events of a streamed answer, starting with `event`.
+
+        If the answer fails, the stream ends with an error event.
+        """
         yield self.reply.begin()
         try:
             while not isinstance(event, Done):
@@ -334,7 +337,7 @@ class Asked:
         yield self.reply.end(event, self.job.queue_s)
 
     async def told(self, event: Told) -> AsyncIterator[bytes]:
-        """Yield the messages of a task as events, starting with `event`. If it fails, the stream ends with an error event."""
+        """Yield a task's messages as events, starting with `event`. If the task fails, the stream ends with an error event."""
         try:
             while not event.last:
                 yield stream_event(event.facts)
@@ -349,7 +352,7 @@ class Asked:
 
 
 class JobStream(StreamingResponse):
-    """A streamed response. If the client disconnects or reads too slowly, the job is cancelled."""
+    """A streamed response. The job is canceled if the client disconnects or reads too slowly."""
 
     def __init__(self, asked: Asked, chunks: AsyncIterator[bytes]):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -369,10 +372,10 @@ class JobStream(StreamingResponse):
 
 
 async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read the JSON body of a request. `count` is called with each chunk's size as it arrives.
+    """Read a request's JSON body. `count` is called with the size of each chunk as it arrives.
 
     Raises:
-        ApiError: If the body is not valid JSON, or has an unsupported content type or encoding.
+        ApiError: If the body isn't valid JSON, or has an unsupported content type or encoding.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
@@ -392,12 +395,12 @@ async def read_json(request: Request, count: Callable[[int], None]) -> Any:
 
 
 def client_of(request: Request) -> str:
-    """Return the IP address of a client. The queue uses it to tell clients apart."""
+    """Return a client's IP address, which the queue uses to distinguish clients."""
     return request.client.host if request.client else "unknown"
 
 
 async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:
-    """Await a result until a deadline, which is a time on the event loop's clock.
+    """Await a result until a deadline on the event loop's clock.
 
     Raises:
         ApiError: If the deadline has passed.
@@ -428,7 +431,7 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
 
 
 async def _gone(request: Request) -> None:
-    """Wait until the client disconnects. The body of the request must already have been read."""
+    """Wait until the client disconnects. The request body must already have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -437,7 +440,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     """Create the server application.
 
     Args:
-        models: The loaded models by name. The first model answers requests that do not name a model.
+        models: The loaded models by name. The first model answers requests that don't specify a model.
     """
     server = Server(models, settings)
 

@@ -1,4 +1,4 @@
-"""The API format of /v1/chat/completions: parses requests, and writes answers as complete responses or as stream chunks."""
+"""The API format of /v1/chat/completions: parses requests and writes answers as complete responses or stream chunks."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
 END = b"data: [DONE]\n\n"
-# Options of this format that the server does not support. A request may set them only to a value that has no effect.
+# Options of this format not supported by the server. A request may only set them to values without effect.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "n": lambda value: value == 1,
     "frequency_penalty": lambda value: value == 0,
@@ -37,10 +37,10 @@ OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
 
 
 class ChatReply:
-    """An answer in the format of chat completions.
+    """An answer in chat completions format.
 
     Args:
-        model: The name of the model.
+        model: The model name.
         usage: Whether to send the token usage at the end of a stream.
     """
 
@@ -84,7 +84,7 @@ class ChatReply:
     def _chunk(
         self, delta: dict[str, str], entries: list[dict[str, Any]] | None = None, finish: str | None = None
     ) -> bytes:
-        """Build a stream chunk. `entries` are the log probabilities of its tokens, or None if they were not requested."""
+        """Build a stream chunk. `entries` are the log probabilities of its tokens, or None if not requested."""
         choice = {"index": 0, "delta": delta, "logprobs": _logprobs(entries), "finish_reason": finish}
         return stream_event(self._object("chat.completion.chunk") | {"choices": [choice]})
 
@@ -117,7 +117,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_chat(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ChatReply]:
-    """Parse the body of a request to /v1/chat/completions. See `reply.Read`."""
+    """Parse the body of a /v1/chat/completions request. See `reply.Read`."""
     fields = read_options(body, "messages")
     messages = {f"messages[{number}]": each for number, each in enumerate(fields.need("messages", list))}
     names = NAMES | {"max_new_tokens": "max_tokens", "schema": "response_format"}
@@ -132,7 +132,7 @@ def read_chat(
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return the `GenerationOptions` from request fields that only chat completions have."""
+    """Return the `GenerationOptions` from request fields specific to chat completions."""
     given: dict[str, Any] = read_effort(fields, "reasoning_effort")
     tokens = [name for name in ("max_tokens", "max_completion_tokens") if fields.has(name)]
     if len(tokens) == 2:

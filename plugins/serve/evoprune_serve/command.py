@@ -1,4 +1,4 @@
-"""The `evoprune serve` command. Its dependencies are imported only when it runs."""
+"""The `evoprune serve` command. Its dependencies are only imported when it runs."""
 
 import logging
 import os
@@ -37,7 +37,7 @@ KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 BACKLOG = 512  # maximum number of connections waiting to be accepted
 T = TypeVar("T")
-UNTAKEN_S = 60  # how long a client may go without acknowledging response data
+UNTAKEN_S = 60  # maximum time without acknowledgment of response data by a client, in seconds
 
 
 @opt.command(
@@ -130,7 +130,7 @@ def serve(
     origins = tuple(map(_origin, cors or ()))
     warm_up()  # warms up while this process imports its dependencies
     try:
-        # Importing torch in the main thread would swallow exceptions from signal handlers.
+        # Importing torch in the main thread would swallow exceptions raised by signal handlers.
         in_a_thread(partial(import_module, "evoprune_serve.app"))
         import uvicorn
 
@@ -155,7 +155,7 @@ def serve(
             models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
         hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
         if host in ANY and key is not None and not allow_host:
-            hosts = ()  # this machine's names are unknown, and pages of other sites cannot know the key
+            hosts = ()  # this machine's names are unknown, and pages on other sites can't know the key
         access = Access(
             key=key,
             hosts=hosts,
@@ -185,10 +185,10 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # otherwise a client could pretend to be a different client
+            proxy_headers=False,  # otherwise, clients could impersonate each other
             timeout_graceful_shutdown=CLOSING_S,
         )
-        for library in ("uvicorn.error", "python_multipart"):  # they would warn about every malformed request
+        for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
             logging.getLogger(library).setLevel(logging.ERROR)
         verb = "is" if len(models) == 1 else "are"
         page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
@@ -198,10 +198,11 @@ def serve(
 
 
 def in_a_thread(function: Callable[[], T]) -> T:
-    """Run a function in a new thread and return its result. The OpenMP workers that it starts exit together with the thread.
+    """Run a function in a new thread and return its result. Its OpenMP workers exit together with the thread.
 
-    The main thread must not compute anything itself, so that only the model's thread has a group of OpenMP workers. With a second
-    group, there would be more threads than cores, and libgomp would let the workers sleep between operations instead of spinning.
+    The main thread must not compute anything itself, so that only the model thread has a group of OpenMP workers. With a second
+    group, there would be more threads than cores, so libgomp would put the workers to sleep between operations instead of letting
+    them spin.
     """
     done: Future[T] = Future()
 
@@ -218,11 +219,11 @@ def in_a_thread(function: Callable[[], T]) -> T:
 def _loaded(
     names: Sequence[str], usual: PipelineOptions, also: Sequence[str], show: Callable[..., None], quiet: bool
 ) -> "dict[str, VideoQA]":
-    """Load all models of the server and return them by name. `names` overrides the names of the first models.
+    """Load all of the server's models and return them by name. `names` overrides the names of the first models.
 
     Raises:
         UsageError: If two models have the same name, or there are more names than models.
-        OutOfMemory: If the models together do not fit into memory.
+        OutOfMemory: If the models together don't fit in memory.
 
     For the other exceptions, see `load`.
     """
@@ -242,11 +243,11 @@ def _loaded(
 
 
 def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
-    """Return the descriptions of the models after checking that all models fit into memory together.
+    """Return the model descriptions after checking that all models fit in memory together.
 
     Raises:
-        OutOfMemory: If the weights of the models together do not fit into memory.
-        ModelError: If a model does not exist.
+        OutOfMemory: If the models' combined weights don't fit in memory.
+        ModelError: If a model doesn't exist.
     """
     prepare()
     from evoprune.backend import Device, Quantization
@@ -268,10 +269,10 @@ def _described(models: Sequence[ModelOptions]) -> "list[ModelDescription]":
 
 
 def _key(given: str | None, path: str | None) -> str | None:
-    """Return the API key from the command line, a file or the environment, or None if no key is set.
+    """Return the API key from the command line, a file, or the environment, or None if no key is set.
 
     Raises:
-        UsageError: If the key is invalid, the file cannot be read, or both options are given.
+        UsageError: If the key is invalid, the file can't be read, or both options are given.
     """
     if given is not None and path is not None:
         raise UsageError("--api-key and --api-key-file cannot be combined", "give one of the two")
@@ -291,7 +292,7 @@ def _key(given: str | None, path: str | None) -> str | None:
 
 
 def _name(model: str) -> str:
-    """Return the public name of a model. For a folder, only the last part of the path is used, so the full path stays private."""
+    """Return a model's public name. For a folder, this is only the last path component, so the full path stays private."""
     if os.path.isdir(os.path.expanduser(model)):
         return Path(model).expanduser().resolve().name
     return model
@@ -305,10 +306,10 @@ def _above_0(flag: str, text: str) -> float:
 
 
 def _origin(text: str) -> str:
-    """Normalize the origin of a web page to the form that browsers send.
+    """Normalize a web page's origin to the format sent by browsers.
 
     Raises:
-        UsageError: If the text is not an origin.
+        UsageError: If the text isn't an origin.
     """
     origin = text.rstrip("/").lower()
     if not re.fullmatch(r"https?://[^/\s*]+", origin):
@@ -324,16 +325,16 @@ def _folder(path: str) -> Path:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at the given host and port.
+    """Return a socket that listens on the given host and port.
 
     Raises:
-        UsageError: If the server cannot listen at this address.
+        UsageError: If the server can't listen on this address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Specify the protocol. Otherwise asyncio does not disable Nagle's algorithm, which delays parts of an answer.
+    # Specify the protocol; otherwise, asyncio doesn't disable Nagle's algorithm, which delays parts of an answer.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # on POSIX systems, this allows reusing the port of a server that has just exited
+        if os.name == "posix":  # on POSIX systems, this allows reusing the port of a server that just exited
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # available on Linux; accepted connections inherit it
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNTAKEN_S)

@@ -1,4 +1,4 @@
-"""Limits the number of connections, and how long a connection may take to send the head of a request."""
+"""Limits the number of connections, and the time a connection may take to send a request head."""
 
 import asyncio
 from collections import Counter
@@ -6,22 +6,22 @@ from collections import Counter
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_S = 30.0  # time limit for receiving the head of a request, in seconds
+HEAD_S = 30.0  # time limit for receiving a request head, in seconds
 MOST = 512  # maximum number of connections
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 19\r\n\r\nService Unavailable"
 
 
 class Connection(H11Protocol):
-    """An HTTP connection, which is closed if the head of a request is not complete after `head_s` seconds.
+    """An HTTP connection that is closed if a request head isn't complete after `head_s` seconds.
 
-    There are at most `most` connections, and at most `share` connections from one client address. If a new connection exceeds one
-    of these limits, an idle connection, which has no request in progress, is closed. If the client has more than its share, this is
-    the client's longest idle connection. Otherwise, it is the longest idle connection of the client with the most
-    connections. If no connection is idle, the new connection is rejected.
+    At most `most` connections are allowed in total, and at most `share` connections per client address. If a new connection exceeds
+    one of these limits, an idle connection (without a request in progress) is closed. If the client exceeds its share, this is the
+    client's longest-idle connection; otherwise, it is the longest-idle connection of the client with the most connections. If no
+    connection is idle, the new connection is rejected.
 
     For the first request, the time limit starts when the connection opens. For later requests, it starts with the first byte. If no
-    further request arrives, uvicorn closes the connection after 5 s. The time for bodies is limited by guard.py, and the time for
-    answers by `--timeout`.
+    further request arrives, uvicorn closes the connection after 5 s. The time limits for bodies and answers are set in guard.py and
+    by `--timeout`, respectively.
     """
 
     head_s = HEAD_S
@@ -57,7 +57,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _limit_connections(self) -> None:
-        """Close an idle connection if there are too many connections. If no other connection is idle, close this one."""
+        """Close an idle connection if there are too many. If no other connection is idle, close this one."""
         present = [each for each in self.connections if not each.transport.is_closing()]
         counts = Counter(each._address for each in present)
         greedy = counts[self._address] > self.share

@@ -1,4 +1,4 @@
-"""Shuts the server down gracefully: waiting requests are rejected, and the answer in progress gets a few seconds to finish."""
+"""Shuts the server down gracefully: waiting requests are rejected, and the answer in progress has a few seconds to finish."""
 
 import asyncio
 import logging
@@ -9,8 +9,8 @@ import uvicorn
 
 from evoprune_serve.work import Work
 
-GRACE_S = 3.0  # time for the answer in progress to finish
-CLOSING_S = 5  # time for all connections to close; must be longer than `GRACE_S`
+GRACE_S = 3.0  # time for the answer in progress to finish, in seconds
+CLOSING_S = 5  # time for all connections to close, in seconds; must be longer than `GRACE_S`
 
 
 class EndingServer(uvicorn.Server):
@@ -28,6 +28,6 @@ class EndingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        del self._captured_signals[1:]  # uvicorn raises all captured signals again when it exits, but one is enough
-        if self.force_exit:  # a second Ctrl-C, which may arrive inside this method: do not list the open requests
+        del self._captured_signals[1:]  # uvicorn re-raises all captured signals on exit, but one is enough
+        if self.force_exit:  # second Ctrl-C, which may arrive inside this method: don't list the open requests
             logging.getLogger("uvicorn.error").disabled = True

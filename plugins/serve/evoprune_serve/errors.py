@@ -1,4 +1,4 @@
-"""Errors that are sent to clients, with an HTTP status and a JSON body in OpenAI's error format."""
+"""Errors sent to clients, with an HTTP status and a JSON body in OpenAI's error format."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -6,7 +6,7 @@ from typing import Any
 
 from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
 
-MOST_CHARACTERS = 2000  # maximum length of a message, because messages may repeat text from the client
+MOST_CHARACTERS = 2000  # maximum message length, because messages may repeat text from the client
 TYPES = {429: "rate_limit_error"}  # by status; for all other statuses, see `ApiError.body`
 CODES = {
     400: "invalid_value",
@@ -18,11 +18,11 @@ CODES = {
 
 
 class ApiError(Exception):
-    """An error that is sent to the client in OpenAI's format.
+    """An error sent to the client in OpenAI's format.
 
     Args:
         param: The name of the invalid request field, or None.
-        code: A short machine-readable name of the error. The default depends on the status.
+        code: A short machine-readable error name. The default depends on the status.
         headers: Additional response headers.
     """
 
@@ -50,7 +50,7 @@ class ApiError(Exception):
 
 
 def _text(said: str) -> str:
-    """Make an error message safe to send. It may quote text from the client, which can be long or contain lone surrogates."""
+    """Make an error message safe to send. Messages may quote client text, which can be long or contain lone surrogates."""
     if len(said) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         said = f"{said[:half]}…{said[-half:]}"
@@ -58,17 +58,17 @@ def _text(said: str) -> str:
 
 
 def refused(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """Return the error for an invalid request, with status 400."""
+    """Return the error for an invalid request (status 400)."""
     return ApiError(400, message, param=param, code=code)
 
 
 def full(retry_s: int) -> ApiError:
-    """Return the error for a request that is rejected because of overload. The client may retry after `retry_s` seconds."""
+    """Return the error for a request rejected because of overload. The client may retry after `retry_s` seconds."""
     return ApiError(429, "too many requests are waiting: try again later", headers={"Retry-After": str(retry_s)})
 
 
 def ending() -> ApiError:
-    """Return the error for a request that cannot be answered before the server shuts down."""
+    """Return the error for a request that can't be answered before the server shuts down."""
     return ApiError(
         503, "the server is shutting down: try again later", code="shutting_down", headers={"Retry-After": "10"}
     )
@@ -80,12 +80,12 @@ def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = Non
 
 
 def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
-    """Convert an exception to the error that the client sees.
+    """Convert an exception to the error shown to the client.
 
-    Unexpected exceptions are not described to clients, because their messages may contain private data.
+    Unexpected exceptions are not described to clients because their messages may contain private data.
 
     Args:
-        names: Maps each path on this machine to the name that the client sees instead.
+        names: Maps each local path to the name shown to the client.
     """
     if isinstance(problem, ApiError):
         return problem

@@ -1,4 +1,4 @@
-"""Reads the fields of JSON requests. Unknown fields are rejected, because clients would not notice if an option were ignored."""
+"""Reads the fields of JSON requests. Unknown fields are rejected because clients wouldn't notice an ignored option."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ MOST_CHARACTERS = 60  # maximum length of a value in an error message
 
 
 def json_text(value: Any) -> str:
-    """Format a value for an error message: as JSON if it is short, otherwise as a description of its type."""
+    """Format a value for an error message: as JSON if it is short; otherwise, as a description of its type."""
     if not (isinstance(value, str | list | dict) and len(value) > MOST_CHARACTERS):
         text = json.dumps(value, ensure_ascii=False)
         if len(text) <= MOST_CHARACTERS:
@@ -21,9 +21,9 @@ def json_text(value: Any) -> str:
 
 
 class Fields:
-    """The fields of a JSON object in a request, which are taken one at a time.
+    """The fields of a JSON object in a request, taken one at a time.
 
-    Fields that have not been taken when `end` is called are rejected. A field whose value is null is treated as missing.
+    Fields not taken before `end` is called are rejected. Null fields are treated as missing.
     """
 
     def __init__(self, value: Any, place: str = ""):
@@ -69,10 +69,10 @@ class Fields:
         raise refused(f"{self.name_of(field)} {why}", self.name_of(field), "unsupported_value")
 
     def end(self, neutral: Mapping[str, Callable[[Any], bool]] | None = None) -> None:
-        """Raise ApiError if any field has not been taken.
+        """Raise ApiError if any fields have not been taken.
 
         Args:
-            neutral: Maps each field that may be left over to a function that returns True if the field's value has no effect.
+            neutral: Maps each field that may remain to a function that returns True if the field's value has no effect.
         """
         for field, value in self._left.items():
             name = self.name_of(field[:60])

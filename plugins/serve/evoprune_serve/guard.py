@@ -1,4 +1,4 @@
-"""Middleware that checks the host, the origin, the API key and the body size of requests before they are handled."""
+"""Middleware that checks the host, origin, API key, and body size of requests before they are handled."""
 
 import asyncio
 import hmac
@@ -17,8 +17,8 @@ from evoprune_serve.errors import ApiError, full, plain
 
 OPEN_PATHS = ("/", "/health")  # no key required
 UPLOAD_PATH = "/v1/files"
-FORM_BYTES = 2**16  # maximum size of an upload form without its file
-SLOW_BYTES_S = 2**15  # minimum rate in bytes per second; a body that arrives more slowly uses up `SLOW_S`
+FORM_BYTES = 2**16  # maximum size of an upload form, excluding its file
+SLOW_BYTES_S = 2**15  # minimum rate in bytes per second; slower bodies use up `SLOW_S`
 SLOW_S = 30.0  # time budget for a slow body, in seconds
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
@@ -26,14 +26,14 @@ BODIES_RETRY_S = 5
 
 @dataclass(frozen=True)
 class Access:
-    """Access rules: who may send requests to the server, and how large the requests may be.
+    """Access rules: who may send requests to the server, and the maximum request size.
 
     Attributes:
-        key: The API key that requests must send as `Authorization: Bearer`. None means that no key is required.
-        hosts: The host names of the server. If the sequence is empty, any name is accepted.
-        origins: Origins of web pages that may send requests, in addition to the server's own pages.
+        key: The API key required as `Authorization: Bearer`, or None if no key is required.
+        hosts: The server's host names. If empty, any name is accepted.
+        origins: Origins of web pages allowed to send requests, in addition to the server's own pages.
         body_bytes: Maximum size of a JSON body, in bytes.
-        bodies_bytes: Maximum total size of the JSON bodies in memory, in bytes.
+        bodies_bytes: Maximum total size of all JSON bodies in memory, in bytes.
         upload_bytes: Maximum size of an uploaded file, in bytes.
     """
 
@@ -46,11 +46,11 @@ class Access:
 
 
 class Bodies:
-    """Limits the memory used by the JSON bodies of all requests.
+    """Limits the memory usage of all JSON request bodies.
 
     Args:
-        limit: Maximum number of bytes for all clients together.
-        share: Maximum number of bytes for a single client, so that other clients can always send requests.
+        limit: Maximum number of bytes for all clients combined.
+        share: Maximum number of bytes per client, so that other clients can always send requests.
     """
 
     def __init__(self, limit: int, share: int):
@@ -61,7 +61,7 @@ class Bodies:
 
     @contextmanager
     def room(self, client: str) -> "Iterator[BodyRoom]":
-        """Yield a `BodyRoom` that reserves memory for the body of a request. The memory is released when the context ends."""
+        """Yield a `BodyRoom` that reserves memory for a request body. The memory is released when the context ends."""
         room = BodyRoom(self, client)
         try:
             yield room
@@ -79,7 +79,7 @@ class Bodies:
 
 
 class BodyRoom:
-    """The memory that is reserved for the body of one request."""
+    """The memory reserved for a single request body."""
 
     def __init__(self, bodies: Bodies, client: str):
         self.bytes = 0
@@ -99,9 +99,9 @@ class BodyRoom:
 class Framing:
     """Middleware that rejects requests with both a Content-Length and a Transfer-Encoding, and closes their connections.
 
-    A proxy may use the Content-Length to find the end of the body, but this server would use the Transfer-Encoding. The bytes
-    between the two ends could then contain a request that only the proxy or only the server sees. This attack is called request
-    smuggling; see RFC 9112, section 6.3.
+    A proxy may use the Content-Length to find the end of the body, whereas this server would use the Transfer-Encoding. The bytes
+    between the two ends could then contain a request seen only by the proxy or only by the server. This attack is known as request
+    smuggling (RFC 9112, section 6.3).
     """
 
     def __init__(self, app: ASGIApp, refuse: Callable[[Request, Exception], Response]):
@@ -121,7 +121,7 @@ class Framing:
 
 
 class Guard:
-    """Middleware that passes allowed requests on to the application, and responds to all others with an error."""
+    """Middleware that passes allowed requests on to the application and responds to all others with an error."""
 
     def __init__(self, app: ASGIApp, access: Access, refuse: Callable[[Request, Exception], Response]):
         """Wrap an application. `refuse` builds the response for an error."""
@@ -146,7 +146,7 @@ class Guard:
         await self._app(scope, body.receive, body.send)
 
     def _check(self, path: str, headers: Headers, limit: int) -> None:
-        """Raise ApiError if the host or origin is not allowed, the key is wrong, or the Content-Length exceeds `limit` bytes."""
+        """Raise ApiError if the host or origin isn't allowed, the key is wrong, or the Content-Length exceeds `limit` bytes."""
         access = self._access
         if access.hosts and host_of(headers.get("host", "")) not in access.hosts:
             raise ApiError(403, "this server has another name: see --allow-host", code="wrong_host")
@@ -169,7 +169,7 @@ class Guard:
 
 
 def host_of(header: str) -> str:
-    """Return the host of a Host header in lower case, without its port."""
+    """Return the host from a Host header in lowercase, without the port."""
     host = header.lower()
     if host.startswith("["):
         return host.partition("]")[0] + "]"
@@ -182,13 +182,13 @@ def too_large(limit: int) -> ApiError:
 
 
 class Body:
-    """Receives the body of a request, which may have at most `limit` bytes and must not arrive too slowly.
+    """Receives a request body, which may have at most `limit` bytes and must not arrive too slowly.
 
-    Waiting for the body uses up a time budget of `SLOW_S` seconds, and every byte received refills the budget. The budget never
-    exceeds `SLOW_S`, no matter how large the body is or how much of it arrives at once.
+    Waiting for the body uses up a time budget of `SLOW_S` seconds, and each byte received refills it. The budget never exceeds
+    `SLOW_S`, regardless of the body size or how much of the body arrives at once.
 
-    If the response starts before the whole body has been received, the connection is closed after the response. Otherwise, the
-    remaining bytes of the body would be parsed as the next request.
+    If the response starts before the whole body has been received, the connection is closed after the response. Otherwise, the rest
+    of the body would be parsed as the next request.
     """
 
     def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send):
@@ -200,12 +200,12 @@ class Body:
         self._left_s = SLOW_S
 
     async def receive(self) -> Message:
-        """Receive the next ASGI message of the request.
+        """Receive the request's next ASGI message.
 
         Raises:
             ApiError: If the body exceeds its limit or arrives too slowly.
         """
-        if self._complete:  # the next message will be the client's disconnect
+        if self._complete:  # the next message will be the client disconnecting
             return await self._receive()
         began = time.monotonic()
         try:

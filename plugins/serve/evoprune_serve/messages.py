@@ -1,4 +1,4 @@
-"""Reads the messages of a conversation, supporting the formats that different client programs use for videos and images."""
+"""Reads the messages of a conversation, supporting the video and image formats of various client programs."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,33 +11,33 @@ from evoprune_serve.fields import NUMBER, Fields, json_text
 from evoprune_serve.sources import Address, FrameList, Source, Uploaded
 
 MOST_MESSAGES = 1000
-MOST_PARTS = 1000  # maximum number of parts in all messages together
-MOST_CHARACTERS = 2**22  # maximum length of all texts together
+MOST_PARTS = 1000  # maximum number of parts in all messages combined
+MOST_CHARACTERS = 2**22  # maximum text length in all messages combined
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # maximum length of a list of frames
-# Fields that clients may send back as part of earlier answers. They are not part of the conversation and must be empty, except for
+# Fields that clients may send back as part of earlier answers. They aren't part of the conversation and must be empty, except for
 # the fields in `UNREAD`, which are ignored.
 UNREAD = ("reasoning_content", "parsed")
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls", *UNREAD)
-# Types of message parts that contain text, each with the additional fields that are ignored.
+# Types of text message parts, each with additional fields to ignore.
 TEXTS = {"text": (), "input_text": (), "output_text": ("annotations", "logprobs")}
 
 
 def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, list[dict[str, str]], list[Source]]:
     """Read the messages of a request.
 
-    If any message has text both before and after a video or image, all turns contain `Placed` texts, which record where the inputs
-    are. Otherwise, the inputs come before the text.
+    If any message has text both before and after a video or image, all turns contain `Placed` text, which records the input
+    positions. Otherwise, the inputs come before the text.
 
     Args:
         messages: The messages, keyed by their location in the request body, such as "messages[0]".
-        field: The name of the field in the request body that contains the messages.
+        field: The name of the request body field that contains the messages.
 
     Returns:
         The system prompt or None; the turns, the last of which is the question; and all videos and images, in order.
 
     Raises:
-        ApiError: If the messages are not a valid conversation, or contain no video or image.
+        ApiError: If the messages aren't a valid conversation, or contain no videos or images.
     """
     if len(messages) > MOST_MESSAGES:
         raise refused(f"there are more than {MOST_MESSAGES} messages", field)
@@ -54,7 +54,7 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
             for name in OF_ANSWERS:
                 if fields.take(name, object) not in (None, [], {}) and name not in UNREAD:
                     fields.refuse(name, "is not supported here")
-        # An answer may have no content, for example if it was cut off during the thoughts.
+        # An answer may have no content, for example if it was truncated during reasoning.
         content = (
             fields.take("content", (str, list), "") if role == "assistant" else fields.need("content", (str, list))
         )
@@ -95,9 +95,9 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
 
 
 def _content(content: str | list, place: str) -> tuple[list[str | None], list[Source]]:
-    """Return the texts of a message, with None for each video or image, and a list of the videos and images.
+    """Return a message's text parts, with None for each video or image, and a list of the videos and images.
 
-    Consecutive texts are joined with a newline. If there is only one text, it is moved to the end, after the videos and images.
+    Consecutive text parts are joined with a newline. A single text part is moved to the end, after the videos and images.
     """
     if isinstance(content, str):
         return [content], []
@@ -127,7 +127,7 @@ def _content(content: str | list, place: str) -> tuple[list[str | None], list[So
     return parts, sources
 
 
-# Readers for message parts that contain a video or an image. Different client programs use different types of parts.
+# Readers for video and image message parts, whose types vary between client programs.
 
 
 def _image_url(fields: Fields) -> Source:
@@ -163,7 +163,7 @@ def _file(fields: Fields) -> Source:
 
 
 def _file_of(fields: Fields) -> Source:
-    """Return the source that an object refers to by a file ID, by a URL, or by containing the file's data."""
+    """Return the source specified by an object, either through a file ID, a URL, or inline file data."""
     _without_detail(fields).take("filename", str)
     if fields.has("file_id"):
         source = Uploaded(fields.need("file_id", str))
@@ -176,7 +176,7 @@ def _file_of(fields: Fields) -> Source:
 
 
 def _video(fields: Fields) -> Source:
-    """Return a video that is given as a URL, or as a list of frames with a frame rate or timestamps."""
+    """Return a video given as a URL, or as a list of frames with a frame rate or timestamps."""
     given = fields.need("video", (str, list))
     if isinstance(given, str):
         return Address(given)
@@ -218,7 +218,7 @@ def _ascend(times: Sequence[float]) -> bool:
 
 
 def _address(fields: Fields, name: str) -> Address:
-    """Return the URL in a request field, which is either a string or an object with the field `url`."""
+    """Return the URL from a request field, which is either a string or an object with a `url` field."""
     given = _without_detail(fields).need(name, (str, dict))
     if isinstance(given, str):
         return Address(given)
@@ -229,7 +229,7 @@ def _address(fields: Fields, name: str) -> Address:
 
 
 def _without_detail(fields: Fields) -> Fields:
-    """Take the field `detail` and return `fields`. The field has no effect, because images are always read in full detail.
+    """Take the `detail` field and return `fields`. The field has no effect because images are always read in full detail.
 
     Raises:
         ApiError: If another level of detail is requested.

@@ -1,4 +1,4 @@
-"""Counts requests and measures times, and reports them as Prometheus metrics at /metrics."""
+"""Counts requests, measures times, and exposes them as Prometheus metrics at /metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -11,7 +11,7 @@ TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
 class Metrics:
-    """The Prometheus metrics of a server: counters for requests and tokens, and histograms for times."""
+    """A server's Prometheus metrics: counters for requests and tokens, and histograms for times."""
 
     def __init__(self, work: Work):
         self._registry = CollectorRegistry()

@@ -1,7 +1,7 @@
-"""The web page at `/`, which is a self-contained file, and the routes that it uses in addition to OpenAI's API.
+"""The web page at `/`, a self-contained file, and the routes it uses in addition to OpenAI's API.
 
-`/page/settings` returns the server's settings. A request to `/page/units` or `/page/moments` has the same body as a request for a
-chat completion about one video.
+`/page/settings` returns the server's settings. Requests to `/page/units` and `/page/moments` have the same body as a chat
+completion request about one video.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ SETTINGS = "/page/settings"
 UNITS = "/page/units"
 MOMENTS = "/page/moments"
 PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
-SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets that the page offers in addition to the presets
-# Warning texts for visitors of the page. They differ from the command line's texts, because visitors cannot set options and may not
-# know this project's documentation, and because the page does not know some of the times and numbers in those texts.
+SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets offered on the page in addition to the presets
+# Warning text for visitors of the page. It differs from the command line's text because visitors can't set options and may not know
+# this project's documentation, and because the page doesn't have some of the times and numbers.
 PAGE_TEXTS = {
     "damaged_video": "the video is damaged: each frame that cannot be decoded was replaced by the previous one",
     "cut_short": "the video breaks off before the end that its file states",
@@ -67,7 +67,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Asking(Protocol):
-    """The methods and attributes of `Server` that the web page uses."""
+    """The methods and attributes of `Server` used by the web page."""
 
     settings: Any
     work: Work
@@ -78,7 +78,7 @@ class Asking(Protocol):
 
 
 class Page:
-    """The routes of the web page."""
+    """The web page's routes."""
 
     def __init__(self, server: Asking):
         self._server = server
@@ -94,7 +94,7 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Respond with the models, the available budgets, the text of every warning, and whether URLs are allowed."""
+        """Respond with the models, the available budgets, all warning text, and whether URLs are allowed."""
         settings = self._server.settings
         return JSONResponse(
             {
@@ -108,11 +108,11 @@ class Page:
         )
 
     async def units(self, request: Request) -> Response:
-        """Respond with the effect of pruning on each unit of a video, and with the encoding and prefill times."""
+        """Respond with the effect of pruning on each unit of a video, plus the encoding and prefill times."""
         return await self._server.task(request, self._tell_units)
 
     async def moments(self, request: Request) -> Response:
-        """Respond with the moments of a video that match the question."""
+        """Respond with the moments in a video that match the question."""
         return await self._server.task(request, self._tell_moments)
 
     def routes(self) -> list[Route]:
@@ -123,7 +123,7 @@ class Page:
             Route(MOMENTS, self.moments, methods=["POST"]),
         ]
 
-    # Tasks, which run in the model's thread.
+    # Tasks, which run in the model thread.
 
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
@@ -139,8 +139,8 @@ class Page:
         job.kind = kind
         encoded = work.encode(job)
         answer = encoded.ask(job.question.text, max_new_tokens=1)
-        answer.text  # generates the answer, which measures the prefill time  # noqa: B018
-        last = traced[-1]  # earlier ones are from attempts that ran out of memory
+        answer.text  # generate the answer to measure the prefill time  # noqa: B018
+        last = traced[-1]  # earlier entries are from attempts that ran out of memory
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
         if not qa.loaded.knows(last.plan.info):
             warnings.append("demo_overlay")
@@ -191,12 +191,12 @@ class TracedInput(OpenInput):
 
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
-    """Describe a model for the page. `overlay` is True if the page can show which units the model's pruning method keeps."""
+    """Describe a model for the page. `overlay` is True if the page can show the units kept by the model's pruning method."""
     return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
 
 
 def drawable(session: Session) -> bool:
-    """Return True if the page can draw an overlay that shows which units the session's pruning method keeps."""
+    """Return True if the page can draw an overlay of the units kept by the session's pruning method."""
     try:
         Fates.check(session)
     except UsageError:
@@ -205,18 +205,18 @@ def drawable(session: Session) -> bool:
 
 
 def check_one_video(job: Job) -> None:
-    """Raise ApiError unless the messages of a request contain exactly one video."""
+    """Raise ApiError unless a request's messages contain exactly one video."""
     count = len(job.files().names)
     if count != 1:
         raise refused(f"the messages have {count} videos; this request takes exactly one", "messages")
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
-    """Convert the fates of a video's units and the measured times to JSON data.
+    """Convert the unit fates and measured times of a video to JSON data.
 
-    In the result, `units` contains a string for each frame pair, with one digit per unit in raster order. The digit is an index
-    into `fates`. `merged` contains a list for each frame pair, which describes the merges inside the pair. In this list, each
-    merged unit is followed by the unit into which it was merged.
+    In the result, `units` contains a string for each frame pair, with one digit per unit in raster order. Each digit is an index
+    into `fates`. `merged` contains a list of merges for each frame pair, in which each merged unit is followed by the unit it was
+    merged into.
     """
     count, height, width = plan.grid
     numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
@@ -243,9 +243,9 @@ def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
 
 
 def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
-    """Return the budgets that visitors can choose, in ascending order, with a `share` for videos and a `still` share for images.
+    """Return the available budgets in ascending order, with a `share` for videos and a `still` share for images.
 
-    A budget that depends on the content of the video comes first and has no fixed shares.
+    A content-dependent budget comes first and has no fixed shares.
     """
     own = usual.pruning.config().budget
     known = [*map(Budget.parse, SHARES), *Budget.PRESETS.values()]
@@ -261,15 +261,15 @@ def budgets(usual: PipelineOptions) -> list[dict[str, Any]]:
 
 
 def sentence(warning: str) -> str:
-    """Return the text that the page shows to visitors for a warning."""
+    """Return the text shown to page visitors for a warning."""
     return PAGE_TEXTS.get(warning) or warning_text(warning, VideoFacts(), "the video")
 
 
 def policy(html: str, urls: bool) -> str:
-    """Return the Content-Security-Policy of the page.
+    """Return the page's Content-Security-Policy.
 
-    The policy allows the page's own script and style, requests to this server, and files that the visitor chooses. If `urls` is
-    True, the page may also play videos from the web.
+    The policy allows the page's own script and style, requests to this server, and files chosen by the visitor. If `urls` is True,
+    the page may also play videos from the web.
     """
     chosen = "blob: https: http:" if urls else "blob:"
     parts = {
@@ -287,7 +287,7 @@ def policy(html: str, urls: bool) -> str:
 
 
 def _hashed(html: str, tag: str) -> str:
-    """Return the hash of the only element with the given tag in a page, in Content-Security-Policy syntax."""
+    """Return the hash of a page's only element with the given tag, in Content-Security-Policy syntax."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digest = b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"

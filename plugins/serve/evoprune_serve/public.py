@@ -1,4 +1,4 @@
-"""HTTP connections that are restricted to the public internet, for downloading URLs that clients of the server send."""
+"""HTTP connections restricted to the public internet, for downloading URLs sent by clients."""
 
 import ipaddress
 import socket
@@ -16,12 +16,12 @@ PORTS = {"http": 80, "https": 443}
 class PublicTransport(httpx2.HTTPTransport):
     """A transport that connects only to hosts on the public internet.
 
-    The transport resolves and checks each host, and then connects to the checked IP address, so a DNS change in the meantime has no
+    The transport resolves and checks each host, then connects to the checked IP address, so DNS changes in the meantime have no
     effect. Redirects are checked in the same way.
 
     Args:
-        check: A function that is called before each connection and each read. It can abort the request by raising an exception. A
-            timeout alone would not stop a server that sends its headers one byte at a time.
+        check: A function called before each connection and read, which can abort the request by raising an exception. A timeout
+            alone wouldn't stop a server that sends its headers one byte at a time.
     """
 
     def __init__(self, check: Callable[[], None]):
@@ -51,7 +51,7 @@ class PublicTransport(httpx2.HTTPTransport):
         raise problem
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Call the check before each connection and each read. httpcore2 calls this method for every event during a request."""
+        """Call the check before each connection and read. httpcore2 calls this method for every event during a request."""
         if event == "connection.connect_tcp.started":
             self._check()
         stream = info.get("return_value")
@@ -66,11 +66,11 @@ class PublicTransport(httpx2.HTTPTransport):
 
 
 def _public_addresses(host: str, port: int) -> list[str]:
-    """Resolve a host name and return its IP addresses, provided that all of them are public.
+    """Resolve a host name and return its IP addresses, provided that all are public.
 
     Raises:
-        OSError, UnicodeError: If the host cannot be resolved.
-        VideoError: If one of the addresses is not public or belongs to this machine.
+        OSError, UnicodeError: If the host can't be resolved.
+        VideoError: If an address isn't public or belongs to this machine.
     """
     refused = VideoError(f"{host} is not on the public internet, so it is not read", "send the video itself")
     found = list(dict.fromkeys(str(place[0]) for *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
@@ -79,20 +79,20 @@ def _public_addresses(host: str, port: int) -> list[str]:
     for address in found:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((address, port))  # sends nothing, but determines which local address would be used
-            except OSError:  # there is no route to the address
+                probe.connect((address, port))  # sends nothing but determines the local address that would be used
+            except OSError:  # no route to the address
                 continue
             if probe.getsockname()[0] == probe.getpeername()[0]:
                 raise refused
     return found
 
 
-# IPv6 networks whose addresses are translated to IPv4 addresses in any network, even a private one: NAT64, 6to4 and Teredo.
+# IPv6 networks with addresses translated to IPv4 addresses in any network, including private ones: NAT64, 6to4, and Teredo.
 TRANSLATED = tuple(ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
 
 
 def is_public(address: str) -> bool:
-    """Return True if an IP address is on the public internet: not private, loopback, link-local, multicast or reserved."""
+    """Return True if an IP address is on the public internet: not private, loopback, link-local, multicast, or reserved."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:

@@ -1,4 +1,4 @@
-"""Represents a question in the form that the model's thread needs, and reads the request fields that all API formats share."""
+"""Defines the question passed to the model thread, and reads the request fields shared by all API formats."""
 
 import json
 import re
@@ -20,12 +20,12 @@ from evoprune_serve.messages import read_messages
 from evoprune_serve.sources import Source
 
 MOST_STOPS = 16
-SPEECH = ("none", "auto", "tiny", "base", "small", "large-v3-turbo")  # values of `speech` in requests
-MOST_BYTES = 2**21  # maximum size of all options of a request as JSON; a schema alone may have up to 1 MiB
+SPEECH = ("none", "auto", "tiny", "base", "small", "large-v3-turbo")  # `speech` values allowed in requests
+MOST_BYTES = 2**21  # maximum size of all request options as JSON; a schema alone may have up to 1 MiB
 JSON_OBJECT = {"type": "object"}
-# Values that a request may give to a setting of a method.
+# Values allowed for method settings in a request.
 SETTING = re.compile(r"true|false|[+-]?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE)
-# Options of all formats that the server does not support. A request may set them only to a value that has no effect.
+# Options of all formats not supported by the server. A request may only set them to values without effect.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "tools": lambda value: value == [],
     "tool_choice": lambda value: value in ("none", "auto"),
@@ -37,7 +37,7 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_retention": lambda value: isinstance(value, str),
     "metadata": lambda value: isinstance(value, dict),
 }
-# Names of request fields, for options whose name differs from the name of the field.
+# Request field names, for options with a different name.
 NAMES = {"start_s": "start", "end_s": "end", "logprobs": "top_logprobs"}
 T = TypeVar("T")
 
@@ -46,9 +46,9 @@ T = TypeVar("T")
 class Question:
     """A question with all of its options, but without its videos and images."""
 
-    model: str  # name of the model
+    model: str  # model name
     text: str
-    earlier: tuple[dict[str, str], ...]  # earlier messages, which alternate between user and assistant
+    earlier: tuple[dict[str, str], ...]  # earlier messages, alternating between user and assistant
     generation: GenerationOptions  # includes the system prompt, `system`
     seed: int | None
     sampling: SamplingOptions
@@ -57,12 +57,12 @@ class Question:
 
 
 def read_options(body: Any, messages: str) -> Fields:
-    """Return the fields of a request body after checking that its options are not too large.
+    """Return the fields of a request body after checking that its options aren't too large.
 
-    `messages` is the name of the field that contains the messages, which is not checked.
+    `messages` is the name of the messages field, which is not checked.
 
     Raises:
-        ApiError: If the body is not an object, or fields other than the messages are too large or not valid Unicode.
+        ApiError: If the body isn't an object, or fields other than the messages are too large or not valid Unicode.
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
@@ -76,10 +76,10 @@ def read_options(body: Any, messages: str) -> Fields:
 
 
 def _model(fields: Fields, models: Sequence[str]) -> str:
-    """Return the name of the model that a request asks for. The default is the first model.
+    """Return the name of the requested model. Defaults to the first model.
 
     Raises:
-        ApiError: If there is no model with this name.
+        ApiError: If no model with this name exists.
     """
     asked = fields.take("model", str, models[0])
     if asked not in models:
@@ -88,7 +88,7 @@ def _model(fields: Fields, models: Sequence[str]) -> str:
 
 
 def no_model(name: str, models: Iterable[str]) -> ApiError:
-    """Return the error for a request that asks for an unknown model."""
+    """Return the error for a request for an unknown model."""
     quoted = partial(json.dumps, ensure_ascii=False)
     known = ", ".join(map(quoted, models))
     return ApiError(404, f"there is no model {quoted(name[:100])}, but {known}", param="model", code="model_not_found")
@@ -103,18 +103,18 @@ def read_question(
     generation: dict[str, Any],
     names: Mapping[str, str],
 ) -> tuple[Question, tuple[Source, ...]]:
-    """Read the request fields that all API formats share.
+    """Read the request fields shared by all API formats.
 
     Args:
-        usual: The default options, for options that the body does not contain.
-        models: Names of the models that the server offers.
+        usual: The default values for options not included in the body.
+        models: The names of the server's models.
         messages, field: See `read_messages`.
-        generation: The `GenerationOptions` from fields that only this API format has. System prompts from messages are appended to
+        generation: The `GenerationOptions` from fields specific to this API format. System prompts from messages are appended to
             its `system`.
-        names: Names of request fields, for options whose name differs from the name of the field.
+        names: Request field names, for options with a different name.
 
     Returns:
-        The question, and the videos and images that it refers to.
+        The question, and the videos and images it refers to.
 
     Raises:
         ApiError: If a value is unknown, has the wrong type, or is out of range.
@@ -143,24 +143,24 @@ def read_question(
 
 
 def stream_options(fields: Fields, stream: bool) -> Fields:
-    """Return the `stream_options` of a request after taking the fields that all API formats share.
+    """Return a request's `stream_options` after taking the fields shared by all API formats.
 
     Raises:
-        ApiError: If the request has `stream_options` but does not ask for a stream.
+        ApiError: If the request has `stream_options` but doesn't ask for streaming.
     """
     given = fields.take("stream_options", dict)
     if given is not None and not stream:
         fields.refuse("stream_options", "is only for streams")
     options = Fields(given or {}, "stream_options")
-    options.take("include_obfuscation", bool)  # has no effect, because this server never pads events
+    options.take("include_obfuscation", bool)  # has no effect because this server never pads events
     return options
 
 
 def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
-    """Return options with the given overrides. If there are none, validation is skipped, which saves a few milliseconds.
+    """Return options with the given overrides. Without overrides, validation is skipped, which saves a few milliseconds.
 
     Raises:
-        ApiError: If a value is invalid. The error names its request field.
+        ApiError: If a value is invalid. The error specifies its request field.
     """
     try:
         return replace(options, **given) if given else options
@@ -171,12 +171,12 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
                 replace(options, **{name: value})
         raise refused(
             f"{problem.message} ({problem.hint})"
-        ) from problem  # each value is valid, but not their combination
+        ) from problem  # each value is valid, but their combination isn't
 
 
 @contextmanager
 def _naming(field: str, option: str | None = None) -> Iterator[None]:
-    """Convert a UsageError to an ApiError about a request field, replacing the name `option` in its message with `field`."""
+    """Convert a UsageError to an ApiError for a request field, replacing the name `option` in its message with `field`."""
     try:
         yield
     except UsageError as problem:
@@ -187,11 +187,11 @@ def _naming(field: str, option: str | None = None) -> Iterator[None]:
 
 
 def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | None:
-    """Return the JSON schema that the answer must follow, or None if the answer is free text.
+    """Return the JSON schema for the answer, or None for a free-text answer.
 
     Args:
         fields: The fields of a request's response format.
-        inner: The name of the field with the object that contains the schema. None if the schema is next to `type`.
+        inner: The name of the field with the object that contains the schema, or None if the schema is next to `type`.
     """
     kind = fields.need("type", str)
     schema = None
@@ -201,7 +201,7 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
         stated = fields if inner is None else Fields(fields.need(inner, dict), fields.name_of(inner))
         for name in ("name", "description"):
             stated.take(name, str)
-        stated.take("strict", bool)  # has no effect, because answers always follow their schema
+        stated.take("strict", bool)  # has no effect because answers always follow their schema
         schema = stated.need("schema", dict)
         stated.end()
     elif kind != "text":
@@ -225,7 +225,7 @@ def read_effort(fields: Fields, name: str) -> dict[str, str]:
 
 
 def _sampled(fields: Fields) -> dict[str, Any]:
-    """Return the options for token sampling, stop strings and thinking that a request sets."""
+    """Return the options for token sampling, stop strings, and thinking set by a request."""
     given = {}
     numbers = {"temperature": NUMBER, "top_p": NUMBER, "top_k": int, "repetition_penalty": NUMBER}
     for name, kinds in numbers.items():
@@ -254,7 +254,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         given["seek"] = fields.take("seek", str)
     if fields.has("speech"):
         given["speech"] = fields.take("speech", str)
-        if given["speech"] not in SPEECH:  # any other value would name a folder on this machine
+        if given["speech"] not in SPEECH:  # any other value would refer to a folder on this machine
             fields.refuse("speech", f"is not one of {', '.join(SPEECH)}")
     for name in ("start", "end"):
         if fields.has(name):
@@ -273,7 +273,7 @@ def _pruning(fields: Fields) -> dict[str, Any]:
         with _naming("method"):
             parts = MethodText(method).parts
         for name, value in (setting for each in parts for setting in each.settings):
-            if value is not None and not SETTING.fullmatch(value):  # other values could name a file on this machine
+            if value is not None and not SETTING.fullmatch(value):  # other values could refer to a file on this machine
                 fields.refuse("method", f"sets {name[:60]}: requests can set only numbers, true and false")
         given["method"] = method
     return given

@@ -1,4 +1,4 @@
-"""Everything that OpenAI's different response formats have in common."""
+"""Shared definitions for OpenAI's response formats."""
 
 import json
 import time
@@ -27,11 +27,11 @@ TIMES = (
 
 
 class Reply(Protocol):
-    """The answer to a request, in one of the API formats.
+    """The answer to a request in one of the API formats.
 
     A complete answer is the JSON data from `whole`. A streamed answer starts with the bytes from `begin`, continues with the bytes
-    from `piece` for each piece of text, and finishes with the bytes from `end` or `failed`. `identity` is the ID of the answer.
-    `queue_s` is the time that the request waited in the queue, in seconds.
+    from `piece` for each piece of text, and ends with the bytes from `end` or `failed`. `identity` is the answer ID. `queue_s` is
+    the request's time in the queue, in seconds.
     """
 
     identity: str
@@ -43,14 +43,14 @@ class Reply(Protocol):
     def failed(self, problem: ApiError) -> bytes: ...
 
 
-# A function that parses a request body, given the default options and the names of the models. It returns the question, the videos
-# and images that the question refers to, and a `Reply` for the answer. It raises ApiError if a value is unknown, has the wrong
-# type, or is out of range.
+# A function that parses a request body, given the default options and the model names. It returns the question, the videos and
+# images it refers to, and a `Reply` for the answer. It raises ApiError if a value is unknown, has the wrong type, or is out of
+# range.
 Read = Callable[[Any, PipelineOptions, Sequence[str]], tuple[Question, tuple[Source, ...], Reply]]
 
 
 def created() -> int:
-    """Return the creation time for an answer, which is the current Unix time in whole seconds."""
+    """Return an answer's creation time (the current Unix time in whole seconds)."""
     return int(time.time())
 
 
@@ -61,7 +61,7 @@ def stream_event(data: dict[str, Any], name: str | None = None) -> bytes:
 
 
 def pruned(done: Done, queue_s: float) -> dict[str, Any]:
-    """Return the `evoprune` object in the `usage` field of an answer, with token counts, times in milliseconds, and warnings."""
+    """Return the `evoprune` object for an answer's `usage` field, with token counts, times in milliseconds, and warnings."""
     report = done.report
     pruning = report.pruning
     times = report.time_ms
@@ -80,7 +80,7 @@ def pruned(done: Done, queue_s: float) -> dict[str, Any]:
 
 
 def logprobs(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert log probabilities from a report to OpenAI's format, with a list of the most likely alternatives for each token."""
+    """Convert log probabilities from a report to OpenAI's format, with the most likely alternatives for each token."""
 
     def entry(each: dict[str, Any]) -> dict[str, Any]:
         return {name: each[name] for name in ("token", "logprob", "bytes")}

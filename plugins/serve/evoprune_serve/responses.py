@@ -1,6 +1,6 @@
-"""The API format of /v1/responses: parses requests, and writes answers as complete responses or as stream events.
+"""The API format of /v1/responses: parses requests and writes answers as complete responses or stream events.
 
-Responses are not stored, so clients must send the whole conversation with each request, as with `store` set to false.
+Responses aren't stored, so clients must send the whole conversation with each request, as with `store` set to false.
 """
 
 import secrets
@@ -25,7 +25,7 @@ from evoprune_serve.reply import created, logprobs, pruned, stream_event
 from evoprune_serve.sources import Source
 from evoprune_serve.work import Done, Piece
 
-# Request fields that are copied unchanged to the response.
+# Request fields copied unchanged to the response.
 STATED = (
     "instructions",
     "max_output_tokens",
@@ -36,22 +36,21 @@ STATED = (
     "reasoning",
 )
 LOGPROBS = "message.output_text.logprobs"  # the only supported value of `include`
-# Fields of a message that are ignored, because they are not part of the conversation.
+# Message fields to ignore because they aren't part of the conversation.
 OF_MESSAGES = ("type", "id", "status", "phase")
-# Options of this format that the server does not support. A request may set them only to a value that has no effect.
+# Options of this format not supported by the server. A request may only set them to values without effect.
 OWN_NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "background": lambda value: value is False,
     "store": lambda value: value is False,
-    "truncation": lambda value: value == "auto",  # earlier turns that do not fit are left out
+    "truncation": lambda value: value == "auto",  # earlier turns that don't fit are omitted
 }
 
 
 @dataclass
 class Item:
-    """An output item of a response, which contains either the model's thoughts or the text of its answer.
+    """An output item of a response, containing either the model's reasoning or its answer text.
 
-    `logprobs` contains the log probabilities of the tokens so far. In a text item, this includes the tokens of the thoughts that
-    came before the text.
+    `logprobs` contains the log probabilities of the tokens so far. In a text item, this includes the preceding thinking tokens.
     """
 
     thought: bool
@@ -66,7 +65,7 @@ class Item:
 
     @property
     def part(self) -> dict[str, Any]:
-        """The content part of the item, with the text so far."""
+        """The item's content part, with the text so far."""
         if self.thought:
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": [*self.logprobs]}
@@ -81,11 +80,11 @@ class Item:
 
 
 class ResponseReply:
-    """An answer in the format of /v1/responses, with one item for the text and, if the model thinks, one item for the thoughts.
+    """An answer in /v1/responses format, with one item for the text and, if the model thinks, one item for the reasoning.
 
     Args:
         model: The name of the model.
-        stated: Fields of the request that are repeated in the response.
+        stated: Request fields to repeat in the response.
     """
 
     def __init__(self, model: str, stated: dict[str, Any]):
@@ -148,7 +147,10 @@ class ResponseReply:
     # Stream events.
 
     def _add(self, thought: bool, text: str, entries: list[dict[str, Any]]) -> bytes:
-        """Append a piece of text and return the resulting events. If it does not continue the current item, a new item starts."""
+        """Append a piece of text and return the resulting events.
+
+        A new item starts if the piece doesn't continue the current item.
+        """
         events = b""
         if not self._items or self._items[-1].thought != thought:
             events += self._close("completed") + self._open(thought)
@@ -166,7 +168,7 @@ class ResponseReply:
         return events + self._event("response.content_part.added", part=self._items[-1].part, **self._place)
 
     def _close(self, status: str) -> bytes:
-        """Return the events that complete the current item, or no bytes if there is no item yet."""
+        """Return the events that complete the current item, or empty bytes if there is no item yet."""
         if not self._items:
             return b""
         item = self._items[-1]
@@ -181,7 +183,7 @@ class ResponseReply:
         return {"item_id": self._items[-1].id, "output_index": len(self._items) - 1, "content_index": 0}
 
     def _of_part(self, what: str, fields: dict[str, Any], entries: list[dict[str, Any]]) -> bytes:
-        """Return an event about the content of the current item. For thoughts, the log probabilities `entries` are omitted."""
+        """Return an event for the current item's content. For reasoning, the log probabilities `entries` are omitted."""
         item = self._items[-1]
         if not item.thought:
             fields = fields | {"logprobs": entries}
@@ -213,7 +215,7 @@ def _usage(done: Done, queue_s: float) -> dict[str, Any]:
 def read_response(
     body: Any, usual: PipelineOptions, models: Sequence[str]
 ) -> tuple[Question, tuple[Source, ...], ResponseReply]:
-    """Parse the body of a request to /v1/responses. See `reply.Read`."""
+    """Parse the body of a /v1/responses request. See `reply.Read`."""
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
@@ -240,7 +242,10 @@ def read_response(
 
 
 def _messages(given: str | list) -> dict[str, Any]:
-    """Return the messages in the `input` field, keyed by their location in the body. Thoughts of earlier answers are dropped."""
+    """Return the messages from the `input` field, keyed by their location in the body.
+
+    Reasoning from earlier answers is dropped.
+    """
     if isinstance(given, str):
         return {"input": {"role": "user", "content": given}}
     messages = {}
@@ -256,7 +261,7 @@ def _messages(given: str | list) -> dict[str, Any]:
 
 
 def _generation(fields: Fields) -> dict[str, Any]:
-    """Return the `GenerationOptions` from request fields that only /v1/responses has."""
+    """Return the `GenerationOptions` from request fields specific to /v1/responses."""
     given: dict[str, Any] = {}
     if fields.has("instructions"):
         given["system"] = fields.take("instructions", str)

@@ -1,4 +1,4 @@
-"""Fetches the videos and images of a request, which may be inline data, uploaded files, URLs, or files on this machine."""
+"""Fetches a request's videos and images, which may be inline data, uploaded files, URLs, or local files."""
 
 import binascii
 import errno
@@ -26,29 +26,29 @@ from evoprune_serve.store import UNUSED_S, Content, Store
 from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # maximum length of a URL, except for data: URLs
-FILES_RETRY_S = 5  # seconds after which a client may retry if too many files are open
-FRAMES_BYTES = 2**29  # maximum size of the decoded pixels of a list of frames
-LONGEST_S = 3600.0  # maximum duration of a download
+FILES_RETRY_S = 5  # time after which a client may retry if too many files are open, in seconds
+FRAMES_BYTES = 2**29  # maximum size of the decoded pixels in a list of frames
+LONGEST_S = 3600.0  # maximum duration of a download, in seconds
 FILE_HINT = "upload the file instead"
 
 
 @dataclass(frozen=True)
 class Address:
-    """A video or image that a request refers to by a URL with the scheme data, http, https or file."""
+    """A video or image specified by a URL with the scheme data, http, https, or file."""
 
     url: str
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A video or image that the client has uploaded to /v1/files."""
+    """A video or image uploaded by the client to /v1/files."""
 
     file_id: str
 
 
 @dataclass(frozen=True)
 class FrameList:
-    """A video that is sent as a list of frames, with either a timestamp in seconds for each frame or a frame rate."""
+    """A video sent as a list of frames, with either a frame rate or a timestamp in seconds for each frame."""
 
     frames: tuple[Address | Uploaded, ...]
     rate: float | None
@@ -60,11 +60,11 @@ Source = Address | Uploaded | FrameList
 
 @dataclass(frozen=True)
 class LocalFile:
-    """An input of a request that is available as a file on this machine.
+    """A request input available as a local file.
 
     Attributes:
-        identity: A value that identifies the contents. Files with equal identities have equal contents.
-        name: The name that clients see instead of the path.
+        identity: A content identifier. Files with equal identities have equal contents.
+        name: The name shown to clients instead of the path.
     """
 
     path: str
@@ -77,7 +77,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class LocalFrames:
-    """A video that consists of image files on this machine."""
+    """A video that consists of local image files."""
 
     files: tuple[LocalFile, ...]
     rate: float | None
@@ -92,8 +92,8 @@ class LocalFrames:
         """Decode the images and combine them into a video. On Linux, a separate process decodes them.
 
         Raises:
-            VideoError: If an image cannot be read.
-            ApiError: If a file is not an image, the images differ in size, or they are too large in total.
+            VideoError: If an image can't be read.
+            ApiError: If a file isn't an image, the images differ in size, or their total size is too large.
         """
         arrays = []
         size = None
@@ -115,7 +115,7 @@ Local = LocalFile | LocalFrames
 
 
 class Fetched:
-    """The inputs of a request, available as files on this machine until `close` is called."""
+    """A request's inputs, available as local files until `close` is called."""
 
     def __init__(self, inputs: Sequence[Local], files: ExitStack):
         self._inputs = inputs
@@ -127,18 +127,18 @@ class Fetched:
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs in reports and error messages."""
+        """Input names for reports and error messages."""
         return [each.name for each in self._inputs]
 
     @property
     def paths(self) -> dict[str, str]:
-        """A dictionary from each file's path to the name that clients see instead."""
+        """A dictionary that maps each file path to the name shown to clients."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
         return {file.path: file.name for file in files}
 
     def inputs(self) -> list[Input]:
-        """Return the inputs in the form that the encoder accepts. For the exceptions, see `LocalFrames.input`."""
+        """Return the inputs in a format accepted by the encoder. For the exceptions, see `LocalFrames.input`."""
         return [each.input() for each in self._inputs]
 
     def close(self) -> None:
@@ -146,11 +146,11 @@ class Fetched:
 
 
 class Sources:
-    """Fetches the videos and images of requests, if the server's settings allow it. Thread-safe.
+    """Fetches the videos and images of requests, subject to the server's settings. Thread-safe.
 
     Args:
-        urls: Whether http and https URLs may be fetched. URLs in private networks are never fetched.
-        folders: Folders whose files may be read, including files in subfolders.
+        urls: Whether http and https URLs may be fetched. URLs on private networks are never fetched.
+        folders: Folders that files may be read from, including subfolders.
         limit_bytes: Maximum size of a download, in bytes.
     """
 
@@ -160,18 +160,18 @@ class Sources:
         self._urls = urls
         self._folders = [folder.resolve() for folder in folders]
         self._limit_bytes = limit_bytes
-        self._downloads: dict[str, tuple[Content, float]] = {}  # for each URL, a recent download and its time
+        self._downloads: dict[str, tuple[Content, float]] = {}  # for each URL, a recent download and its timestamp
         self._lock = Lock()
 
     def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
-        """Fetch the videos and images of a request as local files.
+        """Fetch a request's videos and images as local files.
 
         Args:
             sources: The videos and images to fetch.
-            check: A function that is called repeatedly. It can abort a download by raising an exception.
+            check: A function called repeatedly, which can abort a download by raising an exception.
 
         Raises:
-            ApiError: If a source is not allowed or does not exist.
+            ApiError: If a source isn't allowed or doesn't exist.
             VideoError: If a download fails.
         """
         with ExitStack() as stack:
@@ -209,7 +209,7 @@ class Sources:
         return self._file(source.url, stack, copied)
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
-        """Download a URL, or reuse a recent download of it. The caller must release the returned content."""
+        """Download a URL or reuse a recent download. The caller must release the returned content."""
         if not self._urls:
             raise refused("URLs are not read: the server runs without --allow-urls")
         with self._lock:
@@ -243,15 +243,14 @@ class Sources:
         self._downloads = {url: known for url, known in self._downloads.items() if now - known[1] < UNUSED_S}
 
     def _file(self, url: str, stack: ExitStack, copied: bool) -> LocalFile:
-        """Open a file below an allowed folder. All other URLs raise the same error, so clients learn nothing about other files.
+        """Open a file inside an allowed folder. All other URLs raise the same error, so clients learn nothing about other files.
 
-        The file is opened only once and always read through the same descriptor, so replacing the file later has no effect. If
-        `copied` is True, the file is copied to the store instead of being kept open, because a list of frames may consist of many
-        files.
+        The file is opened once and always read through the same descriptor, so replacing the file later has no effect. If `copied`
+        is True, the file is copied to the store instead of being kept open because a list of frames may consist of many files.
         """
         try:
             file = stack.enter_context(self._opened(url))
-        except (OSError, ValueError) as problem:  # ValueError: the URL or a filename is invalid
+        except (OSError, ValueError) as problem:  # ValueError: invalid URL or filename
             if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                 raise full(FILES_RETRY_S) from problem
             message = f"{url} is not a file below a folder of --allow-dir"
@@ -271,10 +270,10 @@ class Sources:
         return LocalFile(path, identity, url)
 
     def _opened(self, url: str) -> BinaryIO:
-        """Open the file that a file: URL refers to.
+        """Open the file specified by a file: URL.
 
         Raises:
-            OSError, ValueError: If the URL does not refer to a file below an allowed folder.
+            OSError, ValueError: If the URL doesn't refer to a file inside an allowed folder.
         """
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
@@ -287,10 +286,10 @@ class Sources:
 
 
 def opened_below(folder: Path, path: Path) -> BinaryIO:
-    """Open a regular file below a folder. Symbolic links below the folder are not followed. The result's `name` is `path`.
+    """Open a regular file inside a folder, without following symbolic links inside it. The result's `name` is `path`.
 
     Raises:
-        OSError: If there is no such file, or its path contains a symbolic link.
+        OSError: If the file doesn't exist, or its path contains a symbolic link.
         ValueError: If the path is the folder itself.
     """
     *folders, name = path.relative_to(folder).parts
@@ -308,23 +307,23 @@ def opened_below(folder: Path, path: Path) -> BinaryIO:
         at = opened(folder, os.O_DIRECTORY)
         for each in folders:
             at = opened(each, os.O_DIRECTORY, at)
-        found = opened(name, os.O_NONBLOCK, at)  # so that opening a pipe does not block
+        found = opened(name, os.O_NONBLOCK, at)  # so that opening a pipe doesn't block
         if not stat.S_ISREG(os.fstat(found).st_mode):
             raise FileNotFoundError(path)
         return open(path, "rb", opener=lambda *_: os.dup(found))
 
 
 def decoded(url: str) -> bytes:
-    """Decode the base64 data of a `data:` URL.
+    """Decode the base64 data in a `data:` URL.
 
     Raises:
-        ApiError: If the data is not base64, or is empty.
+        ApiError: If the data is empty or isn't base64.
     """
     head, comma, text = url.partition(",")
     if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):
         raise refused("a data: address is not data:TYPE;base64,...")
     try:
-        # Like browsers, accept percent-encoding, whitespace and missing padding (WHATWG, Infra and Fetch).
+        # Like browsers, accept percent-encoding, whitespace, and missing padding (WHATWG, Infra and Fetch).
         data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
         if b"=" not in data[-2:]:
             data += b"=" * (-len(data) % 4)

@@ -19,8 +19,8 @@ from evoprune_serve.errors import ApiError
 
 PREFIX = "evoprune-serve-"
 CHUNK_BYTES = 2**20
-BLOCK_BYTES = 4096  # size of a disk block, which is the space that the smallest file takes
-UNUSED_S = 600.0  # how long an unused file is kept for later questions
+BLOCK_BYTES = 4096  # size of a disk block: the space used by the smallest file
+UNUSED_S = 600.0  # retention time for unused files, in seconds
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Content:
     """A file in the store.
 
     Attributes:
-        users: Reference count: the number of callers that are using the file. The file is evicted only if this is 0.
+        users: Reference count: the number of callers using the file. The file is only evicted if this is 0.
         used_s: Time at which the last user released the file, on the `time.monotonic` clock.
         stays: Whether the file may stay on disk for later questions while it has no users.
     """
@@ -46,19 +46,19 @@ class Content:
 
 
 class Store:
-    """A thread-safe file store. Stored files and files that are being received take at most `limit_bytes` on disk."""
+    """A thread-safe file store. Stored and incoming files take up at most `limit_bytes` on disk."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._bytes = 0  # total size of all stored files and reservations
         self._contents: dict[str, Content] = {}  # by digest
-        self._unused: OrderedDict[str, Content] = OrderedDict()  # files that nobody uses, least recently used first
+        self._unused: OrderedDict[str, Content] = OrderedDict()  # unused files, least recently used first
         self._lock = threading.Lock()
 
     @contextmanager
     def room(self) -> "Iterator[Room]":
-        """Yield a `Room` that reserves disk space for a file while it is received. The space is released when the context ends."""
+        """Yield a `Room` that reserves disk space for an incoming file. The space is released when the context ends."""
         room = Room(self)
         try:
             yield room
@@ -67,7 +67,7 @@ class Store:
                 self._free(room)
 
     def add(self, data: bytes) -> Content:
-        """Store bytes as a file and return it. The caller becomes a user of the file.
+        """Store bytes as a file and return the file. The caller becomes a user of the file.
 
         Raises:
             ApiError: If the store is full.
@@ -83,10 +83,10 @@ class Store:
             return self._keep(digest, file.name, room)
 
     def add_file(self, path: str, room: "Room") -> Content:
-        """Store the file at `path`, which may move it, and return the stored file. The caller becomes a user of the stored file.
+        """Store and return the file at `path`, which may be moved. The caller becomes a user of the stored file.
 
         Args:
-            room: The space that was reserved while the file was received, which now belongs to the stored file.
+            room: The space reserved while receiving the file, which is transferred to the stored file.
 
         Raises:
             ApiError: If the store is full.
@@ -97,7 +97,7 @@ class Store:
             return self._keep(digest, path, room)
 
     def copy(self, file: BinaryIO, room: "Room") -> Content:
-        """Store a copy of an open file and return it. The caller becomes a user of the copy. For `room`, see `add_file`.
+        """Store and return a copy of an open file. The caller becomes a user of the copy. For `room`, see `add_file`.
 
         Raises:
             ApiError: If the store is full.
@@ -112,10 +112,10 @@ class Store:
 
     @contextmanager
     def link(self, file: BinaryIO) -> Iterator[str]:
-        """Yield a path under which other processes can open a file even after it is renamed or deleted. Works only on Linux.
+        """Yield a path that lets other processes open a file even after it is renamed or deleted. Linux only.
 
-        The path is a symbolic link to the descriptor of the open file. The link must be removed before the file is closed, because
-        the descriptor could then be reused for a different file.
+        The path is a symbolic link to the open file's descriptor. The link must be removed before the file is closed because the
+        descriptor could be reused for a different file afterwards.
         """
         path = str(self._folder / f"open-{secrets.token_hex(8)}")
         with self._stored():
@@ -127,7 +127,7 @@ class Store:
                 os.unlink(path)
 
     def take(self, content: Content) -> bool:
-        """Register a new user of a file. Return False if the file is no longer stored."""
+        """Register a new user of a file. Returns False if the file is no longer stored."""
         with self._lock:
             if self._contents.get(content.digest) is not content:
                 return False
@@ -148,7 +148,7 @@ class Store:
 
     @contextmanager
     def using(self, content: Content) -> Iterator[Content]:
-        """Context manager that registers a user of a stored file, so that the file is not evicted within the context.
+        """Context manager that registers a user of a stored file, so the file isn't evicted within the context.
 
         Raises:
             ApiError: If the file has been deleted in the meantime.
@@ -161,7 +161,7 @@ class Store:
             self.release(content)
 
     def drop_old(self) -> None:
-        """Delete files that have not been used for `UNUSED_S` seconds."""
+        """Delete files that haven't been used for `UNUSED_S` seconds."""
         while self._drop_one_old():  # the lock is released after each file
             pass
 
@@ -180,7 +180,10 @@ class Store:
             room.bytes += count
 
     def _keep(self, digest: str, path: str, room: "Room") -> Content:
-        """Return the stored file with the given digest. If there is none, store the file at `path`. The caller becomes a user."""
+        """Return the stored file with the given digest.
+
+        If it doesn't exist, store the file at `path`. The caller becomes a user.
+        """
         with self._lock:
             if known := self._known(digest):
                 return known
@@ -194,7 +197,7 @@ class Store:
 
     @contextmanager
     def _new_file(self) -> Iterator[BinaryIO]:
-        """Yield a new temporary file in the store's folder. It is deleted when the context ends, unless it has been moved."""
+        """Yield a new temporary file in the store's folder. Unless moved, it is deleted when the context ends."""
         with self._stored(), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
             try:
                 yield file
@@ -231,7 +234,7 @@ class Store:
         """Evict the least recently used files until `count` more bytes fit.
 
         Raises:
-            ApiError: If evicting all unused files is not enough.
+            ApiError: If evicting all unused files isn't enough.
         """
         while self._bytes + count > self._limit_bytes:
             if not self._unused:
@@ -246,7 +249,7 @@ class Store:
 
 
 class Room:
-    """The disk space that is reserved for a file while it is received."""
+    """The disk space reserved for an incoming file."""
 
     def __init__(self, store: Store):
         self.bytes = 0
@@ -263,7 +266,7 @@ class Room:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Yield a new `temporary_folder`. Until the context ends, all temporary files of this process are created inside it."""
+    """Yield a new `temporary_folder`. Within the context, all temporary files of this process are created inside it."""
     usual = tempfile.gettempdir()
     with temporary_folder(PREFIX) as folder:
         tempfile.tempdir = folder

@@ -1,4 +1,4 @@
-"""Manages the files that clients upload to /v1/files. Files are kept until they are deleted or expire."""
+"""Manages files uploaded to /v1/files. Files are kept until they are deleted or expire."""
 
 import os
 import secrets
@@ -19,7 +19,7 @@ PURPOSES = ("user_data", "vision", "assistants")
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded file. The client has chosen its `name`. Times are Unix timestamps in seconds."""
+    """An uploaded file. Its `name` was chosen by the client. Times are Unix timestamps in seconds."""
 
     id: str
     content: Content
@@ -52,10 +52,10 @@ class Uploads:
         self._lock = threading.Lock()
 
     def add(self, file: BinaryIO, name: str, purpose: str, room: Room) -> Upload:
-        """Store a file. Its disk space has already been reserved in `room`.
+        """Store a file, using the disk space already reserved in `room`.
 
         Raises:
-            ApiError: If there are too many files, the disk space is used up, or the file is empty.
+            ApiError: If there are too many files, the store is full, or the file is empty.
         """
         self.drop_old()
         if len(self._uploads) >= MOST:
@@ -75,7 +75,7 @@ class Uploads:
         """Return the uploaded file with the given ID.
 
         Raises:
-            ApiError: If there is no file with this ID.
+            ApiError: If no file with this ID exists.
         """
         self.drop_old()
         with self._lock:
@@ -88,7 +88,7 @@ class Uploads:
         """Delete the uploaded file with the given ID.
 
         Raises:
-            ApiError: If there is no file with this ID.
+            ApiError: If no file with this ID exists.
         """
         upload = self.get(file_id)
         with self._lock:
@@ -97,7 +97,7 @@ class Uploads:
             self._store.release(upload.content, stays=False)
 
     def drop_old(self) -> None:
-        """Delete all uploaded files that have expired."""
+        """Delete all expired uploads."""
         now = time.time()
         with self._lock:
             old = [upload for upload in self._uploads.values() if upload.expires <= now]

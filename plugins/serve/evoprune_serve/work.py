@@ -1,8 +1,8 @@
-"""Answers requests. One thread computes one answer at a time, while other threads open and read the inputs of upcoming jobs.
+"""Answers requests. One thread computes answers one at a time, while other threads open and read the inputs of upcoming jobs.
 
-Each request is a `Job`. First, the job is admitted to the queue, its files are fetched, and its inputs are opened, which means that
-they are probed and planned. Then the model encodes the inputs, unless the encoding of an earlier question can be reused, and
-answers the question. Clients take turns: the next job is the oldest ready job of the client whose last turn was longest ago.
+Each request is a `Job`. First, the job is admitted to the queue, its files are fetched, and its inputs are opened (probed and
+planned). Then the model encodes the inputs, unless an earlier question's encoding can be reused, and answers the question. Clients
+take turns: the next job is the oldest ready job of the client whose last turn was longest ago.
 """
 
 import asyncio
@@ -35,23 +35,23 @@ from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
 
-OPENERS = 2  # number of threads that open inputs
-AHEAD = 1  # maximum number of jobs whose inputs are prefetched while another job is being answered
+OPENERS = 2  # number of threads for opening inputs
+AHEAD = 1  # maximum number of jobs to prefetch while another job is being answered
 SESSIONS = 32  # maximum number of cached sessions; each combination of model and pruning settings has its own
 SHARE = 4  # cached encodings may take up to 1/SHARE of the available memory
-LATEST = 20  # number of recent answers from whose times Retry-After is estimated
+LATEST = 20  # number of recent answers used to estimate Retry-After
 LONGEST_RETRY_S = 60
 
 
 class Gone(Exception):
-    """Raised to stop working on a job whose client is no longer waiting for the answer."""
+    """Raised to stop work on a job if the client is no longer waiting for the answer."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a streamed answer, or of the thoughts before the answer.
+    """A piece of a streamed answer or of the reasoning before it.
 
-    `logprobs` contains the log probabilities of the tokens since the previous piece, in the format of reports.
+    `logprobs` contains the log probabilities of the tokens since the previous piece, in report format.
     """
 
     text: str
@@ -66,8 +66,8 @@ class Done:
     Attributes:
         report: The report, which contains the complete answer.
         logprobs: Log probabilities of the tokens since the last piece.
-        kept: Whether the encoding of an earlier question was reused.
-        thought_tokens: Number of tokens in the model's thoughts.
+        kept: Whether an earlier question's encoding was reused.
+        thought_tokens: Number of thinking tokens.
     """
 
     report: Report
@@ -78,14 +78,14 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The event at the end of a request that has failed, so its answer is missing or incomplete."""
+    """The event at the end of a failed request, with a missing or incomplete answer."""
 
     problem: BaseException
 
 
 @dataclass(frozen=True)
 class Told:
-    """An event with a message from a task, as JSON data. `last` is True for the task's final message."""
+    """An event with a task's message as JSON data. `last` is True for the task's final message."""
 
     facts: dict[str, Any]
     last: bool = False
@@ -98,18 +98,18 @@ Put = Callable[[Event], None]
 
 
 class Job:
-    """A request in the queue. The events of the job are delivered to the event loop `loop`."""
+    """A request in the queue. The job's events are delivered to the event loop `loop`."""
 
     def __init__(self, client: str, loop: asyncio.AbstractEventLoop):
         self.client = client
         self.question: Question | None = None  # set by `Work.submit` and `Work.run`
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
-        self.task: Task | None = None  # what the model's thread runs instead of answering the question
+        self.task: Task | None = None  # the task to run in the model thread instead of answering the question
         self.kind: Callable[..., OpenInput] = OpenInput  # see `open_inputs`
-        self.ready = False  # whether the model may start to work on the job
+        self.ready = False  # whether the model may start working on the job
         self.begun = False  # whether the inputs are being prefetched
-        self.scope = Scope()  # used to stop the readers of inputs that are being opened
+        self.scope = Scope()  # used to stop the readers of inputs being opened
         self.admitted_s = time.perf_counter()
         self.opening_s = 0.0  # time spent opening the inputs
         self.queue_s = 0.0  # time from admission to the start of the answer, excluding `opening_s`
@@ -131,19 +131,19 @@ class Job:
         return self._cancelled
 
     def check(self) -> None:
-        """Raise Gone if the job has been cancelled."""
+        """Raise Gone if the job has been canceled."""
         if self._cancelled:
             raise Gone
 
     def give_up(self) -> None:
-        """Mark the job as cancelled. Work on the job stops the next time it calls `check`."""
+        """Mark the job as canceled. Work on the job stops at the next call to `check`."""
         self._cancelled = True
 
     def files(self) -> Fetched:
         """Return the job's fetched files.
 
         Raises:
-            Gone: If the job has been cancelled or has ended.
+            Gone: If the job has been canceled or has ended.
         """
         with self._lock:
             if self._cancelled or self.fetched is None:
@@ -154,7 +154,7 @@ class Job:
         """Take ownership of opened inputs, which are closed when the job ends.
 
         Raises:
-            Gone: If the job has been cancelled. The inputs are then closed.
+            Gone: If the job has been canceled, in which case the inputs are closed.
         """
         with self._lock:
             if not self._cancelled:
@@ -167,7 +167,7 @@ class Job:
         """Take ownership of fetched files, which are released when the job ends.
 
         Raises:
-            Gone: If the job has been cancelled. The files are then released.
+            Gone: If the job has been canceled, in which case the files are released.
         """
         with self._lock:
             if not self._cancelled:
@@ -177,7 +177,7 @@ class Job:
         raise Gone
 
     def end(self, cancelled: bool = False) -> None:
-        """Release everything that the job owns. If `cancelled` is True, also stop reading its inputs."""
+        """Release all resources owned by the job. If `cancelled` is True, also stop reading its inputs."""
         with self._lock:
             self._cancelled = self._cancelled or cancelled
             opened = self.opened
@@ -191,11 +191,11 @@ class Job:
             fetched.close()
 
 
-Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that has sent none may be retried
+Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that hasn't sent any may be retried
 
 
 class KeptEncodings:
-    """A thread-safe LRU cache of encoded inputs. It holds at most `most` encodings in up to 1/`SHARE` of the available memory."""
+    """A thread-safe LRU cache of encoded inputs, with at most `most` encodings in up to 1/`SHARE` of the available memory."""
 
     def __init__(self, most: int):
         self._most = most
@@ -214,7 +214,7 @@ class KeptEncodings:
             return self._kept[key][0]
 
     def put(self, key: str, encoded: EncodedInputs, size: int) -> None:
-        """Add an encoding that takes `size` bytes of memory, and evict the least recently used encodings if necessary."""
+        """Add an encoding of `size` bytes, evicting the least recently used encodings if necessary."""
         with self._lock:
             self._kept[key] = encoded, size
             self._kept.move_to_end(key)
@@ -225,7 +225,7 @@ class KeptEncodings:
                 self._kept.popitem(last=False)
 
     def clear(self) -> bool:
-        """Evict all encodings. Return False if the cache was already empty."""
+        """Evict all encodings. Returns False if the cache was already empty."""
         with self._lock:
             any_kept = bool(self._kept)
             self._kept.clear()
@@ -237,20 +237,20 @@ class KeptEncodings:
 
 
 class Work:
-    """The queue of jobs and the threads that work on them.
+    """The job queue and its worker threads.
 
     Args:
         models: The models by name, with their default pruning settings.
         most: Maximum number of requests in the queue.
-        keep: Maximum number of encodings to cache for further questions.
+        keep: Maximum number of encodings to cache for follow-up questions.
     """
 
     def __init__(self, models: Mapping[str, VideoQA], most: int = 32, keep: int = 8):
         self.models = models
-        self._threads_of: VideoQA | None = None  # the model for which the number of CPU threads is currently set
+        self._threads_of: VideoQA | None = None  # the model for which the CPU thread count is currently set
         self.kept = KeptEncodings(keep)
         self._most = most
-        # The waiting jobs by client. The client whose turn is next comes first.
+        # Waiting jobs by client. The client whose turn is next comes first.
         self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
         self._ending = False  # whether new requests are rejected
@@ -275,15 +275,15 @@ class Work:
         return self._running is not None
 
     def retry_s(self) -> int:
-        """Return the number of seconds after which a rejected client may retry, which is the median of recent answer times."""
+        """Return the number of seconds after which a rejected client may retry: the median of recent answer times."""
         usual = statistics.median(self._seconds) if self._seconds else 1.0
         return max(1, min(LONGEST_RETRY_S, ceil(usual)))
 
     def admit(self, client: str) -> Job:
         """Add a new job for a client to the queue.
 
-        If the queue is full, the newest job of the client with the most waiting jobs is evicted. However, if that client does not
-        have more waiting jobs than `client` would have after adding the new job, the new job is rejected instead.
+        If the queue is full, the newest job of the client with the most waiting jobs is evicted. However, if that client doesn't
+        have more waiting jobs than `client` would have with the new job, the new job is rejected instead.
 
         Raises:
             ApiError: If the queue is full, or the server is shutting down.
@@ -307,11 +307,11 @@ class Work:
         return job
 
     async def fetch(self, job: Job, fetch: Callable[[], Fetched]) -> None:
-        """Call `fetch` in a thread, and hand over the fetched files to the job. Exceptions from `fetch` propagate."""
+        """Call `fetch` in a thread and pass the fetched files to the job. Exceptions from `fetch` propagate."""
         await asyncio.get_running_loop().run_in_executor(self._fetchers, lambda: job.hold(fetch()))
 
     def submit(self, job: Job, question: Question) -> None:
-        """Prepare a job, whose files have been fetched, so that the model's thread can answer its question."""
+        """Prepare a job with fetched files so that the model thread can answer its question."""
         job.question = question
         if job.cancelled:
             return
@@ -322,21 +322,21 @@ class Work:
             self._openers.submit(Context().run, self._prepare, job)
 
     def run(self, job: Job, question: Question, task: Task) -> None:
-        """Make the model's thread run a task for a job whose files have been fetched."""
+        """Make the model thread run a task for a job with fetched files."""
         job.question = question
         job.task = task
         self._is_ready(job)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client is no longer waiting for the answer. Has no effect if the job has already ended."""
+        """Cancel a job if its client is no longer waiting for the answer. Has no effect if the job has already ended."""
         with self._changed:
             self._leave(job)
         if not (job.cancelled or self._closed):
-            job.give_up()  # done here, because downloads may occupy all threads
-            self._fetchers.submit(job.end, cancelled=True)  # done in a thread, because it may have to wait for a reader
+            job.give_up()  # called here because downloads may occupy all threads
+            self._fetchers.submit(job.end, cancelled=True)  # run in a thread because it may have to wait for a reader
 
     def refusal(self) -> ApiError:
-        """Return the error for a request that the server has dropped although its client was still waiting."""
+        """Return the error for a request dropped by the server while its client was still waiting."""
         return ending() if self._ending else full(self.retry_s())
 
     def refuse(self) -> None:
@@ -349,7 +349,7 @@ class Work:
             self.cancel(job)
 
     def give_up(self) -> None:
-        """Cancel the job that is currently being answered, if there is one."""
+        """Cancel the job currently being answered, if any."""
         if job := self._running:
             job.put(Failed(ending()))
             self.cancel(job)
@@ -381,7 +381,7 @@ class Work:
                 del self._turns[job.client]
 
     def _next(self) -> Job | None:
-        """Return the job that the model's thread should work on next, or None if no job is ready."""
+        """Return the next job for the model thread, or None if no job is ready."""
         for jobs in self._turns.values():
             for job in jobs:
                 if job.ready:
@@ -389,7 +389,7 @@ class Work:
         return None
 
     def _take(self) -> Job | None:
-        """Remove the next ready job from the queue and mark it as running. Return None if no job is ready."""
+        """Remove the next ready job from the queue and mark it as running. Returns None if no job is ready."""
         job = self._next()
         self._running = job
         if job:
@@ -401,10 +401,10 @@ class Work:
     # Opening inputs, in the opener threads.
 
     def session(self, question: Question) -> VideoQA:
-        """Return the model that a question asks for, with the question's pruning settings. Results are cached.
+        """Return the model requested by a question, with the question's pruning settings. Results are cached.
 
         Raises:
-            UsageError: If the model does not support the settings.
+            UsageError: If the model doesn't support the settings.
         """
         qa = self.models[question.model]
         key = question.model + repr(question.pruning)
@@ -420,7 +420,7 @@ class Work:
             return made
 
     def _prepare(self, job: Job) -> None:
-        """Open the inputs of a job, and start prefetching them if another job is being answered."""
+        """Open a job's inputs, and start prefetching them if another job is being answered."""
         job.scope.enter()
         try:
             self._open(job)
@@ -449,7 +449,10 @@ class Work:
         job.opening_s = time.perf_counter() - start
 
     def _reserve_ahead(self, job: Job) -> bool:
-        """Reserve a prefetch slot for a job. Returns False if no slot is free or the job already has one. Callers hold the lock."""
+        """Reserve a prefetch slot for a job.
+
+        Returns False if no slot is free or the job already has one. Callers must hold the lock.
+        """
         begun = sum(other.begun for jobs in self._turns.values() for other in jobs)
         if job.begun or begun >= AHEAD:
             return False
@@ -484,7 +487,7 @@ class Work:
             job.put(Failed(problem))
         job.end()
 
-    # Answering, in the model's thread.
+    # Answering, in the model thread.
 
     def _serve(self) -> None:
         unpacked = [qa.loaded.packing for qa in self.models.values()]
@@ -500,7 +503,7 @@ class Work:
                 if self._closed:
                     return
                 job = self._take()
-            if job is None:  # the job was cancelled in the meantime
+            if job is None:  # the job was canceled in the meantime
                 continue
             start = time.perf_counter()
             job.queue_s = start - job.admitted_s - job.opening_s
@@ -530,18 +533,18 @@ class Work:
         except OutOfMemory:
             if said or not self._make_room():
                 raise
-            if job.opened:  # the inputs have been read in part
+            if job.opened:  # the inputs have been partially read
                 job.opened.close()
                 job.opened = None
             work(job, put)
 
     def _make_room(self) -> bool:
-        """Free the memory of everything that is cached for further questions. Return False if nothing was cached."""
+        """Clear everything cached for follow-up questions. Returns False if nothing was cached."""
         patches = [qa.loaded.patches.clear() for qa in self.models.values()]
         return self.kept.clear() or any(patches)
 
     def _use_threads(self, qa: VideoQA) -> None:
-        """Set the number of CPU threads that a model uses, unless it is already set."""
+        """Set the number of CPU threads for a model, unless already set."""
         if qa is not self._threads_of:
             qa.loaded.description.use_threads()
             self._threads_of = qa
@@ -556,7 +559,7 @@ class Work:
         known = 0
 
         def logprobs() -> list[dict[str, Any]] | None:
-            """Return the log probabilities of the tokens since the last call, or None if they were not requested."""
+            """Return the log probabilities of the tokens since the last call, or None if not requested."""
             nonlocal known
             found = answer.report.logprobs
             if found is None:
@@ -583,7 +586,7 @@ class Work:
         put(Done(answer.report, logprobs(), kept, thought_tokens))
 
     def encode(self, job: Job) -> EncodedInputs:
-        """Encode the inputs of a job, and cache the encoding for further questions. Must be called in the model's thread."""
+        """Encode a job's inputs and cache the encoding for follow-up questions. Must be called in the model thread."""
         key = encoding_key(job.question, job.files())
         if job.opened is None:  # the encoding was evicted after the job became ready, or memory ran out
             self._open(job)
@@ -602,12 +605,12 @@ class Work:
 
 
 def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return a cache key for the encoding of a question's inputs, made of everything that the encoding depends on."""
+    """Return the cache key of a question's encoding, which includes everything the encoding depends on."""
     return repr((question.model, fetched.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:
-    """Start to answer a question, which may follow earlier turns of a conversation."""
+    """Start answering a question, which may follow earlier turns of a conversation."""
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
     if not question.earlier:
         return encoded.ask(question.text, **how)

@@ -1,11 +1,11 @@
 """Adds the cluster-size bias to vLLM's attention.
 
-vLLM's attention has no additive mask, so the bias is carried by extra dimensions of the queries and keys. In these dimensions,
-every query is 1 and every key contains bias / scale, so their scaled product includes the bias. Because the keys in vLLM's cache
-already include the bias, it also applies to cached prefixes, chunked prefill and generated tokens. Each token's bias arrives
-together with the token's positions (see positions.py).
+vLLM's attention doesn't support additive masks, so the bias is encoded in extra query and key dimensions. In these dimensions, each
+query is 1 and each key contains bias / scale, so their scaled product includes the bias. Because the keys in vLLM's cache already
+include the bias, it also applies to cached prefixes, chunked prefill, and generated tokens. Each token's bias arrives together with
+its positions (see positions.py).
 
-vLLM has kernels only for certain head sizes, so heads are padded with zeros to the next supported size.
+vLLM's kernels support only certain head sizes, so heads are zero-padded to the next supported size.
 """
 
 import torch
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from evoprune.errors import UsageError
 from evoprune_vllm.positions import split_bias
 
-PIECES = 3  # number of extra dimensions: the bias rounded to bfloat16, then the rounding error that remains, twice
+PIECES = 3  # number of extra dimensions: the bias rounded to bfloat16, then the remaining rounding error, twice
 
 
 class BiasedRotary(nn.Module):
@@ -25,9 +25,9 @@ class BiasedRotary(nn.Module):
 
     Args:
         rotary: The layer's original rotary embedding.
-        attention: The layer's attention, whose heads have room for the bias.
-        head_size: Size of a head without the bias.
-        scale: The scale factor that attention applies to the products of queries and keys.
+        attention: The layer's attention, with enough room for the bias in its heads.
+        head_size: The head size without the bias.
+        scale: The attention scale factor for query-key products.
     """
 
     def __init__(self, rotary: nn.Module, attention: Attention, head_size: int, scale: float):
@@ -40,7 +40,7 @@ class BiasedRotary(nn.Module):
         self.wide = attention.head_size
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor):
-        """Apply the rotary embedding to queries and keys, and append the bias dimensions.
+        """Apply rotary embeddings to queries and keys, and append the bias dimensions.
 
         Args:
             positions: `[3, n]`, with each token's bias in the upper bits.
@@ -50,7 +50,7 @@ class BiasedRotary(nn.Module):
         """
         plain, bias = split_bias(positions)
         query, key = self.rotary(plain, query, key)
-        # Split bias / scale into pieces in the dtype of the keys that add up to it.
+        # Split bias / scale into pieces that add up to it, in the dtype of the keys.
         left = bias / self.scale
         pieces = []
         for _ in range(PIECES):
@@ -76,7 +76,7 @@ class BiasedAttention(Attention):
         self.value_size = head_size
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Compute attention for wide queries and keys and values `[n, kv_heads * head_size]`. Returns `[n, heads * head_size]`."""
+        """Compute attention for wide queries and keys, and values `[n, kv_heads * head_size]`. Returns `[n, heads * head_size]`."""
         value = value.view(-1, self.num_kv_heads, self.value_size)
         value = F.pad(value, (0, self.head_size - self.value_size)).flatten(1)
         out = super().forward(query, key, value)
@@ -84,10 +84,10 @@ class BiasedAttention(Attention):
 
 
 def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
-    """Make the layers of a language model apply the bias that positions contain. Must be called before the weights are loaded.
+    """Make language model layers apply the bias stored in positions. Must be called before the weights are loaded.
 
     Raises:
-        UsageError: If the attention backend has no kernel for wider heads, or has not been tested with them.
+        UsageError: If the attention backend has no kernel for wider heads, or hasn't been tested with them.
     """
     for each in layers:
         if not hasattr(each, "self_attn"):  # the layer uses linear attention
@@ -98,7 +98,7 @@ def add_bias(layers: nn.ModuleList, config: VllmConfig) -> None:
         wide = next((n for n in range(stock.head_size + PIECES, 257) if backend.supports_head_size(n)), None)
         if (
             backend.get_name() not in ("CPU_ATTN", "FLASH_ATTN") or wide is None
-        ):  # only the tested kernels, which read the head size from the layer
+        ):  # only tested kernels, which read the head size from the layer
             raise _unfit(backend)
         del config.compilation_config.static_forward_context[stock.layer_name]  # the new layer replaces it
         layer.attn = BiasedAttention(

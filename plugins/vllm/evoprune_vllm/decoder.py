@@ -1,7 +1,7 @@
-"""A video decoder for vLLM that uses evoprune's reader, which runs in a separate process.
+"""A vLLM video decoder that uses evoprune's reader, which runs in a separate process.
 
 It can be selected instead of vLLM's own decoders, OpenCV and TorchCodec. As with these decoders, the model's loader selects frames
-by index. The reader decodes only as much of the video as these frames require.
+by index. The reader decodes only as much of the video as required for these frames.
 """
 
 import numpy as np
@@ -10,25 +10,25 @@ from vllm.multimodal.video_decoders.base import VideoSourceMetadata, VideoTarget
 from evoprune.errors import VideoError
 from evoprune.video import Video, frame_times, in_one, probe, temporary_file
 
-OPTIONS = {"num_ffmpeg_threads": 0}  # default values; vLLM's TorchCodec decoder has the same option names
+OPTIONS = {"num_ffmpeg_threads": 0}  # defaults; vLLM's TorchCodec decoder uses the same option names
 
 
 def decode_evoprune(
     loader_cls, data: bytes, target: VideoTargetMetadata, sampling_kwargs: dict, *, num_ffmpeg_threads: int = 0
 ) -> tuple[np.ndarray, VideoSourceMetadata, list[int], list[int]]:
-    """Decode the frames of a video that a vLLM loader selects. The interface is the same as in vLLM's `decode_opencv`.
+    """Decode the video frames selected by a vLLM loader. The interface is the same as for vLLM's `decode_opencv`.
 
     Args:
-        num_ffmpeg_threads: The number of cores to use. 0 means all cores that are available to this process.
+        num_ffmpeg_threads: The number of cores to use. 0 means all cores available to this process.
 
     Returns:
-        The RGB frames, uint8 `[n, H, W, 3]`; the file's metadata; the indices that the loader asked for; and the indices of the
-        frames that were read, which contain neither duplicates nor indices beyond the last frame.
+        The RGB frames, uint8 `[n, H, W, 3]`; the file's metadata; the indices requested by the loader; and the indices of the
+        frames read, without duplicates or indices beyond the last frame.
 
     Raises:
-        ValueError: If the file cannot be read, is an image, or is so short that the loader selects no frame, or if the number of
+        ValueError: If the file can't be read, is an image, or is so short that the loader selects no frames, or if the number of
             threads is invalid.
-        OutOfMemory: If the frames do not fit into memory.
+        OutOfMemory: If the frames don't fit in memory.
     """
     if not isinstance(num_ffmpeg_threads, int) or num_ffmpeg_threads < 0:
         raise ValueError(f"num_ffmpeg_threads is {num_ffmpeg_threads!r}, not a number of threads; 0: one for each core")
@@ -52,13 +52,13 @@ def decode_evoprune(
 
 
 def described(info: Video, count: int, stated: int) -> VideoSourceMetadata:
-    """Return a video file's metadata in the format of vLLM's decoders.
+    """Return a video file's metadata in vLLM's decoder format.
 
-    As in OpenCV, the frame count is taken from the file's header, unless it differs from the actual count by more than one.
+    As in OpenCV, the frame count is taken from the file header unless it differs from the actual count by more than one.
 
     Args:
         count: The actual number of frames.
-        stated: The number of frames according to the header, or 0 if the header does not contain it.
+        stated: The frame count stated in the header, or 0 if missing.
     """
     total = stated if stated and abs(stated - count) <= 1 else count
     rate = info.fps or count / (info.duration_s or count)
@@ -66,6 +66,6 @@ def described(info: Video, count: int, stated: int) -> VideoSourceMetadata:
 
 
 def middles_of(times_s: list[float]) -> list[float]:
-    """Return the midpoint of each frame's display time, given the start times of the frames."""
+    """Return the midpoint of each frame's display time, given the frames' start timestamps."""
     following = [*times_s[1:], times_s[-1]]
     return [(time + end) / 2 for time, end in zip(times_s, following, strict=True)]

@@ -1,7 +1,7 @@
-"""vLLM's models, with evoprune's vision encoder in place of vLLM's.
+"""vLLM models with evoprune's vision encoder in place of vLLM's.
 
-vLLM's own vision tower is never created, so the tower's weights are in memory only once. With tensor parallelism, the first process
-in each group encodes for the whole group, because processes whose results differ in the last bit could select different tokens.
+vLLM's own vision tower is never created, so the tower weights are in memory only once. With tensor parallelism, the first process
+in each group encodes for the whole group, because processes with results that differ in the last bit could select different tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -80,18 +80,18 @@ logger = init_logger("vllm.evoprune")
 
 PICTURE = "image_grid_thw"
 VIDEO = "video_grid_thw"
-# For each input field, the field that contains its grids.
+# For each input field, the field with its grids.
 GRIDS = {"image_embeds": PICTURE, "pixel_values": PICTURE, "pixel_values_videos": VIDEO}
 OF_MODALITY = {"image": PICTURE, "video": VIDEO}
 
 
 class _Pruned(SupportsMultiModalPruning):
-    """Mixin that adds evoprune's pruning to vLLM's models.
+    """Mixin that adds evoprune's pruning to vLLM models.
 
     Raises:
-        UsageError: If the method cannot be used in vLLM, or an option of vLLM is incompatible.
+        UsageError: If the method can't be used in vLLM, or a vLLM option is incompatible.
         ModelError: If the tower's output contains NaN.
-        PluginError: If a method from another package does not do what it declares.
+        PluginError: If a third-party method doesn't behave as declared.
     """
 
     supports_encoder_tp_data = False
@@ -114,7 +114,7 @@ class _Pruned(SupportsMultiModalPruning):
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             if get_tp_group().rank_in_group:
                 self.visual = StageMissingLayer("vision_tower")
-            else:  # uninitialized, because vLLM's loader fills it and random values would take seconds
+            else:  # uninitialized because vLLM's loader fills it, and random values would take seconds
                 device = torch.get_default_device()
                 with torch.device("meta"):
                     tower = Tower(self.sizes)
@@ -130,7 +130,7 @@ class _Pruned(SupportsMultiModalPruning):
         logger.info("videos are encoded by evoprune: method %s, budget %g", self.method.name, budget.video)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the weights as vLLM does, then pack the tower's linear layers if packing makes products faster on the CPU."""
+        """Load the weights as vLLM does, then pack the tower's linear layers if this speeds up products on the CPU."""
         loaded = super().load_weights(weights)
         if isinstance(self.visual, Tower):
             Packing.now(self.visual)
@@ -139,9 +139,9 @@ class _Pruned(SupportsMultiModalPruning):
         return loaded
 
     def embed_multimodal(self, **inputs) -> tuple[torch.Tensor, ...]:
-        """Encode images and videos, and return a tensor of features for each input, `[tokens, hidden]`.
+        """Encode images and videos, and return a feature tensor for each input, `[tokens, hidden]`.
 
-        The features of pruned videos have `positions.COLUMNS` additional columns.
+        Features of pruned videos have `positions.COLUMNS` additional columns.
         """
         with gpu_sync_allowed():  # the encoder copies the indices of selected rows to the host
             return tuple(self._features(inputs))
@@ -192,7 +192,7 @@ class _Pruned(SupportsMultiModalPruning):
                 yield group.broadcast(made.contiguous())
 
     def _words(self, time: float) -> list[int]:
-        """Return the token IDs of the timestamp and the start marker that precede the visual tokens of a frame pair."""
+        """Return the token IDs of the timestamp and start marker that precede the visual tokens of a frame pair."""
         written = self.tokenizer.encode(f"<{time:.1f} seconds>", add_special_tokens=False)
         return [*written, self.config.vision_start_token_id]
 
@@ -207,7 +207,7 @@ class _Pruned(SupportsMultiModalPruning):
         return self.language_model.embed_input_ids(torch.tensor(ids, dtype=torch.int64, device=device))
 
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
-        """Compute the positions of a prompt that are known before its videos are encoded. See `positions.known_positions`."""
+        """Compute the prompt positions known before the videos are encoded. See `positions.known_positions`."""
         items = []
         clock = self.sizes.tokens_per_second
         for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
@@ -228,14 +228,14 @@ class _Pruned(SupportsMultiModalPruning):
         return known_positions(len(input_tokens), items)
 
     def recompute_mrope_positions(self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens):
-        """Fill in the positions of pruned videos, which arrive in the extra columns of the videos' features.
+        """Fill in the positions of pruned videos, which arrive in the extra feature columns.
 
         Args:
-            multimodal_embeddings: Features of the images and videos, starting with the first input that is not computed yet.
+            multimodal_embeddings: Image and video features, starting with the first input not computed yet.
             mrope_positions: int64 `[3, prompt]`.
 
         Returns:
-            The features without the extra columns, the prompt's positions, and the offset of generated tokens' positions.
+            The features without the extra columns, the prompt positions, and the position offset of generated tokens.
         """
         wide = self.wide
         videos = [each[:, wide:] for each in multimodal_embeddings if each.shape[1] > wide]
@@ -249,12 +249,12 @@ class _Pruned(SupportsMultiModalPruning):
             return features, mrope_positions, generated_offset(mrope_positions)
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
-        """Disable CUDA graphs for the encoder, because the amount of work in the encoder depends on the video."""
+        """Disable CUDA graphs for the encoder because its amount of work depends on the video."""
         return EncoderCudaGraphConfig(modalities=[], buffer_keys=[], out_hidden_size=self.wide, max_frames_per_video=1)
 
 
 class _Timed(_Pruned):
-    """Mixin for model families that put a timestamp before each frame pair. Attributes have the same names as in vLLM's models."""
+    """Mixin for model families with a timestamp before each frame pair. Attributes have the same names as in vLLM models."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -274,7 +274,7 @@ class _Timed(_Pruned):
     def get_mrope_input_positions(self, input_tokens, mm_features) -> tuple[torch.Tensor, int]:
         """Return the positions of a prompt.
 
-        Without pruning, vLLM computes the positions, because timestamps and markers then need no placeholders.
+        Without pruning, timestamps and markers need no placeholders, so vLLM computes the positions.
         """
         if self.is_multimodal_pruning_enabled:
             return super().get_mrope_input_positions(input_tokens, mm_features)
@@ -282,7 +282,7 @@ class _Timed(_Pruned):
 
 
 def _check(sizes: VisionConfig, config: VllmConfig) -> None:
-    """Raise ModelError if the vision tower is not supported, or UsageError if an option of vLLM is not supported."""
+    """Raise ModelError if the vision tower isn't supported, or UsageError if a vLLM option isn't supported."""
     try:
         sizes.check()
     except ValueError as problem:
@@ -301,10 +301,10 @@ def _check(sizes: VisionConfig, config: VllmConfig) -> None:
 
 @cache
 def _let_cpu_runner_prune() -> None:
-    """Patch vLLM's CPU runner, so that it knows whether a model from this module prunes.
+    """Patch vLLM's CPU runner so that it knows whether a model from this module prunes.
 
-    The GPU runner reads this from the model after loading it. The CPU runner of vLLM 0.32 and 0.33 loads models in a different way
-    and does not read it, so even vLLM's own pruning fails on the CPU.
+    The GPU runner reads this from the model after loading. The CPU runner in vLLM 0.32 and 0.33 loads models differently and
+    doesn't read it, so even vLLM's own pruning fails on the CPU.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -340,7 +340,7 @@ class EvoPruneQwen3VLForConditionalGeneration(_Timed, Qwen3VLForConditionalGener
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLMoeProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3VLMoeForConditionalGeneration(_Timed, Qwen3VLMoeForConditionalGeneration):
-    """Qwen3-VL mixture-of-experts models with evoprune's vision encoder."""
+    """Qwen3-VL mixture-of-experts (MoE) models with evoprune's vision encoder."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -362,7 +362,7 @@ class EvoPruneQwen3_5ForConditionalGeneration(_Timed, Qwen3_5ForConditionalGener
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5MoeProcessingInfo, dummy_inputs=DummyInputs3)
 class EvoPruneQwen3_5MoeForConditionalGeneration(_Timed, Qwen3_5MoeForConditionalGeneration):  # noqa: N801
-    """Qwen3.5 mixture-of-experts models with evoprune's vision encoder."""
+    """Qwen3.5 mixture-of-experts (MoE) models with evoprune's vision encoder."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -1,9 +1,9 @@
 """Makes torchvision importable with a CPU build of torch. Run this file once in each environment that needs it.
 
-The torchvision on PyPI is built for CUDA. With a CPU build of torch, importing it fails ("operator torchvision::nms does not
-exist"), and so does importing any module that needs it. Because models do not call the missing operators, it is enough to declare
-these operators. This script writes a .pth file, which makes Python declare them at startup. If torchvision can already be imported
-or is not installed, the script writes nothing.
+The torchvision package on PyPI is built for CUDA. With a CPU build of torch, importing it fails ("operator torchvision::nms does
+not exist"), and so does importing any module that depends on it. Because models don't call the missing operators, declaring them is
+enough. This script writes a .pth file that makes Python declare them at startup. If torchvision can already be imported or isn't
+installed, the script does nothing.
 """
 
 import sysconfig
@@ -21,7 +21,7 @@ for name in ("nms", "qnms"):
 
 
 def declare() -> bool:
-    """Write the .pth file if importing torchvision fails because of missing operators. Return True if the file was written.
+    """Write the .pth file if importing torchvision fails because of missing operators. Returns True if the file was written.
 
     Raises:
         RuntimeError: If importing torchvision fails for another reason.

@@ -1,11 +1,11 @@
-"""Subclasses of vLLM's processors that insert exactly K placeholders into the prompt for each video.
+"""vLLM processor subclasses that insert exactly K placeholders into the prompt for each video.
 
-In models that put a timestamp before each frame pair (Qwen3-VL and Qwen3.5), the number of tokens after each timestamp is unknown
-until the video has been encoded. Timestamps and markers are therefore replaced by placeholders, too, and the encoder returns their
+In models with a timestamp before each frame pair (Qwen3-VL and Qwen3.5), the number of tokens after each timestamp is unknown until
+the video has been encoded. Therefore, timestamps and markers are also replaced by placeholders, and the encoder returns their
 embeddings. As in vLLM's own pruning, a frame pair keeps its timestamp and markers even if it has no tokens left.
 
-The processors store K and the number of seconds per frame pair along with a video's patches. They do not use the seconds that vLLM
-stores, because these have the model's dtype. In bfloat16, 0.7 s would become 0.699 s, and positions would be off by one.
+The processors store K and the number of seconds per frame pair along with a video's patches. They don't use the seconds stored by
+vLLM because these have the model's dtype. In bfloat16, 0.7 s would become 0.699 s, and positions would be off by one.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from evoprune.model import VisionConfig
 from evoprune_vllm.positions import LIMIT, extent
 from evoprune_vllm.pruning import BUDGET, request_budget
 
-# Fields that the processors add for each video.
+# Fields added by the processors for each video.
 KEEP = "evoprune_keep"
 SECONDS = "evoprune_seconds"
 END = "<|vision_end|>"
@@ -32,36 +32,36 @@ FIXED = {
     "patch_size",
     "temporal_patch_size",
     "merge_size",
-}  # options of Hugging Face's processor that are fixed by the model
+}  # Hugging Face processor options fixed by the model
 
 
 def in_units(grids: torch.Tensor, merge: int) -> list[Grid]:
-    """Convert Hugging Face's grids, int64 `[items, 3]`, from patches to units of `merge` by `merge` patches."""
+    """Convert Hugging Face grids, int64 `[items, 3]`, from patches to units of `merge` by `merge` patches."""
     return [(t, h // merge, w // merge) for t, h, w in grids.tolist()]
 
 
 def without_own(options: Mapping) -> dict:
-    """Return the options without the options of this package, which Hugging Face's processor does not know."""
+    """Return the options without this package's own options, which are unknown to the Hugging Face processor."""
     return {name: value for name, value in options.items() if name != BUDGET}
 
 
 class DummyInputs:
-    """Mixin for the dummy inputs with which vLLM measures memory."""
+    """Mixin for the dummy inputs used by vLLM for memory profiling."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """Return vLLM's text followed by an end-of-video marker, because a prompt must not end with a video."""
+        """Return vLLM's text followed by an end-of-video marker because a prompt must not end with a video."""
         return super().get_dummy_text(mm_counts) + END
 
 
 class Processor:
-    """Mixin for vLLM's processors. For an invalid option in a request, it raises a ValueError that vLLM shows to the client."""
+    """Mixin for vLLM processors. Invalid request options raise a ValueError, which vLLM shows to the client."""
 
     def apply(self, inputs, timing_ctx):
-        """Run vLLM's processor, and check that the prompt does not end with a video.
+        """Run vLLM's processor, and check that the prompt doesn't end with a video.
 
         Raises:
-            ValueError: If the prompt ends with a video. The positions of generated tokens would then be unknown, because they
-                cannot be derived from the last token of a pruned video.
+            ValueError: If the prompt ends with a video. In that case, the positions of generated tokens would be unknown because
+                they can't be derived from the last token of a pruned video.
         """
         made = super().apply(inputs, timing_ctx)
         places = made["mm_placeholders"].get("video", [])
@@ -70,7 +70,7 @@ class Processor:
         return made
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs):
-        """Run vLLM's processor, and add K and the number of seconds per frame pair to the result for every video."""
+        """Run vLLM's processor, and add K and the number of seconds per frame pair to the result for each video."""
         for options in (hf_kwargs, *(each for each in hf_kwargs.values() if isinstance(each, Mapping))):
             if fixed := sorted(FIXED & set(options)):
                 raise ValueError(f"{fixed[0]} is fixed by the model")
@@ -96,14 +96,14 @@ class Processor:
     def _seconds(self, sizes: VisionConfig, known: list, grids: list[Grid]) -> list[float]:
         """Return the number of seconds per frame pair for each video.
 
-        This is 1.0 if the model's positions do not depend on time, or if the frame rate of the video is unknown.
+        This is 1.0 if the model's positions don't depend on time, or if the video's frame rate is unknown.
 
         Raises:
-            ValueError: If a video needs more positions than the model has.
+            ValueError: If a video requires more positions than the model supports.
         """
         text = self.info.get_hf_config().get_text_config()
         found = []
-        most = min(LIMIT, 4 * text.max_position_embeddings)  # the number of rotary positions that vLLM computes
+        most = min(LIMIT, 4 * text.max_position_embeddings)  # the number of rotary positions computed by vLLM
         for grid, video in zip(grids, known, strict=True):
             seconds = 1.0
             if sizes.tokens_per_second and video is not None and video.sampled_fps:
@@ -138,7 +138,7 @@ class Processor:
 
 
 class TimedProcessor(Processor):
-    """Mixin for the processors of model families that put a timestamp before each frame pair."""
+    """Mixin for processors of model families with a timestamp before each frame pair."""
 
     def _placeholders(self, update, item: int, keep: int):
         stock = update.replacement(item)

@@ -1,8 +1,8 @@
-"""Reads the pruning options of a server, and encodes an image or video from a request. Does not import vLLM.
+"""Reads a server's pruning options, and encodes an image or video from a request. Does not import vLLM.
 
-The server's `--video-pruning-rate` is the share of tokens to remove. A request can set the share of tokens to keep, as
-`evoprune_budget` in its `mm_processor_kwargs`. The server's method is chosen with
-`--additional-config '{"evoprune": {"method": "divprune"}}'`.
+The server's `--video-pruning-rate` is the fraction of tokens to remove. A request can set the fraction of tokens to keep using
+`evoprune_budget` in its `mm_processor_kwargs`. The server's method is set with `--additional-config '{"evoprune": {"method":
+"divprune"}}'`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from evoprune.video import InputLimits
 from evoprune.vision import Encoded, encode_rows
 from evoprune_vllm.positions import as_columns
 
-# Mean and standard deviation of red, green and blue, on a scale from 0 to 1.
+# Mean and standard deviation of red, green, and blue, on a scale from 0 to 1.
 Normal = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP: Normal = InputLimits().normal
 BUDGET = "evoprune_budget"
@@ -36,12 +36,12 @@ EXACT = "choose evoprune, evoprune-merge, tome, divprune or another exact method
 
 
 def served_method(additional: Any) -> MethodChain:
-    """Return the pruning method that is set in `--additional-config`, or the default method.
+    """Return the pruning method set in `--additional-config`, or the default method.
 
-    The name of the method may be followed by its settings, as in `NAME:SETTING=VALUE`.
+    The method name may be followed by settings, as in `NAME:SETTING=VALUE`.
 
     Raises:
-        UsageError: If a key is unknown, or the method does not exist or cannot be used in vLLM.
+        UsageError: If a key is unknown, or the method doesn't exist or can't be used in vLLM.
     """
     section = additional.get("evoprune", {}) if isinstance(additional, Mapping) else {}
     unknown = sorted(set(section) - {"method"}) if isinstance(section, Mapping) else [str(section)]
@@ -65,10 +65,10 @@ def served_method(additional: Any) -> MethodChain:
 
 
 def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
-    """Return the share of visual tokens to keep for a request, given its `mm_processor_kwargs` and the server's pruning rate.
+    """Return the fraction of visual tokens to keep for a request, given its `mm_processor_kwargs` and the server's pruning rate.
 
     Raises:
-        UsageError: If an option is unknown or invalid, or the server does not prune.
+        UsageError: If an option is unknown or invalid, or the server doesn't prune.
     """
     unknown = [name for name in options if name.startswith("evoprune_") and name != BUDGET]
     if unknown:
@@ -84,7 +84,7 @@ def request_budget(options: Mapping[str, Any], rate: float | None) -> Budget:
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Normal:
-    """Convert the mean and standard deviation of colors from levels of 0 to 255, multiplied by `scale`, to levels of 0 to 1."""
+    """Convert color means and standard deviations from levels of 0 to 255, multiplied by `scale`, to levels of 0 to 1."""
     levels = round(1 / scale) / 255
     return tuple(levels * each for each in mean), tuple(levels * each for each in std)
 
@@ -96,7 +96,7 @@ def encoded(
 
     Raises:
         ModelError: If the tower's output contains NaN or infinite values.
-        PluginError: If a method from another package fails, or keeps a different number of tokens.
+        PluginError: If a third-party method fails or keeps a different number of tokens.
     """
     plan = method.plan(TowerShape.of_tower(visual), grid, keep)
     found = encode_rows(visual, [patches], plan, normal=normal).select_tokens()
@@ -107,7 +107,7 @@ def encoded(
 
 
 def tokens_of(found: Encoded) -> torch.Tensor:
-    """Return each token's features, followed by its features from the n DeepStack levels, `[K, (1 + n) * D]`."""
+    """Return each token's features followed by its features from the n DeepStack levels, `[K, (1 + n) * D]`."""
     return _beside(found.features, found.deepstack)
 
 
@@ -130,9 +130,9 @@ def with_columns(
     These columns encode each token's position relative to the video's own position, and the logarithm of its cluster size.
 
     Args:
-        words: The number of `text` embeddings before the tokens of each frame pair, if frame pairs have timestamps. One more
+        words: If frame pairs have timestamps, the number of `text` embeddings before the tokens of each frame pair. One more
             embedding follows the tokens of each frame pair.
-        text: Embeddings of the timestamps and markers, `[n, D]`, or None. Each embedding becomes an additional row of the result.
+        text: The embeddings of timestamps and markers, `[n, D]`, or None. Each embedding becomes an additional row in the result.
     """
     grid = found.grids[0]
     place = Place((range(prod(grid)),))
@@ -149,10 +149,10 @@ def with_columns(
 
 
 def try_out(visual, method: MethodChain) -> None:
-    """Encode a small clip of random noise, so that a broken method fails at startup instead of at the first request.
+    """Encode a small random-noise clip so that a broken method fails at startup instead of on the first request.
 
     Raises:
-        UsageError: If the method assigns weights to tokens without declaring it.
+        UsageError: If the method assigns token weights without declaring it.
 
     For the other exceptions, see `encoded`.
     """
