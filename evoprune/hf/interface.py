@@ -107,7 +107,7 @@ def encoded_inputs(model, call: dict, videos: Sequence[Features], pictures: Sequ
 
     Args:
         model: A model prepared by `accept_features`.
-        images: The image features, or None if the model encodes the images itself.
+        pictures: The image features, or None if the model encodes the images itself.
 
     Raises:
         UsageError: If transformers is older than 5.18, and images are encoded or the call uses chunked prefill, which would ignore

@@ -44,7 +44,7 @@ class EvoPruneQwen25VL(lmms):
     Args:
         pretrained: A hub ID, a local folder, or `demo`.
         system_prompt: Replaces the model's own system prompt.
-        images: Whether questions may contain images or several inputs. Images are pruned like videos.
+        pictures: Whether questions may contain images or several inputs. Images are pruned like videos.
         batch_size: Must be 1.
         max_batch_size: Ignored.
         options: Options for `VideoQA.load`, `encode`, and `ask`, such as `budget`, `method`, and `fps`. Task settings override
