@@ -201,7 +201,7 @@ def check_ranges(method: object, **ranges: str) -> None:
     """Check that the method's attributes lie within the given intervals.
 
     Args:
-        ranges: An interval such as "[0, 1]" or "(0, inf)", keyed by attribute name. Parentheses exclude the endpoint.
+        ranges: Intervals such as "[0, 1]" or "(0, inf)", keyed by attribute name. Parentheses exclude the endpoint.
 
     Raises:
         ValueError: If a value is NaN or out of range. The message lists all such values with their ranges.

@@ -182,7 +182,7 @@ class EncoderPlan:
 
     @property
     def steps(self) -> list[tuple[range, Stage | None]]:
-        """The sequence in which the encoder runs layers and stages, as pairs of a layer range and the stage after it.
+        """The layers and stages in the order in which the encoder runs them, as (layer range, following stage) pairs.
 
         There is one pair per stage in `row_stages`. The final pair contains the remaining layers, and its stage is None.
         """

@@ -442,7 +442,7 @@ class Subject:
         return self.noise(gap(self.video_logits, self._otherwise[1], centred=True))
 
     def noise(self, distance: Gap) -> Gap:
-        """Raise a distance to at least the rounding error of a single number, because short sums may be exact by chance."""
+        """Clamp a distance to at least the rounding error of a single value, because short sums may be exact by chance."""
         rounding = torch.finfo(self.dtype).eps
         return distance.worse((rounding, rounding))
 

@@ -129,7 +129,7 @@ class _MemoryFile:
         return self._at
 
     def take(self, most: int) -> tuple[int, bytes]:
-        """Remove up to `most` contiguous bytes, oldest first, and return their offset in the file and the bytes."""
+        """Remove up to `most` contiguous bytes, oldest first, and return them after their offset in the file."""
         at = self._pieces[0][0] if self._pieces else 0
         taken = bytearray()
         while self._pieces and len(taken) < most and self._pieces[0][0] == at + len(taken):
