@@ -58,7 +58,7 @@ class PruneKeywords(TypedDict, total=False):
 
 
 class SamplingKeywords(TypedDict, total=False):
-    """Options for sampling frames from a video."""
+    """Options for sampling video frames."""
 
     fps: float | None
     """Frames per second to sample; default: the model's rate."""

@@ -27,7 +27,7 @@ SCHEMA = "evoprune/answer@1"
 EMPTY_REASONS = {
     "not_active": "pruning is not active: call the model inside `with` or after evoprune.apply",
     "no_video": "no video in this call",
-    "pictures_only": "pictures are not pruned without pictures=True",
+    "pictures_only": "images are not pruned without pictures=True",
     "own_code": "the model's own code encoded the video",
 }
 # Characters in file names or answers that can cause a terminal to display misleading text: control characters allowed in JSON
@@ -51,7 +51,7 @@ DEMO_KNOWLEDGE = (
 EQUAL_SCORES = "equal_scores"  # warning that all units of a video have the same score
 WARNINGS = {
     "whole_picture": "{video} is not pruned: this method keeps or drops whole frames, and an image has only one",
-    "pictures_whole": "pictures are not pruned without pictures=True; pruning counts cover only the videos",
+    "pictures_whole": "images are not pruned without pictures=True; pruning counts cover only the videos",
     EQUAL_SCORES: "{video} shows only flat colors, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer is meaningless; times and counts are valid for these dimensions",
     "cache_not_written": "the encoded video could not be stored: is the cache folder full or read-only? `evoprune inspect` shows "

@@ -1,11 +1,12 @@
-"""Compare evoprune with llama.cpp, an alternative for users with only a CPU.
+"""Compare evoprune with llama.cpp and OpenVINO GenAI, alternatives for users with only a CPU.
 
     python -m experiments.speed.checkpoint CKPT                       # 3B dimensions, random weights
     python -m experiments.speed.peers CKPT -o DIR --llama ENV/bin/python --gguf model-q8.gguf,model-q4.gguf --mmproj mmproj.gguf
+    python -m experiments.speed.peers CKPT -o DIR --openvino ENV/bin/python --ir FOLDER
 
 All sides get the same weights, frames, question, and number of threads. Each side runs in its own process, and the sides take
 turns. The first round is a warm-up. Frames are read and resized before the clock starts. The time for a 128-token answer is
-computed as the time to first token plus 127 times the time per token. For the commands that create llama.cpp's files, see
+computed as the time to first token plus 127 times the time per token. For the commands that create the other tools' files, see
 results/peers.md.
 """
 
@@ -39,6 +40,9 @@ def main() -> None:
     parser.add_argument("--llama", help="Python with llama-cpp-python")
     parser.add_argument("--gguf", default="", help="model files for llama.cpp")
     parser.add_argument("--mmproj", help="projector file for llama.cpp")
+    parser.add_argument("--openvino", help="Python with openvino-genai")
+    parser.add_argument("--ir", help="model folder for OpenVINO GenAI")
+    parser.add_argument("--pruned", default="0,75,90", help="percentages of tokens that OpenVINO GenAI prunes")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--size", default="280x420")
     parser.add_argument("--dtype", default="auto")
@@ -80,6 +84,11 @@ def _sides(args: argparse.Namespace) -> dict[str, tuple[Side, dict[str, Any]]]:
         script = Path(__file__).with_name("peers_llama.py")
         side = Side([args.llama, str(script), file, args.mmproj, str(args.threads)], log)
         sides[f"llama.cpp {Path(file).stem}"] = side, {}
+    if args.ir:
+        script = Path(__file__).with_name("peers_openvino.py")
+        side = Side([args.openvino, str(script), args.ir, str(args.threads)], log)
+        for pruned in args.pruned.split(","):
+            sides[f"OpenVINO GenAI -b {1 - int(pruned) / 100:g}"] = side, {"pruned": int(pruned)}
     return sides
 
 

@@ -87,7 +87,7 @@ def test_pictures_stay_whole_unless_asked_for(model):
     with evoprune.EvoPrune(budget=0.1)(model) as run:
         generated(model, processed(model, *PROMPTS["picture and video"]))
     assert run.report.pruning.visual_tokens_kept < run.report.tokens.visual
-    assert "pictures are not pruned without pictures=True" in str(run.report)
+    assert "images are not pruned without pictures=True" in str(run.report)
 
 
 def test_pictures_that_do_not_fit_the_prompt_are_refused(model):

@@ -278,7 +278,7 @@ def test_only_evoprune_finds_a_budget_by_itself():
 
 
 HEADER = (
-    "method", "commands, `VideoQA`", "pictures", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
+    "method", "commands, `VideoQA`", "images", "`EvoPrune(...)(model)`, `apply`", "`evoprune.encode`", "vLLM", "overlay",
     "`-b auto`", "`-b auto:inflection`",
 )  # fmt: skip
 WHOLE = ("subsample", "evs")  # they keep at least a frame pair, and an image has one (tests/session/test_pictures.py)

@@ -152,8 +152,8 @@ REFUSED = {
     "raw.tiff": (raw, "only the preview"),
     "float.tiff": (plain(RGB[..., 0].astype(np.float32)), "floating-point"),
     **{f"truncated.{end}": (truncated, "cannot read the image") for end in ("jpg", "png", "webp", "bmp", "tiff")},
-    "picture.ppm": (plain(RGB), "picture in an unsupported format"),
-    "picture.jp2": (plain(RGB), "picture in an unsupported format"),
+    "picture.ppm": (plain(RGB), "image in an unsupported format"),
+    "picture.jp2": (plain(RGB), "image in an unsupported format"),
 }
 
 

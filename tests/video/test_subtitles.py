@@ -88,7 +88,7 @@ def test_encodings(video, tmp_path, encoding, newline):
         ("Hello\n", "contains no subtitles"),
         (srt([(1, 2, "a" * 5000)]), "a line of more than 4,000 bytes"),
         (b"x" * 50_000_000, "larger than 10 MiB"),
-        (pictures(), "pictures"),
+        (pictures(), "images"),
     ],
     ids=[
         "Cyrillic", "Japanese", "Chinese", "no text", "binary", "UTF-16 without mark", "empty", "prose", "a long line", "50 MB",

@@ -41,7 +41,7 @@ PAGE_TEXTS = {
     "cut_short": "the video breaks off before the end that its file states",
     "clock_gap": "the timestamps of the video jump ahead; times after the jump may be too early",
     "joined_files": "the video contains another file after the first one; everything after the first may be missing or misplaced",
-    "pictures_whole": "pictures are not pruned; pruning counts cover only the videos",
+    "pictures_whole": "images are not pruned; pruning counts cover only the videos",
     "cache_not_written": "the server could not store the encoded video",
     "interlaced_video": "the video is interlaced, and was deinterlaced",
     "stretched_video": "the video states pixels that are more than ten times as wide as high, or as high as wide, so they are "
