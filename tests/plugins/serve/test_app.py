@@ -27,6 +27,7 @@ from tests.plugins.serve.serving import (
     url_of,
     video,
 )
+from tests.speech import write_sounding
 
 pytest.importorskip("starlette", reason=REASON)
 pytest.importorskip("httpx", reason=REASON)
@@ -90,6 +91,19 @@ def test_options_of_a_request(server, qa):
     reply = server.client.post(CHAT, json=given).json()
     assert text_of(reply) == right.text
     assert reply["usage"]["evoprune"]["visual_tokens_kept"] == right.report.pruning.visual_tokens_kept
+
+
+def test_speech_is_transcribed(qa, tmp_path, speech_model, monkeypatch):
+    write_sounding(tmp_path / "talk.mp4", 4.0, [(1.0, 3.0)])
+    monkeypatch.setattr("evoprune.session.speech.AUTO", speech_model)
+    right = qa.encode(tmp_path / "talk.mp4", speech=speech_model).ask(COLOUR)
+    asked = {"messages": [message(COLOUR, video((tmp_path / "talk.mp4").as_uri()))]}
+    with serving(qa, tmp_path, folders=(tmp_path,)) as server:
+        replies = [server.client.post(CHAT, json=asked | {"speech": name}).json() for name in ("auto", "none")]
+    assert text_of(replies[0]) == right.text
+    heard, unheard = (reply["usage"]["prompt_tokens"] for reply in replies)
+    assert heard == right.report.tokens.prompt > unheard
+    assert replies[0]["usage"]["evoprune"]["time_ms"]["speech"] > 0
 
 
 def test_a_stream_is_the_answer_in_pieces(server):
