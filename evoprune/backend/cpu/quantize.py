@@ -5,7 +5,7 @@ doesn't depend on the other rows in the batch. Products use integers and are exa
 others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
 in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On CPUs without VNNI, the language model decodes using a different matrix product, which rounds only the weights
+On most CPUs without VNNI, the language model decodes using a different matrix product, which rounds only the weights
 (`RowMajorInt8Linear`).
 
 int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
@@ -14,6 +14,7 @@ takes 20 times as long with float32. Therefore, inputs are converted to bf16 eve
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -29,6 +30,9 @@ from evoprune.errors import UsageError
 GROUP = 32  # number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
 ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights requires both dimensions to be multiples of this
+SLOW_INTEGERS = (
+    6  # an integer product that takes this many times as long as a float32 product is not optimized for the CPU
+)
 PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
@@ -166,7 +170,7 @@ class Int8Linear(nn.Module):
 
 
 class RowMajorInt8Linear(Int8Linear):
-    """An `Int8Linear` for the language model on CPUs without VNNI, where oneDNN takes three times as long for a single row.
+    """An `Int8Linear` for the language model on Intel CPUs without VNNI, where oneDNN takes three times as long for a single row.
 
     The weights stay in row-major order, so they don't need to be packed. During decoding, the layer uses PyTorch's matrix product
     for 8-bit weights, which is vectorized for bf16 inputs, so only the weights are rounded. During prefill, the layer computes the
@@ -176,7 +180,8 @@ class RowMajorInt8Linear(Int8Linear):
     @staticmethod
     def suits(shape: Sequence[int]) -> bool:
         """Return True if this class supports the given weight shape and is faster than `Int8Linear` on this CPU."""
-        return levels() < 127 and all(size % ROW_STEP == 0 for size in shape) and _has_row_major_products()
+        aligned = all(size % ROW_STEP == 0 for size in shape)
+        return levels() < 127 and aligned and _has_row_major_products() and _has_fast_integer_product()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _role.decodes:
@@ -216,6 +221,28 @@ def _has_row_major_products() -> bool:
             if not torch.equal(torch._int_mm(weights, x).double(), weights.double() @ x.double()):
                 return False
     return True
+
+
+@lru_cache
+def _has_fast_integer_product() -> bool:
+    """Return True if `torch._int_mm` is optimized for this CPU.
+
+    On Intel CPUs without VNNI, the integer product is about as fast as a float32 product. On AMD CPUs with AVX2, it is 25 times
+    slower, while oneDNN's product of packed weights is fast. The limit lies far from both, so a busy machine does not change the
+    result.
+    """
+    integers = torch.ones(256, 256, dtype=torch.int8, device="cpu")
+    floats = integers.float()
+
+    def fastest(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], square: torch.Tensor) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            product(square, square.T)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return fastest(torch._int_mm, integers) < SLOW_INTEGERS * fastest(torch.mm, floats)
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:

@@ -234,7 +234,8 @@ def test_threads_change_no_more_than_float32_does(kind):
 
 # --- row-major weights ---
 row_major = pytest.mark.skipif(
-    not RowMajorInt8Linear.suits((64, 96)), reason="this CPU has VNNI, or no exact products of row-major weights"
+    not RowMajorInt8Linear.suits((64, 96)),
+    reason="this CPU has VNNI, or no fast and exact products of row-major weights",
 )
 
 
