@@ -227,7 +227,7 @@ def _has_row_major_products() -> bool:
 def _has_fast_integer_product() -> bool:
     """Return True if `torch._int_mm` is optimized for this CPU.
 
-    On Intel CPUs without VNNI, the integer product is about as fast as a float32 product. On AMD CPUs with AVX2, it is 25 times
+    On Intel CPUs without VNNI, the integer product is about as fast as a float32 product. On AMD CPUs with AVX2, it is 30 times
     slower, while oneDNN's product of packed weights is fast. The limit lies far from both, so a busy machine does not change the
     result.
     """
