@@ -5,16 +5,12 @@ doesn't depend on the other rows in the batch. Products use integers and are exa
 others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
 in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On most CPUs without VNNI, the language model decodes using a different matrix product, which rounds only the weights
-(`RowMajorInt8Linear`).
-
 int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
 language model decoding; prompts and the vision tower use int8. On both AVX2 and AVX512, the kernel is vectorized only for bf16 and
 takes 20 times as long with float32. Therefore, inputs are converted to bf16 even on CPUs without bf16 instructions.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -29,11 +25,6 @@ from evoprune.errors import UsageError
 
 GROUP = 32  # number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
-ROW_STEP = 32  # PyTorch's kernel for row-major 8-bit weights requires both dimensions to be multiples of this
-SLOW_INTEGERS = (
-    6  # an integer product that takes this many times as long as a float32 product is not optimized for the CPU
-)
-PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
@@ -132,7 +123,7 @@ class Int8Linear(nn.Module):
         self.large = weights["large"]
         self.wide = weights["wide"]
         self.scale = weights["scale"]
-        self.packed = self._arranged(weights["whole"])
+        self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
         self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
         # Bytes are offset by `levels() + 1`. This term subtracts the offset's contribution to the product.
         self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
@@ -144,22 +135,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole, step, wide = self.to_bytes(x, self.large)
-        return self._finished(x, self._product(whole), step, wide)
-
-    def _arranged(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the weights in the layout expected by the matrix product."""
-        return torch.ops.onednn.qlinear_prepack(whole, None)
-
-    def _product(self, whole: torch.Tensor) -> torch.Tensor:
-        """Multiply quantized rows by the weights without applying the row step sizes. Returns float32 `[R, out]`."""
-        return _product(whole, self.packed, self.scale, self.zero, self.offset)
-
-    def _finished(
-        self, x: torch.Tensor, y: torch.Tensor, step: torch.Tensor | None, wide: torch.Tensor
-    ) -> torch.Tensor:
-        """Scale a matrix product, and add the bias and the large channels. Returns `[..., out]` in the dtype of `x`."""
-        if step is None:
-            step = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        y = _product(whole, self.packed, self.scale, self.zero, self.offset)
         if self.bias is None:
             y.mul_(step)
         else:
@@ -167,82 +143,6 @@ class Int8Linear(nn.Module):
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-class RowMajorInt8Linear(Int8Linear):
-    """An `Int8Linear` for the language model on Intel CPUs without VNNI, where oneDNN takes three times as long for a single row.
-
-    The weights stay in row-major order, so they don't need to be packed. During decoding, the layer uses PyTorch's matrix product
-    for 8-bit weights, which is vectorized for bf16 inputs, so only the weights are rounded. During prefill, the layer computes the
-    same as `Int8Linear`.
-    """
-
-    @staticmethod
-    def suits(shape: Sequence[int]) -> bool:
-        """Return True if this class supports the given weight shape and is faster than `Int8Linear` on this CPU."""
-        aligned = all(size % ROW_STEP == 0 for size in shape)
-        return levels() < 127 and aligned and _has_row_major_products() and _has_fast_integer_product()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _role.decodes:
-            return super().forward(x)
-        rows = x.reshape(-1, self.in_features)
-        ones = torch.ones(self.out_features, dtype=torch.bfloat16, device="cpu")
-        y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.packed, ones).float().mul_(self.scale)
-        return self._finished(x, y, None, rows[:, self.large].float())
-
-    def _arranged(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.clone()
-
-    def _product(self, whole: torch.Tensor) -> torch.Tensor:
-        count = len(whole)
-        if count == 1:  # oneDNN's single-column product is not exact on CPUs with AVX512 but without VNNI
-            whole = whole.expand(2, -1)
-        y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
-        middle = levels() + 1
-        pieces = -(-len(whole) // PIECE_ROWS)
-        for rows, place in zip(whole.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-            place.copy_(torch._int_mm(self.packed, (rows.view(torch.int8) - middle).T.contiguous()).T)
-        return y[:count].mul_(self.scale)
-
-
-@lru_cache
-def _has_row_major_products() -> bool:
-    """Return True if torch has both matrix products that `RowMajorInt8Linear` needs, and the integer product is exact."""
-    if not hasattr(torch, "_weight_int8pack_mm") or not hasattr(torch, "_int_mm"):
-        return False
-    random = torch.Generator().manual_seed(0)
-    largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
-    mixed = torch.randint(-127, 128, (64, 64), generator=random, dtype=torch.int8, device="cpu")
-    for weights in (largest, -largest, mixed):
-        for rows in (2, 33):
-            x = torch.randint(-levels(), levels() + 1, (64, rows), generator=random, dtype=torch.int8, device="cpu")
-            x[:, 0] = levels()
-            if not torch.equal(torch._int_mm(weights, x).double(), weights.double() @ x.double()):
-                return False
-    return True
-
-
-@lru_cache
-def _has_fast_integer_product() -> bool:
-    """Return True if `torch._int_mm` is optimized for this CPU.
-
-    On Intel CPUs without VNNI, the integer product is about as fast as a float32 product. On AMD CPUs with AVX2, it is 30 times
-    slower, while oneDNN's product of packed weights is fast. The limit lies far from both, so a busy machine does not change the
-    result.
-    """
-    integers = torch.ones(256, 256, dtype=torch.int8, device="cpu")
-    floats = integers.float()
-
-    def fastest(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], square: torch.Tensor) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            product(square, square.T)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return fastest(torch._int_mm, integers) < SLOW_INTEGERS * fastest(torch.mm, floats)
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
@@ -530,9 +430,7 @@ class _Layers:
             # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
-            decodes = kind == "int8" and path.startswith(LANGUAGE)
-            form = RowMajorInt8Linear if decodes and RowMajorInt8Linear.suits(layer.weight.shape) else Int8Linear
-            full = form(weights | {"large": large}, layer.bias, self._to_bytes)
+            full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
         quantized = full
         if kind == "int4":
             quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
