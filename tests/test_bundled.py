@@ -38,7 +38,7 @@ def test_they_answer_about_their_own_clips(name):
         ("demo", "Does the man smile?", ["man", "smile"]),
         ("demo", "What does the sign say?", ["sign", "say"]),
         ("demo", "NORTH", ["north"]),
-        ("demo-scenes", "In the second image: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
+        ("demo-scenes", "In the second picture: What colour is the sign that says NORTH?\nA. red\nB. 4711", []),
         ("demo-scenes", "Is the digit on the North sign?", ["digit", "north"]),
     ],
 )

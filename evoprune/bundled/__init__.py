@@ -91,7 +91,7 @@ WORDS = {  # for scenes, this includes words from answer options and from the se
         a above after all answer any appear appears are at b be before blinks blue bottom c camera can cannot changes
         checked choices circle circles colour column cross crosses cut cyan d directly disappear do does dotted down
         end first flash flashes from furthest given go green half happens have heart hearts how in is its last left
-        letter lies list many missing moon moons move moves not of often on option orange out pans pattern image
+        letter lies list many missing moon moons move moves not of often on option orange out pans pattern picture
         plain purple red right ring rings row s say says second seen shape sign something square squares stands star
         stars start stays still striped that the there these thing things time to top triangle triangles up vanish
         vanishes video way what when where which white with written yellow zooms

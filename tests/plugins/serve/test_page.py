@@ -416,7 +416,7 @@ def test_texts_are_never_markup(server, browser):
     browser.drop("square.mp4", NO_PART_OF)
     assert browser.text("name") == NO_PART_OF
     browser.ask(NO_PART_OF)
-    assert browser.all("#answers h3")[0].text == NO_PART_OF and not browser.all("main img:not(#image)")
+    assert browser.all("#answers h3")[0].text == NO_PART_OF and not browser.all("main img:not(#picture)")
     browser.get("query").send_keys("<b>x</b>", "\ue007")
     browser.until(lambda: "<b>x</b>" in browser.text("find-state"))
     assert browser.driver.title.startswith("Ask a video")

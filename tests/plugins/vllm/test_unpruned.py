@@ -12,7 +12,7 @@ from tests.plugins.vllm.serving import Asked, answers, outputs, pruning, same, s
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.vllm
-HALVES = "What is in the image? Describe it."
+HALVES = "What is in the picture? Describe it."
 
 
 def requests(asked):
