@@ -362,9 +362,8 @@ class Option:
     parse: Callable[[Any], Any] | None = None
     changes_answers: bool = True  # whether the option affects answers and must be recorded in outputs
     in_python: str | None = None  # help text for Python users; None means `help` with flags replaced by keyword names
-    also: str | None = (
-        None  # an additional type accepted by Python functions, as source code because this file can't import the class
-    )
+    # An additional type accepted by Python functions, as source code because this file can't import the class.
+    also: str | None = None
 
 
 def option(default: Any, help: str, *flags: str, **more: Any) -> Any:

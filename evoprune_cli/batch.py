@@ -300,9 +300,8 @@ class Tally:
         # `_cut_answers` is the number of answers truncated at the limit set by -n.
         self._last_failure = ""
         self._cut_answers = 0
-        self._waited_s: float | None = (
-            None  # time spent waiting for reads, or None if unknown, for example on a Ray cluster
-        )
+        # Time spent waiting for reads, or None if unknown, for example on a Ray cluster.
+        self._waited_s: float | None = None
 
     def start(self, file: "RecordFile", left: int, show) -> None:
         """Start counting once the model is loaded. `left` is the number of unanswered rows. For `show`, see `terminal.progress`."""

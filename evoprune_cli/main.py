@@ -243,9 +243,8 @@ def _outcome() -> int:
         # In standalone mode, click would print errors in its own format. Commands return their exit codes.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
         if _completes():
-            os.environ["COLUMNS"] = (
-                "1000"  # otherwise, rich would wrap help text, and fish would offer each line as a completion
-            )
+            # Otherwise, rich would wrap help text, and fish would offer each line as a completion.
+            os.environ["COLUMNS"] = "1000"
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         except typer.Abort as ended:  # raised by Typer for EOFError, and in some versions for Ctrl-C

@@ -21,9 +21,8 @@ from evoprune.backend.devices import with_fallback
 MAX_DISTANCES = 1 << 23  # number of distances to hold in memory at a time on a CPU
 MAX_DISTANCES_ON_DEVICE = 1 << 26
 FEW_TUBES = 4  # a CPU processes up to this many tubes one by one
-FEW_ROWS = (
-    512  # with at most this many rows, a CPU multiplies all pairs of rows once and looks up the products for its points
-)
+# With at most this many rows, a CPU multiplies all pairs of rows once and looks up the products for its points.
+FEW_ROWS = 512
 # Number of rows to convert to float32 at a time.
 AT_ONCE = 1024
 AT_ONCE_ON_DEVICE = 16384

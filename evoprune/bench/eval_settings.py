@@ -45,9 +45,8 @@ class EvalSettings:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(max_new_tokens=64))
     digest: str | None = None  # hash of the questions file
-    timed: bool = (
-        False  # also record `prune_ms`, the pruning time per video, or per question if the method reads the question
-    )
+    # Also record `prune_ms`, the pruning time per video, or per question if the method reads the question.
+    timed: bool = False
     version: str = evoprune.__version__
 
     @classmethod

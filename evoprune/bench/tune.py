@@ -530,9 +530,8 @@ class TuneSettings:
 
     videos: tuple[str, ...]  # paths of video files or frame folders
     questions: tuple[str, ...] = GENERAL  # questions to ask about each video
-    agree: float = (
-        0.98  # fraction of tokens, in (0, 1), at which the pruned model must make the same choice as the full model
-    )
+    # Fraction of tokens, in (0, 1), at which the pruned model must make the same choice as the full model.
+    agree: float = 0.98
     time_limit_s: float = 600.0  # limit for the whole run, including loading
     budgets: tuple[float, ...] = ()  # see `candidates`, also for `methods`
     methods: tuple[str, ...] = ()

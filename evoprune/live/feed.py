@@ -52,9 +52,8 @@ class Backlog:
         self._since = now()
         self._idle = 0.0
         self._taken = 0
-        self._busy_s = self._looked = (
-            0.0  # weighted sums over recent windows; each new window halves the weights of all earlier windows
-        )
+        # Weighted sums over recent windows; each new window halves the weights of all earlier windows.
+        self._busy_s = self._looked = 0.0
 
     def due(self) -> float:
         """Return the time at which the next frame should be read, in seconds on the source's clock."""

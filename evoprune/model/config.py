@@ -274,9 +274,8 @@ class TextConfig:
     # Always includes `rope_theta` and `mrope_section`. Also includes `mrope_interleaved` if feature pairs for time, height, and
     # width are interleaved, and `partial_rotary_factor` if only part of each head is rotated.
     rope_parameters: Annotated[dict[str, Any], OBJECT]
-    intermediate_size: Annotated[int | None, SIZE] = (
-        None  # inner size of the MLPs; may be None if all layers have experts
-    )
+    # Inner size of the MLPs; may be None if all layers have experts.
+    intermediate_size: Annotated[int | None, SIZE] = None
     rms_norm_eps: Annotated[float, Rule.number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False

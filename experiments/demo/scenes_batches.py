@@ -42,9 +42,8 @@ class ScenesRecipe:
     small_steps: int = 5600  # number of steps without the largest frames and lengths
     vision_units: int = 768  # number of units in a first-stage batch
     units: int = 768  # approximate number of units in a second-stage batch
-    tower_rate: float = (
-        0.4  # learning rate factor for the merger in the second stage, while the rest of the tower is frozen
-    )
+    # Learning rate factor for the merger in the second stage, while the rest of the tower is frozen.
+    tower_rate: float = 0.4
     thawed: float = 0.5  # additional factor for the whole tower after that
     thaw_steps: int = 300  # number of steps until the learning rate reaches its value with `thawed`
     reader_rate: float = 0.4  # learning rate factor for a language model that has already been trained
