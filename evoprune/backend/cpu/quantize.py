@@ -5,6 +5,9 @@ doesn't depend on the other rows in the batch. Products use integers and are exa
 others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
 in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
+On CPUs without VNNI, a product of a single row is limited by oneDNN's layout of the weights. The language model uses another
+product there when it decodes, which rounds only the weights (`RowMajorInt8Linear`).
+
 int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
 language model decoding; prompts and the vision tower use int8. On both AVX2 and AVX512, the kernel is vectorized only for bf16 and
 takes 20 times as long with float32. Therefore, inputs are converted to bf16 even on CPUs without bf16 instructions.
@@ -25,6 +28,8 @@ from evoprune.errors import UsageError
 
 GROUP = 32  # number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
+PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
+ROW_STEP = 32  # PyTorch's product of row-major weights requires both dimensions to be multiples of this
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
@@ -123,10 +128,7 @@ class Int8Linear(nn.Module):
         self.large = weights["large"]
         self.wide = weights["wide"]
         self.scale = weights["scale"]
-        self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
-        self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
-        # Bytes are offset by `levels() + 1`. This term subtracts the offset's contribution to the product.
-        self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
+        self._arrange(weights)
 
     @property
     def nbytes(self) -> int:
@@ -135,14 +137,94 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole, step, wide = self.to_bytes(x, self.large)
-        y = _product(whole, self.packed, self.scale, self.zero, self.offset)
+        y = self._product(whole)
         if self.bias is None:
             y.mul_(step)
         else:
             torch.addcmul(self.bias, y, step, out=y)
+        return self._with_large_channels(y, x, wide)
+
+    def _arrange(self, weights: Weights) -> None:
+        """Keep the weights in the layout that `_product` requires."""
+        self.packed = torch.ops.onednn.qlinear_prepack(weights["whole"], None)
+        self.zero = torch.zeros(self.out_features, dtype=torch.int32, device="cpu")
+        # Bytes are offset by `levels() + 1`. This term subtracts the offset's contribution to the product.
+        self.offset = (weights["sum"].double() * self.scale.double() * -(levels() + 1)).float()
+
+    def _product(self, whole: torch.Tensor) -> torch.Tensor:
+        """Multiply quantized rows by the weights without applying the rows' step sizes. Returns float32 `[R, out]`."""
+        return _product(whole, self.packed, self.scale, self.zero, self.offset)
+
+    def _with_large_channels(self, y: torch.Tensor, x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        """Add the large channels to a product. Returns `[..., out]` in the dtype of `x`."""
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class RowMajorInt8Linear(Int8Linear):
+    """An `Int8Linear` for the language model on CPUs without VNNI.
+
+    The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which takes half as long
+    for a single row as oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the layer computes
+    what `Int8Linear` computes: oneDNN takes the weights as its input and the rows, of which there are few, as its weights.
+    """
+
+    @staticmethod
+    def suits(shape: Sequence[int]) -> bool:
+        """Return True if this class supports the given weight shape and is faster than `Int8Linear` on this CPU."""
+        return levels() < 127 and all(size % ROW_STEP == 0 for size in shape) and _has_row_major_products()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _role.decodes:
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        ones = torch.ones(self.out_features, dtype=torch.bfloat16, device="cpu")
+        y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.packed, ones).float().mul_(self.scale)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return self._with_large_channels(y, x, rows[:, self.large].float())
+
+    def _arrange(self, weights: Weights) -> None:
+        self.packed = weights["whole"]
+
+    def _product(self, whole: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
+        rows = whole.view(torch.int8) - (levels() + 1)
+        for piece, place in zip(rows.split(PIECE_ROWS), y.split(PIECE_ROWS), strict=True):
+            place.copy_(_swapped_product(self.packed, piece).T)
+        return y.mul_(self.scale)
+
+
+def _swapped_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Multiply row-major weights, int8 `[out, K]`, by rows, int8 `[R, K]`. Returns whole numbers, float32 `[out, R]`."""
+    count = len(rows)
+    if count == 1:  # oneDNN's product with a single column is not exact on CPUs with AVX512 but without VNNI
+        rows = rows.expand(2, -1).contiguous()
+    ones = torch.ones(len(rows), dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(len(rows), dtype=torch.int32, device="cpu")
+    return _product(whole, torch.ops.onednn.qlinear_prepack(rows, None), ones, zeros, None)[:, :count]
+
+
+@lru_cache
+def _has_row_major_products() -> bool:
+    """Return True if torch has both products that `RowMajorInt8Linear` needs, and the one of integers is exact."""
+    if not hasattr(torch, "_weight_int8pack_mm"):
+        return False
+    random = torch.Generator().manual_seed(0)
+    largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
+    mixed = torch.randint(-127, 128, (64, 64), generator=random, dtype=torch.int8, device="cpu")
+    for weights in (largest, -largest, mixed):
+        for count in (1, 33):
+            rows = torch.randint(-levels(), levels() + 1, (count, 64), generator=random, dtype=torch.int8, device="cpu")
+            rows[0] = levels()
+            try:
+                y = _swapped_product(weights, rows)
+            except RuntimeError:  # this version of PyTorch takes no signed inputs
+                return False
+            if not torch.equal(y.double(), weights.double() @ rows.double().T):
+                return False
+    return True
 
 
 def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
@@ -378,7 +460,7 @@ class Quantization:
             kind = layers.kinds[path]
             weights = {}
             if reads_rows(path, kind):
-                weights |= int8_weights(layer, large, memory)
+                weights |= int8_weights(layer, large, None if layers.row_major(path) else memory)
             if kind == "int4":
                 weights |= int4_weights(layer)
             if store:
@@ -414,9 +496,15 @@ class _Layers:
         self.kinds = kinds
         self.done = 0
         self._model = model
+        self._shapes = {path: model.get_submodule(path).weight.shape for path in kinds}
         self._progress = progress
         self._to_bytes = Bytes()
         self._large_channels = {}  # tensors of large channels, by module, number of input features, and channels
+
+    def row_major(self, path: str) -> bool:
+        """Return True if this layer keeps its int8 weights as they are stored."""
+        decodes = self.kinds[path] == "int8" and path.startswith(LANGUAGE)
+        return decodes and RowMajorInt8Linear.suits(self._shapes[path])
 
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -430,7 +518,8 @@ class _Layers:
             # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
-            full = Int8Linear(weights | {"large": large}, layer.bias, self._to_bytes)
+            form = RowMajorInt8Linear if self.row_major(path) else Int8Linear
+            full = form(weights | {"large": large}, layer.bias, self._to_bytes)
         quantized = full
         if kind == "int4":
             quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)

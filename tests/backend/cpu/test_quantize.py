@@ -12,6 +12,8 @@ from evoprune.backend.cpu.quantize import (
     Int4Linear,
     Int8Linear,
     Quantization,
+    RowMajorInt8Linear,
+    int8_weights,
     large_channels,
     levels,
 )
@@ -228,3 +230,62 @@ def test_threads_change_no_more_than_float32_does(kind):
         assert (
             torch.equal(features, found[0]) if torch.equal(exact, without[0]) else relative(features, found[0]) < 0.02
         )
+
+
+# --- row-major weights ---
+row_major = pytest.mark.skipif(
+    not RowMajorInt8Linear.suits((64, 96)),
+    reason="this CPU has VNNI, or no exact products of row-major weights",
+)
+
+
+def in_rows(layer, large=None) -> RowMajorInt8Linear:
+    return RowMajorInt8Linear(int8_weights(layer, large), layer.bias)
+
+
+@row_major
+@pytest.mark.parametrize("large", [None, LARGE])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_major_weights_give_the_same_prompt(large, bias, dtype):
+    layer = layer_of(bias=bias)
+    for shape in ((1,), (3,), (2, 300), (513,)):
+        x = torch.randn(*shape, 96).to(dtype)
+        torch.testing.assert_close(in_rows(layer, large)(x), int8(layer, large)(x), rtol=1e-2, atol=1e-4)
+
+
+@row_major
+@pytest.mark.parametrize("large", [None, LARGE])
+def test_only_row_major_weights_are_rounded_while_decoding(large):
+    layer, x = layer_of(bias=True), torch.randn(9, 96)
+    if large is not None:
+        x[:, large] *= 50
+    made = in_rows(layer, large)
+    rest = layer.weight.clone()
+    if large is not None:
+        rest[:, large] = 0
+    weights = rounded(rest, 127) + (layer.weight - rest)
+    expected = x.double() @ weights.double().T + layer.bias
+    with Quantization.decoding():
+        together = made(x)
+        one_by_one = torch.cat([made(row) for row in x.split(1)])
+    assert relative(together.double(), expected) < 4e-3
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    if large is None:
+        assert torch.equal(together, one_by_one)
+
+
+@row_major
+def test_only_the_language_model_has_row_major_weights():
+    model = tiny_model()
+    Quantization("int8").apply(model, calibrate)
+    forms = {name.split(".")[1]: set() for name, _ in model.named_modules() if "." in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Linear):
+            forms[name.split(".")[1] if "." in name else "language_model"].add(type(layer))
+    assert forms["visual"] == {Int8Linear} and RowMajorInt8Linear in forms["language_model"]
+
+
+@pytest.mark.parametrize("shape", [(63, 96), (64, 100)])
+def test_other_shapes_have_packed_weights(shape):
+    assert not RowMajorInt8Linear.suits(shape)
