@@ -165,9 +165,9 @@ class Int8Linear(nn.Module):
 class RowMajorInt8Linear(Int8Linear):
     """An `Int8Linear` for the language model on CPUs without VNNI.
 
-    The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which takes half as long
-    for a single row as oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the layer computes
-    what `Int8Linear` computes: oneDNN takes the weights as its input and the rows, of which there are few, as its weights.
+    The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which takes about
+    half as long for a single row as oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the
+    layer computes the same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights.
     """
 
     @staticmethod
