@@ -141,6 +141,7 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("quantize", parameters("none", "int8", "int4"))
 @pytest.mark.parametrize("given", QUESTIONS, ids=["plain", "repeated", "regex"])
 def test_a_model_answers_as_without_drafts(monkeypatch, quantize, given):
