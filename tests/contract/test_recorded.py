@@ -125,7 +125,7 @@ def test_what_vllm_reads(folder, name):
     same(folder, name)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @some("devices")
 def test_other_devices(folder, name):
     if "Triton" in name:

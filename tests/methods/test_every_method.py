@@ -199,7 +199,9 @@ def assert_equal_encodings(made, expected) -> None:
     assert made.kept_per_pair == expected.kept_per_pair
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", *(pytest.param(other, marks=pytest.mark.full) for other in list(FAMILIES)[1:])]
+)
 @pytest.mark.parametrize("name", one_of_each(ON_PATCHES))
 def test_the_encoding_is_the_same_whatever_the_default(name, family):
     for budget in BUDGETS:

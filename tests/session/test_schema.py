@@ -226,9 +226,9 @@ def ask(tmp_path_factory):
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(125))
 def test_an_answer_that_ends_is_valid_by_any_schema(ask, model, seed, monkeypatch):
-    # A process for each of 100 schemas would be slow; other tests use one.
+    # A process for each of 500 schemas would be slow; other tests use one.
     monkeypatch.setattr("evoprune.language.isolation.POSSIBLE", False)
     draw = random.Random(f"{model} {seed}")
     schema = schema_at_random(draw)

@@ -96,7 +96,7 @@ def hugging_faces(loaded, inputs, n) -> list[int]:
     return [token for token in made.tolist() if token not in eos]
 
 
-INPUTS = ["v", "p", "pvlp"]  # videos and images
+INPUTS = ["v", "l", "p", "vp", "pp", "lvp", "pvlp"]  # videos and images
 SIZES = [(101, 67), (997, 13), (3, 400), (1, 1), (27, 29), (140, 112)]
 
 

@@ -119,8 +119,8 @@ class Several(EncoderMethod):
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("keep", [40, 1])
-@pytest.mark.parametrize("full_layers", [(1, 3), ()])
+@pytest.mark.parametrize("keep", [40, 10, 1])
+@pytest.mark.parametrize("full_layers", [(1, 3), (0, 2), ()])
 def test_selected_rows_against_loops(share, keep, full_layers):
     grid, changed = (5, 3, 5), changes((5, 3, 5), share)
     patches, visual = clip(grid, changed), tiny_tower(full_layers)

@@ -460,7 +460,8 @@ class Quantization:
             kind = layers.kinds[path]
             weights = {}
             if reads_rows(path, kind):
-                weights |= int8_weights(layer, large, None if layers.row_major(path) else memory)
+                kept = layers.form(path, layer) is RowMajorInt8Linear  # these weights are not copied into a packed layout
+                weights |= int8_weights(layer, large, None if kept else memory)
             if kind == "int4":
                 weights |= int4_weights(layer)
             if store:
@@ -496,15 +497,14 @@ class _Layers:
         self.kinds = kinds
         self.done = 0
         self._model = model
-        self._shapes = {path: model.get_submodule(path).weight.shape for path in kinds}
         self._progress = progress
         self._to_bytes = Bytes()
         self._large_channels = {}  # tensors of large channels, by module, number of input features, and channels
 
-    def row_major(self, path: str) -> bool:
-        """Return True if this layer keeps its int8 weights as they are stored."""
+    def form(self, path: str, layer: nn.Linear) -> type[Int8Linear]:
+        """Return the class for a layer's int8 weights."""
         decodes = self.kinds[path] == "int8" and path.startswith(LANGUAGE)
-        return decodes and RowMajorInt8Linear.suits(self._shapes[path])
+        return RowMajorInt8Linear if decodes and RowMajorInt8Linear.suits(layer.weight.shape) else Int8Linear
 
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -518,8 +518,7 @@ class _Layers:
             # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
             large = self._large_channels.setdefault(key, weights["large"])
-            form = RowMajorInt8Linear if self.row_major(path) else Int8Linear
-            full = form(weights | {"large": large}, layer.bias, self._to_bytes)
+            full = self.form(path, layer)(weights | {"large": large}, layer.bias, self._to_bytes)
         quantized = full
         if kind == "int4":
             quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
