@@ -5,6 +5,7 @@ The weights are random, with the dimensions of the 3B model's largest layer.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from torch import nn
@@ -42,9 +43,11 @@ def main() -> None:
             for layer in side:
                 layer(x[:])  # a new view, because layers with the same input would share its 8-bit form
 
-        ms = medians([lambda side=side: run(side) for side in sides], args.repeat)
-        with Quantization.decoding():
-            ms += medians([lambda: run(sides[1])], args.repeat) if count == 1 else []
+        def answer() -> None:
+            with Quantization.decoding():
+                run(sides[1])
+
+        ms = medians([*(partial(run, side) for side in sides), *([answer] if count == 1 else [])], args.repeat)
         rows.append((str(count), *(f"{each / COPIES:.2f}" for each in ms), *[""] * (3 - len(ms))))
     env = Device("cpu").environment()
     print(f"{env.device_name}, {env.threads} threads, torch {env.torch}; {SIZE[0]}x{SIZE[1]}, ms a layer\n")

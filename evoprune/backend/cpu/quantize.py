@@ -5,8 +5,8 @@ doesn't depend on the other rows in the batch. Products use integers and are exa
 others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
 in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On CPUs without VNNI, a product of a single row is limited by oneDNN's layout of the weights. The language model uses another
-product there when it decodes, which rounds only the weights (`RowMajorInt8Linear`).
+On CPUs without VNNI, the language model uses another product when it decodes, which rounds only the weights
+(`RowMajorInt8Linear`). A prompt takes longer to read there, and each token of the answer takes less time.
 
 int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
 language model decoding; prompts and the vision tower use int8. On both AVX2 and AVX512, the kernel is vectorized only for bf16 and
@@ -29,6 +29,7 @@ from evoprune.errors import UsageError
 GROUP = 32  # number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
 PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
+PIECE_FEATURES = 4096  # number of output features to compute at a time with row-major weights
 ROW_STEP = 32  # PyTorch's product of row-major weights requires both dimensions to be multiples of this
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
@@ -165,9 +166,9 @@ class Int8Linear(nn.Module):
 class RowMajorInt8Linear(Int8Linear):
     """An `Int8Linear` for the language model on CPUs without VNNI.
 
-    The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which takes about
-    half as long for a single row as oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the
-    layer computes the same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights.
+    The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which is faster for a
+    single row than oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the layer computes the
+    same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights.
     """
 
     @staticmethod
@@ -192,7 +193,8 @@ class RowMajorInt8Linear(Int8Linear):
         y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
         rows = whole.view(torch.int8) - (levels() + 1)
         for piece, place in zip(rows.split(PIECE_ROWS), y.split(PIECE_ROWS), strict=True):
-            place.copy_(_swapped_product(self.packed, piece).T)
+            for weights, features in zip(self.packed.split(PIECE_FEATURES), place.split(PIECE_FEATURES, 1), strict=True):
+                features.copy_(_swapped_product(weights, piece).T)
         return y.mul_(self.scale)
 
 
