@@ -193,19 +193,20 @@ class RowMajorInt8Linear(Int8Linear):
         y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
         rows = whole.view(torch.int8) - (levels() + 1)
         for piece, place in zip(rows.split(PIECE_ROWS), y.split(PIECE_ROWS), strict=True):
-            for weights, features in zip(self.packed.split(PIECE_FEATURES), place.split(PIECE_FEATURES, 1), strict=True):
-                features.copy_(_swapped_product(weights, piece).T)
+            _swapped_product(self.packed, piece, place)
         return y.mul_(self.scale)
 
 
-def _swapped_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Multiply row-major weights, int8 `[out, K]`, by rows, int8 `[R, K]`. Returns whole numbers, float32 `[out, R]`."""
+def _swapped_product(whole: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Multiply row-major weights, int8 `[out, K]`, by rows, int8 `[R, K]`, and write whole numbers to `out`, float32 `[R, out]`."""
     count = len(rows)
     if count == 1:  # oneDNN's product with a single column is not exact on CPUs with AVX512 but without VNNI
         rows = rows.expand(2, -1).contiguous()
+    packed = torch.ops.onednn.qlinear_prepack(rows, None)
     ones = torch.ones(len(rows), dtype=torch.float32, device="cpu")
     zeros = torch.zeros(len(rows), dtype=torch.int32, device="cpu")
-    return _product(whole, torch.ops.onednn.qlinear_prepack(rows, None), ones, zeros, None)[:, :count]
+    for weights, place in zip(whole.split(PIECE_FEATURES), out.split(PIECE_FEATURES, 1), strict=True):
+        place.copy_(_product(weights, packed, ones, zeros, None)[:, :count].T)
 
 
 @lru_cache
@@ -220,11 +221,12 @@ def _has_row_major_products() -> bool:
         for count in (1, 33):
             rows = torch.randint(-levels(), levels() + 1, (count, 64), generator=random, dtype=torch.int8, device="cpu")
             rows[0] = levels()
+            y = torch.empty(count, 64, dtype=torch.float32, device="cpu")
             try:
-                y = _swapped_product(weights, rows)
+                _swapped_product(weights, rows, y)
             except RuntimeError:  # this version of PyTorch takes no signed inputs
                 return False
-            if not torch.equal(y.double(), weights.double() @ rows.double().T):
+            if not torch.equal(y.double(), rows.double() @ weights.double().T):
                 return False
     return True
 
@@ -462,7 +464,9 @@ class Quantization:
             kind = layers.kinds[path]
             weights = {}
             if reads_rows(path, kind):
-                kept = layers.form(path, layer) is RowMajorInt8Linear  # these weights are not copied into a packed layout
+                kept = (
+                    layers.form(path, layer) is RowMajorInt8Linear
+                )  # these weights are not copied into a packed layout
                 weights |= int8_weights(layer, large, None if kept else memory)
             if kind == "int4":
                 weights |= int4_weights(layer)
