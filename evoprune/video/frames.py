@@ -131,7 +131,7 @@ def read_chunks(
     times_s: Sequence[float],
     *,
     decoder: str = "auto",
-    chunk_bytes: int = 64 * 2**20,
+    chunk_bytes: int = 8 * 2**20,
     seek: str = "exact",
     part_s: float = 0.0,
     cores: int | None = None,

@@ -113,9 +113,12 @@ def test_what_auto_does_depends_on_the_file_and_the_times_alone(folder, monkeypa
     exact, _, never = read(info, asked)
     assert read(info, asked, seek="auto", part_s=part_s)[0] == exact and not never  # moving the times would save little
     monkeypatch.setattr(pyav, "SAVED_PIXELS", 100)
-    assert any(run.near for run in pyav.planned(info, asked, "auto", part_s))
-    assert not any(run.near for run in pyav.planned(info, asked, "auto", 0.9))  # the parts are shorter than a second
-    assert not any(run.near for run in pyav.planned(info, asked, "exact", part_s))
+    with closing(Track(info)) as track:
+        assert any(run.near for run in pyav.planned(track, asked, "auto", part_s))
+        assert not any(
+            run.near for run in pyav.planned(track, asked, "auto", 0.9)
+        )  # the parts are shorter than a second
+        assert not any(run.near for run in pyav.planned(track, asked, "exact", part_s))
 
 
 @pytest.mark.few(4)

@@ -426,8 +426,8 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
 
 def _decoded(info: Video, start_s: float) -> Iterator[TimedFrame]:
     """Yield decoded frames, starting at a keyframe at or before `start_s` if possible; otherwise, at the beginning of the file."""
-    (run,) = planned(info, [max(0.0, start_s)], "exact", 0.0)
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
+        (run,) = planned(track, [max(0.0, start_s)], "exact", 0.0)
         frames = None
         with suppress(Unreachable):
             _, frames = start_decoding(track, run, ffmpeg.ignore_damage, sparing=False)

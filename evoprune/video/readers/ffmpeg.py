@@ -310,11 +310,16 @@ def video_stream(
         raise VideoError(f"{path} states a frame size of {width:,} x {height:,} pixels", hint)
     stream.codec_context.options = {"max_pixels": str(max_pixels)}  # frames may be larger than specified in the header
     picture_size(width * height)
+    use_threads(stream, threads)
+    return stream
+
+
+def use_threads(stream: VideoStream, threads: int) -> None:
+    """Set the number of decoder threads, before anything is decoded. Some decoders always use a single thread."""
     if stream.codec_context.codec.canonical_name in UNTHREADED:
         threads = 1
     stream.thread_type = "AUTO" if threads > 1 else "NONE"
     stream.codec_context.thread_count = threads
-    return stream
 
 
 def chosen(tracks: Sequence[VideoStream]) -> VideoStream:

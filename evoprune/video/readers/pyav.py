@@ -60,11 +60,10 @@ def read(
     """
     cores = cores or Host().available_cores()
     with ffmpeg.reading(info.path):
-        runs = planned(info, times_s, seek, part_s)
         done = 0
         damage: list[object] = []
         try:
-            with closing(_in_parallel(info, runs, part_s, cores)) as frames:
+            with closing(_in_parallel(info, times_s, seek, part_s, cores)) as frames:
                 for shown, new_damage in frames:
                     for mark in new_damage:
                         damaged(mark)
@@ -104,27 +103,37 @@ def frame_times(info: Video) -> FrameTimes:
 
 
 def _in_parallel(
-    info: Video, runs: Sequence[Run], part_s: float, cores: int
+    info: Video, times_s: Sequence[float], seek: str, part_s: float, cores: int
 ) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-    """Decode runs in parallel. Yields each frame with the damage found since the previous frame. May raise `Unreachable`."""
-    pixels = info.width * info.height
-    threads = min(cores, len(runs), _most_decoders(pixels))
-    ffmpeg.picture_size(pixels, threads)
+    """Decode the planned runs in parallel. Yields each frame with the damage found since the previous frame.
 
-    @contextmanager
-    def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
-        with closing(Track(info, ffmpeg.thread_count(cores // threads))) as track:
-            picture = Picture(info)
+    Raises:
+        Unreachable: See `_on_screen`.
+    """
+    with closing(Track(info)) as first:
+        runs = planned(first, times_s, seek, part_s)
+        pixels = info.width * info.height
+        threads = min(cores, len(runs), _most_decoders(pixels))
+        ffmpeg.picture_size(pixels, threads)
+        opened = [
+            first
+        ]  # opening a video takes as long as decoding a few frames, so one of the threads uses this track
 
-            def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
-                damage: list[object] = []
-                for found in _frames(track, run, part_s, damage.append):
-                    yield picture.of(*found), damage.copy()
-                    damage.clear()
+        @contextmanager
+        def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
+            with closing(opened.pop() if opened else Track(info)) as track:
+                track.use_threads(ffmpeg.thread_count(cores // threads))
+                picture = Picture(info)
 
-            yield work
+                def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
+                    damage: list[object] = []
+                    for found in _frames(track, run, part_s, damage.append):
+                        yield picture.of(*found), damage.copy()
+                        damage.clear()
 
-    return in_order(runs, tools, threads, room=max(2 * threads, ROOM_BYTES // (3 * pixels)))
+                yield work
+
+        yield from in_order(runs, tools, threads, room=max(2 * threads, ROOM_BYTES // (3 * pixels)))
 
 
 def _most_decoders(pixels: int) -> int:
@@ -157,19 +166,20 @@ class Picture:
         return ffmpeg.Shown(time_s, self._rgb, self._other_size, moved)
 
 
-def planned(info: Video, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
+def planned(track: Track, times_s: Sequence[float], seek: str, part_s: float) -> list[Run]:
     """Group times into runs, and choose the keyframes at which each run can start decoding.
 
     Args:
+        track: The video. Nothing is decoded.
         times_s: Requested times in seconds from the first frame, in ascending order. Must not be empty.
         seek, part_s: See `frames.read_chunks`.
     """
-    with closing(Track(info)) as track:
-        try:
-            keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
-        except Unreachable:
-            keyframes = []
-        interlaced = info.interlaced or track.stream.codec_context.field_order > 1
+    info = track.info
+    try:
+        keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
+    except Unreachable:
+        keyframes = []
+    interlaced = info.interlaced or track.stream.codec_context.field_order > 1
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
     ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]

@@ -65,6 +65,11 @@ class Track:
             raise
         self._at_beginning = True
 
+    def use_threads(self, threads: int) -> None:
+        """Change the number of decoder threads. Must be called before anything is decoded."""
+        self._threads = threads
+        ffmpeg.use_threads(self._stream, threads)
+
     def close(self) -> None:
         self._files.close()
 
