@@ -87,6 +87,11 @@ def pytest_configure(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads this when it is imported
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Let `-n auto` start one worker more than there are cores, because some tests wait, e.g. for live video or a time limit."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
+
+
 def pytest_sessionstart(session):
     """Import the test modules in a different order in each pytest-xdist worker, if the whole suite was requested.
 
