@@ -96,7 +96,7 @@ BOXES = (
     b"moof",
 )  # every MP4 or MOV contains one of these at byte 4
 # Pillow's names for image formats that don't require an optional package.
-PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF")
+PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF", "HEIC")
 PICTURE_HEADS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
