@@ -115,9 +115,8 @@ def test_what_auto_does_depends_on_the_file_and_the_times_alone(folder, monkeypa
     monkeypatch.setattr(pyav, "SAVED_PIXELS", 100)
     with closing(Track(info)) as track:
         assert any(run.near for run in pyav.planned(track, asked, "auto", part_s))
-        assert not any(
-            run.near for run in pyav.planned(track, asked, "auto", 0.9)
-        )  # the parts are shorter than a second
+        # The parts are shorter than a second.
+        assert not any(run.near for run in pyav.planned(track, asked, "auto", 0.9))
         assert not any(run.near for run in pyav.planned(track, asked, "exact", part_s))
 
 

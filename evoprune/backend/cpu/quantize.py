@@ -464,9 +464,8 @@ class Quantization:
             kind = layers.kinds[path]
             weights = {}
             if reads_rows(path, kind):
-                kept = (
-                    layers.form(path, layer) is RowMajorInt8Linear
-                )  # these weights are not copied into a packed layout
+                # Row-major weights are not copied into a packed layout, so they can't share the buffer.
+                kept = layers.form(path, layer) is RowMajorInt8Linear
                 weights |= int8_weights(layer, large, None if kept else memory)
             if kind == "int4":
                 weights |= int4_weights(layer)

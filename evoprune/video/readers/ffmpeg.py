@@ -95,7 +95,7 @@ BOXES = (
     b"styp",
     b"moof",
 )  # every MP4 or MOV contains one of these at byte 4
-# Pillow's names for image formats that don't require an optional package.
+# Image formats listed in hints. HEIC requires an optional package.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF", "HEIC")
 PICTURE_HEADS = {
     b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",

@@ -115,13 +115,12 @@ def _in_parallel(
         pixels = info.width * info.height
         threads = min(cores, len(runs), _most_decoders(pixels))
         ffmpeg.picture_size(pixels, threads)
-        opened = [
-            first
-        ]  # opening a video takes as long as decoding a few frames, so one of the threads uses this track
+        # Opening a video takes as long as decoding a few frames, so one thread takes this track. `next` gives it to only one.
+        opened = iter([first])
 
         @contextmanager
         def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
-            with closing(opened.pop() if opened else Track(info)) as track:
+            with closing(next(opened, None) or Track(info)) as track:
                 track.use_threads(ffmpeg.thread_count(cores // threads))
                 picture = Picture(info)
 
