@@ -5,6 +5,7 @@ The weights are random, with the dimensions of the 3B model's largest layer.
 """
 
 import argparse
+import time
 from functools import partial
 
 import torch
@@ -28,6 +29,16 @@ def layers(part: str) -> nn.ModuleList:
     return copies
 
 
+def fbgemm() -> list:
+    """Return weights that are packed for FBGEMM, which evoprune doesn't use because packing takes long."""
+    torch.backends.quantized.engine = "fbgemm"
+    whole = torch.ones(SIZE[1], SIZE[0], dtype=torch.int8)
+    return [
+        torch.ops.quantized.linear_prepack(torch._make_per_tensor_quantized_tensor(whole, 1.0, 0), None)
+        for _ in range(COPIES)
+    ]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -35,6 +46,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7, help="measured rounds; their median is shown (default: 7)")
     args = parser.parse_args()
     sides = [layers(part) for part in ("visual", "language_model")]
+    begun = time.perf_counter()
+    packed = fbgemm()
+    packing_ms = (time.perf_counter() - begun) / COPIES * 1000
     rows = []
     for count in map(int, args.rows.split(",")):
         x = torch.randn(count, SIZE[0])
@@ -47,11 +61,16 @@ def main() -> None:
             with Quantization.decoding():
                 run(sides[1])
 
-        ms = medians([*(partial(run, side) for side in sides), *([answer] if count == 1 else [])], args.repeat)
-        rows.append((str(count), *(f"{each / COPIES:.2f}" for each in ms), *[""] * (3 - len(ms))))
+        def others(x: torch.Tensor = x) -> None:
+            for weights in packed:
+                torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 64, weights)
+
+        ms = medians([*(partial(run, side) for side in sides), others, *([answer] if count == 1 else [])], args.repeat)
+        rows.append((str(count), *(f"{each / COPIES:.2f}" for each in ms), *[""] * (4 - len(ms))))
     env = Device("cpu").environment()
-    print(f"{env.device_name}, {env.threads} threads, torch {env.torch}; {SIZE[0]}x{SIZE[1]}, ms a layer\n")
-    print("\n".join(table(("rows", "tower", "language model, prompt", "language model, answer"), rows)))
+    print(f"{env.device_name}, {env.threads} threads, torch {env.torch}; {SIZE[0]}x{SIZE[1]}, ms a layer")
+    print(f"FBGEMM packs a layer in {packing_ms:.0f} ms\n")
+    print("\n".join(table(("rows", "tower", "language model, prompt", "FBGEMM", "language model, answer"), rows)))
 
 
 if __name__ == "__main__":
