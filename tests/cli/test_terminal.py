@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ def test_a_model_in_8_bits_that_nobody_asked_for_is_noted(saved, capsys, monkeyp
     monkeypatch.setattr("evoprune.backend.devices._has_bf16", lambda device: False)
     monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**40))
 
     def noted(**options) -> str:
         session = VideoQA(load_model(str(saved), **options)).session
