@@ -36,8 +36,8 @@ def join_tower(visual) -> None:
     """Join the first two matrices of every gated MLP in the vision tower, and pad the inner dimension to speed up matrix products.
 
     The MLPs of Qwen2.5-VL have an inner dimension of 3,420. Because this isn't a multiple of 8, matrix products take twice as long
-    as they should. The padding consists of zeros, so it doesn't change the results. Each linear layer's weight becomes a view into
-    the padded tensors.
+    as they should. It is padded to a multiple of 32 with zeros, which don't change the results. Each linear layer's weight becomes
+    a view into the padded tensors.
     """
     for block in visual.blocks:
         mlp = block.mlp

@@ -1,9 +1,9 @@
 """Searches a video for moments that match queries. Each segment is encoded once and then scored for every query.
 
-A segment's score is computed from the first token of the answer. It is the probability of yes, assuming that yes and no are the
-only possible answers. After all segments have been scored, the borders of the best moments are located more precisely. Segments are
-independent of each other, and each segment is discarded before the next one is encoded, so memory usage does not grow with the
-video length.
+A segment's score is computed from the first token of the answer. It is the probability of the answer that indicates a match
+(usually yes), assuming that yes and no are the only possible answers. After all segments have been scored, the borders of the best
+moments are located more precisely. Segments are independent of each other, and each segment is discarded before the next one is
+encoded, so memory usage does not grow with the video length.
 """
 
 import math
@@ -53,8 +53,8 @@ QUESTION = "Does the video show the following? {}\nAnswer yes or no."
 ONE_TOKEN = GenerationOptions(max_new_tokens=1)
 PIECE_FRAMES = 4  # number of frames per piece; scoring pieces of a segment locates the borders of a moment
 PIECES = 4  # number of pieces per segment, or per piece that is sampled below the model's frame rate
-# The first and last pieces of a moment usually show it only partially. The border is assumed to lie inside such a piece, at this
-# fraction of the piece's length.
+# A piece shows a moment even if the moment covers only part of it. Therefore, a border that was located by the midpoints of pieces
+# is moved inward by this fraction of a piece's length.
 REACH = 0.2
 CANDIDATES = 2  # initial number of segment runs to score by pieces, per requested moment
 APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into two
@@ -64,8 +64,8 @@ APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into 
 class Moment:
     """A time span of a video that matches a query. Times are in seconds from the video's first frame.
 
-    `score` is the probability (0 to 1) that the answer is yes rather than no. It combines the score of the moment's best segment
-    with the score of that segment's best piece. `best_s` is the midpoint of this piece.
+    `score` is the probability (0 to 1) of the answer that indicates a match, rather than the opposite answer. It combines the score
+    of the moment's best segment with the score of that segment's best piece. `best_s` is the midpoint of this piece.
     """
 
     query: str
@@ -81,8 +81,11 @@ class Search:
     Call `run` to perform the search. `moments` returns the moments found so far, even if `run` was interrupted.
 
     Args:
+        session: The model and the pruning method.
         source: The video.
         queries: Descriptions of the moments to find.
+        options: How to search: the segment length, the number of moments, and the minimum score.
+        sampling: How to sample frames in each segment, and the part of the video to search.
         cache: Cache for encoded segments, or None. It is not used if the pruning method depends on the question.
 
     Attributes:

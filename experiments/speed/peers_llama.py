@@ -24,7 +24,7 @@ class Model:
     def __init__(self, model: str, projector: str, threads: int):
         begun = time.perf_counter()
         self.llama = llama_cpp.Llama(
-            model, n_ctx=4096, n_batch=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+            model, n_ctx=8192, n_batch=2048, n_threads=threads, n_threads_batch=threads, verbose=False
         )
         self.context = self.llama.ctx
         options = mtmd_cpp.mtmd_context_params_default()
