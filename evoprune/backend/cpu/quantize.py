@@ -28,8 +28,8 @@ from evoprune.errors import UsageError
 
 GROUP = 32  # number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
-PIECE_ROWS = 512  # number of rows to multiply by row-major weights at a time
 PIECE_FEATURES = 4096  # number of output features to compute at a time with row-major weights
+MANY_ROWS = 512  # with at least this many rows, packing row-major weights for a single product saves time
 ROW_STEP = 32  # PyTorch's product of row-major weights requires both dimensions to be multiples of this
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
@@ -168,7 +168,8 @@ class RowMajorInt8Linear(Int8Linear):
 
     The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which is faster for a
     single row than oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the layer computes the
-    same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights.
+    same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For a long prompt, it
+    packs the weights and discards the packed form after the product. Both products are exact, so the number of rows doesn't matter.
     """
 
     @staticmethod
@@ -190,11 +191,19 @@ class RowMajorInt8Linear(Int8Linear):
         self.packed = weights["whole"]
 
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
+        if len(whole) >= MANY_ROWS:
+            return _packed_product(self.packed, whole).mul_(self.scale)
         y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
-        rows = whole.view(torch.int8) - (levels() + 1)
-        for piece, place in zip(rows.split(PIECE_ROWS), y.split(PIECE_ROWS), strict=True):
-            _swapped_product(self.packed, piece, place)
+        _swapped_product(self.packed, whole.view(torch.int8) - (levels() + 1), y)
         return y.mul_(self.scale)
+
+
+def _packed_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Multiply row-major weights, int8 `[out, K]`, by the rows that `Bytes` returns. Returns whole numbers, float32 `[R, out]`."""
+    ones = torch.ones(len(whole), dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(len(whole), dtype=torch.int32, device="cpu")
+    packed = torch.ops.onednn.qlinear_prepack(whole, None)
+    return _product(rows, packed, ones, zeros, None, levels() + 1)
 
 
 def _swapped_product(whole: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -224,16 +233,20 @@ def _has_row_major_products() -> bool:
             y = torch.empty(count, 64, dtype=torch.float32, device="cpu")
             try:
                 _swapped_product(weights, rows, y)
+                packed = _packed_product(weights, (rows + (levels() + 1)).view(torch.uint8))
             except RuntimeError:  # this version of PyTorch takes no signed inputs
                 return False
-            if not torch.equal(y.double(), rows.double() @ weights.double().T):
+            exact = rows.double() @ weights.double().T
+            if not (torch.equal(y.double(), exact) and torch.equal(packed.double(), exact)):
                 return False
     return True
 
 
-def _product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, offset, x_zero: int = 0
+) -> torch.Tensor:
     output_args = 1.0, 0, torch.float32, "none", [], ""
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, scale, zero, offset, *output_args)
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, x_zero, packed, scale, zero, offset, *output_args)
 
 
 def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from evoprune.backend.cpu.quantize import (
     GROUP,
+    MANY_ROWS,
     Bytes,
     Int4Linear,
     Int8Linear,
@@ -252,6 +253,17 @@ def test_row_major_weights_give_the_same_prompt(large, bias, dtype):
     for shape in ((1,), (3,), (2, 300), (513,)):
         x = torch.randn(*shape, 96).to(dtype)
         torch.testing.assert_close(in_rows(layer, large)(x), int8(layer, large)(x), rtol=1e-2, atol=1e-4)
+
+
+@row_major
+@pytest.mark.parametrize("large", [None, LARGE])
+def test_a_row_of_a_long_prompt_is_the_same_in_a_short_one(large):
+    layer = in_rows(layer_of(bias=True), large)
+    x = torch.randn(MANY_ROWS + 100, 96)
+    together, fewer = layer(x)[: MANY_ROWS - 1], layer(x[: MANY_ROWS - 1])
+    torch.testing.assert_close(together, fewer, rtol=0, atol=1e-5)
+    if large is None:
+        assert torch.equal(together, fewer)
 
 
 @row_major
