@@ -478,7 +478,7 @@ FILES = {
     "fps of nothing": (VIDEO, {"fps": -2}, "fps is -2"),
     "joint file": ("processor_config.json", '{"video_processor": 3}', "video_processor is 3, not an object"),
     "ends in words": (ENDS, {"eos_token_id": ["<|im_end|>"]}, "eos_token_id is ['<|im_end|>']"),
-    "deep settings": (ENDS, '{"a":' * 5000, "nested more than"),
+    "deep settings": (ENDS, '{"a":' * 10**5, "nested more than"),
     "deep config": ("config.json", "[" * 10**5, "nested more than"),
     "deep tokenizer settings": (WORDS, "[" * 10**5, "nested more than"),
     "template is a number": ("chat_template.json", '{"chat_template": 3}', "chat_template is 3, not a string"),
