@@ -285,7 +285,7 @@ def _encoded_sound(
 
     for packet in packets:
         try:
-            frames = sound.decode(packet)
+            frames = ffmpeg.decoded(sound.codec_context, packet)
         except av.error.FFmpegError:
             continue
         for frame in frames:

@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import EINVAL
 from itertools import islice
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
@@ -481,9 +482,22 @@ def decoder(stream: VideoStream, crop: Crop | None) -> Decode:
     def decode(packet: Packet | None) -> list[VideoFrame]:
         if packet is not None and packet.has_sidedata("encryption_info"):
             raise Encrypted  # decoding would produce noise or look like damage
-        return [cropped(frame, crop) for frame in context.decode(packet)]
+        return [cropped(frame, crop) for frame in decoded(context, packet)]
 
     return decode
+
+
+def decoded(context: CodecContext, packet: Packet | None) -> list:
+    """Decode a packet. Raises `av.error.FFmpegError` if that fails, even for packets after the first one.
+
+    If a codec cannot be opened, PyAV 19 raises FFmpeg's error for the first packet, and a plain ValueError for the others.
+    """
+    try:
+        return context.decode(packet)
+    except ValueError as problem:
+        if isinstance(problem, av.error.FFmpegError) or context.is_open:
+            raise
+        raise av.error.ArgumentError(EINVAL, str(problem)) from problem
 
 
 def decoded_frames(

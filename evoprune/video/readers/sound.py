@@ -149,7 +149,7 @@ class SoundReader:
             broken = packet is None or packet.is_corrupt or packet.has_sidedata("encryption_info")
             if packet is None or not packet.has_sidedata("encryption_info"):
                 try:
-                    frames = stream.codec_context.decode(packet)
+                    frames = ffmpeg.decoded(stream.codec_context, packet)
                 except av.error.FFmpegError:
                     broken = True
             own_s = _time(packet, stream, info)
