@@ -18,15 +18,21 @@ from experiments.speed.processes import ROOT
 from experiments.tables import table
 
 SAMPLE_S = 0.05
-# Names in /proc/self/status: a process's own memory, and its resident memory including memory-mapped files.
-OWN, RESIDENT = "RssAnon", "VmRSS"
 
 
 class Watch:
-    """Records the largest values of this process's memory, in bytes, in a thread. Use it in a `with` statement."""
+    """Records this process's largest memory, in bytes, in a thread. Use it in a `with` statement.
+
+    Attributes:
+        own: The process's own memory.
+        resident: Its memory including memory-mapped files.
+    """
 
     def __init__(self):
-        self.largest = {OWN: 0, RESIDENT: 0}
+        from evoprune.backend import Device
+
+        self.own = self.resident = 0
+        self._device = Device("cpu")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -42,10 +48,9 @@ class Watch:
         ended = False
         while not ended:
             ended = self._ended.wait(SAMPLE_S)
-            for line in Path("/proc/self/status").read_text().splitlines():
-                name, _, rest = line.partition(":")
-                if name in self.largest:
-                    self.largest[name] = max(self.largest[name], int(rest.split()[0]) * 1024)
+            own, mapped = self._device.memory_in_use()
+            self.own = max(self.own, own)
+            self.resident = max(self.resident, own + mapped)
 
 
 def load(args: argparse.Namespace) -> None:
@@ -56,7 +61,7 @@ def load(args: argparse.Namespace) -> None:
     with Watch() as watch:
         VideoQA.load(args.checkpoint, quantize=args.quantize, threads=args.threads, offline=True)
         seconds = time.perf_counter() - begun
-    print(json.dumps({"seconds": seconds, **watch.largest}))
+    print(json.dumps({"seconds": seconds, "own": watch.own, "resident": watch.resident}))
 
 
 def main() -> None:
@@ -78,7 +83,7 @@ def main() -> None:
                 cwd=ROOT, env=os.environ | {"EVOPRUNE_CACHE_DIR": folder}, check=True, capture_output=True, text=True,
             )  # fmt: skip
             found = json.loads(ran.stdout.splitlines()[-1])
-            own, resident = (f"{found[name] / 2**30:.1f}" for name in (OWN, RESIDENT))
+            own, resident = (f"{found[name] / 2**30:.1f}" for name in ("own", "resident"))
             rows.append([str(number + 1), f"{found['seconds']:.1f}", own, resident])
         stored = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     print("\n".join(table(("start", "s", "own memory, GiB", "with mapped files, GiB"), rows)))

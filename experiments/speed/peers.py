@@ -208,7 +208,7 @@ def _conditions(args: argparse.Namespace) -> str:
     facts = Device("cpu").environment()
     return (
         f"{time.strftime('%Y-%m-%d')}, {facts.device_name}, {args.threads} threads, evoprune {facts.evoprune}, "
-        f"PyTorch {facts.torch}, {args.rounds} rounds, medians"
+        f"PyTorch {facts.torch}, rounds: {args.rounds}, medians"
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from experiments.speed.loading import OWN, RESIDENT, Watch
+from experiments.speed.loading import Watch
 from experiments.speed.peers import _generated, _of_video, _row
 
 
@@ -37,5 +37,5 @@ def test_a_row_adds_reading_to_the_first_token():
 def test_the_largest_memory_is_recorded():
     with Watch() as watch:
         held = torch.ones(2**28, dtype=torch.uint8)
-    assert 2**28 < watch.largest[OWN] <= watch.largest[RESIDENT]
+    assert 2**28 < watch.own <= watch.resident
     del held
