@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from evoprune.backend.cpu.linear import Packing
+from evoprune.backend.cpu.rows import row_product
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
@@ -166,10 +167,10 @@ class Int8Linear(nn.Module):
 class RowMajorInt8Linear(Int8Linear):
     """An `Int8Linear` for the language model on CPUs without VNNI.
 
-    The weights stay as they are stored. During decoding, the layer uses PyTorch's product of 8-bit weights, which is faster for a
-    single row than oneDNN's and rounds only the weights. It is vectorized for bf16 inputs. During prefill, the layer computes the
-    same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For a long prompt, it
-    packs the weights and discards the packed form after the product. Both products are exact, so the number of rows doesn't matter.
+    The weights stay as they are stored. During decoding, the layer uses `row_product`, which is faster for a single row than
+    oneDNN's product, and rounds the weights, but not the inputs. During prefill, the layer computes the same as `Int8Linear`:
+    oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For a long prompt, it packs the weights and
+    discards the packed form after the product. Both products are exact, so the number of rows doesn't matter.
     """
 
     @staticmethod
@@ -181,8 +182,7 @@ class RowMajorInt8Linear(Int8Linear):
         if not _role.decodes:
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        ones = torch.ones(self.out_features, dtype=torch.bfloat16, device="cpu")
-        y = torch._weight_int8pack_mm(rows.bfloat16().contiguous(), self.packed, ones).float().mul_(self.scale)
+        y = row_product(rows, self.packed, self.scale)
         if self.bias is not None:
             y.add_(self.bias)
         return self._with_large_channels(y, x, rows[:, self.large].float())

@@ -1,0 +1,55 @@
+"""The product of a few rows with 8-bit weights: `rows.c` if it was compiled when evoprune was installed, otherwise PyTorch's."""
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+LIBRARY = "evoprune.backend.cpu._rows"  # the compiled rows.c, which is no Python module
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def row_product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Multiply rows, `[R, K]`, by 8-bit weights, int8 `[N, K]` in row-major order. Both sizes of the weights are multiples of 32.
+
+    PyTorch's product is vectorized only for bf16, so it rounds the rows.
+
+    Args:
+        scale: float32 `[N]`, by which the weights' rows are multiplied.
+
+    Returns:
+        float32 `[R, N]`. A row's result doesn't depend on the other rows.
+    """
+    if compiled := _compiled():
+        return compiled(x.float().contiguous(), weights, scale)
+    ones = torch.ones(len(weights), dtype=torch.bfloat16, device="cpu")
+    return torch._weight_int8pack_mm(x.bfloat16().contiguous(), weights, ones).float().mul_(scale)
+
+
+@lru_cache
+def _compiled() -> Product | None:
+    """Return the product of `rows.c`, or None if it was not compiled or this CPU can't run it."""
+    found = find_spec(LIBRARY)
+    if found is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    return load(found.origin)
+
+
+def load(path: str) -> Product | None:
+    """Load a compiled `rows.c`. Returns None if its threads are not those of torch, whose OpenMP library must be loaded already."""
+    try:
+        function = ctypes.CDLL(path).evoprune_row_product
+    except OSError:
+        return None
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+    function.restype = None
+
+    def product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(len(x), len(weights), dtype=torch.float32, device="cpu")
+        pointers = (each.data_ptr() for each in (x, weights, scale, y))
+        function(*pointers, len(x), *reversed(weights.shape), torch.get_num_threads())
+        return y
+
+    return product
