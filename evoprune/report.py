@@ -381,8 +381,7 @@ class Report:
         Args:
             ascii_only: Escape all non-ASCII characters. Otherwise, only invisible characters are escaped.
         """
-        text = json.dumps(rounded(asdict(self)), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
-        return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+        return record_line(asdict(self), ascii_only)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -504,6 +503,12 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
         "gap": clock(video.clock_gap_s),
     }
     return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} is")
+
+
+def record_line(record: dict[str, Any], ascii_only: bool) -> str:
+    """Return a record as a single line of compact JSON. See `Report.to_json`."""
+    text = json.dumps(rounded(record), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
+    return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def summary(report: Report) -> str:

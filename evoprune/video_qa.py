@@ -37,7 +37,7 @@ from evoprune.session import (
 )
 from evoprune.signatures import takes
 from evoprune.util import Uncopied, brief, check_type, from_keywords
-from evoprune.video import Input, SamplingOptions
+from evoprune.video import GivenInput, Input, SamplingOptions
 
 if TYPE_CHECKING:
     from evoprune.keywords import (
@@ -230,9 +230,9 @@ class VideoQA(Uncopied):
         """Ask a question about one or more inputs. Combines `encode` and `EncodedInputs.ask`.
 
         Args:
-            inputs: An input in any format accepted by `encode`, which is encoded with the default options, or a result of this
-                object's `encode` method, which is reused. For several inputs, pass a list of these in the order in which the model
-                should read them.
+            inputs: An input in any format accepted by `encode` except an array, which is encoded with the default options, or a
+                result of this object's `encode` method, which is reused. For several inputs, pass a list of these in the order in
+                which the model should read them.
             question: The question, which is passed to the model unchanged.
             seed, on_thoughts, options: See `EncodedInputs.ask`.
 
@@ -252,6 +252,7 @@ class VideoQA(Uncopied):
                     raise UsageError(
                         f"an input is {brief(item)}, not a single input", "pass one flat list of all inputs"
                     )
+                _refuse_frames(item, "encode it first: qa.ask(qa.encode(frames, frame_rate=30), question)")
                 inputs_of_item = open_inputs(self.session, inputs_of(item), ahead=self._ahead)
                 opened.append(stack.enter_context(inputs_of_item))
             if isinstance(question, str) and opened:
@@ -333,8 +334,8 @@ class VideoQA(Uncopied):
             options: How to find moments: the fields of `keywords.FindKeywords`.
 
         Raises:
-            UsageError: If an option or a query is invalid, or the input is an image.
-            VideoError: If the video is missing, unreadable, or empty.
+            UsageError: If an option or a query is invalid, or the input is an array of frames.
+            VideoError: If the video is missing, unreadable, or empty, or the input is an image.
             OutOfMemory: If a stage needs more memory than is available.
             TypeError: If an option is unknown.
         """
@@ -343,6 +344,7 @@ class VideoQA(Uncopied):
         (finding,) = from_keywords(options, FindOptions)
         check_type("progress", progress, Callable | None)
         _check_cache(cache)
+        _refuse_frames(path, "write the frames to a video file")
         source, *others = inputs_of(path)
         if others:
             raise UsageError("find takes one video", "call it once per video")
@@ -372,6 +374,11 @@ def _paths_of(given: Any) -> list[str]:
                 hint = EncodedInputs.AS_INPUT
             raise UsageError(f"an input is {brief(path)}, not a path", hint)
     return [os.fspath(path) for path in paths]
+
+
+def _refuse_frames(given: Any, hint: str) -> None:
+    if GivenInput(given).is_frames:
+        raise UsageError("an array of frames has no frame rate here", hint)
 
 
 def _check_cache(cache: Any) -> None:

@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from evoprune.errors import EvopruneError, UsageError, VideoError
+from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
-from evoprune.video import SamplingOptions, warm_up
+from evoprune.video import SamplingOptions, choose_decoder, probe, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.ask import split_words
 from evoprune_cli.moment_files import MomentFiles
@@ -122,6 +122,8 @@ def find(
     videos, queries = _words(words, list(more or []))
     pipeline = options()
     check_text(*queries, pipeline.find.prompt)
+    pipeline.find.check_queries(queries)
+    choose_decoder(pipeline.sampling.decoder)
     rows = _rows(videos, queries, pipeline.sampling, quiet)
     files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
     files.check([row.paths[0] for row in rows], output)
@@ -139,8 +141,14 @@ def find(
         if not left:
             return 0
         warm_up()  # warms up while this process imports its dependencies
+        if len(rows) == 1 and not is_url(rows[0].video):
+            info = None
+            with suppress(VideoError):  # a video that can't be read gets a record below
+                info = probe(rows[0].paths[0], folder_fps=pipeline.sampling.frame_rate)
+            if info:
+                pipeline.find.check_video(info, rows[0].video)
         with progress(not quiet) as show:
-            session = load(pipeline, show, quiet)
+            session = load(pipeline, show, quiet, samples=False)
         from evoprune.moments import Search
         from evoprune.session import Cache
 
@@ -163,13 +171,13 @@ def find(
                         found = records(search, name, clips)
                         _deliver(search, name, len(rows) > 1, found if json else None, quiet)
                     moments = found
-            except EvopruneError as problem:
-                if len(rows) == 1 or not isinstance(problem, VideoError):
-                    raise
+            except (VideoError, OutOfMemory) as problem:
                 failed += 1
                 error = _report_failure(problem, name, json)
             if search_output:
                 search_output.add(row, moments, error, session.loaded.description.commit)
+            if error and len(rows) == 1:
+                return error["code"]
         return SOME_FAILED if failed else 0
 
 
@@ -213,7 +221,7 @@ class SearchOutput:
         self._file.close()
 
 
-def _report_failure(problem: VideoError, name: str, json: bool) -> dict[str, Any]:
+def _report_failure(problem: VideoError | OutOfMemory, name: str, json: bool) -> dict[str, Any]:
     """Report a failed video search on stderr and, with `json`, also on stdout. Returns the error record."""
     print_traceback(problem)
     error = failure(problem)

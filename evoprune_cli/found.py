@@ -1,11 +1,10 @@
 """The output file of `evoprune find`, with one line per video that lists the moments found in it."""
 
-import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from evoprune.batch import RecordFile, Settings
-from evoprune.report import INVISIBLE, rounded
+from evoprune.report import record_line
 from evoprune.session import FindOptions
 
 SCHEMA = "evoprune/found@1"
@@ -46,6 +45,4 @@ class FoundVideo:
 
     def to_json(self, ascii_only: bool = False) -> str:
         """Return the record as one line of compact JSON. See `Report.to_json`."""
-        record = {"schema": SCHEMA} | asdict(self)
-        text = json.dumps(rounded(record), ensure_ascii=ascii_only, separators=(",", ":"), allow_nan=False)
-        return INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+        return record_line({"schema": SCHEMA} | asdict(self), ascii_only)

@@ -26,7 +26,7 @@ from evoprune_cli.terminal import (
     stdout,
 )
 
-NAMES = ("versions", "devices", "decoders", "method_plugins", "environment")  # sections with names as keys
+NAMES = ("versions", "devices", "decoders", "method_plugins", "environment", "tags")  # sections with names as keys
 ONLY_IF_SET = (
     "folder",
     "download_bytes",
@@ -41,7 +41,6 @@ ONLY_IF_SET = (
     "pixel_aspect",
     "other_tracks",
 )  # printed only if set
-JSON_ONLY = ("args", "warnings")  # not printed as text: warnings go to stderr as sentences
 TITLES = {  # titles for facts with unclear or overly long names
     "resized_hw": "frame size",
     "capped": "cut by a limit",
@@ -236,7 +235,7 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
             name = key  # selects the format of the value
             title = TITLES.get(key, key.removesuffix("_s").removesuffix("_bytes").replace("_", " "))
         title = " " * indent + title
-        if name in JSON_ONLY or (name in ONLY_IF_SET and not value):
+        if name in ONLY_IF_SET and not value:
             continue
         if name in BLOCKS:
             output += BLOCKS[name](title, value)

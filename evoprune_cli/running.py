@@ -23,6 +23,7 @@ from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, 
 
 if TYPE_CHECKING:
     from evoprune.bench import Results
+    from evoprune.model import GenerationSettings
     from evoprune.session import ModelDescription, Session
 
 SOME_FAILED = 6  # exit code if some items failed
@@ -67,6 +68,7 @@ def load(
     quiet: bool,
     *,
     streams: bool = False,
+    samples: bool = True,
     model: "ModelDescription | None" = None,
 ) -> "Session":
     """Load the model for `ask`, `watch`, and other commands that answer questions.
@@ -74,6 +76,7 @@ def load(
     Args:
         show: The function yielded by `terminal.progress`.
         streams: See `Session.load`.
+        samples: Whether the command has the options of sampled answers, which notes about the model may name.
         model: The model description, if already known.
     """
     prepare()
@@ -82,22 +85,19 @@ def load(
     show("loading model")
     report = partial(show, "quantizing")
     session = Session.load(model or options.model, options.pruning, progress=report, streams=streams)
-    note_model(session, options.generation, quiet)
+    note_model(session, options.generation if samples else None, quiet)
     return session
 
 
-def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> None:
-    """Print notes on stderr about ignored sampling settings in the model files, and about automatic quantization."""
+def note_model(session: "Session", asked: GenerationOptions | None, quiet: bool) -> None:
+    """Print notes on stderr about ignored sampling settings in the model files, and about automatic quantization.
+
+    `asked` is None if the command never samples.
+    """
     if quiet:
         return
     loaded = session.loaded
-    files = loaded.generation
-    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers defaults
-    wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
-    others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
-    greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
-    if files.do_sample and others and not greedy:
-        flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
+    if asked and (flags := _sampling_flags(loaded.generation, asked)):
         tell(f"note: the model's generation_config.json has other sampling settings; to use them: {flags}")
     if loaded.description.options.quantize == "auto" and loaded.quantize != "none":
         tell(
@@ -108,6 +108,17 @@ def note_model(session: "Session", asked: GenerationOptions, quiet: bool) -> Non
             f"note: the quantized weights are kept in {loaded.quantized_file.parent} for later runs; to avoid this: "
             "--no-store"
         )
+
+
+def _sampling_flags(files: "GenerationSettings", asked: GenerationOptions) -> str:
+    """Return the options that would apply the sampling settings in the model files, or "" if they already apply."""
+    wanted = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers defaults
+    wanted |= {name: getattr(files, name) for name in wanted if getattr(files, name) is not None}
+    others = {name: value for name, value in wanted.items() if value != getattr(asked, name)}
+    greedy = asked.temperature == 0 and (wanted["top_k"] == 1 or wanted["temperature"] < GREEDY)
+    if not files.do_sample or greedy:
+        return ""
+    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in others.items())
 
 
 def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[str] = ()) -> None:

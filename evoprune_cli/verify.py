@@ -39,7 +39,7 @@ def verify(
     Both sides compute positions, features, logits and an answer without pruning, using the same weights, device and dtype. With
     pruning, the rows of each layer are counted. On a GPU, kernels and graphs are compared with plain PyTorch. How much the results
     may differ depends on the rounding error of the dtype, which is measured. Each check is reported as held, differs or skipped.
-    Exit code 7: something differs.
+    Exit code 7: something differs, or nothing was compared.
 
     \b
     evoprune verify

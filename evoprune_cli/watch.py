@@ -117,6 +117,8 @@ def watch(
         raise UsageError("the question is empty", '-Q "What happens?"')
     if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("no questions, and stdin is not a terminal", "use -Q TEXT --every 30s, or --questions FILE")
+    if questions is not None:
+        _check_questions(questions)
     check_history(history, prompt, hint="leave it out, or leave out -Q and --questions")
     pipeline = options()
     check_text(*asked, pipeline.generation.system)
@@ -240,7 +242,7 @@ class _Watching:
                 _write(f"\r{self._state()}\x1b[K")
             latest_s = self._feed.latest_s  # read this first, so that all earlier frames have been fed by then
             now_s = self._stream.until_s or 0.0
-            due = next_s is not None and max(now_s, latest_s) >= next_s
+            due = next_s is not None and max(now_s, latest_s) >= next_s - self._feed.TOLERANCE_S
             new = now_s > asked_s
             if new and (due or ended):
                 asked_s = now_s
@@ -355,13 +357,22 @@ def _write(text: str) -> None:
         sys.stderr.flush()
 
 
+def _check_questions(path: str) -> None:
+    """Raise UsageError if a file of questions doesn't exist or can't be read. Pipes are not opened."""
+    if path == STDIN:
+        return
+    if not os.path.exists(path):
+        raise UsageError(f"no such file: {path}", missing_hint(path, "to read stdin: --questions -"))
+    if os.path.isdir(path) or not os.access(path, os.R_OK):
+        why = "it is a folder" if os.path.isdir(path) else "permission denied"
+        raise UsageError(f"cannot read {path}: {why}", "to read stdin: --questions -")
+
+
 def _lines(path: str) -> "queue.SimpleQueue[bytes | None]":
     """Return a queue that receives the nonempty lines from a pipe, followed by None at the end.
 
     The lines are read in a separate thread, which doesn't hold the locks of Python's streams while waiting.
     """
-    if path != STDIN and not os.path.exists(path):
-        raise UsageError(f"no such file: {path}", missing_hint(path, "to read stdin: --questions -"))
     pending: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def read() -> None:

@@ -128,7 +128,8 @@ class Sources:
         """Return the rows that still need to be answered, including rows that failed in an earlier run.
 
         Raises:
-            UsageError: If an earlier record has different settings, or if its row, model, or inputs have changed.
+            UsageError: If an earlier record has different settings, or if the row of an answered record, the model, or an input has
+                changed.
         """
         by_id = {row.id: row for row in rows}
         now = rounded(self._settings.record())
@@ -140,7 +141,8 @@ class Sources:
                 raise UsageError(f"the output was started with other settings: {change}", hint)
             # The expected answer may change, because it does not affect the model's answer.
             before = earlier.row | {"answer": None}
-            if change := differences(before, asked.get(earlier.id, before) | {"answer": None}):
+            change = differences(before, asked.get(earlier.id, before) | {"answer": None})
+            if change and not earlier.failed:
                 hint = "give changed rows new ids, or choose another -o"
                 raise UsageError(f"the row {earlier.id!r} has changed since it was asked: {change}", hint)
             self._check(earlier, by_id.get(earlier.id))
@@ -396,9 +398,7 @@ class RecordFile:
                         raise ValueError
                     about = record["batch"]
                     failed = record["error"] is not None
-                    stated = {"seek": "exact"} | about[
-                        "settings"
-                    ]  # records from earlier versions don't contain `seek`, because there was only one mode
+                    stated = about["settings"]
                     if stated != settings:  # records usually have the same settings, so they share a single dict
                         settings = stated
                     files = dict(about.get("files") or {})

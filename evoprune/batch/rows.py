@@ -591,7 +591,7 @@ def in_folders(
                 hint,
             )
         else:
-            hint = f"-r also searches subfolders; {ENDINGS_HINT}"
+            hint = f"-r also searches subfolders; {ENDINGS_HINT}" if pictures else ENDINGS_HINT  # `find` has no -r
             problems.add(f"no videos or images in the folder {video}", hint)
 
 

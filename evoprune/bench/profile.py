@@ -55,7 +55,7 @@ from evoprune.bench.profile_rows import (
 from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, prune_prompt
-from evoprune.methods import EncoderPlan, PruneConfig, TowerShape, arange_on
+from evoprune.methods import EncoderPlan, MethodChain, PruneConfig, TowerShape, arange_on
 from evoprune.model import PATCHES, Clock, Config, Cost, Model, QwenVL, matmul_rate
 from evoprune.session import (
     BUNDLED_CONFIGS,
@@ -590,7 +590,15 @@ def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: Ti
 
 
 def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
-    """Insert a bound before the methods at each budget, based on the first of these methods that didn't fail. See `bound_of`."""
+    """Insert a bound before the methods at each budget, based on one of these methods. See `bound_of`.
+
+    This is the first method that didn't fail. Methods that don't spend time in the language model are preferred, and so is the
+    model without quantization, from which the bound's tower time comes.
+    """
+
+    def rank(row: ProfileRow) -> tuple[bool, bool]:
+        return bool(MethodChain.parse(row.method).language), row.quantize != "none"
+
     bounded = []
     seen = set()
     full = None
@@ -599,7 +607,7 @@ def _with_bounds(rows: list[ProfileRow]) -> list[ProfileRow]:
             full = row
         if row.kind == METHOD and row.method != "none" and (row.case, row.budget) not in seen:
             seen.add((row.case, row.budget))
-            like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget)]
-            bounded.append(bound_of(full, next((r for r in like if not r.error), row)))
+            like = [r for r in rows if (r.kind, r.case, r.budget) == (METHOD, row.case, row.budget) and not r.error]
+            bounded.append(bound_of(full, min(like, key=rank, default=row)))
         bounded.append(row)
     return bounded

@@ -296,9 +296,13 @@ class ProfileResults(Results):
     def _live_share(self, unit: str, factor: float) -> Panel:
         """Return a panel that plots the encode time against the live share (share of rows computed), with one line per method."""
         points: dict[str, list[Point]] = {}
+        forms = [row.quantize for row in self.rows if row.kind == METHOD]
+        shown = (
+            "none" if "none" in forms else next(iter(forms), "none")
+        )  # one form of the weights, the same for all methods
         for row in self.rows:
             figures = self.figures(row)
-            if figures and row.kind != BOUND and row.quantize == "none":
+            if figures and row.kind != BOUND and (row.kind != METHOD or row.quantize == shown):
                 name = row.method if row.kind == METHOD else row.name
                 label = ""
                 if row.counts.live_share < 1:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.batch import Row, RowReader
+from evoprune.bench.scores import ALL, TYPE
 from evoprune.util import is_url, without_tags
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -437,6 +438,10 @@ def _complete(row: Row, fields: dict[str, Any]) -> Row:
         (
             not isinstance(groups, list) or not all(isinstance(g, str) for g in groups),
             "groups is not a list of strings",
+        ),
+        (
+            isinstance(groups, list) and any(g == ALL or str(g).startswith(TYPE) for g in groups),
+            f"a group cannot be called {ALL!r}, nor begin with {TYPE!r}",
         ),
         (len(row.inputs) > 1, "a question in an evaluation is about one video or image"),
         (any(map(is_url, row.inputs)), "an evaluation does not read URLs: download the video first"),

@@ -583,7 +583,9 @@ class Run:
         """Answer the questions with the unpruned model. See `Answering.answer` for exceptions."""
         session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
         settings = self.settings
-        limit = TimeLimit(SHARE_OF_FULL * settings.time_limit_s, self.limit.now)
+        limit = TimeLimit(
+            SHARE_OF_FULL * max(0.0, self.limit.left), self.limit.now
+        )  # loading has taken some of the time
         given = session, settings.sampling, settings.questions, limit
         self.answering = Answering(*given, settings.think, self.ahead)
         try:

@@ -19,6 +19,7 @@ from evoprune.hf import interface
 from evoprune.methods import Budget, MethodText, PruneConfig, TowerShape
 from evoprune.model import VisionConfig, all_finite
 from evoprune.session import calibrate_tower
+from evoprune.util import check_type
 from evoprune.video import InputLimits
 from evoprune.vision import Encoded, encode_rows
 
@@ -64,6 +65,8 @@ def encode(
             None, or the inputs have an invalid type, dtype, or shape, or don't match each other.
         ModelError: If the model has no supported vision tower.
     """
+    method = check_type("method", method, str)
+    seed = check_type("seed", seed, int)
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
     return Encoded.joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))

@@ -3,17 +3,20 @@
 Frames are read, sampled, and resized in the same way as in `VideoQA`, so `VideoQA` and the user's own model see the same pixels.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 from transformers import BatchFeature
 
+from evoprune.errors import EvopruneWarning
 from evoprune.language import Prompt, Tokenizer
 from evoprune.model import VisionConfig
+from evoprune.report import VideoFacts, warning_text, warning_title
 from evoprune.session import ModelOptions, describe, inputs_of, prompt_about, with_subtitles
 from evoprune.signatures import takes
 from evoprune.util import check_question, from_keywords
@@ -100,17 +103,39 @@ def read_patches(plan: Plan, limits: InputLimits, device: torch.device | str = "
 
     Raises:
         VideoError: If the input cannot be read.
+
+    Warns:
+        EvopruneWarning: If the input is damaged, or fewer frames were read than requested; see `report.WARNINGS`.
     """
     made: list[torch.Tensor] = []
     times_s: tuple[float, ...] = ()
-    moved = False
-    how = {"decoder": plan.decoder, "seek": plan.seek, "part_s": plan.sampling.seconds_per_frame}
-    with closing(read_chunks(plan.source, plan.sampling.times_s, **how)) as chunks:
+    moved = other_size = False
+    damaged = 0
+    with closing(read_chunks(plan.source, plan.sampling.times_s, **plan.read_arguments)) as chunks:
         for chunk in chunks:
             made.append(normalised(patches_of(chunk.pixels, plan, limits, torch.device(device)), limits.normal))
             times_s += chunk.times_s
             moved = moved or chunk.moved
+            other_size = other_size or chunk.other_size
+            damaged += chunk.damaged
+    _warn(plan, damaged, other_size)
     return replace(plan, read_s=times_s, moved=moved), torch.cat(made)
+
+
+def _warn(plan: Plan, damaged: int, other_size: bool) -> None:
+    """Emit the warnings that a report about this input would contain."""
+    found = {
+        "cut_short": plan.cut_short,
+        "limited": plan.limited,
+        "damaged_video": damaged > 0,
+        "changing_size": other_size,
+    }
+    names = [*(name for name, true in found.items() if true), *plan.info.warnings, *plan.subtitles.warnings]
+    known = {field.name: getattr(plan.info, field.name, None) for field in fields(VideoFacts)}
+    video = VideoFacts(**known | {"path": plan.name, "damaged": damaged})
+    for name in names:
+        if warning_title(name) == "warning":
+            warnings.warn(warning_text(name, video), EvopruneWarning, stacklevel=4)
 
 
 def arguments(

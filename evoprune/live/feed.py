@@ -174,6 +174,8 @@ class LiveFeed:
         ask_s: Time of the first question, in seconds on the source's clock. See `ask_at`.
     """
 
+    TOLERANCE_S = 1e-6  # a frame that precedes a question by less than this, because of rounding, is held back
+
     def __init__(self, stream: VideoStream, source: LiveSource, window_s: float, ask_s: float = inf):
         self.backlog = Backlog(window_s, 0.5)  # 0.5 is a placeholder; the first frame sets the stream's step
         self.begun = threading.Event()
@@ -256,7 +258,7 @@ class LiveFeed:
         """Block until all questions that precede this frame have been asked."""
         self.latest_s = time_s
         with self._asking:
-            while time_s >= self._ask_s - 1e-6 and not self._closing:
+            while time_s >= self._ask_s - self.TOLERANCE_S and not self._closing:
                 waits = self._source.waits
                 begun = time.monotonic()
                 if not waits and self.backlog.early_s(time_s) <= 0:

@@ -292,7 +292,8 @@ class VideoStream(Askable):
             if slot < self._done or (self._slots and slot <= self._slots[-1]):
                 return False
             self._slots.append(slot)
-            self._frames.append(self.scaled(frame))
+            scaled = self.scaled(frame)
+            self._frames.append(scaled.copy() if scaled is frame else scaled)  # the caller may reuse its array
             self._count += 1
             if slot % size == size - 1:
                 self._finish(slot + 1)

@@ -38,7 +38,7 @@ from evoprune.session import (
     Session,
     speech_of,
 )
-from evoprune.util import brief, check_question
+from evoprune.util import check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
 # The questions that together determine whether a segment matches a query. Each question is paired with the answer (True for yes)
@@ -96,9 +96,8 @@ class Search:
         warnings: A dict that maps warning names to facts about the affected video.
 
     Raises:
-        UsageError: A query is empty, duplicated, or too long; the input is a still image; or the words for yes and no begin with
-            the same token.
-        VideoError: The video is missing, unreadable, or empty.
+        UsageError: A query is empty, duplicated, or too long; or the words for yes and no begin with the same token.
+        VideoError: The video is missing, unreadable, or empty, or the input is a still image.
         OutOfMemory: The model does not fit into memory.
     """
 
@@ -118,7 +117,7 @@ class Search:
             self._input = {"cache": cache}
         self._options = options
         self._sampling = sampling
-        self.queries = checked(queries)
+        self.queries = options.check_queries(queries)
         self._questions = {query: questions_for(session, options, query) for query in self.queries}
         self._yes, self._no = first_tokens(session.loaded.tokenizer, options.yes, options.no)
         given = GivenInput(source)
@@ -130,10 +129,7 @@ class Search:
             offline = session.loaded.description.options.offline
             file = self._files.enter_context(given.local(offline=offline))
             self._info = probe(file, folder_fps=sampling.frame_rate)
-            if self._info.is_picture:
-                raise UsageError(
-                    f"{self.name} is an image, which has no moments", "give a video; ask asks about an image"
-                )
+            options.check_video(self._info, self.name)
             self.duration_s = self._info.length_s
             self._fps = sampling.rate(session.loaded.video.fps)
             self.segments, self.tokens = self._cut()
@@ -560,26 +556,6 @@ def joined(moments: Sequence[Moment]) -> list[Moment]:
             moment = replace(best, start_s=before.start_s, end_s=max(before.end_s, moment.end_s))
         made.append(moment)
     return made
-
-
-def checked(queries: Sequence[str]) -> list[str]:
-    """Validate the queries and return them as a list.
-
-    Raises:
-        UsageError: There are no queries, or a query is not a string, is empty, or is duplicated.
-    """
-    if not isinstance(queries, Sequence):
-        raise UsageError(f"the query is {brief(queries)}, not a string", 'for example "a red star"')
-    if not queries:
-        raise UsageError("no query", 'say what to find, such as "a red star"')
-    for query in queries:
-        if not isinstance(query, str):
-            raise UsageError(f"the query is {brief(query)}, not a string", 'for example "a red star"')
-        if not query.strip():
-            raise UsageError("the query is empty", 'say what to find, such as "a red star"')
-        if queries.count(query) > 1:
-            raise UsageError(f"the query {query!r} appears twice", "give each query once")
-    return list(queries)
 
 
 def questions_for(session: Session, options: FindOptions, query: str) -> Questions:

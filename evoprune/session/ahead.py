@@ -184,6 +184,10 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
     paths = path
     if isinstance(path, str | os.PathLike):
         paths = [path]
-    if not isinstance(paths, list | tuple) or not all(isinstance(each, str | os.PathLike) for each in paths):
+    if (
+        not isinstance(paths, list | tuple)
+        or not paths
+        or not all(isinstance(each, str | os.PathLike) for each in paths)
+    ):
         raise UsageError(f"the input is {brief(path)}, not a path", "give the path of a file or a folder of frames")
     return ReadAhead(describe(loading), [(paths, sampling)])

@@ -365,6 +365,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "decoder": plan.decoder,
         "seek": plan.seek,
         "times": plan.sampling.times_s,
+        "rate": plan.info.fps,  # which images of a folder are shown at these times depends on it
         "size": [plan.height, plan.width],
         "encoder": asdict(plan.encoder),
         "pixels": [*limits.normal, limits.patch_size, limits.temporal_patch_size, limits.merge_size],

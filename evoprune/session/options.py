@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from evoprune.bundled import DEMOS
-from evoprune.errors import OTHER_MODELS, ModelError, UsageError
+from evoprune.errors import OTHER_MODELS, ModelError, UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, EncoderPlan, Grid, MethodText, TowerShape
 from evoprune.session.hub import MODEL_HINT, is_id, near_hint
 from evoprune.util import (
+    brief,
     check_types,
     did_you_mean,
     file_state,
@@ -23,7 +25,7 @@ from evoprune.util import (
     option,
     parse_time,
 )
-from evoprune.video import SamplingOptions
+from evoprune.video import SamplingOptions, Video
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig
@@ -374,6 +376,32 @@ class FindOptions:
             )
         if not self.yes.strip() or not self.no.strip():
             raise UsageError("the word for yes or no is empty", "for example --yes yes --no no")
+
+    @staticmethod
+    def check_queries(queries: Sequence[str]) -> list[str]:
+        """Return the queries as a list.
+
+        Raises:
+            UsageError: There are no queries, or a query is not a string, is empty, or is duplicated.
+        """
+        if not isinstance(queries, Sequence):
+            raise UsageError(f"the query is {brief(queries)}, not a string", 'for example "a red star"')
+        if not queries:
+            raise UsageError("no query", 'say what to find, such as "a red star"')
+        for query in queries:
+            if not isinstance(query, str):
+                raise UsageError(f"the query is {brief(query)}, not a string", 'for example "a red star"')
+            if not query.strip():
+                raise UsageError("the query is empty", 'say what to find, such as "a red star"')
+            if queries.count(query) > 1:
+                raise UsageError(f"the query {query!r} appears twice", "give each query once")
+        return list(queries)
+
+    @staticmethod
+    def check_video(info: Video, name: str) -> None:
+        """Raise VideoError if the input is an image."""
+        if info.is_picture:
+            raise VideoError(f"{name} is an image, which has no moments", "give a video; ask asks about an image")
 
 
 @dataclass(frozen=True)

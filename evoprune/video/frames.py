@@ -95,7 +95,16 @@ def read_subtitles(info: Video, choice: str, start_s: float = 0.0, end_s: float 
         return Subtitles()
     if info.is_picture:
         return Subtitles(note=f"{info.path} is an image")
-    values = _run("subtitles", info.path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
+    path = info.path
+    if not info.is_file:
+        if choice == "auto":
+            return Subtitles(note="an array of frames has no file")
+        path = choice
+    elif choice != "auto" and os.path.isabs(path):
+        # The reading process enters the current folder only if the video's path is relative.
+        with suppress(FileNotFoundError):  # the current folder no longer exists
+            choice = os.path.abspath(choice)
+    values = _run("subtitles", path, origin_s=info.start_s, choice=choice, start_s=start_s, end_s=end_s)
     return Subtitles(**values | {"lines": [tuple(line) for line in values["lines"]]})
 
 

@@ -24,7 +24,7 @@ Bytes = bytes | bytearray | memoryview
 Input = Union[str, os.PathLike[str], NDArray[np.uint8], "Tensor", "Image", Bytes, BinaryIO, HeldVideo]
 CHUNK_BYTES = 2**20  # chunk size for copying an open file
 MOST_LEVELS = 65535  # highest gray level in 16 bits
-STORED_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")  # Pillow modes that PNG stores without conversion
+STORED_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")  # Pillow modes that PNG stores without conversion
 
 
 class GivenInput:
@@ -36,7 +36,8 @@ class GivenInput:
     @property
     def is_frames(self) -> bool:
         """True if the input is an array or tensor of frames, False for everything else, including Pillow images."""
-        return hasattr(self._value, "__array__") and not is_picture(self._value)
+        given = self._value
+        return hasattr(given, "__array__") and not isinstance(given, str) and not is_picture(given)
 
     @property
     def has_content(self) -> bool:
@@ -152,19 +153,26 @@ def _png(picture: Any) -> bytes:
         UsageError: The image has more than 16 bits per channel, so PNG cannot store it.
         VideoError: The image cannot be read.
     """
-    if picture.mode == "F" or (picture.mode.startswith("I") and not _fits_16_bits(picture)):
-        raise UsageError(f"an image of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
+    stored = picture
     try:
-        if picture.mode not in STORED_MODES:
-            mode = "RGBA" if picture.has_transparency_data else "RGB"
-            picture = picture.convert(mode)
+        if picture.mode.startswith("I"):
+            stored = _in_16_bits(picture)
+        elif picture.mode not in (*STORED_MODES, "F"):
+            stored = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        if stored is None or stored.mode == "F":
+            raise UsageError(f"an image of mode {picture.mode} has more than 16 bits", "give picture.convert('RGB')")
         content = io.BytesIO()
-        picture.save(content, "PNG", compress_level=1, exif=picture.getexif())
+        stored.save(content, "PNG", compress_level=1, exif=picture.getexif())
     except (OSError, ValueError) as problem:  # the image's file is damaged or closed
         raise VideoError(f"cannot read {name_of(picture)}: {problem}", "is its file complete?") from problem
     return content.getvalue()
 
 
-def _fits_16_bits(picture: Any) -> bool:
-    least, most = picture.getextrema()
-    return least >= 0 and most <= MOST_LEVELS
+def _in_16_bits(picture: Any) -> Any:
+    """Return an image with integers of any size in mode "I;16", or None if the integers don't fit."""
+    from PIL import Image
+
+    levels = np.asarray(picture)
+    if levels.min() < 0 or levels.max() > MOST_LEVELS:
+        return None
+    return Image.fromarray(levels.astype(np.uint16))

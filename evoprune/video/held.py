@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
-from evoprune.util import brief
+from evoprune.util import brief, check_type
 from evoprune.video.info import Video
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class HeldVideo(Video):
             problem = "no frame rate" if frame_rate is None else "both a frame rate and times"
             raise UsageError(f"an array of {len(array)} frames has {problem}", RATE_HINT)
         if times_s is None:
+            frame_rate = check_type("frame_rate", frame_rate, float)
             return _as_video(array, tuple(number / frame_rate for number in range(len(array))), frame_rate, 0.0)
         times = _checked_times(times_s, len(array))
         first = times[0]

@@ -7,13 +7,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import clock
-
-if TYPE_CHECKING:
-    pass
 
 # If a file specifies a pixel aspect ratio above this value or below its inverse, the ratio is ignored, and the pixels are treated
 # as square.
@@ -24,6 +21,7 @@ ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # input types that models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
 FOLDER_FPS = 2.0
+AUDIO_RATE = 16_000  # samples per second of the audio for speech recognition
 # HDR formats: two transfer curves, and Dolby Vision's proprietary format (profile 5), which is not supported.
 PQ = "PQ"
 HLG = "HLG"

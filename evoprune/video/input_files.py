@@ -56,34 +56,34 @@ class Folder:
         """The paths in `files` that have a video extension (`VIDEOS`), in the same order."""
         return [path for path in self.files if path.lower().endswith(self.VIDEOS)]
 
+    @staticmethod
+    def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
+        """Find the subtitle files next to a video.
 
-def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
-    """Find the subtitle files next to a video.
+        Args:
+            listdir: Function that lists a folder: either `os.listdir` or a caching variant.
 
-    Args:
-        listdir: Function that lists a folder: either `os.listdir` or a caching variant.
+        Returns:
+            Two lists of paths. The first list contains subtitle files with the same name as the video, in order of preference. The
+            second list contains subtitle files with a language tag after the video's name, such as film.en.srt.
 
-    Returns:
-        Two lists of paths. The first list contains subtitle files with the same name as the video, in order of preference. The
-        second list contains subtitle files with a language tag after the video's name, such as film.en.srt.
-
-    Raises:
-        OSError: The folder cannot be read.
-    """
-    path = os.path.normpath(path)
-    folder, name = os.path.split(path)
-    stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
-    exact = {}
-    others = []
-    for file in listdir(folder or "."):
-        front, ending = os.path.splitext(file)
-        if not file.startswith(stem) or ending.lower() not in SUBTITLES:
-            continue
-        if front == stem:
-            exact[ending.lower()] = os.path.join(folder, file)
-        elif LANGUAGE.fullmatch(front[len(stem) :]):
-            others.append(os.path.join(folder, file))
-    return [exact[ending] for ending in SUBTITLES if ending in exact], others
+        Raises:
+            OSError: The folder cannot be read.
+        """
+        path = os.path.normpath(path)
+        folder, name = os.path.split(path)
+        stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
+        exact = {}
+        others = []
+        for file in listdir(folder or "."):
+            front, ending = os.path.splitext(file)
+            if not file.startswith(stem) or ending.lower() not in SUBTITLES:
+                continue
+            if front == stem:
+                exact[ending.lower()] = os.path.join(folder, file)
+            elif LANGUAGE.fullmatch(front[len(stem) :]):
+                others.append(os.path.join(folder, file))
+        return [exact[ending] for ending in SUBTITLES if ending in exact], others
 
 
 def input_state(
@@ -95,7 +95,7 @@ def input_state(
 
     Args:
         subtitles: Path of a subtitle file, "none", or "auto" for all subtitle files next to the input.
-        listdir: See `subtitles_beside`.
+        listdir: See `Folder.subtitles_beside`.
 
     Returns:
         The state, or None if any file is missing or cannot be read.
@@ -103,7 +103,7 @@ def input_state(
     try:
         own = Folder(path).images if os.path.isdir(path) else [path]
         if subtitles == "auto":
-            own += [file for found in subtitles_beside(path, listdir) for file in found]
+            own += [file for found in Folder.subtitles_beside(path, listdir) for file in found]
         elif subtitles != "none":
             own.append(subtitles)
         return file_state(own)

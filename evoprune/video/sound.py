@@ -9,12 +9,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.video.info import Video
+from evoprune.video.info import AUDIO_RATE, Video
 
 if TYPE_CHECKING:
     import numpy as np
 
-RATE = 16_000  # samples per second
 PIECE_S = 30.0
 SPEECH_MODELS = ("tiny", "base", "small", "large-v3-turbo")
 SPEECH_FILES = ("model.bin", "config.json", "tokenizer.json")  # required files in a speech model's folder
@@ -50,7 +49,7 @@ class SoundPiece:
 
     @property
     def end_s(self) -> float:
-        return self.start_s + len(self.samples) / RATE
+        return self.start_s + len(self.samples) / AUDIO_RATE
 
 
 def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece]:
@@ -72,7 +71,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
     from evoprune.video.sandbox.channel import FrameMemory
     from evoprune.video.sandbox.isolation import HINT, borrow
 
-    size = 4 * round(PIECE_S * RATE)
+    size = 4 * round(PIECE_S * AUDIO_RATE)
     # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
     with borrow(info.path) as worker:

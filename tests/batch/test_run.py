@@ -1,6 +1,5 @@
 """Test batches of questions: which rows remain, and that every row gets a record, whatever happens to the other rows."""
 
-import json
 import pkgutil
 import threading
 import time
@@ -12,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.batch.output import EarlierRecord, RecordFile, Settings, Sources
+from evoprune.batch.output import EarlierRecord, Settings, Sources
 from evoprune.batch.rows import Row, RowReader, Span
 from evoprune.batch.run import answers
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.language import Turn
-from evoprune.report import SCHEMA, Report
+from evoprune.report import Report
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
 
@@ -83,6 +82,11 @@ def test_a_row_that_changed_is_refused(name):
     with pytest.raises(UsageError, match=f"has changed since it was asked: {name} was "):
         Sources(SETTINGS).remaining(rows, [found(ROWS[0])])
     assert Sources(SETTINGS).remaining([replace(ROWS[0], answer="yes")], [found(ROWS[0])]) == []  # never asked
+
+
+def test_a_row_that_failed_may_be_corrected():
+    rows = [replace(ROWS[0], inputs=("right.mp4",), paths=("right.mp4",)), *ROWS[1:]]
+    assert Sources(SETTINGS).remaining(rows, [found(ROWS[0], failed=True), found(ROWS[1])]) == [rows[0], *ROWS[2:]]
 
 
 def test_another_commit_of_a_hub_model_is_refused():
@@ -159,6 +163,7 @@ def test_a_record_names_a_video_as_its_row_does(qa):
 
 def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
     """While the first video's questions are answered, the second video is read; the third is not opened."""
+    monkeypatch.setattr("evoprune.session.upcoming.readers", lambda loaded: 1)
     events, second = [], threading.Event()
 
     def read(info, times, **how):
@@ -180,6 +185,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
 
 def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatch):
     """A video alone, together with others, and twice in a row."""
+    monkeypatch.setattr("evoprune.session.upcoming.readers", lambda loaded: 1)
     read, waited = [], []
 
     def counted(info, times, **how):
@@ -290,15 +296,3 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
     with pytest.raises(type(stop)):
         list(answers(qa.session, Span.group(ROWS), SETTINGS))
     assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
-
-
-def test_records_of_versions_without_seek_are_of_exact_frames(tmp_path):
-    path = tmp_path / "out.jsonl"
-    settings = changed(seek="exact").record()
-    del settings["seek"]
-    line = {"schema": SCHEMA, "id": ROWS[0].id, "error": None, "batch": {"row": ROWS[0].asked, "settings": settings}}
-    path.write_text(json.dumps(line) + "\n")
-    with closing(RecordFile(str(path), resume=True)) as output:
-        assert Sources(changed(seek="exact")).remaining(ROWS, output.earlier_records) == ROWS[1:]
-        with pytest.raises(UsageError, match=r"other settings: seek was .*exact.* and is now .*auto"):
-            Sources(SETTINGS).remaining(ROWS, output.earlier_records)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -385,6 +386,24 @@ def test_a_bound_belongs_to_its_budget_and_case():
     assert [found.figures(r).vs_bound for r in found.rows] == [None, None, 8 / 4, None, 7 / 3, None]
     assert [found.figures(r).vs_hf for r in found.rows] == [None] * 6
     assert found.cases == [LARGE, Case(16, 224, 336)] and found.of(found.cases[1]) == [elsewhere]
+
+
+def test_a_bound_spends_no_time_on_pruning_in_the_language_model():
+    """Nor does it mix the exact tower's time with a quantized language model's, if there is another row."""
+    full = row(FULL, (6.0,), (3.0,), method="none")
+    inside = row(METHOD, (6.0,), (2.5,), 38, 0.1, "fastv")
+    small = replace(row(METHOD, (3.0,), (0.5,), 38, 0.1, "divprune"), quantize="int8")
+    after = row(METHOD, (6.0,), (1.0,), 38, 0.1, "divprune")
+    for rows, expected in (([inside, small, after], 1.0), ([inside, small], 0.5), ([inside], 2.5)):
+        bound = next(found for found in profile._with_bounds([full, *rows]) if found.kind == BOUND)
+        assert bound.seconds("prefill") == [expected]
+
+
+def test_the_chart_has_methods_that_ran_in_8_bits_only():
+    full = row(FULL, (6.0, 6.0, 6.0), (3.0, 3.0, 3.0), method="none")
+    small = replace(row(METHOD, (2.0, 2.0, 2.0), (1.0, 1.0, 1.0), 38, 0.1, "evoprune", live=0.5), quantize="int8")
+    drawn = ElementTree.fromstring(results_of(full, small).chart())
+    assert "-b 0.1" in {text.text for text in drawn.iter() if text.tag.endswith("text")}
 
 
 def test_why_there_are_fewer_rounds():

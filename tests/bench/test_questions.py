@@ -361,6 +361,8 @@ def test_options_with_letters(tmp_path):
         ("[]", "line 2"),
         ({"video": "a.mp4", "question": "What?"}, "line 2: no answer"),
         (ROW | {"groups": [3]}, "groups is not a list"),
+        (ROW | {"groups": ["all"]}, "a group cannot be called 'all'"),
+        (ROW | {"groups": ["type:count"]}, "nor begin with 'type:'"),
         (ROW | {"subtitles": "a.srt"}, "subtitles are not read"),
         ({"video": "a.mp4", "messages": SAID, "answer": "Yes"}, "asks single questions"),
         (ROW | {"video": None, "inputs": ["a.mp4", "b.mp4"]}, "is about one video or image"),

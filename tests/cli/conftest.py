@@ -83,6 +83,12 @@ def the_process_is_restored():
         yield
 
 
+@pytest.fixture(autouse=True)
+def the_users_cache_is_not_used(monkeypatch):
+    """This comes before the fixtures of the test modules, some of which set a cache of their own."""
+    monkeypatch.delenv("EVOPRUNE_CACHE_DIR", raising=False)
+
+
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """A function that runs a command, as in `cli("ask", ..., stdin="text")`, and returns exit code, stdout and stderr.

@@ -111,7 +111,7 @@ def test_standard_input_is_read_ahead(cli, made):
 
 
 def test_with_a_cache_nothing_is_read_ahead(cli, made, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
     for _ in range(2):
         assert cli(*ASK, "--cache", "-q").code == 0
     (first, second), anew = made

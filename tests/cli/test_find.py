@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from PIL import Image
 
+from evoprune.errors import OutOfMemory
 from evoprune.moments import Search
 from tests.cli.conftest import ROOT
 
@@ -139,3 +141,53 @@ def test_segments_are_kept_on_disk(cli, tmp_path, monkeypatch):
 def test_outputs_that_make_no_sense(cli, words, problem):
     result = cli("find", SQUARE, GREEN, *words)
     assert (result.code, result.out) == (2, "") and problem in result.err
+
+
+def test_an_image_among_videos_is_a_failure_of_its_own(cli, tmp_path):
+    """A GIF of one frame is an image. The record of the failure does not end later runs."""
+    for name in ("a.mp4", "c.mp4"):
+        (tmp_path / name).symlink_to(SQUARE)
+    Image.new("P", (112, 112)).save(tmp_path / "b.gif")
+    out = tmp_path / "out.jsonl"
+    for _ in range(2):
+        result = cli("find", str(tmp_path), GREEN, "-o", str(out), "--resume", "-q")
+        assert result.code == 6 and "b.gif is an image, which has no moments" in result.err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    failed = [record["batch"]["row"]["video"] for record in records if record["error"]]
+    assert failed == [str(tmp_path / "b.gif")] and len(records) == 3
+
+
+def test_memory_that_ends_with_one_video_does_not_end_the_others(cli, tmp_path, monkeypatch):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).symlink_to(SQUARE)
+    run = Search.run
+
+    def failing(self, progress=None):
+        if self.name.endswith("a.mp4"):
+            raise OutOfMemory("no memory", "use less")
+        return run(self, progress)
+
+    monkeypatch.setattr(Search, "run", failing)
+    result = cli("find", str(tmp_path), GREEN, "-q")
+    assert result.code == 6 and "no memory" in result.err and f"{tmp_path / 'b.mp4'}: {GREEN}" in result.out
+
+
+def test_a_single_video_that_fails_has_a_record(cli, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    result = cli("find", str(tmp_path / "a.mp4"), GREEN, "-q", "-o", str(tmp_path / "out.jsonl"))
+    assert result.code == 3 and json.loads((tmp_path / "out.jsonl").read_text())["error"]["code"] == 3
+
+
+@pytest.mark.parametrize("words", [(SQUARE, GREEN, "-Q", GREEN), ("b.png", GREEN), (SQUARE, GREEN, "--decoder", "x")])
+def test_what_is_wrong_is_said_before_weights_are_read(cli, tmp_path, monkeypatch, words):
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (112, 112)).save("b.png")
+    assert cli("find", *words).code in (2, 3)
+
+
+def test_hints_name_only_options_of_find(cli, tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.mp4").symlink_to(SQUARE)
+    result = cli("find", str(tmp_path), GREEN)
+    assert result.code in (2, 3) and "no videos or images" in result.err and "-r also" not in result.err

@@ -209,3 +209,21 @@ def test_a_cache_that_cannot_be_emptied(cli, folder, monkeypatch):
     monkeypatch.setattr("evoprune.session.cache.Cache.clear", refused)
     result = cli("inspect", "--clear-cache")
     assert result.code == 2 and "Permission denied" in result.err and len(result.err.splitlines()) == 2
+
+
+def test_a_file_may_call_its_tags_anything(cli, tmp_path):
+    """A tag's name neither formats nor hides its text."""
+    tags = {"parameters": "steps 20", "seconds": "about five", "size_bytes": "many", "warnings": "none", "a_b_s": "c"}
+    path = tmp_path / "tags.mp4"
+    with av.open(CLIP) as source, av.open(path, "w", options={"movflags": "use_metadata_tags"}) as copy:
+        copy.metadata.update(tags)
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    result = cli("inspect", str(path))
+    assert result.code == 0
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines()]
+    assert all([name, text] in lines for name, text in tags.items()), result.out
+    assert tags.items() <= cli("inspect", str(path), "--json").record["video"]["tags"].items()

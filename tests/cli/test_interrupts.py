@@ -40,7 +40,7 @@ RUNS = {
     "python": [],
 }
 TWICE = ("ask", "ahead", "python")  # also interrupted by two Ctrl-C in a row
-LONGEST_S = 0.5
+LONGEST_S = 2.0
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
@@ -80,7 +80,12 @@ def run(name: str, words: list[str], folder: Path, times: int) -> dict:
         copy(folder, [word.replace("{}", str(folder)) for word in words])
     os.close(silent)
     begun = {"watch": lambda: len(children(pid)) > 0}.get(name, lambda: list(folder.glob("*.begun")))
+    until = time.monotonic() + 60
     while not begun():
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"{name} does not read: {(folder / 'err').read_text()}")
         time.sleep(0.01)
     time.sleep(0.3)  # by now the command is waiting for frames
     sent = time.monotonic()

@@ -79,7 +79,7 @@ def test_what_can_wait_is_asked_about_at_every_moment(cli, untagged, source):
 @pytest.mark.full
 def test_a_moment_without_new_frames_is_left_out_aloud(cli, tmp_path):
     clip = write_video(tmp_path / "rare.mkv", numbered_frames(4), pts=[0.0, 3.0, 6.0, 6.5])
-    how = ("--window", "2s", "--timeout", "1s")  # waits that long for the file to grow
+    how = ("--window", "2s", "--timeout", "3s")  # waits that long for the file to grow
     result = cli("watch", clip, *ASKED, "--every", "1s", *how, "--json")
     assert [each["stream"]["end_s"] for each in records(result.out)] == [0.5, 3.5, 7.0]
     assert "2 answers skipped, from 0:02.0 to 0:03.0: no frame has arrived" in result.err
@@ -193,12 +193,12 @@ def test_a_question_without_its_flag(cli):
 
 
 @pytest.mark.parametrize(
-    ("name", "answers", "says"),
-    [("stall", 1, "nothing came from"), ("nothing", 0, "cannot read")],
+    ("name", "timeout", "answers", "says"),
+    [("stall", "3s", 1, "nothing came from"), ("nothing", "10s", 0, "cannot read")],
 )
-def test_sources_that_fail(cli, served, name, answers, says):
+def test_sources_that_fail(cli, served, name, timeout, answers, says):
     """Questions about the part before the failure are answered, then the error follows."""
-    result = cli("watch", f"{served}/{name}.ts", *ASKED, "--timeout", "1s", "--reconnects", "0", "--json")
+    result = cli("watch", f"{served}/{name}.ts", *ASKED, "--timeout", timeout, "--reconnects", "0", "--json")
     found = records(result.out)
     assert result.code == 3 and says in result.err and len(found) == answers + 1
     assert found[-1]["error"]["code"] == 3 and [bool(each["answer"]) for each in found] == [True] * answers + [False]

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 
 import evoprune
 from evoprune.bundled import DEMOS
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import EvopruneWarning, UsageError, VideoError
+from tests.video.files import spoil
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
 
@@ -90,3 +91,18 @@ def test_what_makes_no_sense_is_refused():
 def test_an_empty_question_is_refused():
     with pytest.raises(UsageError, match="the question is empty"):
         evoprune.processor_inputs("demo", CLIP, " ")
+
+
+def test_a_damaged_video_is_a_warning(tmp_path):
+    damaged = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {40, 50})
+    with pytest.warns(EvopruneWarning, match=r"damaged\.mp4 is damaged \(2 of its packets"):
+        evoprune.processor_inputs("demo", damaged, QUESTION)
+    with pytest.warns(EvopruneWarning, match="fewer or smaller frames were read"):
+        evoprune.processor_inputs("demo", CLIP, QUESTION, fps=8, max_visual_tokens=100)
+
+
+@pytest.mark.parametrize(("how", "says"), [({"method": None}, "method is None"), ({"seed": "1"}, "seed is '1'")])
+def test_arguments_of_encode_have_types(model, how, says):
+    inputs = evoprune.processor_inputs("demo", CLIP, QUESTION)
+    with pytest.raises(UsageError, match=says):
+        evoprune.encode(model, inputs["pixel_values_videos"], inputs["video_grid_thw"], **how)

@@ -467,3 +467,16 @@ def test_two_hours():
     assert seen.frames == 14_400 and seen.tokens <= 30 * 48 and 0 < seen.thinned < seen.windows
     assert seen.end_s - seen.start_s > 240.0  # the thinned windows reach further back than the whole ones
     assert np.median(list(waits.values())[-8:]) < 2 * np.median(list(waits.values())[:8]) + 0.05, waits
+
+
+def test_the_array_of_a_frame_may_be_reused(demo):
+    """Frames of the encoder's own size are not scaled, but copied."""
+    kept = []
+    for reused in (False, True):
+        with VideoQA(demo, budget=1.0).stream(window_s=4.0) as stream:
+            held = np.empty((112, 112, 3), np.uint8)
+            for number in range(8):
+                held[:] = noise(number)
+                stream.add(held if reused else held.copy(), number / 2)
+            kept.append(stream.ask(QUESTION, max_new_tokens=4).ids)
+    assert kept[0] == kept[1]

@@ -156,7 +156,7 @@ def test_a_picture_a_missing_file_and_a_query_of_many_pages(demo, shapes, tmp_pa
     path, _ = shapes
     picture = tmp_path / "still.png"
     Image.new("RGB", (168, 112)).save(picture)
-    with pytest.raises(UsageError, match="is an image, which has no moments"):
+    with pytest.raises(VideoError, match="is an image, which has no moments"):
         demo.find(picture, "a red circle")
     with pytest.raises(VideoError, match="no such file"):
         demo.find("gone.mp4", "a red circle")

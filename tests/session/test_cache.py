@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from evoprune.contrib.evs import Evs
 from evoprune.session import encoding
@@ -22,7 +23,7 @@ from evoprune.vision import Encoded
 from tests.decoders import DECODERS
 from tests.loading import delete_when_mapped, described
 from tests.threads import one_thread  # noqa: F401
-from tests.video.files import spoil
+from tests.video.files import numbered_frames, spoil
 
 CLIP = "samples/square.mp4"
 
@@ -324,3 +325,14 @@ def test_a_file_is_hashed_again_when_it_has_changed(tmp_path):
     assert hashed(tmp_path) == content_hash(tmp_path)
     with pytest.raises(OSError):
         hashed(tmp_path / "gone")
+
+
+def test_the_rate_of_a_folder_makes_another_entry(loaded, cache, tmp_path):
+    """With the same times, another rate means other images."""
+    for number, frame in enumerate(numbered_frames(16, 56, 56)):
+        Image.fromarray(frame).save(tmp_path / f"{number:02}.png")
+    qa, how = VideoQA(loaded, budget=0.25), {"frames": 8, "end_s": 4, "cache": cache}
+    first, second = (qa.encode(tmp_path, frame_rate=rate, **how) for rate in (2, 4))
+    assert first.plans[0].sampling.times_s == second.plans[0].sampling.times_s
+    assert (first.report.cache, second.report.cache) == ("miss", "miss")
+    assert qa.encode(tmp_path, frame_rate=4, **how).report.cache == "hit"

@@ -1,9 +1,11 @@
 """Test inputs that a Python program has in memory: arrays of frames, Pillow images, bytes and open files."""
 
 import io
+import json
 import os
 import tempfile
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +170,23 @@ def test_a_picture_of_pillow_is_read_as_its_file(qa, tmp_path, kind):
     assert facts.video.path == "<picture>" and facts.video.width == (60 if kind == "turned" else 84)
 
 
+@pytest.mark.parametrize("mode", ["I", "I;16B"])
+def test_integers_that_fit_are_read_as_16_bits(qa, mode):
+    usual = pictures()["I;16"]
+    levels = np.asarray(usual)
+    picture = Image.fromarray(levels.astype(np.int32))
+    if mode == "I;16B":
+        picture = Image.frombytes("I;16B", usual.size, levels.astype(">u2").tobytes())
+    assert picture.mode == mode and torch.equal(features(qa.encode(picture)), features(qa.encode(usual)))
+
+
+def test_a_truncated_image_of_16_bits_is_said(qa, tmp_path):
+    pictures()["I;16"].save(tmp_path / "a.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:150])
+    with Image.open(tmp_path / "half.png") as half, pytest.raises(VideoError, match="cannot read <picture>"):
+        qa.encode(half)
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "PA", "RGBX"])
 def test_modes_that_png_lacks_become_rgb(qa, mode):
     picture = pictures()["RGB"].convert("P" if mode == "PA" else "RGB").convert(mode)
@@ -265,9 +284,35 @@ def test_closed_and_damaged_files_are_refused(qa, clip, tmp_path):
             assert name in caught.value.message
 
 
-def test_an_array_without_a_rate_is_refused_in_ask_too(qa):
-    with pytest.raises(UsageError, match="no frame rate"):
+def test_where_an_array_cannot_have_a_rate_the_hint_says_what_to_do(qa):
+    with pytest.raises(UsageError, match="no frame rate here") as caught:
         qa.ask(GREY, QUESTION)
+    assert "qa.encode(frames, frame_rate=30)" in caught.value.hint
+    assert qa.ask(qa.encode(GREY, frame_rate=30), QUESTION, max_new_tokens=1).text is not None
+    with pytest.raises(UsageError, match="no frame rate here"):
+        qa.find(GREY, "a red star")
+
+
+@pytest.mark.parametrize("rate", [Fraction(25, 2), np.float32(12.5), np.int64(12), 12])
+def test_a_rate_may_be_any_number(qa, frames, rate):
+    facts = report(qa.encode(frames, frame_rate=rate))
+    assert json.loads(facts.to_json())["video"]["fps"] == float(rate) and f"{float(rate):g} fps" in str(facts)
+
+
+def test_a_path_in_a_numpy_array_is_a_path(qa, clip):
+    for path in np.array([str(clip)]):
+        assert report(qa.encode(path)).video.path == str(clip)
+
+
+@pytest.mark.parametrize("choice", ["auto", "file"])
+def test_subtitles_of_an_array_are_those_of_a_file(qa, frames, tmp_path, choice):
+    """The subtitle file has the clock of the frames' times."""
+    (tmp_path / "a.srt").write_text("1\n00:00:10,000 --> 00:00:11,000\nWho is there?\n\n")
+    times = [10 + number / RATE for number in range(len(frames))]
+    asked = "auto" if choice == "auto" else str(tmp_path / "a.srt")
+    encoded = qa.encode(frames, times_s=times, subtitles=asked)
+    (plan,) = encoded.plans
+    assert ("[0:00] Who is there?" in plan.subtitles.text) == (choice == "file")
 
 
 def test_errors_while_frames_are_read_name_the_input(qa, clip, spool):

@@ -11,13 +11,16 @@ import pytest
 from evoprune.session import reading as module
 from evoprune.session.reading import Reading, Readings, probed
 from evoprune.video import Scope, Stopped
+from tests.threads import check_ended
+
+GATE_S = 60  # longer than `check_ended` waits, so a thread that is left at a gate is found
 
 
 @pytest.fixture(autouse=True)
 def no_thread_stays():
     before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) == before
+    check_ended(before)
 
 
 @dataclass
@@ -49,7 +52,7 @@ def taken(reading):
 
 
 def wait_for(condition):
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.001)
@@ -102,7 +105,7 @@ def test_as_many_read_at_once_as_are_allowed():
 
     def source(number, reading):
         begun.append(number)
-        assert gate.wait(10)
+        assert gate.wait(GATE_S)
         yield Chunk(number)
 
     with Readings(at_once=2) as group:
@@ -138,7 +141,7 @@ def test_closing_stops_the_making_and_waits_for_the_chunk_that_is_being_made():
             closed.append(1)
 
     reading = Reading(source, drop=dropped.append)
-    assert going.wait(10)
+    assert going.wait(GATE_S)
     reading.close()
     assert done == closed == [1] and [chunk.number for chunk in dropped] == [0, 1]
     with pytest.raises(Stopped):
@@ -154,19 +157,19 @@ def test_what_hangs_is_not_waited_for_to_its_end(monkeypatch):
         try:
             yield Chunk(0)
             going.set()
-            assert released.wait(60)
+            assert released.wait(GATE_S)
             yield Chunk(1)
         finally:
             closed.append(1)
 
-    reading = Reading(hangs)
-    assert going.wait(10)
     before = set(threading.enumerate())
+    reading = Reading(hangs)
+    assert going.wait(GATE_S)
     reading.close()
-    (left,) = (thread for thread in threading.enumerate() if thread.name == "evoprune-reading")
-    assert left in before and left.daemon and closed == []
+    (left,) = set(threading.enumerate()) - before
+    assert left.name == "evoprune-reading" and left.daemon and closed == []
     released.set()
-    left.join(10)
+    left.join(30)
     assert closed == [1]
 
 
@@ -175,7 +178,7 @@ def test_a_reading_stops_with_the_thread_that_made_it_unless_it_is_shared(shared
     gate, scope, made = threading.Event(), Scope(), []
 
     def source(reading):
-        assert gate.wait(10)
+        assert gate.wait(GATE_S)
         yield Chunk(0)
 
     def begins():
@@ -202,7 +205,7 @@ def test_several_threads_take_what_is_shared():
     def source(reading):
         for number in range(3):
             yield Chunk(number)
-            assert gate.wait(10)
+            assert gate.wait(GATE_S)
 
     with closing(Reading(source, shared=True)) as reading:
         got = []

@@ -16,10 +16,11 @@ from evoprune.session.upcoming import in_flight
 from evoprune.video import SamplingOptions
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
+from tests.threads import LONGEST_S, check_ended
 from tests.video.unruly import PROGRAM
 
 GOOD, SAMPLING = "samples/three.mp4", SamplingOptions(frames=4)
-LONGEST_S = 1.5  # half the time that is waited for a thread that cannot be stopped
+PATIENCE_S = 4 * LONGEST_S  # for threads that cannot be stopped, and for workers that are silent
 HANGS = ["hang", "first_hang"]  # during probing; while reading the first frames
 
 pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="videos are read in the process itself")
@@ -29,13 +30,13 @@ pytestmark = pytest.mark.skipif(not isolation.POSSIBLE, reason="videos are read 
 def nothing_stays(monkeypatch):
     isolation.end_all()
     monkeypatch.setattr(isolation, "PROGRAM", PROGRAM)
+    monkeypatch.setattr(isolation, "SILENCE_S", PATIENCE_S)
+    for module in ("ahead", "reading"):
+        monkeypatch.setattr(f"evoprune.session.{module}.PATIENCE_S", PATIENCE_S)
     before = set(threading.enumerate())
     yield
     isolation.end_all()
-    until = time.monotonic() + LONGEST_S
-    while set(threading.enumerate()) != before:
-        assert time.monotonic() < until, threading.enumerate()
-        time.sleep(0.01)
+    check_ended(before)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def qa(saved):
 
 def begun(path):
     """Wait until the worker hangs and its consumer is waiting for it."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not Path(path.replace("first_", "") + ".begun").exists():
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -12,13 +12,17 @@ from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.upcoming import in_flight, readers
 from evoprune.video.sandbox import isolation
+from tests.threads import check_ended
+
+GATE_S = 60  # longer than `check_ended` waits, so a thread that is left at a gate is found
 
 
 @pytest.fixture(autouse=True)
 def no_thread_stays():
     before, idle = set(threading.enumerate()), isolation._max_idle
     yield
-    assert set(threading.enumerate()) == before and isolation._max_idle == idle
+    check_ended(before)
+    assert isolation._max_idle == idle
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ class Inputs(OpenInputs):
         events.append(("open", item))
 
     def read(self):
-        assert self.gate.wait(10)
+        assert self.gate.wait(GATE_S)
         self.events.append(("read", self.item))
 
     def close(self):
@@ -51,7 +55,7 @@ class Inputs(OpenInputs):
 
 
 def wait_for(condition):
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.001)
@@ -161,14 +165,16 @@ def test_what_is_opened_too_late_is_closed(ahead_of):
     def opened(item, cores):
         if item:
             going.set()
-            assert gate.wait(10)
+            assert gate.wait(GATE_S)
         return Inputs(events, item)
 
     ahead = ahead_of(range(3), opened, 1)
     next(ahead)
-    assert going.wait(10)
-    threading.Timer(0.02, gate.set).start()
+    assert going.wait(GATE_S)
+    timer = threading.Timer(0.02, gate.set)
+    timer.start()
     ahead.close()
+    timer.join()
     wait_for(lambda: ("close", 1) in events)
 
 

@@ -167,15 +167,19 @@ def test_those_that_died_while_idle_are_replaced(good, started, monkeypatch, for
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("when", ["", "later_"])
-def test_silence_is_an_error(when, named, started, monkeypatch):
+def test_silence_is_an_error(when, named, good, started, monkeypatch):
+    """The workers are started under the usual limit, because that may take longer than the short ones."""
+    usual, path = isolation.SILENCE_S, named(f"{when}hang")
+    probe(good)
     monkeypatch.setattr(isolation, "SILENCE_S", 0.6)
-    path = named(f"{when}hang")
     begin = time.monotonic()
     with pytest.raises(VideoError, match="is stuck") as caught:
         numbers(probe(path), TIMES, chunk_bytes=SMALL)
     assert str(path) in caught.value.message and time.monotonic() - begin < 24  # well before the usual 25 s
     assert len(started) == 1 and gone(started[0])
     if not when:
+        monkeypatch.setattr(isolation, "SILENCE_S", usual)
+        probe(good)
         monkeypatch.setattr(isolation, "SILENCE_S", 2.5)
         # This takes three seconds, but the worker reports that it is alive.
         assert probe(named("slow")).frames_total == 20

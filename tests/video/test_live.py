@@ -18,6 +18,8 @@ from tests.video.files import number_of, numbered_frames, quarters, write_said, 
 from tests.video.streaming import connection, streams
 
 FPS = 10
+SILENT_S = 1.0  # for sources that send nothing more; other sources must not depend on the speed of the machine
+GROWN_S = 3.0  # for files that are followed: they end once they have not grown for this long
 UNAUTHORISED = b'RTSP/1.0 401 Unauthorized\r\nCSeq: NUMBER\r\nWWW-Authenticate: Basic realm="x"\r\n\r\n'
 
 
@@ -35,7 +37,7 @@ def served(clip):
 def read(source, fps=FPS, **how):
     """Read a source. Returns the frames as (time, number), the messages, and the error with which reading ended, or None."""
     found, told, last = [], [], [-1.0]
-    how = {"timeout_s": 1.0, "reconnects": 0} | how
+    how = {"timeout_s": 10.0, "reconnects": 0} | how
     live = LiveSource(str(source), tell=told.append, **how)
     problem = None
     begun = time.monotonic()
@@ -45,7 +47,7 @@ def read(source, fps=FPS, **how):
             last[0] = time_s
     except VideoError as error:
         problem = error
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
     return found, told, problem
 
 
@@ -58,7 +60,7 @@ def check_whole(found):
 def test_what_players_show_in_another_way_is_known(tmp_path, name):
     expected = {"hdr": False, "interlaced": False, "pixel_aspect": None} | write_said(tmp_path / name)[0]
     expected.pop("other_tracks", None)
-    with closing(LiveReader(str(tmp_path / name), name, 1.0)) as reader:
+    with closing(LiveReader(str(tmp_path / name), name, 10.0)) as reader:
         assert {field: reader.facts[field] for field in expected} == pytest.approx(expected)
 
 
@@ -73,7 +75,7 @@ def test_a_file_a_url_and_a_connection_give_the_same_frames(clip, served):
 def test_in_this_process_too(clip, served, monkeypatch):
     monkeypatch.setattr("evoprune.video.sandbox.isolation.POSSIBLE", False)
     check_whole(read(clip, pace="file")[0])
-    found, _, problem = read(f"{served[0]}/silent")
+    found, _, problem = read(f"{served[0]}/silent", timeout_s=SILENT_S)
     assert not found and "nothing came from" in problem.message
 
 
@@ -81,7 +83,7 @@ def test_in_this_process_too(clip, served, monkeypatch):
 def test_a_file_at_its_own_pace(clip):
     begun = time.monotonic()
     assert [number for _, number in read(clip, fps=2, pace="file")[0]] == [0, 5, 10, 15, 20, 25]
-    assert 2.5 < time.monotonic() - begun < 8
+    assert 2.5 < time.monotonic() - begun < 30
 
 
 def test_a_file_that_grows(clip, tmp_path):
@@ -97,7 +99,7 @@ def test_a_file_that_grows(clip, tmp_path):
 
     thread = threading.Thread(target=grow)
     thread.start()
-    found, _, problem = read(path, timeout_s=2.0)
+    found, _, problem = read(path, timeout_s=5.0)
     thread.join()
     assert problem is None
     check_whole(found)
@@ -107,14 +109,14 @@ def test_a_file_that_grows(clip, tmp_path):
 def piped(monkeypatch):
     """A function that reads standard input while another function, `feed`, writes to it."""
 
-    def reading(feed):
+    def reading(feed, **how):
         there, here = os.pipe()
         with os.fdopen(there, "rb") as stdin, os.fdopen(here, "wb", buffering=0) as pipe:
             monkeypatch.setattr(sys, "stdin", stdin)
             thread = threading.Thread(target=feed, args=(pipe,))
             thread.start()
             try:
-                return read("-")
+                return read("-", **how)
             finally:
                 thread.join()
 
@@ -125,10 +127,10 @@ def test_a_pipe(clip, piped, tmp_path):
     found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), pipe.close()))
     assert problem is None
     check_whole(found)
-    found, _, problem = piped(lambda pipe: (pipe.write(clip.read_bytes()), time.sleep(3)))
+    found, _, problem = piped(lambda pipe: pipe.write(clip.read_bytes()), timeout_s=SILENT_S)  # the pipe stays open
     assert "nothing came from standard input for 1 s" in problem.message and found
     content = write_video(tmp_path / "clip.mpg", numbered_frames(30), codec="mpeg1video", fps=25).read_bytes()
-    found, _, problem = piped(lambda pipe: pipe.write(content))  # the pipe stays open, so FFmpeg keeps reading
+    found, _, problem = piped(lambda pipe: pipe.write(content), timeout_s=SILENT_S)  # here FFmpeg keeps reading
     assert "nothing came from standard input for 1 s" in problem.message and found
     found, _, problem = piped(lambda pipe: (pipe.write(b"no video\n" * 9999), pipe.close()))
     assert not found and "does not send readable video" in problem.message
@@ -146,16 +148,16 @@ def test_a_source_that_ends_and_comes_back(served):
 
 
 def test_a_source_that_stalls(served):
-    found, _, problem = read(f"{served[0]}/stall.ts")
+    found, _, problem = read(f"{served[0]}/stall.ts", timeout_s=3.0)
     assert found and "nothing came from" in problem.message and "--timeout" in problem.hint
     # The source has never sent a frame, so there is no reconnect.
-    found, _, problem = read(f"{served[0]}/silent.ts", reconnects=5)
+    found, _, problem = read(f"{served[0]}/silent.ts", timeout_s=SILENT_S, reconnects=5)
     assert not found and "nothing came from" in problem.message
 
 
 @pytest.mark.full
 def test_garbage(served):
-    found, _, problem = read(f"{served[0]}/garbage.ts")
+    found, _, problem = read(f"{served[0]}/garbage.ts", timeout_s=SILENT_S)
     assert not found and problem.exit_code == 3
     found, _, problem = read(f"{served[0]}/mixed.ts", pace="file")
     assert problem is None and len(found) >= 10 and found[-1][1] == 29
@@ -169,7 +171,7 @@ def test_a_password_is_asked_for_and_never_printed(served):
     url, _ = served
     assert "requires a valid user name and password" in read(f"{url}/secret.ts")[2].message
     there = url.replace("//", "//me:sesame@")
-    live = LiveSource(f"{there}/secret.ts", timeout_s=1.0, reconnects=0)
+    live = LiveSource(f"{there}/secret.ts", reconnects=0)
     assert "sesame" not in live.name and number_of(next(live.frames(lambda: 0.0))[1]) == 0
     problem = read(f"{there}/nothing.ts")[2]
     assert "sesame" not in str(problem) and "me:" not in str(problem)
@@ -187,7 +189,7 @@ def test_a_playlist_reaches_no_file_of_this_machine(served, clip, where):
 # A playlist that refers to itself, and two playlists that refer to each other.
 @pytest.mark.parametrize("name", ["aa", "ab"])
 def test_a_playlist_that_names_itself(served, name):
-    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}")
+    found, _, problem = read(f"{served[0]}/loop.m3u8?{name}", timeout_s=SILENT_S)  # FFmpeg follows it until then
     assert not found and problem.exit_code == 3
 
 
@@ -208,7 +210,7 @@ def test_frames_of_another_size_and_times_that_jump(tmp_path):
     both = tmp_path / "both.ts"
     both.write_bytes(small.read_bytes() + large.read_bytes())
     sizes, times = [], []
-    live = LiveSource(str(both), pace="source", timeout_s=1.0)
+    live = LiveSource(str(both), pace="source", timeout_s=GROWN_S)
     for time_s, frame in live.frames(lambda: times[-1] + 0.05 if times else 0.0):
         sizes.append(frame.shape[:2])
         times.append(time_s)
@@ -222,46 +224,52 @@ def test_the_end_of_a_joined_file_says_what_is_not_read(name, tmp_path):
     path = tmp_path / f"joined{whole.suffix}"
     path.write_bytes(whole.read_bytes() * 2)
     for pace in ("source", "file"):
-        found, _, problem = read(path, pace=pace)
+        found, _, problem = read(path, pace=pace, timeout_s=GROWN_S)
         check_whole(found)
         assert "ffmpeg -f concat" in problem.hint
 
 
 def test_a_raw_stream_is_watched_at_the_rate_that_it_states(tmp_path):
     path = write_video(tmp_path / "raw.h264", numbered_frames(30), fps=FPS)
-    check_whole(read(path, pace="source")[0])
-    with closing(LiveReader(str(path), path.name, 1.0)) as reader:
+    check_whole(read(path, pace="source", timeout_s=GROWN_S)[0])
+    with closing(LiveReader(str(path), path.name, 10.0)) as reader:
         assert (reader.facts["fps"], reader.facts["rate_guessed"]) == (FPS, False)
 
 
 def test_a_frame_an_hour_is_no_other_clock(tmp_path):
     path = write_video(tmp_path / "rare.mkv", numbered_frames(3), pts=[0.0, 3600.0, 7200.0])
-    assert [time_s for time_s, _ in read(path, pace="source")[0]] == pytest.approx([0.0, 3600.0, 7200.0])
+    found, _, _ = read(path, pace="source", timeout_s=GROWN_S)
+    assert [time_s for time_s, _ in found] == pytest.approx([0.0, 3600.0, 7200.0])
 
 
 def test_a_jump_of_the_clock_is_said(tmp_path):
     path = tmp_path / "apart.ts"
     parts = [write_video(tmp_path / f"{start}.ts", numbered_frames(10), start=start) for start in (0.0, 900.0)]
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    live = LiveSource(str(path), pace="source", timeout_s=1.0)
+    live = LiveSource(str(path), pace="source", timeout_s=GROWN_S)
     times = [time_s for time_s, _ in live.frames(lambda: 0.0)]
     assert times[-1] < 3 and live.facts["clock_gap_s"] == pytest.approx(899, abs=1)
 
 
 def test_closing_ends_whatever_it_waits_for(served):
-    live = LiveSource(f"{served[0]}/silent.ts", timeout_s=20.0)
+    url, visits = served
+    before = visits.count("silent")
+    live = LiveSource(f"{url}/silent.ts", timeout_s=20.0)
     ended = []
     thread = threading.Thread(target=lambda: ended.append(list(live.frames(lambda: 0.0))))
     thread.start()
-    time.sleep(1.0)
-    begun = time.monotonic()
+    until = time.monotonic() + 60
+    while visits.count("silent") == before:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(0.2)  # by now it waits for an answer
     live.close()
-    thread.join(5)
-    assert ended == [[]] and time.monotonic() - begun < 3
+    thread.join(10)  # much less than the timeout
+    assert ended == [[]]
 
 
 def test_a_decoder_that_crashes_is_another_end_of_a_connection(served):
-    live, times = LiveSource(f"{served[0]}/live.ts", timeout_s=1.0, reconnects=1, tell=lambda text: None), []
+    live, times = LiveSource(f"{served[0]}/live.ts", reconnects=1, tell=lambda text: None), []
     for time_s, _ in live.frames(lambda: times[-1] + 0.1 if times else 0.0):
         times.append(time_s)
         if len(times) == 5:

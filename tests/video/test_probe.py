@@ -760,3 +760,20 @@ def test_a_file_of_too_many_packets_is_not_read_to_its_end(name, tmp_path, in_pr
     monkeypatch.setattr(probing, "MAX_PACKETS", 200)
     monkeypatch.setattr(probing, "BYTES_PER_PACKET", 2**20)
     refused_to_read(path, "more than 200 frames")
+
+
+def test_frames_that_come_after_a_demuxing_error_are_scanned(tmp_path):
+    """PyAV 18 gives the frames that a decoder returns at the end no time base."""
+    path = write_kind(tmp_path, "picture.apng")
+    content = path.read_bytes()
+    (tmp_path / "cut.apng").write_bytes(content[: content.rindex(b"fcTL") + 34])
+    assert 0 < scan(tmp_path / "cut.apng").frames < scan(path).frames
+
+
+def test_the_stated_size_of_a_damaged_index_allocates_nothing(tmp_path):
+    """FFmpeg reads such a box up to the end of the file."""
+    path = write_video(tmp_path / "a.mp4", FRAMES)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"moov") - 4] = 0x80
+    path.write_bytes(content)
+    assert probe(path).frames_total == 30

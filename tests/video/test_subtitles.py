@@ -9,6 +9,7 @@ import pytest
 from evoprune.errors import VideoError
 from evoprune.video.frames import probe, read_subtitles
 from evoprune.video.info import Subtitles, as_text
+from evoprune.video.readers import subtitles as reader
 from tests.video.files import numbered_frame, numbered_frames, write_image, write_video
 from tests.video.subtitled import ASS, FORMAT, HEAD, SRT, SSA, VTT, pictures, srt, write_subtitled
 
@@ -350,3 +351,23 @@ def test_the_most_lines_that_fit_evenly(limit, count):
     assert fitted.lines == count and fitted.text == (text(kept) if kept else "")
     assert fitted.tokens == words(fitted.text) <= limit
     assert kept == count or words(text(kept + 1)) > limit
+
+
+def test_a_relative_file_is_found_beside_a_video_with_an_absolute_path(video, tmp_path, monkeypatch):
+    """The reading process may still be in the folder of an earlier video."""
+    for name, text in (("a", "wrong"), ("b", "right")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "y.srt").write_text(srt([(1, 2, text)]))
+    (tmp_path / "a" / "x.mkv").symlink_to(video.path)
+    monkeypatch.chdir(tmp_path / "a")
+    probe("x.mkv")
+    monkeypatch.chdir(tmp_path / "b")
+    assert read_subtitles(probe(video.path), "y.srt").lines == [(1.0, 2.0, "right")]
+
+
+def test_a_folder_that_cannot_be_listed_leaves_the_track(tmp_path, monkeypatch):
+    path = write_subtitled(tmp_path / "track.mkv", [SRT])
+    monkeypatch.setattr(reader, "_beside", lambda path: os.listdir(tmp_path / "gone"))
+    assert reader.read(str(path), 0.0, "auto", 0.0, 1e9).lines == expected(SRT)
+    bare = write_subtitled(tmp_path / "bare.mkv", [])
+    assert "cannot be listed" in reader.read(str(bare), 0.0, "auto", 0.0, 1e9).note

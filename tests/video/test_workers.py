@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from evoprune.video.readers import ffmpeg
+from evoprune.video.readers import ffmpeg, workers
 from evoprune.video.readers.workers import in_order
 
 
@@ -92,25 +92,44 @@ def test_closing_ends_the_threads_wherever_they_are():
 
 
 def test_no_more_wait_for_their_turn_than_there_is_room():
-    release = threading.Event()
-    tools = Tools(count=20, before=lambda job, number: release.wait() if job == 0 else None)
-    items = in_order(range(4), tools, 4, 5)
-    threading.Timer(0.3, lambda: (seen.append(len(tools.made)), release.set())).start()
-    seen = []
-    assert list(items) == everything(4, 20)
-    assert 5 <= seen[0] <= 5 + 3  # each of the other threads holds one finished item
+    release, seen = threading.Event(), []
+    tools = Tools(count=20, before=lambda job, number: release.wait(60) if job == 0 else None)
+    most = 5 + 3  # each of the other threads holds one finished item
+
+    def look():
+        until = time.monotonic() + 30
+        while len(tools.made) < most and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        seen.append(len(tools.made))
+        release.set()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    assert list(in_order(range(4), tools, 4, 5)) == everything(4, 20)
+    looking.join()
+    assert seen == [most]
 
 
 def test_a_thread_that_lives_does_not_hide_one_that_hangs(monkeypatch):
-    signs, release = [], threading.Event()
-    monkeypatch.setattr(ffmpeg, "report_alive", lambda: signs.append(time.monotonic()))
+    """One thread hangs in the first job until the other one has done the other jobs, in which it always shows that it lives."""
+    signs, counts, hangs, release = [], [], threading.Event(), threading.Event()
+    monkeypatch.setattr(ffmpeg, "report_alive", lambda: signs.append(1))
+    monkeypatch.setattr(workers, "POLL_S", 0.01)
 
     def hang(job, number):
-        if job == 0:
-            release.wait()  # without reporting any progress
+        if (job, number) == (0, 0):
+            counts.append(len(signs))
+            hangs.set()
+            release.wait(60)  # without reporting any progress
+        if job:
+            assert hangs.wait(60)
+            time.sleep(0.005)
+        if (job, number) == (2, 99):
+            counts.append(len(signs))
+            release.set()
         ffmpeg.alive()
 
-    start = time.monotonic()
-    threading.Timer(2.0, release.set).start()
-    assert list(in_order(range(3), Tools(count=500, before=hang), 2, 10**6)) == everything(3, 500)
-    assert not [sign for sign in signs if 0.9 < sign - start < 1.9]
+    assert list(in_order(range(3), Tools(count=100, before=hang), 2, 10**6)) == everything(3, 100)
+    before, after = counts
+    assert after - before <= 1  # a thread counts as alive until one sign has come without its progress

@@ -80,7 +80,7 @@ def behave(path: str) -> None:
             return
         name = name.removeprefix("once_")
     if name == "hang":
-        os.mkdir(path + ".begun")
+        os.makedirs(path + ".begun", exist_ok=True)
     DEEDS.get(name, lambda: None)()
 
 

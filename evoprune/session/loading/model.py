@@ -64,7 +64,7 @@ from evoprune.session.loading.weights import (
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.untrusted import pick
-from evoprune.util import counted, from_keywords, listed
+from evoprune.util import counted, from_keywords, listed, size
 from evoprune.video import InputLimits, Plan, Video
 from evoprune.vision import encode_rows
 
@@ -289,11 +289,13 @@ def load_model(
     Raises:
         UsageError: If an option is invalid.
         OutOfMemory: If the weights do not fit into memory.
-        TypeError: If a keyword is unknown.
+        TypeError: If a keyword is unknown, or options are given although `model` is not a name.
         ModelError: If the model is missing, unsupported, or damaged, or the hub cannot be reached.
     """
     if isinstance(model, str | os.PathLike):
         (model,) = from_keywords({"model": model, **options}, ModelOptions)
+    elif options:
+        raise TypeError(f"{listed(sorted(options))} can only be given with the name of a model")
     if not isinstance(model, ModelDescription):
         model = describe(model)
     stored = weights_of(model)
@@ -386,12 +388,16 @@ def _loaded(
 
 def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None) -> Path | None:
     """Quantize the linear layers in place. Return the file containing the newly stored quantized weights, or None."""
-    from evoprune.session.loading.stored import has_room, quantize_once
+    from evoprune.session.loading.stored import has_room, is_too_large, quantize_once
 
     model = stored.description
     store = model.options.store_quantized
     if store is None:
         store = model.large and has_room(stored.bytes)
+    elif store and is_too_large(stored.bytes):
+        message = f"the quantized weights are not kept on disk, because they take {size(stored.bytes)}"
+        warnings.warn(message, ModelWarning, stacklevel=2)
+    store = store and not is_too_large(stored.bytes)
     fingerprint = None
     if store and stored.files:
         fingerprint = f"{stored.fingerprint} {model.dtype}"

@@ -39,6 +39,11 @@ NAMES = {
 }
 
 
+def is_too_large(size: int) -> bool:
+    """Return True if `size` bytes of quantized weights are more than the cache keeps."""
+    return size > Cache().of_weights.limit_bytes
+
+
 def has_room(size: int) -> bool:
     """Return True if the cache folder's disk has room for `size` bytes of quantized weights, with plenty of space to spare."""
     folder = Cache().of_weights.folder

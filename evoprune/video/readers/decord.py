@@ -20,7 +20,7 @@ from evoprune.video.readers import colour, ffmpeg, pyav
 
 # Containers to read with decord. decord cannot return to the beginning of an MPEG-TS file and does not support any other
 # containers.
-CONTAINERS = (ffmpeg.MOV, "matroska,webm", "avi", "flv")
+CONTAINERS = (ffmpeg.MOV, ffmpeg.MATROSKA, ffmpeg.AVI, "flv")
 # Maximum mean difference between decord's and PyAV's first frames, in levels from 0 to 255. A larger difference means that they are
 # different frames. In 10-bit video and with odd frame sizes, the same frame may differ by up to 2.
 OTHER_FRAME = 8

@@ -39,11 +39,10 @@ Decode = Callable[[Packet | None], list[VideoFrame]]
 FALLBACK_FPS = 25.0  # assumed frame rate for streams without a specified rate, as in FFmpeg
 MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 MATROSKA = "matroska,webm"
+AVI = "avi"
 # Files in these containers are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock may restart
 # partway through.
-PROGRAM_STREAM = "mpeg"
-AVI = "avi"
-JOINED = ("mpegts", PROGRAM_STREAM)
+JOINED = ("mpegts", "mpeg")
 # A backward jump in the timestamps by more than this means that the clock has restarted. For the containers in `JOINED`, so does a
 # forward jump by more than `LONGEST_GAP_S`.
 BACK_S = 0.1

@@ -108,7 +108,6 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])
-                # Images with a different aspect ratio from the first image get black borders.
                 if info.fitted(width, height) != (info.width, info.height):
                     shapes = f"{images[i]} is {width}x{height}, the first is {info.width}x{info.height}"
                     hint = (

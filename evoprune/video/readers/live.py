@@ -195,7 +195,10 @@ class LiveReader:
             passed = step
             if stamp is not None and before is not None:
                 passed = stamp - before
-            ahead = passed > JUMP_S if self._scheme else ffmpeg.restarts(passed, self.facts["container"])
+            if self._scheme and not self.facts["finite"]:
+                ahead = passed > JUMP_S
+            else:
+                ahead = ffmpeg.restarts(passed, self.facts["container"])
             if ahead and passed > 0:
                 self._gap_s = max(self._gap_s, passed)
             if number and (ahead or passed < 0):  # the clock restarted

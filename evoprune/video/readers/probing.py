@@ -147,6 +147,7 @@ def _has_encrypted_track(path: str) -> bool:
     with open(path, "rb", buffering=0) as file:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
+                end = min(end, os.fstat(file.fileno()).st_size)  # the stated size of a damaged box may be huge
                 return ENCRYPTED_TRACK in os.pread(file.fileno(), end - at, at)
     return False
 
@@ -299,7 +300,7 @@ def _listed_in_avi(path: str, stream: int) -> int:
         while len(head := file.read(8)) == 8:
             length = int.from_bytes(head[4:], "little")
             if head[:4] == b"idx1":
-                chunks = file.read(length)
+                chunks = file.read(min(length, os.fstat(file.fileno()).st_size))
                 return sum(chunks[at : at + 4] in names for at in range(0, len(chunks), AVI_ENTRY_BYTES))
             file.seek(length + length % 2, os.SEEK_CUR)
     return 0

@@ -87,7 +87,8 @@ def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, floa
     with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
             length = frame.duration if frame.pts is not None else 0
-            yield time_s, float((length or 0) * frame.time_base) or step, frame.key_frame
+            # PyAV 18 sets no time base for the frames that a decoder returns at the end.
+            yield time_s, float((length or 0) * (frame.time_base or 0)) or step, frame.key_frame
 
 
 def frame_times(info: Video) -> FrameTimes:

@@ -16,10 +16,9 @@ from av.packet import Packet
 from av.stream import Discard
 
 from evoprune.errors import VideoError
-from evoprune.video.info import Video
+from evoprune.video.info import AUDIO_RATE, Video
 from evoprune.video.readers import ffmpeg
 
-RATE = 16_000  # samples per second
 GAP_S = 0.1  # a larger jump in timestamps starts a new piece
 EARLIER_S = 0.5  # decoding starts this long before the requested start, because decoders need a few packets to settle
 # Maximum total number of decoded values in all channels, enough for 100 hours of 48 kHz stereo.
@@ -56,12 +55,12 @@ class SoundReader:
                 at_s, samples = self._next
                 if not filled:
                     start_s = at_s
-                elif abs(start_s + filled / RATE - at_s) > 1 / RATE:
+                elif abs(start_s + filled / AUDIO_RATE - at_s) > 1 / AUDIO_RATE:
                     break
                 taken = samples[: len(room) - filled]
                 room[filled : filled + len(taken)] = taken
                 filled += len(taken)
-                self._next = (at_s + len(taken) / RATE, samples[len(taken) :])
+                self._next = (at_s + len(taken) / AUDIO_RATE, samples[len(taken) :])
             done = not self._has_next()
         return {"start_s": start_s, "samples": filled, "damaged": self._damaged, "done": done}
 
@@ -87,10 +86,10 @@ class SoundReader:
             for at_s, samples in self._resampled(stream, info, start_s):
                 if at_s >= end_s:
                     return
-                first = max(0, math.ceil((start_s - at_s) * RATE))
-                end = math.ceil((end_s - at_s) * RATE)
+                first = max(0, math.ceil((start_s - at_s) * AUDIO_RATE))
+                end = math.ceil((end_s - at_s) * AUDIO_RATE)
                 if first < min(end, len(samples)):
-                    yield at_s + first / RATE, samples[first:end]
+                    yield at_s + first / AUDIO_RATE, samples[first:end]
 
     def _resampled(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[Run]:
         resampler = None
@@ -106,27 +105,27 @@ class SoundReader:
             pieces = []
             if resampler and abs(at_s - given_s) > GAP_S:
                 pieces = resampler.resample(None)
-                yield begun_s + made / RATE, _joined(pieces)
+                yield begun_s + made / AUDIO_RATE, _joined(pieces)
                 resampler = None
             if resampler is None:
-                resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
+                resampler = AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE)
                 begun_s = given_s = at_s
                 made = 0
             frame.pts = None  # timestamps are computed here, not by the resampler
             try:
                 pieces = resampler.resample(frame)
             except ValueError:  # raised if the audio format changes
-                yield begun_s + made / RATE, _joined(resampler.resample(None))
-                resampler = AudioResampler(format="flt", layout="mono", rate=RATE)
+                yield begun_s + made / AUDIO_RATE, _joined(resampler.resample(None))
+                resampler = AudioResampler(format="flt", layout="mono", rate=AUDIO_RATE)
                 begun_s = given_s
                 made = 0
                 pieces = resampler.resample(frame)
             samples = _joined(pieces)
-            yield begun_s + made / RATE, samples
+            yield begun_s + made / AUDIO_RATE, samples
             made += len(samples)
             given_s += frame.samples / frame.sample_rate
         if resampler:
-            yield begun_s + made / RATE, _joined(resampler.resample(None))
+            yield begun_s + made / AUDIO_RATE, _joined(resampler.resample(None))
 
     def _frames(self, stream: AudioStream, info: Video, start_s: float) -> Iterator[tuple[AudioFrame, float | None]]:
         """Yield decoded audio frames with their timestamps in seconds from the first video frame (None if missing)."""

@@ -20,7 +20,7 @@ from av.subtitles.stream import SubtitleStream
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import missing_hint, shorten, shown
 from evoprune.video.info import SubtitleLine, Subtitles
-from evoprune.video.input_files import subtitles_beside
+from evoprune.video.input_files import Folder
 from evoprune.video.readers import ffmpeg
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
@@ -64,7 +64,10 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     file = choice
     why = None
     if choice == "auto":
-        file, why = _beside(path)
+        try:
+            file, why = _beside(path)
+        except OSError as error:
+            file, why = None, f"the video's folder cannot be listed: {error.strerror}"
     try:
         if file is not None:
             if os.path.realpath(file) != os.path.realpath(path):
@@ -95,7 +98,7 @@ def _beside(path: str) -> tuple[str | None, str | None]:
     Returns:
         (path, None) if a file was found, (None, reason) if the choice is ambiguous, or (None, None) if there is no subtitle file.
     """
-    exact, others = subtitles_beside(path, os.listdir)
+    exact, others = Folder.subtitles_beside(path, os.listdir)
     if exact:
         return exact[0], None
     if len(others) == 1:

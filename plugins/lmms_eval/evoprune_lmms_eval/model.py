@@ -113,17 +113,13 @@ class EvoPruneQwen25VL(lmms):
         until = settings.get("until") or []
         if isinstance(until, str):
             until = [until]
-        temperature = 0.0
-        if sampled:
-            temperature = settings.get("temperature") or self._generation.temperature
-        options = replace(
-            self._generation,
-            max_new_tokens=settings.get("max_new_tokens") or self._generation.max_new_tokens,
-            temperature=temperature,
-            top_p=settings.get("top_p") or self._generation.top_p,
-            top_k=settings.get("top_k") or self._generation.top_k,
-            repetition_penalty=settings.get("repetition_penalty") or self._generation.repetition_penalty,
-        )
+        # Tasks state zeros that mean nothing, such as a top_p of 0, but a temperature of 0 and a top_k of 0 have a meaning.
+        names = ("max_new_tokens", "top_p", "repetition_penalty")
+        stated = {name: settings[name] for name in names if settings.get(name)}
+        stated |= {name: settings[name] for name in ("temperature", "top_k") if settings.get(name) is not None}
+        if not sampled:
+            stated["temperature"] = 0.0
+        options = replace(self._generation, **stated)
         answer = self._inputs.ask(question, **vars(options))
         for _ in answer:
             said = answer.report.answer

@@ -1,9 +1,11 @@
 """Restricts an agent to files inside the folders allowed by the user."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from evoprune.errors import UsageError
+from evoprune.video import Folder
 
 
 class Folders:
@@ -53,10 +55,11 @@ class Folders:
 
 
 def _read_with(real: Path) -> Iterator[Path]:
-    """Return all files that may be read for a path: the images in a folder, or a video and the subtitles next to it."""
+    """Yield all files that may be read for a path: the images in a folder, and the subtitles next to it."""
     if real.is_dir():
-        return real.iterdir()
-    return (file for file in real.parent.iterdir() if file.name.startswith(real.stem))
+        yield from real.iterdir()
+    for found in Folder.subtitles_beside(str(real), os.listdir):
+        yield from map(Path, found)
 
 
 def printable(path: Path) -> str:

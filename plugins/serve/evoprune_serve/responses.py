@@ -219,14 +219,16 @@ def read_response(
     fields = read_options(body, "input")
     if fields.has("previous_response_id"):
         fields.refuse("previous_response_id", "is not supported: no responses are kept; send all messages in input")
-    stated = {name: body.get(name) for name in STATED}
-    stated |= {"metadata": body.get("metadata") or {}, "text": {"format": {"type": "text"}} | (body.get("text") or {})}
     messages = _messages(fields.need("input", (str, list)))
     names = NAMES | {"max_new_tokens": "max_output_tokens", "schema": "text.format", "system": "instructions"}
     question, sources = read_question(fields, usual, models, messages, "input", _generation(fields), names)
     stream_options(fields, question.stream).end()
     fields.end(NEUTRAL | OWN_NEUTRAL)
+    text = {name: value for name, value in (body.get("text") or {}).items() if value is not None}
+    stated = {name: body.get(name) for name in STATED}
     stated |= {
+        "metadata": body.get("metadata") or {},
+        "text": {"format": {"type": "text"}} | text,
         "temperature": question.generation.temperature,
         "top_p": question.generation.top_p,
         "previous_response_id": None,

@@ -2,6 +2,7 @@
 
 import binascii
 import errno
+import math
 import os
 import re
 import stat
@@ -17,7 +18,8 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
-from evoprune.errors import VideoError
+from evoprune.backend import Host
+from evoprune.errors import OutOfMemory, VideoError
 from evoprune.util import size, without_password
 from evoprune.video import HeldVideo, Input, downloaded, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
@@ -27,7 +29,9 @@ from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # maximum length of a URL, except for data: URLs
 FILES_RETRY_S = 5  # time after which a client may retry if too many files are open, in seconds
-FRAMES_BYTES = 2**29  # maximum size of the decoded pixels in a list of frames
+FRAMES_BYTES = 2**29  # maximum size of the decoded pixels in all lists of frames of a request
+SHARE = 4  # a list of frames may take up to 1/SHARE of the available memory, because other requests may have some too
+MOST_ESCAPES = 2**16  # percent-encoded characters in a short data: URL; decoding each takes about 70 bytes of memory
 LONGEST_S = 3600.0  # maximum duration of a download, in seconds
 FILE_HINT = "upload the file instead"
 
@@ -71,9 +75,6 @@ class LocalFile:
     identity: Any
     name: str
 
-    def input(self) -> Input:
-        return self.path
-
 
 @dataclass(frozen=True)
 class LocalFrames:
@@ -88,27 +89,35 @@ class LocalFrames:
     def identity(self) -> Any:
         return [file.identity for file in self.files], self.rate, self.times_s
 
-    def input(self) -> HeldVideo:
+    def input(self, most: int) -> HeldVideo:
         """Decode the images and combine them into a video. On Linux, a separate process decodes them.
+
+        Args:
+            most: Maximum size of the decoded pixels, in bytes.
 
         Raises:
             VideoError: If an image can't be read.
             ApiError: If a file isn't an image, the images differ in size, or their total size is too large.
+            OutOfMemory: If the frames don't fit in the available memory.
         """
-        arrays = []
-        size = None
-        for file in self.files:
+        video = None
+        for number, file in enumerate(self.files):
             info = probe(file.path)
             if not info.is_picture:
                 raise refused(f"{file.name} is not an image")
-            if size not in (None, (info.height, info.width)):
+            shape = len(self.files), info.height, info.width, 3
+            if video is None:
+                if math.prod(shape) > most:
+                    raise refused(f"the lists of frames have more than {FRAMES_BYTES >> 20} MiB of pixels")
+                available = Host().available_memory()
+                if available is not None and SHARE * math.prod(shape) > available:
+                    raise OutOfMemory("the frames take too much memory", "send fewer or smaller frames", stage="read")
+                video = np.empty(shape, np.uint8)
+            if video.shape != shape:
                 raise refused(f"{file.name} has a different size than the frames before it")
-            size = info.height, info.width
-            if 3 * info.height * info.width * len(self.files) > FRAMES_BYTES:
-                raise refused(f"{self.name} has more than {FRAMES_BYTES >> 20} MiB of pixels")
             frames, _ = in_one(info, [0.0])
-            arrays.append(frames[0])
-        return HeldVideo.of(np.stack(arrays), self.rate, self.times_s)
+            video[number] = frames[0]
+        return HeldVideo.of(video, self.rate, self.times_s)
 
 
 Local = LocalFile | LocalFrames
@@ -139,7 +148,16 @@ class Fetched:
 
     def inputs(self) -> list[Input]:
         """Return the inputs in a format accepted by the encoder. For the exceptions, see `LocalFrames.input`."""
-        return [each.input() for each in self._inputs]
+        inputs: list[Input] = []
+        left = FRAMES_BYTES
+        for each in self._inputs:
+            if isinstance(each, LocalFrames):
+                video = each.input(left)
+                left -= video.held.nbytes
+                inputs.append(video)
+            else:
+                inputs.append(each.path)
+        return inputs
 
     def close(self) -> None:
         self._files.close()
@@ -250,7 +268,7 @@ class Sources:
         """
         try:
             file = stack.enter_context(self._opened(url))
-        except (OSError, ValueError) as problem:  # ValueError: invalid URL or filename
+        except (OSError, RuntimeError, ValueError) as problem:  # also an invalid URL, or a loop of symbolic links
             if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                 raise full(FILES_RETRY_S) from problem
             message = f"{url} is not a file below a folder of --allow-dir"
@@ -324,11 +342,13 @@ def decoded(url: str) -> bytes:
         raise refused("a data: address is not data:TYPE;base64,...")
     try:
         # Like browsers, accept percent-encoding, whitespace, and missing padding (WHATWG, Infra and Fetch).
+        if text.count("%") > MOST_ESCAPES + len(text) // 16:  # base64 has three characters that are ever escaped
+            raise refused("a data: address is not base64: too many characters are percent-encoded")
         data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
         if b"=" not in data[-2:]:
             data += b"=" * (-len(data) % 4)
         content = binascii.a2b_base64(data, strict_mode=True)
-    except (binascii.Error, ValueError) as problem:
+    except ValueError as problem:
         raise refused(f"a data: address is not base64: {problem}") from problem
     if not content:
         raise refused("a data: address is empty")

@@ -2,7 +2,8 @@
 
 Each request is a `Job`. First, the job is admitted to the queue, its files are fetched, and its inputs are opened (probed and
 planned). Then the model encodes the inputs, unless an earlier question's encoding can be reused, and answers the question. Clients
-take turns: the next job is the oldest ready job of the client whose last turn was longest ago.
+take turns: the next job is the oldest ready job of the client whose last turn was longest ago. The inputs of a client's jobs are
+opened one job at a time, so that a client with many jobs doesn't delay the others.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from evoprune.session import (
     OpenInputs,
     open_inputs,
 )
-from evoprune.video import Scope
+from evoprune.video import Scope, Stopped
 from evoprune.video_qa import VideoQA
 from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question
@@ -107,6 +108,7 @@ class Job:
         self.opened: OpenInputs | None = None
         self.task: Task | None = None  # the task to run in the model thread instead of answering the question
         self.kind: Callable[..., OpenInput] = OpenInput  # see `open_inputs`
+        self.waits_to_open = False  # whether the inputs still have to be opened
         self.ready = False  # whether the model may start working on the job
         self.begun = False  # whether the inputs are being prefetched
         self.scope = Scope()  # used to stop the readers of inputs being opened
@@ -253,6 +255,7 @@ class Work:
         # Waiting jobs by client. The client whose turn is next comes first.
         self._turns: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: Job | None = None
+        self._opening: set[str] = set()  # clients for which a thread is opening inputs
         self._ending = False  # whether new requests are rejected
         self._closed = False
         self._changed = threading.Condition()
@@ -319,7 +322,9 @@ class Work:
         if fetched and encoding_key(question, fetched) in self.kept:
             self._is_ready(job)
         else:
-            self._openers.submit(Context().run, self._prepare, job)
+            with self._changed:
+                job.waits_to_open = True
+            self._openers.submit(self._prepare_waiting)
 
     def run(self, job: Job, question: Question, task: Task) -> None:
         """Make the model thread run a task for a job with fetched files."""
@@ -419,6 +424,23 @@ class Work:
                 self._sessions.popitem(last=False)
             return made
 
+    def _prepare_waiting(self) -> None:
+        """Open the inputs of waiting jobs, in the order of their turns, until none is left whose client isn't already served."""
+        while True:
+            with self._changed:
+                jobs = ((job for job in jobs if job.waits_to_open) for jobs in self._turns.values())
+                firsts = (next(each, None) for each in jobs)
+                job = next((job for job in firsts if job and job.client not in self._opening), None)
+                if job is None:
+                    return
+                job.waits_to_open = False
+                self._opening.add(job.client)
+            try:
+                Context().run(self._prepare, job)
+            finally:
+                with self._changed:
+                    self._opening.discard(job.client)
+
     def _prepare(self, job: Job) -> None:
         """Open a job's inputs, and start prefetching them if another job is being answered."""
         job.scope.enter()
@@ -472,6 +494,8 @@ class Work:
         try:
             if opened:
                 opened.begin()
+        except Stopped:  # the model has already encoded the input
+            return
         except BaseException as problem:
             self._fail(job, problem)
 

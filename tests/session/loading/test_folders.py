@@ -146,9 +146,10 @@ def test_what_the_hub_has_and_cannot_run_or_does_not_have(hub, name, options, sa
 
 
 def test_without_the_hub_the_cache_serves(dead_hub, cache, saved, monkeypatch):
+    monkeypatch.setattr(hub_module, "HUB_SECONDS", 60.0)
     began = time.monotonic()
     assert "the hub cannot be reached" in error_of("org/tiny")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # there is one request, without retries
     fill_cache(cache, saved)
     assert load_model("org/tiny").description.commit == COMMIT
     shutil.rmtree(cache)
@@ -160,14 +161,18 @@ def test_without_the_hub_the_cache_serves(dead_hub, cache, saved, monkeypatch):
 @pytest.mark.parametrize("stuck", ["server", "names"])
 def test_a_hub_that_does_not_answer_fails_soon(cache, monkeypatch, stuck):
     monkeypatch.setattr(hub_module, "HUB_SECONDS", 0.3)
+    released = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         move_hub(monkeypatch, silent.getsockname()[1])
         if stuck == "names":
-            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] if released.wait(60) else None)
         began = time.monotonic()
-        message = error_of("org/tiny")
+        try:
+            message = error_of("org/tiny")
+        finally:
+            released.set()
         assert "the hub cannot be reached" in message and (stuck == "server" or "no response within 0.3 s" in message)
-        assert time.monotonic() - began < (1.5 if stuck == "names" else 3)
+        assert time.monotonic() - began < 20
 
 
 def test_offline_uses_the_cache_and_no_network(cache, saved, monkeypatch):

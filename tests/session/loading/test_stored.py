@@ -10,7 +10,7 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.backend import Quantization
-from evoprune.errors import UsageError
+from evoprune.errors import ModelWarning, UsageError
 from evoprune.session.cache import Cache, Entries
 from evoprune.session.loading import stored
 from evoprune.session.loading.stored import calibrate
@@ -150,3 +150,20 @@ def test_weights_of_large_models_are_stored_if_the_disk_has_room(tmp_path, monke
         assert not stored(store_quantized=False)
         assert stored() == kept
         assert not stored() and stored(store_quantized=True) != kept  # it is there already
+
+
+def test_weights_that_the_cache_cannot_keep_are_not_stored(tmp_path, monkeypatch):
+    """Entries of other models stay."""
+    monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**40))
+    folder = str(save_tiny(tmp_path / "model"))
+    if parameters("int8"):
+        load_model(folder, quantize="int8")
+        before = sorted((tmp_path / "weights").iterdir())
+        assert before
+        monkeypatch.setattr("evoprune.session.cache.WEIGHTS_LIMIT_BYTES", 10)
+        other = str(save_tiny(tmp_path / "other", seed=1))
+        assert load_model(other, quantize="int8").quantized_file is None
+        with pytest.warns(ModelWarning, match="are not kept on disk, because they take"):
+            assert load_model(other, quantize="int8", store_quantized=True).quantized_file is None
+        assert sorted((tmp_path / "weights").iterdir()) == before
