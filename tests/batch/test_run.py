@@ -19,6 +19,7 @@ from evoprune.language import Turn
 from evoprune.report import Report
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
+from tests.threads import check_ended
 
 CLIPS = ["samples/square.mp4", "samples/three.mp4", "samples/vanish.webm"]
 QUESTIONS = ["What happens?", "How many red squares are there in the video?"]
@@ -173,6 +174,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         return read_chunks(info, times, **how)
 
     monkeypatch.setattr("evoprune.session.encoding.read_chunks", read)
+    before = threading.enumerate()
     with closing(answers(qa.session, Span.group(ROWS), changed(max_new_tokens=1))) as made:
         next(made)
         assert second.wait(20)
@@ -180,7 +182,7 @@ def test_the_next_video_is_read_meanwhile_and_no_further(qa, monkeypatch):
         assert events == CLIPS[:2]
         next(made), next(made)
         assert events[:2] == CLIPS[:2]
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
+    check_ended(before)
 
 
 def test_a_video_of_several_rows_is_read_once_and_waiting_is_told(qa, monkeypatch):
@@ -293,6 +295,7 @@ def test_an_interruption_is_no_failure(qa, monkeypatch, stop, where):
         raise stop
 
     monkeypatch.setattr(f"evoprune.{where}", stops)
+    before = threading.enumerate()
     with pytest.raises(type(stop)):
         list(answers(qa.session, Span.group(ROWS), SETTINGS))
-    assert not [thread for thread in threading.enumerate() if thread.name == "evoprune-prefetch"]
+    check_ended(before)
