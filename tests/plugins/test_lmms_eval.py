@@ -113,6 +113,32 @@ def test_an_answer_ends_at_the_task_s_stop_words(model_class, monkeypatch):
     assert [r.text for r in model.generate_until(given)] == ["yes", "yes, no", "yes, no. Perhaps", "yes, no. Perhaps"]
 
 
+def test_a_task_s_settings_override_the_model_s(model_class, monkeypatch):
+    """A temperature of 0 and a top_k of 0 do too. A top_p of 0, which tasks state, means nothing."""
+    seen = []
+
+    def ask(_self, _question, **options):
+        seen.append(tuple(options[name] for name in ("temperature", "top_k", "top_p", "max_new_tokens")))
+        return Answer(Report(answer="yes"), iter(["yes"]))
+
+    monkeypatch.setattr("evoprune.session.asking.EncodedInputs.ask", ask)
+    model = model_class(pretrained="demo", temperature=0.5, top_k=3, top_p=0.9, max_new_tokens=7)
+    own = 0.5, 3, 0.9, 7
+    cases = [
+        ({}, own),
+        ({"temperature": None, "top_k": None, "top_p": None, "max_new_tokens": None}, own),
+        ({"temperature": 0, "top_k": 0}, (0, 0, 0.9, 7)),
+        ({"temperature": 0.0, "top_p": 0}, (0, 3, 0.9, 7)),
+        ({"top_k": 0}, (0.5, 0, 0.9, 7)),
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.6, "max_new_tokens": 9}, (0.7, 5, 0.6, 9)),
+        ({"temperature": 0.7, "do_sample": False}, (0, 3, 0.9, 7)),
+        ({"do_sample": False}, (0, 3, 0.9, 7)),
+        ({"do_sample": True}, own),
+    ]
+    model.generate_until([request(model, "?", [CLIPS[0]], **settings) for settings, _ in cases])
+    assert seen == [right for _, right in cases]
+
+
 @pytest.mark.full
 def test_pictures_and_several_inputs(model_class, tmp_path):
     picture = Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50)

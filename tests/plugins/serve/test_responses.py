@@ -242,6 +242,22 @@ def test_options():
     assert read(reasoning={"effort": None, "summary": None})[:2] == read()[:2]
 
 
+@pytest.mark.parametrize("text", [{}, {"format": None}, {"format": None, "verbosity": None}, {"verbosity": "medium"}])
+def test_the_format_of_a_text_is_plain_unless_stated(server, text):
+    reply = answer(server, text=text)
+    stated = {name: value for name, value in text.items() if value}
+    assert reply["text"] == {"format": {"type": "text"}} | stated
+    assert reply["output"][0]["content"][0]["text"] == answer(server)["output"][0]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("text", ["plain", "", 3, False, ["plain"]])
+def test_a_text_that_is_no_object_is_refused(server, text):
+    response = server.client.post(RESPONSES, json=asked(text=text))
+    assert response.status_code == 400
+    problem = response.json()["error"]
+    assert (problem["type"], problem["code"], problem["param"]) == ("invalid_request_error", "invalid_type", "text")
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [

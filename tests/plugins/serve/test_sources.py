@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import io
 import os
 import socket
 import subprocess
@@ -11,11 +12,14 @@ import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from evoprune.errors import VideoError
+from evoprune.errors import OutOfMemory, VideoError
 from evoprune_serve import public
 from evoprune_serve import sources as sources_module
 from evoprune_serve.errors import ApiError
@@ -167,9 +171,75 @@ def test_base64_is_read_as_browsers_read_it():
             decoded(f"data:;base64,{wrong}")
 
 
+def test_percent_signs_are_limited():
+    """Decoding many of them would take much memory. In large data, those of +, / and = are few; small data may have any number."""
+    content = bytes(range(256))
+    text = base64.b64encode(content)
+    assert decoded("data:;base64," + "".join(f"%{byte:02X}" for byte in text)) == content
+    content *= 2**13
+    escaped = quote(base64.b64encode(content), safe="")
+    assert "%2B" in escaped and "%2F" in escaped and escaped.endswith("%3D")
+    assert escaped.count("%") > sources_module.MOST_ESCAPES
+    assert decoded(f"data:video/mp4;base64,{escaped}") == content
+    with pytest.raises(ApiError, match="too many characters are percent-encoded") as caught:
+        decoded("data:;base64," + "%41" * 100_000)
+    assert caught.value.status == 400
+
+
 def test_base64_without_its_head_is_no_address(store, uploads):
     with pytest.raises(ApiError, match="is not one of data:"):
         sources(store, uploads).fetch([Address("AAAA" * 9000)])
+
+
+# Lists of frames.
+
+GREEN, RED = (0, 200, 0), (200, 0, 0)
+FRAME_BYTES = 28 * 42 * 3
+
+
+def frame_list(*colours: tuple[int, int, int], sizes: tuple[tuple[int, int], ...] = ()) -> FrameList:
+    """Return a list of frames, each of one colour. Their sizes are (width, height)."""
+    addresses = []
+    for number, colour in enumerate(colours):
+        content = io.BytesIO()
+        Image.new("RGB", sizes[number] if sizes else (42, 28), colour).save(content, "PNG")
+        addresses.append(Address("data:image/png;base64," + base64.b64encode(content.getvalue()).decode()))
+    return FrameList(tuple(addresses), 1.0, None)
+
+
+def test_the_lists_of_frames_of_a_request_have_a_limit_together(store, uploads, monkeypatch):
+    fetched = sources(store, uploads).fetch([frame_list(GREEN, RED), Address(url_of("square.mp4")), frame_list(RED)])
+    monkeypatch.setattr(sources_module, "FRAMES_BYTES", 3 * FRAME_BYTES)
+    first, path, second = fetched.inputs()
+    assert isinstance(path, str)
+    for video, colours in ((first, (GREEN, RED)), (second, (RED,))):
+        assert video.held.shape == (len(colours), 28, 42, 3)
+        assert all(np.all(frame == colour) for frame, colour in zip(video.held, colours, strict=True))
+    monkeypatch.setattr(sources_module, "FRAMES_BYTES", 3 * FRAME_BYTES - 1)
+    with pytest.raises(ApiError, match="the lists of frames have more than") as caught:
+        fetched.inputs()
+    assert caught.value.status == 400
+    assert sources(store, uploads).fetch([frame_list(GREEN, RED)]).inputs()
+
+
+def test_frames_take_a_quarter_of_the_available_memory_at_most(store, uploads, monkeypatch):
+    fetched = sources(store, uploads).fetch([frame_list(GREEN, RED)])
+    available = 8 * FRAME_BYTES
+    monkeypatch.setattr(sources_module, "Host", lambda: SimpleNamespace(available_memory=lambda: available))
+    assert fetched.inputs()
+    available = None  # unknown
+    assert fetched.inputs()
+    available = 8 * FRAME_BYTES - 1
+    with pytest.raises(OutOfMemory, match="the frames take too much memory"):
+        fetched.inputs()
+
+
+@pytest.mark.parametrize("size", [(28, 42), (84, 28), (42, 30)])
+def test_frames_have_one_size(store, uploads, size):
+    fetched = sources(store, uploads).fetch([frame_list(GREEN, RED, GREEN, sizes=((42, 28), (42, 28), size))])
+    with pytest.raises(ApiError, match="frame 3 of input 1 has a different size") as caught:
+        fetched.inputs()
+    assert caught.value.status == 400
 
 
 def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads, tmp_path):
@@ -192,6 +262,25 @@ def test_files_are_read_below_the_folders_that_are_allowed_alone(store, uploads,
     ):  # fmt: skip
         assert "not a file below" in refused(made, f"file://{wrong}")
     assert "not a file below" in refused(sources(store, uploads), f"file://{inside}/a%20b.mp4")
+
+
+def test_loops_of_links_are_not_found(store, uploads, tmp_path):
+    """Inside a folder and outside, so that clients learn nothing about other files."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for folder in (inside, tmp_path):
+        (folder / "loop").symlink_to(folder / "loop")
+        (folder / "there").symlink_to(folder / "back")
+        (folder / "back").symlink_to(folder / "there")
+    made = sources(store, uploads, folders=[inside])
+    for folder in (inside, tmp_path):
+        for name in ("loop", "loop/a.mp4", "there"):
+            url = f"file://{folder}/{name}"
+            for source in (Address(url), FrameList((Address(url),), 1.0, None)):
+                with pytest.raises(ApiError) as caught:
+                    made.fetch([source])
+                assert caught.value.message == f"{url} is not a file below a folder of --allow-dir"
+                assert (caught.value.status, caught.value.code) == (404, "not_found")
 
 
 def test_a_file_that_is_replaced_by_a_link_is_not_followed(store, uploads, tmp_path, monkeypatch):
