@@ -157,8 +157,8 @@ class Int8Linear(nn.Module):
         """Multiply quantized rows by the weights without applying the rows' step sizes. Returns float32 `[R, out]`."""
         return _product(whole, self.packed, self.scale, self.zero, self.offset)
 
-    def _with_large_channels(self, y: torch.Tensor, x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-        """Add the large channels to a product. Returns `[..., out]` in the dtype of `x`."""
+    def _with_large_channels(self, y: torch.Tensor, x: torch.Tensor, wide: torch.Tensor | None) -> torch.Tensor:
+        """Add the large channels, if any, to a product. Returns `[..., out]` in the dtype of `x`."""
         if len(self.wide):
             y.addmm_(wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -185,7 +185,8 @@ class RowMajorInt8Linear(Int8Linear):
         y = row_product(rows, self.packed, self.scale)
         if self.bias is not None:
             y.add_(self.bias)
-        return self._with_large_channels(y, x, rows[:, self.large].float())
+        wide = rows[:, self.large].float() if len(self.large) else None
+        return self._with_large_channels(y, x, wide)
 
     def _arrange(self, weights: Weights) -> None:
         self.packed = weights["whole"]
