@@ -332,3 +332,19 @@ def test_each_video_is_read_once_for_all_candidates(saved, monkeypatch, idle):
     assert read == [videos[0], videos[2]]
     assert run.document()["videos"] == {"wanted": 3, "answered": 2, "failed": 1}
     assert len(run.loaded.patches._entries) == 1
+
+
+def test_full_answers_have_a_share_of_the_time_that_loading_left(loaded, monkeypatch):
+    now = [0.0]
+    tuning = Tuning(TuneSettings(CLIPS, time_limit_s=600), now=lambda: now[0])
+    tuning.loaded = loaded
+    limits = []
+
+    class Known(Answering):
+        def answer(self, videos, progress=None):
+            limits.append(self._limit.left)
+
+    monkeypatch.setattr(tune, "Answering", Known)
+    now[0] = 450.0
+    tuning.answer(lambda *what: None)
+    assert limits == [pytest.approx(50.0)]

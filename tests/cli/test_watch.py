@@ -12,6 +12,7 @@ import time
 import av
 import pytest
 
+from evoprune.video.readers.live import LiveReader
 from evoprune_cli.ask import Conversation
 from tests.cli.conftest import ROOT
 from tests.video.files import numbered_frames, write_video
@@ -257,3 +258,28 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_everything(keyboard, endless):
     screen.wait_for("> ", 2)
     screen.press(b"\x03")
     assert process.wait(60) == -signal.SIGINT and "Traceback" not in screen.finish()
+
+
+def test_a_frame_that_is_early_by_a_rounding_error_holds_nothing_up(cli, tmp_path, monkeypatch):
+    """The frame at 15 s has a time just below it, so it is held back until the question at 15 s has been asked."""
+    path = write_video(tmp_path / "slow.ts", numbered_frames(22, 112, 168), fps=1)
+    timed = LiveReader._timed
+    early = 15 - 2**-49
+    monkeypatch.setattr(
+        LiveReader, "_timed", lambda self: ((early if at == 15 else at, each) for at, each in exact(timed(self)))
+    )
+    monkeypatch.setattr("evoprune.video.sandbox.isolation.POSSIBLE", False)
+    result = cli("watch", str(path), *ASKED, "--every", "5s", "--json")
+    assert result.code == 0 and [each["stream"]["end_s"] for each in records(result.out)][:3] == [4.5, 9.5, 14.5]
+
+
+def exact(frames):
+    """Round the times of frames to whole seconds."""
+    return ((float(round(at)), each) for at, each in frames)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "."])
+def test_a_file_of_questions_is_checked_before_weights_are_read(cli, monkeypatch, name):
+    monkeypatch.setattr("evoprune.session.loading.model.load_weights", lambda *_: pytest.fail("weights were read"))
+    result = cli("watch", CLIP, "--questions", name)
+    assert result.code == 2 and name in result.err and "hint: to read stdin" in result.err

@@ -242,6 +242,12 @@ def test_a_frame_an_hour_is_no_other_clock(tmp_path):
     assert [time_s for time_s, _ in found] == pytest.approx([0.0, 3600.0, 7200.0])
 
 
+def test_a_download_of_known_length_has_the_times_of_the_file(tmp_path):
+    path = write_video(tmp_path / "rare.mkv", numbered_frames(3), pts=[0.0, 3600.0, 7200.0])
+    with streams(path) as (url, _):
+        assert [time_s for time_s, _ in read(f"{url}/whole.mkv")[0]] == pytest.approx([0.0, 3600.0, 7200.0])
+
+
 def test_a_jump_of_the_clock_is_said(tmp_path):
     path = tmp_path / "apart.ts"
     parts = [write_video(tmp_path / f"{start}.ts", numbered_frames(10), start=start) for start in (0.0, 900.0)]
