@@ -297,9 +297,8 @@ class ProfileResults(Results):
         """Return a panel that plots the encode time against the live share (share of rows computed), with one line per method."""
         points: dict[str, list[Point]] = {}
         forms = [row.quantize for row in self.rows if row.kind == METHOD]
-        shown = (
-            "none" if "none" in forms else next(iter(forms), "none")
-        )  # one form of the weights, the same for all methods
+        # Show the same form of the weights for all methods.
+        shown = "none" if "none" in forms else next(iter(forms), "none")
         for row in self.rows:
             figures = self.figures(row)
             if figures and row.kind != BOUND and (row.kind != METHOD or row.quantize == shown):

@@ -583,9 +583,8 @@ class Run:
         """Answer the questions with the unpruned model. See `Answering.answer` for exceptions."""
         session = Session(self.loaded, PruneOptions(seed=self.settings.seed).config())
         settings = self.settings
-        limit = TimeLimit(
-            SHARE_OF_FULL * max(0.0, self.limit.left), self.limit.now
-        )  # loading has taken some of the time
+        left = max(0.0, self.limit.left)  # loading has taken some of the time
+        limit = TimeLimit(SHARE_OF_FULL * left, self.limit.now)
         given = session, settings.sampling, settings.questions, limit
         self.answering = Answering(*given, settings.think, self.ahead)
         try:

@@ -5,7 +5,7 @@ doesn't depend on the other rows in the batch. Products use integers and are exa
 others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
 in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On CPUs without VNNI, the language model uses another product when it decodes, which rounds only the weights
+On CPUs without VNNI, the language model uses another product when it decodes, which quantizes only the weights
 (`RowMajorInt8Linear`). A prompt takes longer to read there, and each token of the answer takes less time.
 
 int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
@@ -168,7 +168,7 @@ class RowMajorInt8Linear(Int8Linear):
     """An `Int8Linear` for the language model on CPUs without VNNI.
 
     The weights stay as they are stored. During decoding, the layer uses `row_product`, which is faster for a single row than
-    oneDNN's product, and rounds the weights, but not the inputs. During prefill, the layer computes the same as `Int8Linear`:
+    oneDNN's product, and doesn't quantize the inputs. During prefill, the layer computes the same as `Int8Linear`:
     oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For a long prompt, it packs the weights and
     discards the packed form after the product. Both products are exact, so the number of rows doesn't matter.
     """

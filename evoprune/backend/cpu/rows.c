@@ -1,10 +1,10 @@
 /* The product of a few rows with 8-bit weights, for CPUs with AVX2: y[r][n] = scale[n] * sum of x[r][k] * weights[n][k].
 
    A single row takes as long as reading the weights. PyTorch's product reads four rows of weights at the same time, which is slower,
-   because the memory is read ahead best if it is read in order. Each sum is computed in the same order, whatever the number of rows
-   and threads.
+   because the CPU prefetches memory best if it is read in order. The order of a sum depends neither on the number of rows nor on the
+   number of threads.
 
-   If there is no compiler, evoprune is installed without this file, and uses PyTorch's product (see rows.py). */
+   Without a compiler, evoprune is installed without the compiled library, and uses PyTorch's product (see rows.py). */
 
 #include <immintrin.h>
 #include <stdint.h>

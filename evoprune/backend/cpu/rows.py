@@ -7,17 +7,17 @@ from importlib.util import find_spec
 
 import torch
 
-LIBRARY = "evoprune.backend.cpu._rows"  # the compiled rows.c, which is no Python module
+LIBRARY = "evoprune.backend.cpu._rows"  # the compiled rows.c, a C library without a Python interface
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def row_product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiply rows, `[R, K]`, by 8-bit weights, int8 `[N, K]` in row-major order. Both sizes of the weights are multiples of 32.
-
-    PyTorch's product is vectorized only for bf16, so it rounds the rows.
+    """Multiply rows by 8-bit weights. PyTorch's product is vectorized only for bf16, so it rounds the rows to bf16.
 
     Args:
-        scale: float32 `[N]`, by which the weights' rows are multiplied.
+        x: `[R, K]`.
+        weights: int8 `[N, K]`, in row-major order. N and K are multiples of 32.
+        scale: The scale of each output feature, float32 `[N]`.
 
     Returns:
         float32 `[R, N]`. A row's result doesn't depend on the other rows.
@@ -38,7 +38,7 @@ def _compiled() -> Product | None:
 
 
 def load(path: str) -> Product | None:
-    """Load a compiled `rows.c`. Returns None if its threads are not those of torch, whose OpenMP library must be loaded already."""
+    """Load a compiled `rows.c`, which uses torch's OpenMP threads. Returns None if it can't be loaded, or torch has no OpenMP."""
     try:
         function = ctypes.CDLL(path).evoprune_row_product
     except OSError:
