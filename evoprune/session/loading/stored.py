@@ -72,8 +72,8 @@ def quantize_once(
         quantization.apply(model, calibrate, progress)
         return None
     entries = Cache().of_weights
-    key = _key(fingerprint, quantization)
-    if read := _entry(entries.path(key), key, quantization.layers(model)):
+    name, key = _name_and_key(fingerprint, quantization)
+    if read := _entry(entries.path(name), key, quantization.layers(model)):
         quantization.restore(model, read, progress)
         return None
     stream = _Stream(key)
@@ -83,20 +83,25 @@ def quantize_once(
         quantization.apply(model, calibrate, progress, stream.add)
         stream.end()
 
-    if entries.write(key, write):
-        return entries.path(key)
+    if entries.write(name, write):
+        return entries.path(name)
     if not stream.file:  # the cache folder couldn't be created
         quantization.apply(model, calibrate, progress)
     return None
 
 
-def _key(fingerprint: str, quantization: Quantization) -> str:
-    """Return the cache key for a model's quantized weights.
+def _name_and_key(fingerprint: str, quantization: Quantization) -> tuple[str, str]:
+    """Return the file name and the cache key of a model's quantized weights.
 
-    The key includes the CPU capabilities, because the kernels' weight layout depends on them.
+    Both include the CPU capabilities, because the kernels' weight layout depends on them. Only the key includes evoprune's version,
+    so that a new version replaces the weights stored by the previous version.
     """
     cpu = [torch.backends.cpu.get_cpu_capability(), quantization.levels]
-    facts = [fingerprint, quantization.kind, cpu, evoprune.__version__, torch.__version__, own_code()]
+    name = _hash([fingerprint, quantization.kind, cpu, torch.__version__])
+    return name, _hash([name, evoprune.__version__, own_code()])
+
+
+def _hash(facts: list) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

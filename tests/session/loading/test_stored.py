@@ -65,6 +65,13 @@ def test_a_second_model_is_the_same_without_a_calibration(kind, folder, runs):
     assert len(runs) == 2 and len(list(folder.iterdir())) == 2
 
 
+def test_a_new_version_replaces_the_weights_of_the_previous_one(folder, runs, monkeypatch):
+    expected = quantised("int8")
+    monkeypatch.setattr(stored, "own_code", lambda: "other code")
+    assert same(quantised("int8"), expected) and len(runs) == 2 and len(list(folder.iterdir())) == 1
+    assert same(quantised("int8"), expected) and len(runs) == 2
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("kind", parameters(SOME))
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
