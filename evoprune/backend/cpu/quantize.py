@@ -144,7 +144,9 @@ class Int8Linear(nn.Module):
             y.mul_(step)
         else:
             torch.addcmul(self.bias, y, step, out=y)
-        return self._with_large_channels(y, x, wide)
+        if len(self.wide):
+            y.addmm_(wide, self.wide)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _arrange(self, weights: Weights) -> None:
         """Keep the weights in the layout that `_product` requires."""
@@ -156,12 +158,6 @@ class Int8Linear(nn.Module):
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
         """Multiply quantized rows by the weights without applying the rows' step sizes. Returns float32 `[R, out]`."""
         return _product(whole, self.packed, self.scale, self.zero, self.offset)
-
-    def _with_large_channels(self, y: torch.Tensor, x: torch.Tensor, wide: torch.Tensor | None) -> torch.Tensor:
-        """Add the large channels, if any, to a product. Returns `[..., out]` in the dtype of `x`."""
-        if len(self.wide):
-            y.addmm_(wide, self.wide)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class RowMajorInt8Linear(Int8Linear):
@@ -181,12 +177,15 @@ class RowMajorInt8Linear(Int8Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _role.decodes:
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features)
-        y = row_product(rows, self.packed, self.scale)
+        if x.dim() != 2:
+            return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        # Reading the weights evicts everything else from the CPU's caches, so each call of PyTorch takes some 10 us here.
+        y = row_product(x, self.packed, self.scale)
         if self.bias is not None:
             y.add_(self.bias)
-        wide = rows[:, self.large].float() if len(self.large) else None
-        return self._with_large_channels(y, x, wide)
+        if self.wide.shape[0]:
+            y.addmm_(x[:, self.large].float(), self.wide)
+        return y if x.dtype == y.dtype else y.to(x.dtype)
 
     def _arrange(self, weights: Weights) -> None:
         self.packed = weights["whole"]

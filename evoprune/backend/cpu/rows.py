@@ -23,7 +23,9 @@ def row_product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> 
         float32 `[R, N]`. A row's result doesn't depend on the other rows.
     """
     if compiled := _compiled():
-        return compiled(x.float().contiguous(), weights, scale)
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        return compiled(x, weights, scale)
     ones = torch.ones(len(weights), dtype=torch.bfloat16, device="cpu")
     return torch._weight_int8pack_mm(x.bfloat16().contiguous(), weights, ones).float().mul_(scale)
 
@@ -47,9 +49,10 @@ def load(path: str) -> Product | None:
     function.restype = None
 
     def product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        y = torch.empty(len(x), len(weights), dtype=torch.float32, device="cpu")
-        pointers = (each.data_ptr() for each in (x, weights, scale, y))
-        function(*pointers, len(x), *reversed(weights.shape), torch.get_num_threads())
+        outputs, length = weights.shape
+        y = torch.empty(x.shape[0], outputs, dtype=torch.float32, device="cpu")
+        pointers = x.data_ptr(), weights.data_ptr(), scale.data_ptr(), y.data_ptr()
+        function(*pointers, x.shape[0], length, outputs, torch.get_num_threads())
         return y
 
     return product
