@@ -214,8 +214,9 @@ def test_a_container_that_is_too_small(limited, tmp_path, limit, found, hint):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", parameters("int8"))
-def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, kind):
+def test_a_3b_model_answers_inside_5_and_a_half_gb(limited, tmp_path, monkeypatch, kind):
     """The weights would take 15 GB in fp32. The file's mapped pages count as well, but the system can evict them."""
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))  # for 3.5 GiB of quantized weights
     empty_checkpoint(tmp_path)
     arguments = ("-m", str(tmp_path), "--dtype", "fp32", "--quantize", kind, "--frames", "2", "-n", "2", "--json")
     done = limited("memory", memory_limit(5_500_000_000), "-m", "evoprune_cli", "ask", CLIP, "What?", *arguments)
