@@ -1,5 +1,7 @@
 """The disk cache, mostly for encoded videos. Each file name is a hash of everything that affects the file's contents.
 
+Only the names of quantized weights don't depend on evoprune's version, so that a new version replaces them.
+
 With the cache, a video sampled in the same way for the same model is encoded only once. Each encoded video is stored as a
 safetensors file that also contains its cache key.
 
