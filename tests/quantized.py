@@ -19,7 +19,7 @@ def parameters(*names: str) -> list:
 
 
 def int8(layer, large=None, to_bytes=None) -> Int8Linear:
-    return Int8Linear(int8_weights(layer, large), layer.bias, to_bytes)
+    return Int8Linear(int8_weights(layer, large), layer.weight.shape, layer.bias, to_bytes)
 
 
 def int4(layer, full=None) -> Int4Linear:

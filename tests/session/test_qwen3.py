@@ -24,6 +24,7 @@ from evoprune.vision import encode_rows, normalised, pixel_patches, resize
 from evoprune.vision.patches import patch_means, scan
 from tests.hf.reference import skip_where_not_taken
 from tests.methods.tokens import plan_of
+from tests.quantized import parameters
 from tests.tiny import save_tiny
 from tests.vision.reference import tokens_slowly
 
@@ -209,7 +210,7 @@ def test_every_kind_of_method_runs(loaded, name):
     assert made.text is not None and made.report.tokens.new <= 4
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", parameters("int8", "int4"))
 def test_it_answers_in_fewer_bits(folder, loaded, quantize):
     if not loaded.model.native:
         pytest.skip("transformers runs this language model")

@@ -8,9 +8,9 @@ in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them
 On CPUs without VNNI, the language model uses another product when it decodes, which quantizes only the weights
 (`RowMajorInt8Linear`). A prompt takes longer to read there, and each token of the answer takes less time.
 
-int4 weights have a scale and a zero point for each group of 32 weights, and use PyTorch's own kernel. They are used only for
-language model decoding; prompts and the vision tower use int8. On both AVX2 and AVX512, the kernel is vectorized only for bf16 and
-takes 20 times as long with float32. Therefore, inputs are converted to bf16 even on CPUs without bf16 instructions.
+int4 weights are used only in the language model; the vision tower uses int8. On CPUs without VNNI, they are the only copy, which is
+unpacked to 8 bits for each prompt (`RowMajorInt4Linear`). This requires the products in `rows.c`, because PyTorch's would be slower
+than those of int8. On CPUs with VNNI, prompts use a copy of the weights in int8 (`Int4Linear`).
 """
 
 import threading
@@ -21,6 +21,7 @@ from functools import lru_cache, partial
 import torch
 from torch import nn
 
+from evoprune.backend.cpu import four_bits
 from evoprune.backend.cpu.linear import Packing
 from evoprune.backend.cpu.rows import row_product
 from evoprune.backend.devices import is_host
@@ -104,9 +105,8 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
         rows.div_(scales[-1][:, None]).round_()
         sums.append(rows.sum(1))  # exact: whole numbers below 2^24
         place.copy_(rows)
-    # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run a different kernel.
-    wide = layer.weight[:, large].float().T.clone(memory_format=torch.contiguous_format)
-    return {"whole": whole, "scale": torch.cat(scales), "sum": torch.cat(sums), "large": large, "wide": wide}
+    scale = torch.cat(scales)
+    return {"whole": whole, "scale": scale, "sum": torch.cat(sums), "large": large, "wide": _columns(layer, large)}
 
 
 class _Role(threading.local):
@@ -119,12 +119,18 @@ _role = _Role()
 class Int8Linear(nn.Module):
     """A linear layer that multiplies 8-bit integers.
 
-    Layers with the same input share `to_bytes`, which quantizes the input once.
+    Args:
+        weights: The result of `int8_weights`.
+        shape: The number of output features and the number of input features.
+        bias: `[out]`, or None.
+        to_bytes: Quantizes the input. Layers with the same input share an instance, so that the input is quantized once.
     """
 
-    def __init__(self, weights: Weights, bias: torch.Tensor | None = None, to_bytes: Bytes | None = None):
+    def __init__(
+        self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, to_bytes: Bytes | None = None
+    ):
         super().__init__()
-        self.out_features, self.in_features = weights["whole"].shape
+        self.out_features, self.in_features = shape
         self.to_bytes = to_bytes or Bytes()
         self.bias = None if bias is None else bias.detach().float()
         self.large = weights["large"]
@@ -180,7 +186,7 @@ class RowMajorInt8Linear(Int8Linear):
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
         # Reading the weights evicts everything else from the CPU's caches, so each call of PyTorch takes some 10 us here.
-        y = row_product(x, self.packed, self.scale)
+        y = self._row_product(x)
         if self.bias is not None:
             y.add_(self.bias)
         if self.wide.shape[0]:
@@ -192,10 +198,36 @@ class RowMajorInt8Linear(Int8Linear):
 
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
         if len(whole) >= MANY_ROWS:
-            return _packed_product(self.packed, whole).mul_(self.scale)
+            return _packed_product(self._weights(0, self.out_features), whole).mul_(self.scale)
         y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
-        _swapped_product(self.packed, whole.view(torch.int8) - (levels() + 1), y)
+        _swapped_product(self._weights, whole.view(torch.int8) - (levels() + 1), y)
         return y.mul_(self.scale)
+
+    def _row_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply rows, `[R, in]`, by the weights. Returns float32 `[R, out]`."""
+        return row_product(x, self.packed, self.scale)
+
+    def _weights(self, first: int, last: int) -> torch.Tensor:
+        """Return the 8-bit weights of some output features, int8 `[last - first, in]`."""
+        return self.packed[first:last]
+
+
+class RowMajorInt4Linear(RowMajorInt8Linear):
+    """A `RowMajorInt8Linear` that keeps its weights in 4 bits, and unpacks them to 8 bits for each prompt."""
+
+    @staticmethod
+    def suits(shape: Sequence[int]) -> bool:
+        """Return True if this class supports the given weight shape on this CPU."""
+        return four_bits.is_supported() and RowMajorInt8Linear.suits(shape)
+
+    def _arrange(self, weights: Weights) -> None:
+        self.packed = weights["packed"]
+
+    def _row_product(self, x: torch.Tensor) -> torch.Tensor:
+        return four_bits.product(x, self.packed)
+
+    def _weights(self, first: int, last: int) -> torch.Tensor:
+        return four_bits.unpack(self.packed[first:last], self.scale[first:last], self.in_features)
 
 
 def _packed_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -206,16 +238,21 @@ def _packed_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return _product(rows, packed, ones, zeros, None, levels() + 1)
 
 
-def _swapped_product(whole: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
-    """Multiply row-major weights, int8 `[out, K]`, by rows, int8 `[R, K]`, and write whole numbers to `out`, float32 `[R, out]`."""
+def _swapped_product(whole: Callable[[int, int], torch.Tensor], rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Multiply row-major weights by rows, int8 `[R, K]`, and write whole numbers to `out`, float32 `[R, out]`.
+
+    `whole` returns the weights of the output features in a range, int8 `[features, K]`.
+    """
     count = len(rows)
     if count == 1:  # oneDNN's product with a single column is not exact on CPUs with AVX512 but without VNNI
         rows = rows.expand(2, -1).contiguous()
     packed = torch.ops.onednn.qlinear_prepack(rows, None)
     ones = torch.ones(len(rows), dtype=torch.float32, device="cpu")
     zeros = torch.zeros(len(rows), dtype=torch.int32, device="cpu")
-    for weights, place in zip(whole.split(PIECE_FEATURES), out.split(PIECE_FEATURES, 1), strict=True):
-        place.copy_(_product(weights, packed, ones, zeros, None)[:, :count].T)
+    features = out.shape[1]
+    for first in range(0, features, PIECE_FEATURES):
+        last = min(first + PIECE_FEATURES, features)
+        out[:, first:last] = _product(whole(first, last), packed, ones, zeros, None)[:, :count].T
 
 
 @lru_cache
@@ -232,7 +269,7 @@ def _has_row_major_products() -> bool:
             rows[0] = levels()
             y = torch.empty(count, 64, dtype=torch.float32, device="cpu")
             try:
-                _swapped_product(weights, rows, y)
+                _swapped_product(lambda first, last, weights=weights: weights[first:last], rows, y)
                 packed = _packed_product(weights, (rows + (levels() + 1)).view(torch.uint8))
             except RuntimeError:  # this version of PyTorch takes no signed inputs
                 return False
@@ -247,6 +284,24 @@ def _product(
 ) -> torch.Tensor:
     output_args = 1.0, 0, torch.float32, "none", [], ""
     return torch.ops.onednn.qlinear_pointwise(x, 1.0, x_zero, packed, scale, zero, offset, *output_args)
+
+
+def row_major_int4_weights(layer: nn.Linear, large: torch.Tensor) -> Weights:
+    """Quantize a layer's weights for `RowMajorInt4Linear`.
+
+    Returns:
+        `packed` and `scale`, as returned by `four_bits.pack`; `large`; and `wide`, float32 `[m, out]`, the weights of the large
+        channels, which are zero in `packed`.
+    """
+    pieces = (four_bits.pack(rows.float().index_fill(1, large, 0.0)) for rows in _pieces(layer.weight))
+    packed, scale = (torch.cat(each) for each in zip(*pieces, strict=True))
+    return {"packed": packed, "scale": scale, "large": large, "wide": _columns(layer, large)}
+
+
+def _columns(layer: nn.Linear, channels: torch.Tensor) -> torch.Tensor:
+    """Return the weights of some input channels, float32 `[m, out]`."""
+    # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run a different kernel.
+    return layer.weight[:, channels].float().T.clone(memory_format=torch.contiguous_format)
 
 
 def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:
@@ -316,7 +371,10 @@ def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Int4Linear(nn.Module):
-    """A linear layer with 4-bit weights.
+    """A linear layer with 4-bit weights, for the language model on CPUs with VNNI.
+
+    On both AVX2 and AVX512, PyTorch's kernel is vectorized only for bf16 and takes 20 times as long with float32. Therefore, inputs
+    are converted to bf16 even on CPUs without bf16 instructions.
 
     Args:
         weights: The result of `int4_weights`.
@@ -368,9 +426,21 @@ class Unquantized(nn.Module):
         return self._quantize(layer, large_channels(x))(x)
 
 
-def reads_rows(path: str, kind: str) -> bool:
-    """Return True if a quantized layer needs int8 weights. All layers do except int4 output layers, which read only one row."""
-    return kind == "int8" or path != "lm_head"
+def form_of(kind: str, path: str, shape: Sequence[int]) -> type[Int8Linear] | type[Int4Linear]:
+    """Return the class for a linear layer, given the model's quantization type, the layer's name, and the shape of its weights."""
+    if path.startswith(LANGUAGE):
+        if kind == "int4" and levels() == 127 and shape[1] % GROUP == 0:
+            return Int4Linear
+        if kind == "int4" and RowMajorInt4Linear.suits(shape):
+            return RowMajorInt4Linear
+        if RowMajorInt8Linear.suits(shape):
+            return RowMajorInt8Linear
+    return Int8Linear
+
+
+def _has_prompts(path: str) -> bool:
+    """Return True if an `Int4Linear` needs int8 weights too. All do except the output layer, which reads only one row."""
+    return path != "lm_head"
 
 
 class Quantization:
@@ -403,9 +473,9 @@ class Quantization:
         """Return the quantization types, except "none", supported on a device by the installed PyTorch version and this CPU."""
         if not is_host(device) or not has_exact_products(127):
             return []
-        if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-            return ["int8"]
-        return ["int8", "int4"]
+        if levels() < 127:
+            return ["int8", "int4"] if four_bits.is_supported() else ["int8"]
+        return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
 
     def check(self, device: torch.device) -> None:
         """Raise UsageError if the installed PyTorch version or this CPU doesn't support this quantization type on a device."""
@@ -413,7 +483,11 @@ class Quantization:
             return
         if not is_host(device):
             raise UsageError(f"quantize {self.kind} works on the CPU, not on {device}", "leave quantize out")
-        if self.kind not in self.kinds(device):
+        kinds = self.kinds(device)
+        if "int8" in kinds and self.kind not in kinds and levels() < 127:
+            hint = "quantize to int8, or install a C compiler, and evoprune again"
+            raise UsageError("on this CPU, int4 requires evoprune's compiled products", hint)
+        if self.kind not in kinds:
             raise UsageError(f"this PyTorch has no exact {self.kind} products for this CPU", "leave quantize out")
 
     @property
@@ -421,14 +495,13 @@ class Quantization:
         """Number of rounding levels on either side of zero, which depends on the CPU."""
         return levels()
 
-    def layers(self, model: nn.Module) -> dict[str, str]:
-        """Return a mapping from the name of each linear layer to quantize to its quantization type ("int8" or "int4")."""
-        kinds = {}
-        for path, layer in model.named_modules():
-            if is_unhooked_linear(layer) and not path.endswith(GATES):
-                decodes = path.startswith(LANGUAGE) and layer.in_features % GROUP == 0
-                kinds[path] = self.kind if decodes else "int8"
-        return kinds
+    def layers(self, model: nn.Module) -> dict[str, type[nn.Module]]:
+        """Return a mapping from the name of each linear layer to quantize to the class that replaces it."""
+        return {
+            path: form_of(self.kind, path, layer.weight.shape)
+            for path, layer in model.named_modules()
+            if is_unhooked_linear(layer) and not path.endswith(GATES)
+        }
 
     def saved_bytes(self, model: nn.Module) -> int:
         """Return the number of bytes saved by quantization. The model may be on the meta device.
@@ -437,13 +510,15 @@ class Quantization:
         """
         saved = 0
         embedding = model.model.language_model.embed_tokens.weight
-        for path, kind in self.layers(model).items():
+        for path, form in self.layers(model).items():
             weight = model.get_submodule(path).weight
             rows, columns = weight.shape
-            row = 0
-            if reads_rows(path, kind):
-                row += columns + 16
-            if kind == "int4":
+            row = 16
+            if form is RowMajorInt4Linear:
+                row += four_bits.packed_bytes(columns)
+            elif form is not Int4Linear or _has_prompts(path):
+                row += columns
+            if form is Int4Linear:
                 row += columns // 2 + columns // GROUP * 4
             saved -= rows * row
             if weight is not embedding:
@@ -474,23 +549,28 @@ class Quantization:
         memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
 
         def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
-            kind = layers.kinds[path]
-            weights = {}
-            if reads_rows(path, kind):
-                # Row-major weights are not copied into a packed layout, so they can't share the buffer.
-                kept = layers.form(path, layer) is RowMajorInt8Linear
-                weights |= int8_weights(layer, large, None if kept else memory)
-            if kind == "int4":
-                weights |= int4_weights(layer)
+            form = layers.forms[path]
+            if form is RowMajorInt4Linear:
+                weights = row_major_int4_weights(layer, large)
+            elif (
+                form is RowMajorInt8Linear
+            ):  # its weights are not copied into a packed layout, so they can't share the buffer
+                weights = int8_weights(layer, large)
+            elif form is Int8Linear:
+                weights = int8_weights(layer, large, memory)
+            else:
+                weights = int4_weights(layer)
+                if _has_prompts(path):
+                    weights |= int8_weights(layer, large, memory)
             if store:
                 store(path, weights)
             return layers.put(path, layer, weights)
 
-        for path in layers.kinds:
+        for path in layers.forms:
             layers.replace(path, Unquantized(model.get_submodule(path), partial(quantize_layer, path)))
         with torch.inference_mode():
             run(model)
-        if missing := len(layers.kinds) - layers.done:
+        if missing := len(layers.forms) - layers.done:
             raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantized")
 
     def restore(
@@ -504,25 +584,22 @@ class Quantization:
             progress: Called with the number of finished layers and the total number of layers.
         """
         layers = _Layers(model, self.layers(model), progress)
-        for path in layers.kinds:
+        for path in layers.forms:
             layers.put(path, model.get_submodule(path), read(path))
 
 
 class _Layers:
-    """Replaces the linear layers of a model with quantized layers, one by one. `kinds` comes from `Quantization.layers`."""
+    """Replaces the linear layers of a model with quantized layers, one by one. `forms` comes from `Quantization.layers`."""
 
-    def __init__(self, model: nn.Module, kinds: dict[str, str], progress: Callable[[int, int], None] | None):
-        self.kinds = kinds
+    def __init__(
+        self, model: nn.Module, forms: dict[str, type[nn.Module]], progress: Callable[[int, int], None] | None
+    ):
+        self.forms = forms
         self.done = 0
         self._model = model
         self._progress = progress
         self._to_bytes = Bytes()
         self._large_channels = {}  # tensors of large channels, by module, number of input features, and channels
-
-    def form(self, path: str, layer: nn.Linear) -> type[Int8Linear]:
-        """Return the class for a layer's int8 weights."""
-        decodes = self.kinds[path] == "int8" and path.startswith(LANGUAGE)
-        return RowMajorInt8Linear if decodes and RowMajorInt8Linear.suits(layer.weight.shape) else Int8Linear
 
     def replace(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -530,18 +607,19 @@ class _Layers:
 
     def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
         """Create a quantized layer from `weights`, replace `layer` with it in the model, and return it."""
-        kind = self.kinds[path]
-        full = None
-        if reads_rows(path, kind):
+        form = self.forms[path]
+        shape = layer.out_features, layer.in_features
+        if "large" in weights:
             # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
             key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
-            large = self._large_channels.setdefault(key, weights["large"])
-            full = self.form(path, layer)(weights | {"large": large}, layer.bias, self._to_bytes)
-        quantized = full
-        if kind == "int4":
-            quantized = Int4Linear(weights, (layer.out_features, layer.in_features), layer.bias, full)
+            weights = weights | {"large": self._large_channels.setdefault(key, weights["large"])}
+        if form is Int4Linear:
+            full = Int8Linear(weights, shape, layer.bias, self._to_bytes) if _has_prompts(path) else None
+            quantized = Int4Linear(weights, shape, layer.bias, full)
+        else:
+            quantized = form(weights, shape, layer.bias, self._to_bytes)
         self.replace(path, quantized)
         self.done += 1
         if self._progress:
-            self._progress(self.done, len(self.kinds))
+            self._progress(self.done, len(self.forms))
         return quantized

@@ -1,10 +1,10 @@
-/* The product of a few rows with 8-bit weights, for CPUs with AVX2: y[r][n] = scale[n] * sum of x[r][k] * weights[n][k].
+/* Products of a few rows with 8-bit and 4-bit weights, for CPUs with AVX2: y[r][n] is the sum of x[r][k] * weights[n][k].
 
-   A single row takes as long as reading the weights. PyTorch's product reads four rows of weights at the same time, which is slower,
-   because the CPU prefetches memory best if it is read in order. The order of a sum depends neither on the number of rows nor on the
-   number of threads.
+   A single row takes as long as reading the weights. PyTorch's products read several rows of weights at the same time, which is
+   slower, because the CPU prefetches memory best if it is read in order. The order of a sum depends neither on the number of rows
+   nor on the number of threads.
 
-   Without a compiler, evoprune is installed without the compiled library, and uses PyTorch's product (see rows.py). */
+   Without a compiler, evoprune is installed without the compiled library (see rows.py). */
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -18,6 +18,8 @@ static inline float total(__m256 v)
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
 }
+
+/* --- 8 bits: one scale for each row of weights --- */
 
 static inline __m256 floats(const int8_t *weights)
 {
@@ -56,6 +58,149 @@ void evoprune_row_product(
             case 3: products(3, x, row, scale[n], y + n, length, outputs); break;
             default: products(MOST, x, row, scale[n], y + n, length, outputs);
             }
+        }
+    }
+}
+
+/* --- 4 bits: one scale for each block of 32 weights ---
+
+   A chunk holds 8 blocks: 128 bytes with the weights of two blocks each 32 bytes (0 to 15, where 8 is zero; the first block in the low
+   halves of the bytes), and 8 scales in bf16. The last chunk of a row is filled with zeros. four_bits.py packs the weights. */
+
+#define BLOCK 32
+#define BLOCKS 8 /* blocks of a chunk */
+#define CHUNK (BLOCKS * (BLOCK / 2 + 2))
+
+/* The halves of 32 bytes: two blocks of weights. */
+static inline void halves(const uint8_t *chunk, int pair, __m256i blocks[2])
+{
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i both = _mm256_loadu_si256((const __m256i *)(chunk + pair * BLOCK));
+    blocks[0] = _mm256_and_si256(both, low);
+    blocks[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+}
+
+static inline __m256 scales(const uint8_t *chunk)
+{
+    __m128i bf16 = _mm_loadu_si128((const __m128i *)(chunk + BLOCKS * BLOCK / 2));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
+}
+
+/* Round 16 numbers to bytes. */
+static inline __m128i bytes(__m256 first, __m256 second)
+{
+    __m256i whole = _mm256_packs_epi32(_mm256_cvtps_epi32(first), _mm256_cvtps_epi32(second));
+    whole = _mm256_permute4x64_epi64(whole, 0xD8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+}
+
+/* The sums of four neighboring products of 32 unsigned and 32 signed bytes. */
+static inline __m256i quads(__m256i plain, const int8_t *with_sign)
+{
+    __m256i pairs = _mm256_maddubs_epi16(plain, _mm256_loadu_si256((const __m256i *)with_sign));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+/* Round a row to 8 bits in blocks. `shifts` make up for the 8 that each weight has too much. */
+static void round_blocks(const float *x, int8_t *whole, float *steps, float *shifts, int64_t length, int64_t blocks)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (int64_t b = 0; b < blocks; b++, x += BLOCK, whole += BLOCK, length -= BLOCK) {
+        float last[BLOCK] = {0};
+        for (int64_t i = 0; length < BLOCK && i < length; i++)
+            last[i] = x[i];
+        const float *from = length < BLOCK ? last : x;
+        __m256 v[4], largest = _mm256_set1_ps(1e-30f);
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(from + 8 * i);
+            largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v[i]));
+        }
+        largest = _mm256_max_ps(largest, _mm256_permute2f128_ps(largest, largest, 1));
+        largest = _mm256_max_ps(largest, _mm256_shuffle_ps(largest, largest, 0x4E));
+        largest = _mm256_max_ps(largest, _mm256_shuffle_ps(largest, largest, 0xB1));
+        __m256 factor = _mm256_div_ps(_mm256_set1_ps(127), largest);
+        for (int i = 0; i < 4; i += 2)
+            _mm_storeu_si128((__m128i *)(whole + 8 * i), bytes(_mm256_mul_ps(v[i], factor), _mm256_mul_ps(v[i + 1], factor)));
+        steps[b] = _mm256_cvtss_f32(largest) / 127;
+        shifts[b] = -8 * steps[b] * total(_mm256_cvtepi32_ps(quads(_mm256_set1_epi8(1), whole)));
+    }
+}
+
+/* Multiply `rows` rows, a constant, by one row of weights. */
+static inline __attribute__((always_inline)) void products4(
+    int rows, const int8_t *x, const float *steps, const float *shifts, const uint8_t *chunk, float *y, int64_t blocks, int64_t outputs)
+{
+    __m256 sum[MOST], shift[MOST];
+    for (int r = 0; r < rows; r++)
+        sum[r] = shift[r] = _mm256_setzero_ps();
+    for (int64_t b = 0; b < blocks; b += BLOCKS, chunk += CHUNK) {
+        __m256 scale = scales(chunk);
+        float step[MOST][BLOCKS];
+        for (int r = 0; r < rows; r++) {
+            _mm256_storeu_ps(step[r], _mm256_mul_ps(scale, _mm256_loadu_ps(steps + r * blocks + b)));
+            shift[r] = _mm256_fmadd_ps(scale, _mm256_loadu_ps(shifts + r * blocks + b), shift[r]);
+        }
+        _mm_prefetch((const char *)chunk + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)chunk + AHEAD + 64, _MM_HINT_T0);
+        for (int pair = 0; pair < BLOCKS / 2; pair++) {
+            __m256i weights[2];
+            halves(chunk, pair, weights);
+            for (int i = 0; i < 2; i++)
+                for (int r = 0; r < rows; r++) {
+                    int block = 2 * pair + i;
+                    __m256i four = quads(weights[i], x + (r * blocks + b + block) * BLOCK);
+                    sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(four), _mm256_broadcast_ss(&step[r][block]), sum[r]);
+                }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        y[r * outputs] = total(_mm256_add_ps(sum[r], shift[r]));
+}
+
+/* `whole`, `[rows][blocks * 32]`, and `steps`, `[2][rows][blocks]`, are working memory. */
+void evoprune_row_product4(const float *x, const uint8_t *weights, float *y, int8_t *whole, float *steps, int64_t rows, int64_t length,
+                           int64_t blocks, int64_t outputs, int threads)
+{
+    float *shifts = steps + rows * blocks;
+    for (int64_t r = 0; r < rows; r++)
+        round_blocks(x + r * length, whole + r * blocks * BLOCK, steps + r * blocks, shifts + r * blocks, length, blocks);
+    for (int64_t done = 0; done < rows; done += MOST) {
+        const int8_t *some = whole + done * blocks * BLOCK;
+        const float *step = steps + done * blocks, *shift = shifts + done * blocks;
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t n = 0; n < outputs; n++) {
+            const uint8_t *row = weights + n * (blocks / BLOCKS) * CHUNK;
+            float *at = y + done * outputs + n;
+            switch (rows - done) {
+            case 1: products4(1, some, step, shift, row, at, blocks, outputs); break;
+            case 2: products4(2, some, step, shift, row, at, blocks, outputs); break;
+            case 3: products4(3, some, step, shift, row, at, blocks, outputs); break;
+            default: products4(MOST, some, step, shift, row, at, blocks, outputs);
+            }
+        }
+    }
+}
+
+/* Unpack 4-bit weights to 8 bits: weights[n][k] is about scale[n] * whole[n][k]. `length` is a multiple of 32. */
+void evoprune_unpack4(
+    const uint8_t *weights, const float *scale, int8_t *whole, int64_t length, int64_t blocks, int64_t outputs, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < outputs; n++) {
+        const uint8_t *chunk = weights + n * (blocks / BLOCKS) * CHUNK;
+        float step[BLOCKS];
+        for (int64_t b = 0; b < length / BLOCK; b++) {
+            int block = b % BLOCKS;
+            if (block == 0)
+                _mm256_storeu_ps(step, scales(chunk));
+            __m256 factor = _mm256_set1_ps(step[block] / scale[n]);
+            __m256 below = _mm256_mul_ps(factor, _mm256_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1));
+            __m256 above = _mm256_mul_ps(factor, _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7));
+            __m256i table = _mm256_broadcastsi128_si256(bytes(below, above)), both[2];
+            halves(chunk, block / 2, both);
+            _mm256_storeu_si256((__m256i *)(whole + n * length + b * BLOCK), _mm256_shuffle_epi8(table, both[block % 2]));
+            if (block == BLOCKS - 1)
+                chunk += CHUNK;
         }
     }
 }

@@ -1,14 +1,18 @@
 """The product of a few rows with 8-bit weights: `rows.c` if it was compiled when evoprune was installed, otherwise PyTorch's."""
 
 import ctypes
-from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 
 LIBRARY = "evoprune.backend.cpu._rows"  # the compiled rows.c, a C library without a Python interface
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
+FUNCTIONS = {  # the types of their parameters, except for the last, the number of threads
+    "evoprune_row_product": [POINTER] * 4 + [NUMBER] * 3,
+    "evoprune_row_product4": [POINTER] * 5 + [NUMBER] * 4,
+    "evoprune_unpack4": [POINTER] * 3 + [NUMBER] * 3,
+}
 
 
 def row_product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -22,37 +26,35 @@ def row_product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> 
     Returns:
         float32 `[R, N]`. A row's result doesn't depend on the other rows.
     """
-    if compiled := _compiled():
+    if compiled := library():
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.float().contiguous()
-        return compiled(x, weights, scale)
+        outputs, length = weights.shape
+        y = torch.empty(x.shape[0], outputs, dtype=torch.float32, device="cpu")
+        pointers = x.data_ptr(), weights.data_ptr(), scale.data_ptr(), y.data_ptr()
+        compiled.evoprune_row_product(*pointers, x.shape[0], length, outputs, torch.get_num_threads())
+        return y
     ones = torch.ones(len(weights), dtype=torch.bfloat16, device="cpu")
     return torch._weight_int8pack_mm(x.bfloat16().contiguous(), weights, ones).float().mul_(scale)
 
 
 @lru_cache
-def _compiled() -> Product | None:
-    """Return the product of `rows.c`, or None if it was not compiled or this CPU can't run it."""
+def library() -> ctypes.CDLL | None:
+    """Return the compiled `rows.c`, or None if it was not compiled or this CPU can't run it."""
     found = find_spec(LIBRARY)
     if found is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return None
     return load(found.origin)
 
 
-def load(path: str) -> Product | None:
+def load(path: str) -> ctypes.CDLL | None:
     """Load a compiled `rows.c`, which uses torch's OpenMP threads. Returns None if it can't be loaded, or torch has no OpenMP."""
     try:
-        function = ctypes.CDLL(path).evoprune_row_product
+        compiled = ctypes.CDLL(path)
     except OSError:
         return None
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int]
-    function.restype = None
-
-    def product(x: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        outputs, length = weights.shape
-        y = torch.empty(x.shape[0], outputs, dtype=torch.float32, device="cpu")
-        pointers = x.data_ptr(), weights.data_ptr(), scale.data_ptr(), y.data_ptr()
-        function(*pointers, x.shape[0], length, outputs, torch.get_num_threads())
-        return y
-
-    return product
+    for name, types in FUNCTIONS.items():
+        function = getattr(compiled, name)
+        function.argtypes = [*types, ctypes.c_int]
+        function.restype = None
+    return compiled

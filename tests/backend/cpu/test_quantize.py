@@ -13,15 +13,19 @@ from evoprune.backend.cpu.quantize import (
     Int4Linear,
     Int8Linear,
     Quantization,
+    RowMajorInt4Linear,
     RowMajorInt8Linear,
+    form_of,
     int8_weights,
     large_channels,
     levels,
+    row_major_int4_weights,
 )
 from evoprune.errors import UsageError
 from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.session import calibrate
 from evoprune.vision import encode_rows
+from tests.compiled import compiled, library  # noqa: F401
 from tests.quantized import int4, int8, parameters
 from tests.tiny import tiny_model
 
@@ -185,7 +189,8 @@ def test_a_whole_model(kind):
     assert seen == [(done + 1, len(linear)) for done in range(len(linear))]
     made = {name: type(model.get_submodule(name)) for name in linear}
     assert {kind for name, kind in made.items() if "visual" in name} == {Int8Linear}
-    assert made["lm_head"] == (Int8Linear if kind == "int8" else Int4Linear)
+    assert made == {name: form_of(kind, name, plain.get_submodule(name).weight.shape) for name in linear}
+    assert (kind == "int4") == bool({Int4Linear, RowMajorInt4Linear} & set(made.values()))
     assert relative(features_of(model), features_of(plain)) < 0.05
     again = copy.deepcopy(plain)
     Quantization(kind).apply(again, calibrate)
@@ -241,7 +246,7 @@ row_major = pytest.mark.skipif(
 
 
 def in_rows(layer, large=None) -> RowMajorInt8Linear:
-    return RowMajorInt8Linear(int8_weights(layer, large), layer.bias)
+    return RowMajorInt8Linear(int8_weights(layer, large), layer.weight.shape, layer.bias)
 
 
 @row_major
@@ -285,6 +290,82 @@ def test_only_row_major_weights_are_rounded_while_decoding(large):
     torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-6 * float(expected.abs().max()))
     if large is None:
         assert torch.equal(together, one_by_one)
+
+
+def in_four_bits(layer, large) -> RowMajorInt4Linear:
+    return RowMajorInt4Linear(row_major_int4_weights(layer, large), layer.weight.shape, layer.bias)
+
+
+def with_unpacked_weights(layer, made) -> nn.Linear:
+    """Return a copy of a layer with the weights that `made` keeps in 4 bits, in float32."""
+    unpacked = copy.deepcopy(layer)
+    unpacked.weight.copy_(made._weights(0, made.out_features) * made.scale[:, None])
+    unpacked.weight[:, made.large] = layer.weight[:, made.large]
+    return unpacked
+
+
+@row_major
+@pytest.mark.parametrize("large", [LARGE[:0], LARGE])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bits_are_unpacked_for_prompts(compiled, large, bias, dtype):  # noqa: F811
+    layer = layer_of(bias=bias)
+    made = in_four_bits(layer, large)
+    expected = int8(with_unpacked_weights(layer, made), large)
+    for shape in ((1,), (3,), (2, 300), (513,)):
+        x = torch.randn(*shape, 96).to(dtype)
+        torch.testing.assert_close(made(x), expected(x), rtol=1e-2, atol=1e-4)
+
+
+@row_major
+def test_a_large_layer_is_unpacked_in_pieces(compiled, monkeypatch):  # noqa: F811
+    made, x = in_four_bits(layer_of(out=320), LARGE), torch.randn(5, 96)
+    expected = made(x)
+    asked = []
+    unpack = made._weights
+    monkeypatch.setattr(made, "_weights", lambda first, last: asked.append((first, last)) or unpack(first, last))
+    monkeypatch.setattr("evoprune.backend.cpu.quantize.PIECE_FEATURES", 128)
+    assert torch.equal(made(x), expected) and asked == [(0, 128), (128, 256), (256, 320)]
+
+
+@row_major
+@pytest.mark.parametrize("large", [LARGE[:0], LARGE])
+def test_four_bits_decode(compiled, large):  # noqa: F811
+    layer, x = layer_of(), torch.randn(9, 96)
+    x[:, large] *= 50
+    made = in_four_bits(layer, large)
+    expected = with_unpacked_weights(layer, made)(x)
+    with Quantization.decoding():
+        together = made(x)
+        one_by_one = torch.cat([made(row) for row in x.split(1)])
+    assert relative(together, expected) < 0.01
+    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+@row_major
+def test_four_bits_take_nine_sixteenths_of_eight(compiled):  # noqa: F811
+    layer = layer_of(64, 4096, bias=False)
+    eight, four = int8_weights(layer), row_major_int4_weights(layer, LARGE[:0])
+    assert four["packed"].nbytes / eight["whole"].nbytes == 9 / 16
+
+
+@row_major
+def test_four_bits_need_the_compiled_products(monkeypatch):
+    monkeypatch.setattr("evoprune.backend.cpu.four_bits.library", lambda: None)
+    assert Quantization.kinds(torch.device("cpu")) == ["int8"]
+    with pytest.raises(UsageError, match="compiled products") as raised:
+        Quantization("int4").check(torch.device("cpu"))
+    assert "int8" in raised.value.hint
+
+
+@row_major
+def test_the_forms_of_a_model_in_four_bits(compiled):  # noqa: F811
+    model = copy.deepcopy(tiny_model())
+    Quantization("int4").apply(model, calibrate)
+    forms = {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+    assert "lm_head" in forms
+    assert {form for name, form in forms.items() if "visual" in name} == {Int8Linear}
+    assert {form for name, form in forms.items() if "language_model" in name} == {RowMajorInt4Linear}
 
 
 @row_major

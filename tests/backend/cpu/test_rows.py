@@ -1,38 +1,23 @@
 """Test the compiled product of a few rows with 8-bit weights, and that evoprune works without it."""
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from evoprune.backend.cpu import rows
+from tests.compiled import compiled, library  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
-SOURCE = Path(rows.__file__).with_suffix(".c")
 SHAPES = [(96, 64), (2048, 2048), (512, 11008)]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    """Compile the product as `pip install` does."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("needs a compiler and AVX2")
-    folder = tmp_path_factory.mktemp("rows")
-    options = ["-O3", "-mavx2", "-mfma", "-fopenmp", "-fPIC"]
-    subprocess.run([compiler, *options, "-c", SOURCE, "-o", folder / "rows.o"], check=True)
-    subprocess.run([compiler, "-shared", folder / "rows.o", "-o", folder / "_rows.so"], check=True)
-    return folder / "_rows.so"
 
 
 @pytest.fixture(params=["compiled", "PyTorch's"])
 def product(request, monkeypatch):
     """Both products, and the rounding error of their rows."""
-    compiled = rows.load(str(request.getfixturevalue("library"))) if request.param == "compiled" else None
-    monkeypatch.setattr(rows, "_compiled", lambda: compiled)
-    return rows.row_product, 1e-6 if compiled else 1e-2
+    if request.param == "compiled":
+        request.getfixturevalue("compiled")
+    else:
+        monkeypatch.setattr(rows, "library", lambda: None)
+    return rows.row_product, 1e-6 if request.param == "compiled" else 1e-2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
@@ -50,16 +35,15 @@ def test_the_product_is_right_and_each_row_is_independent(product, outputs, leng
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_threads_and_the_layout_of_the_rows_change_nothing(library, dtype):
-    multiply = rows.load(str(library))
+def test_the_threads_and_the_layout_of_the_rows_change_nothing(compiled, dtype):  # noqa: F811
     weights = torch.randint(-127, 128, (96, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).to(dtype)[:, ::2].float().contiguous()
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).to(dtype)[:, ::2]
     made = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            made.append(multiply(x, weights, torch.ones(96)))
+            made.append(rows.row_product(x, weights, torch.ones(96)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])

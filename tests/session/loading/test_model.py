@@ -126,7 +126,7 @@ def test_forms_of_the_weights(saved, quantize, monkeypatch):
         if quantize == "none":
             assert isinstance(layer, PackedLinear) == isinstance(qkv, PackedLinear) == (available is None)
         else:
-            assert isinstance(layer.full if quantize == "int4" else layer, Int8Linear) and isinstance(qkv, Int8Linear)
+            assert isinstance(getattr(layer, "full", layer), Int8Linear) and isinstance(qkv, Int8Linear)
         sizes[available] = loaded.weights_bytes
     plain = sum(weight.nbytes for weight in tiny_model().parameters())
     assert sizes[None] == sizes[0] and (sizes[0] == plain if quantize == "none" else sizes[0] < plain)
