@@ -1,4 +1,4 @@
-"""Compile `rows.c` as `pip install` does, and give it to evoprune. Test files import the fixtures."""
+"""Compile `rows.c` and `layer.c` as `pip install` does, and give them to evoprune. Test files import the fixtures."""
 
 import ctypes
 import shutil
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.backend.cpu import four_bits, rows
+from evoprune.backend.cpu import compiled as module
+from evoprune.backend.cpu import layer
 
-SOURCE = Path(rows.__file__).with_suffix(".c")
+FOLDER = Path(module.__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -19,14 +20,22 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     if compiler is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs a compiler and AVX2")
     folder = tmp_path_factory.mktemp("rows")
-    options = ["-O3", "-mavx2", "-mfma", "-fopenmp", "-fPIC"]
-    subprocess.run([compiler, *options, "-c", SOURCE, "-o", folder / "rows.o"], check=True)
-    subprocess.run([compiler, "-shared", folder / "rows.o", "-o", folder / "_rows.so"], check=True)
-    return rows.load(str(folder / "_rows.so"))
+    objects = [folder / f"{name}.o" for name in ("rows", "layer")]
+    for made in objects:  # linking both files at once would need another option for the compiler
+        options = ["-O3", "-mavx2", "-mfma", "-fopenmp", "-fPIC"]
+        subprocess.run([compiler, *options, "-c", FOLDER / f"{made.stem}.c", "-o", made], check=True)
+    subprocess.run([compiler, "-shared", *objects, "-o", folder / "_rows.so", "-lm"], check=True)
+    return module.load(str(folder / "_rows.so"))
 
 
 @pytest.fixture
 def compiled(library, monkeypatch) -> None:
-    """Compute with the compiled products, even if evoprune was installed without them."""
-    for module in (rows, four_bits):
-        monkeypatch.setattr(module, "library", lambda: library)
+    """Compute with the compiled library, even if evoprune was installed without it."""
+    use(library, monkeypatch)
+
+
+def use(library: ctypes.CDLL | None, monkeypatch) -> None:
+    """Make evoprune use a library, or none."""
+    monkeypatch.setattr(module, "library", lambda: library)
+    monkeypatch.setattr(layer, "library", lambda: library)
+    monkeypatch.setattr(layer, "_known", type(layer._known)())

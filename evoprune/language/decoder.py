@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import (
     Attention,
+    Quantization,
     joined,
     kernels_for,
     linear,
@@ -24,6 +25,9 @@ from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
 STRIP = 1024  # number of query columns that share an attention mask
+# On a CPU, at most this many columns attend one by one, so that they are computed exactly as if each was read alone. Quantized
+# layers would turn differences in the last bit into differences of a step.
+FEW_COLUMNS = 8
 
 
 @lru_cache
@@ -110,6 +114,11 @@ def attend(
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
     dim = dim or given
+    if 1 < columns <= FEW_COLUMNS and visible_keys is None and queries.device.type == "cpu":
+        ends = range(n - columns + 1, n + 1)
+        single = zip(queries.split(1, 1), ends, strict=True)
+        seen = [attend(each, keys[:, :, :end], values[:, :, :end], rows_at(bias, slice(end))) for each, end in single]
+        return torch.cat(seen)
     if columns == 1:
         # Treat query heads with shared keys as columns of a single head, so the keys are read only once. This is two to four times
         # as fast.
@@ -519,10 +528,18 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run a single layer on all columns using fused kernels and joined weights. Return None if this isn't possible.
+    """Run a single layer on all columns using either a compiled layer, or fused kernels and joined weights.
+
+    Return None if neither is possible.
 
     See `run_layer` for the arguments and results.
     """
+    if compiled := Quantization.compiled_layer(layer, x, config):
+        x = x.contiguous()
+        *room, keys, values = cache.room(number, len(x))
+        queries = compiled.before_attention(x, *places, *room)
+        seen = attend(queries, keys, values, bias, wide=wide)
+        return compiled.after_attention(x, seen), queries, keys, values
     attention = layer.self_attn
     mlp = layer.mlp
     eps = config.rms_norm_eps

@@ -57,8 +57,12 @@ class LanguageModel:
 
     @property
     def can_draft(self) -> bool:
-        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they are rejected."""
-        return self.can_crop and Device(self.model.model.language_model.norm.weight.device).reads_drafts
+        """Whether drafted tokens can be read in the same pass as the latest token, and dropped if they are rejected.
+
+        Models run by transformers are excluded: their layers round several columns differently than a single one, and quantized
+        layers and routers would turn such differences into larger ones.
+        """
+        return not self._hosted and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
     def runs_modules(self) -> bool:

@@ -21,9 +21,9 @@ from functools import lru_cache, partial
 import torch
 from torch import nn
 
-from evoprune.backend.cpu import four_bits
+from evoprune.backend.cpu import compiled, four_bits
+from evoprune.backend.cpu.layer import CompiledLayer
 from evoprune.backend.cpu.linear import Packing
-from evoprune.backend.cpu.rows import row_product
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
@@ -34,6 +34,7 @@ PIECE_FEATURES = 4096  # number of output features to compute at a time with row
 MANY_ROWS = 512  # with at least this many rows, packing row-major weights for a single product saves time
 ROW_STEP = 32  # PyTorch's product of row-major weights requires both dimensions to be multiples of this
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
+FEW_ROWS = 8  # at most this many rows have exactly the same results as each row alone
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
 # Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head.
@@ -150,8 +151,7 @@ class Int8Linear(nn.Module):
             y.mul_(step)
         else:
             torch.addcmul(self.bias, y, step, out=y)
-        if len(self.wide):
-            y.addmm_(wide, self.wide)
+        _add_large(y, wide, self.wide)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _arrange(self, weights: Weights) -> None:
@@ -185,13 +185,20 @@ class RowMajorInt8Linear(Int8Linear):
             return super().forward(x)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
-        # Reading the weights evicts everything else from the CPU's caches, so each call of PyTorch takes some 10 us here.
-        y = self._row_product(x)
-        if self.bias is not None:
-            y.add_(self.bias)
-        if self.wide.shape[0]:
-            y.addmm_(x[:, self.large].float(), self.wide)
-        return y if x.dtype == y.dtype else y.to(x.dtype)
+        if compiled.library():
+            y = self.structure()(x)
+        else:
+            y = _row_product(x, self.packed).mul_(self.scale)
+            if self.bias is not None:
+                y.add_(self.bias)
+            _add_large(y, x[:, self.large].float(), self.wide)
+        return y.to(x.dtype)
+
+    def structure(self) -> compiled.Linear:
+        """Return the layer for the compiled library."""
+        tensors = self.packed, self._row_scale, self.bias, self.wide, self.large
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return compiled.Linear(*addresses, len(self.large), self.in_features, self.out_features)
 
     def _arrange(self, weights: Weights) -> None:
         self.packed = weights["whole"]
@@ -203,9 +210,10 @@ class RowMajorInt8Linear(Int8Linear):
         _swapped_product(self._weights, whole.view(torch.int8) - (levels() + 1), y)
         return y.mul_(self.scale)
 
-    def _row_product(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply rows, `[R, in]`, by the weights. Returns float32 `[R, out]`."""
-        return row_product(x, self.packed, self.scale)
+    @property
+    def _row_scale(self) -> torch.Tensor | None:
+        """The scale of each row of `packed`, or None if `packed` contains the scales."""
+        return self.scale
 
     def _weights(self, first: int, last: int) -> torch.Tensor:
         """Return the 8-bit weights of some output features, int8 `[last - first, in]`."""
@@ -218,16 +226,37 @@ class RowMajorInt4Linear(RowMajorInt8Linear):
     @staticmethod
     def suits(shape: Sequence[int]) -> bool:
         """Return True if this class supports the given weight shape on this CPU."""
-        return four_bits.is_supported() and RowMajorInt8Linear.suits(shape)
+        return compiled.library() is not None and RowMajorInt8Linear.suits(shape)
 
     def _arrange(self, weights: Weights) -> None:
         self.packed = weights["packed"]
 
-    def _row_product(self, x: torch.Tensor) -> torch.Tensor:
-        return four_bits.product(x, self.packed)
+    @property
+    def _row_scale(self) -> None:
+        return None
 
     def _weights(self, first: int, last: int) -> torch.Tensor:
-        return four_bits.unpack(self.packed[first:last], self.scale[first:last], self.in_features)
+        return compiled.unpack(self.packed[first:last], self.scale[first:last], self.in_features)
+
+
+def _add_large(y: torch.Tensor, large: torch.Tensor, wide: torch.Tensor) -> None:
+    """Add the product of the large channels, `[R, m]`, and their weights, `[m, out]`, to `y`, `[R, out]`.
+
+    A few rows are multiplied one by one, so that they don't depend on one another.
+    """
+    if len(wide):
+        step = 1 if len(y) <= FEW_ROWS else len(y)
+        for some, rows in zip(y.split(step), large.split(step), strict=True):
+            some.addmm_(rows, wide)
+
+
+def _row_product(x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Multiply a few rows, `[R, K]`, by row-major weights, int8 `[out, K]`. Returns float32 `[R, out]`.
+
+    PyTorch's product is vectorized only for bf16, so the rows are rounded to bf16.
+    """
+    ones = torch.ones(len(whole), dtype=torch.bfloat16, device="cpu")
+    return torch._weight_int8pack_mm(x.bfloat16().contiguous(), whole, ones).float()
 
 
 def _packed_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -469,12 +498,25 @@ class Quantization:
             _role.decodes = before
 
     @staticmethod
+    def compiled_layer(layer: nn.Module, x: torch.Tensor, config) -> CompiledLayer | None:
+        """Return the compiled form of a decoder layer, or None if it has none, or this thread is not decoding.
+
+        Args:
+            layer: The layer module.
+            x: The layer's input.
+            config: The language model config.
+        """
+        if not _role.decodes or x.dtype != torch.float32 or not is_host(x.device):
+            return None
+        return CompiledLayer.of(layer, config)
+
+    @staticmethod
     def kinds(device: torch.device) -> list[str]:
         """Return the quantization types, except "none", supported on a device by the installed PyTorch version and this CPU."""
         if not is_host(device) or not has_exact_products(127):
             return []
         if levels() < 127:
-            return ["int8", "int4"] if four_bits.is_supported() else ["int8"]
+            return ["int8", "int4"] if compiled.library() else ["int8"]
         return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
 
     def check(self, device: torch.device) -> None:

@@ -6,8 +6,8 @@
 
    Without a compiler, evoprune is installed without the compiled library (see rows.py). */
 
+#include "rows.h"
 #include <immintrin.h>
-#include <stdint.h>
 
 #define AHEAD 1024 /* bytes between the weights in use and those to load into the cache */
 #define MOST 4     /* rows that share a pass through the weights */
@@ -28,7 +28,7 @@ static inline __m256 floats(const int8_t *weights)
 
 /* Multiply `rows` rows, a constant, by one row of weights. `length` is a multiple of 16. */
 static inline __attribute__((always_inline)) void products(
-    int rows, const float *x, const int8_t *weights, float scale, float *y, int64_t length, int64_t outputs)
+    int rows, const float *x, const int8_t *weights, float scale, float *y, int64_t length, int64_t stride)
 {
     __m256 even[MOST], odd[MOST];
     for (int r = 0; r < rows; r++)
@@ -42,34 +42,27 @@ static inline __attribute__((always_inline)) void products(
         }
     }
     for (int r = 0; r < rows; r++)
-        y[r * outputs] = scale * total(_mm256_add_ps(even[r], odd[r]));
+        y[r * stride] = scale * total(_mm256_add_ps(even[r], odd[r]));
 }
 
-void evoprune_row_product(
-    const float *x, const int8_t *weights, const float *scale, float *y, int64_t rows, int64_t length, int64_t outputs, int threads)
+void evoprune_row_product(const float *x, const int8_t *weights, const float *scale, float *y, int64_t rows, int64_t length,
+                          int64_t outputs, int64_t stride, int threads)
 {
-    for (int64_t done = 0; done < rows; done += MOST, x += MOST * length, y += MOST * outputs) {
+    for (int64_t done = 0; done < rows; done += MOST, x += MOST * length, y += MOST * stride) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t n = 0; n < outputs; n++) {
             const int8_t *row = weights + n * length;
             switch (rows - done) {
-            case 1: products(1, x, row, scale[n], y + n, length, outputs); break;
-            case 2: products(2, x, row, scale[n], y + n, length, outputs); break;
-            case 3: products(3, x, row, scale[n], y + n, length, outputs); break;
-            default: products(MOST, x, row, scale[n], y + n, length, outputs);
+            case 1: products(1, x, row, scale[n], y + n, length, stride); break;
+            case 2: products(2, x, row, scale[n], y + n, length, stride); break;
+            case 3: products(3, x, row, scale[n], y + n, length, stride); break;
+            default: products(MOST, x, row, scale[n], y + n, length, stride);
             }
         }
     }
 }
 
-/* --- 4 bits: one scale for each block of 32 weights ---
-
-   A chunk holds 8 blocks: 128 bytes with the weights of two blocks each 32 bytes (0 to 15, where 8 is zero; the first block in the low
-   halves of the bytes), and 8 scales in bf16. The last chunk of a row is filled with zeros. four_bits.py packs the weights. */
-
-#define BLOCK 32
-#define BLOCKS 8 /* blocks of a chunk */
-#define CHUNK (BLOCKS * (BLOCK / 2 + 2))
+/* --- 4 bits: one scale for each block of 32 weights (four_bits.py describes the layout) --- */
 
 /* The halves of 32 bytes: two blocks of weights. */
 static inline void halves(const uint8_t *chunk, int pair, __m256i blocks[2])
@@ -128,7 +121,7 @@ static void round_blocks(const float *x, int8_t *whole, float *steps, float *shi
 
 /* Multiply `rows` rows, a constant, by one row of weights. */
 static inline __attribute__((always_inline)) void products4(
-    int rows, const int8_t *x, const float *steps, const float *shifts, const uint8_t *chunk, float *y, int64_t blocks, int64_t outputs)
+    int rows, const int8_t *x, const float *steps, const float *shifts, const uint8_t *chunk, float *y, int64_t blocks, int64_t stride)
 {
     __m256 sum[MOST], shift[MOST];
     for (int r = 0; r < rows; r++)
@@ -154,40 +147,38 @@ static inline __attribute__((always_inline)) void products4(
         }
     }
     for (int r = 0; r < rows; r++)
-        y[r * outputs] = total(_mm256_add_ps(sum[r], shift[r]));
+        y[r * stride] = total(_mm256_add_ps(sum[r], shift[r]));
 }
 
-/* `whole`, `[rows][blocks * 32]`, and `steps`, `[2][rows][blocks]`, are working memory. */
-void evoprune_row_product4(const float *x, const uint8_t *weights, float *y, int8_t *whole, float *steps, int64_t rows, int64_t length,
-                           int64_t blocks, int64_t outputs, int threads)
+void evoprune_row_product4(const float *x, const uint8_t *weights, float *y, void *room, int64_t rows, int64_t length, int64_t outputs,
+                           int64_t stride, int threads)
 {
-    float *shifts = steps + rows * blocks;
+    int64_t chunks = CHUNKS(length), blocks = chunks * BLOCKS;
+    float *steps = room, *shifts = steps + rows * blocks;
+    int8_t *whole = (int8_t *)(shifts + rows * blocks);
     for (int64_t r = 0; r < rows; r++)
         round_blocks(x + r * length, whole + r * blocks * BLOCK, steps + r * blocks, shifts + r * blocks, length, blocks);
-    for (int64_t done = 0; done < rows; done += MOST) {
+    for (int64_t done = 0; done < rows; done += MOST, y += MOST * stride) {
         const int8_t *some = whole + done * blocks * BLOCK;
         const float *step = steps + done * blocks, *shift = shifts + done * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t n = 0; n < outputs; n++) {
-            const uint8_t *row = weights + n * (blocks / BLOCKS) * CHUNK;
-            float *at = y + done * outputs + n;
+            const uint8_t *row = weights + n * chunks * CHUNK;
             switch (rows - done) {
-            case 1: products4(1, some, step, shift, row, at, blocks, outputs); break;
-            case 2: products4(2, some, step, shift, row, at, blocks, outputs); break;
-            case 3: products4(3, some, step, shift, row, at, blocks, outputs); break;
-            default: products4(MOST, some, step, shift, row, at, blocks, outputs);
+            case 1: products4(1, some, step, shift, row, y + n, blocks, stride); break;
+            case 2: products4(2, some, step, shift, row, y + n, blocks, stride); break;
+            case 3: products4(3, some, step, shift, row, y + n, blocks, stride); break;
+            default: products4(MOST, some, step, shift, row, y + n, blocks, stride);
             }
         }
     }
 }
 
-/* Unpack 4-bit weights to 8 bits: weights[n][k] is about scale[n] * whole[n][k]. `length` is a multiple of 32. */
-void evoprune_unpack4(
-    const uint8_t *weights, const float *scale, int8_t *whole, int64_t length, int64_t blocks, int64_t outputs, int threads)
+void evoprune_unpack4(const uint8_t *weights, const float *scale, int8_t *whole, int64_t length, int64_t outputs, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < outputs; n++) {
-        const uint8_t *chunk = weights + n * (blocks / BLOCKS) * CHUNK;
+        const uint8_t *chunk = weights + n * CHUNKS(length) * CHUNK;
         float step[BLOCKS];
         for (int64_t b = 0; b < length / BLOCK; b++) {
             int block = b % BLOCKS;

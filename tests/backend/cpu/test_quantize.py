@@ -351,7 +351,7 @@ def test_four_bits_take_nine_sixteenths_of_eight(compiled):  # noqa: F811
 
 @row_major
 def test_four_bits_need_the_compiled_products(monkeypatch):
-    monkeypatch.setattr("evoprune.backend.cpu.four_bits.library", lambda: None)
+    monkeypatch.setattr("evoprune.backend.cpu.compiled.library", lambda: None)
     assert Quantization.kinds(torch.device("cpu")) == ["int8"]
     with pytest.raises(UsageError, match="compiled products") as raised:
         Quantization("int4").check(torch.device("cpu"))

@@ -1,0 +1,127 @@
+/* Quantized linear layers for CPUs with AVX2, and a whole decoder layer as two calls: one before and one after the attention.
+
+   Reading the weights evicts everything else from the CPU's caches, so each call of PyTorch takes several times as long as usual. A
+   layer makes about 40 of them. The results of a row depend neither on the other rows nor on the number of threads. */
+
+#include "rows.h"
+#include <math.h>
+#include <string.h>
+
+typedef struct {
+    const void *weights; /* 8-bit weights, or 4-bit weights in chunks */
+    const float *scale;  /* of each output with 8-bit weights, otherwise NULL */
+    const float *bias;   /* of each output, or NULL */
+    const float *wide;   /* weights of the large inputs, [larges][outputs], which are zero in `weights` */
+    const int64_t *large;
+    int64_t larges, length, outputs;
+} Linear;
+
+typedef struct {
+    Linear q, k, v, o, gate, up, down;
+    const float *before, *after, *q_norm, *k_norm; /* weights of the norms; the latter two are NULL if there are none */
+    int64_t dim;                                   /* of a head */
+    float eps;
+} Layer;
+
+/* y = linear(x), with `stride` numbers from one row of y to the next. */
+static void apply(const Linear *linear, const float *x, float *y, int64_t stride, int64_t rows, void *room, int threads)
+{
+    if (linear->scale)
+        evoprune_row_product(x, linear->weights, linear->scale, y, rows, linear->length, linear->outputs, stride, threads);
+    else
+        evoprune_row_product4(x, linear->weights, y, room, rows, linear->length, linear->outputs, stride, threads);
+    for (int64_t r = 0; r < rows; r++) {
+        float *restrict to = y + r * stride;
+        if (linear->bias)
+            for (int64_t n = 0; n < linear->outputs; n++)
+                to[n] += linear->bias[n];
+        for (int64_t i = 0; i < linear->larges; i++) {
+            const float *wide = linear->wide + i * linear->outputs, factor = x[r * linear->length + linear->large[i]];
+            for (int64_t n = 0; n < linear->outputs; n++)
+                to[n] += factor * wide[n];
+        }
+    }
+}
+
+void evoprune_linear(const Linear *linear, const float *x, float *y, void *room, int64_t rows, int threads)
+{
+    apply(linear, x, y, linear->outputs, rows, room, threads);
+}
+
+/* RMS norm of one row. */
+static void norm(const float *x, const float *weight, float *y, int64_t length, float eps)
+{
+    float sums[8] = {0}, sum = 0;
+    for (int64_t i = 0; i < length; i += 8)
+        for (int j = 0; j < 8; j++)
+            sums[j] += x[i + j] * x[i + j];
+    for (int j = 0; j < 8; j++)
+        sum += sums[j];
+    float factor = 1 / sqrtf(sum / length + eps);
+    for (int64_t i = 0; i < length; i++)
+        y[i] = x[i] * factor * weight[i];
+}
+
+/* Rotary embedding of one head. */
+static void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t dim)
+{
+    int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        y[i] = x[i] * cos[i] + x[i + half] * sin[i];
+        y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+    }
+}
+
+/* Compute queries, keys, and values.
+
+   x: [rows][hidden]. cos, sin: [rows][dim]; the first half of the sines is negated. queries: [rows][heads][dim]. keys, values: the
+   places of the new columns in the cache, [kv_heads][rows][dim], with `head` numbers from one head to the next. room: working memory
+   (see `room` in layer.py). */
+void evoprune_before_attention(const Layer *layer, const float *x, const float *cos, const float *sin, float *queries, float *keys,
+                               float *values, float *room, int64_t rows, int64_t head, int threads)
+{
+    int64_t hidden = layer->q.length, dim = layer->dim, outputs = layer->q.outputs, shared = layer->k.outputs;
+    float *normed = room, *q = normed + rows * hidden, *k = q + rows * outputs, *v = k + rows * shared, *rest = v + rows * shared;
+    for (int64_t r = 0; r < rows; r++)
+        norm(x + r * hidden, layer->before, normed + r * hidden, hidden, layer->eps);
+    apply(&layer->q, normed, q, outputs, rows, rest, threads);
+    apply(&layer->k, normed, k, shared, rows, rest, threads);
+    apply(&layer->v, normed, v, shared, rows, rest, threads);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t at = 0; at < outputs; at += dim) {
+            float *from = q + r * outputs + at;
+            if (layer->q_norm)
+                norm(from, layer->q_norm, from, dim, layer->eps);
+            rotate(from, cos + r * dim, sin + r * dim, queries + r * outputs + at, dim);
+        }
+        for (int64_t at = 0; at < shared; at += dim) {
+            float *from = k + r * shared + at;
+            int64_t to = at / dim * head + r * dim;
+            if (layer->k_norm)
+                norm(from, layer->k_norm, from, dim, layer->eps);
+            rotate(from, cos + r * dim, sin + r * dim, keys + to, dim);
+            memcpy(values + to, v + r * shared + at, dim * sizeof(float));
+        }
+    }
+}
+
+/* Compute the layer's output, [rows][hidden], from its input and the attention's result, [rows][heads * dim]. */
+void evoprune_after_attention(const Layer *layer, const float *x, const float *seen, float *y, float *room, int64_t rows, int threads)
+{
+    int64_t hidden = layer->o.outputs, inner = layer->gate.outputs;
+    float *normed = room, *gate = normed + rows * hidden, *up = gate + rows * inner, *rest = up + rows * inner;
+    apply(&layer->o, seen, y, hidden, rows, rest, threads);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = r * hidden; i < (r + 1) * hidden; i++)
+            y[i] += x[i];
+        norm(y + r * hidden, layer->after, normed + r * hidden, hidden, layer->eps);
+    }
+    apply(&layer->gate, normed, gate, inner, rows, rest, threads);
+    apply(&layer->up, normed, up, inner, rows, rest, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows * inner; i++)
+        gate[i] *= up[i] / (1 + expf(-gate[i]));
+    apply(&layer->down, gate, normed, hidden, rows, rest, threads);
+    for (int64_t i = 0; i < rows * hidden; i++)
+        y[i] += normed[i];
+}

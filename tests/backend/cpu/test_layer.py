@@ -1,0 +1,87 @@
+"""Test the compiled decoder layer: it computes what the uncompiled one does, and its rows are independent."""
+
+import copy
+
+import pytest
+import torch
+
+from evoprune.backend import Quantization, shared_copy
+from evoprune.backend.cpu.quantize import RowMajorInt8Linear
+from evoprune.language.decoder import KVCache, forward
+from evoprune.session import calibrate
+from tests.compiled import compiled, library, use  # noqa: F401
+from tests.threads import one_thread  # noqa: F401
+from tests.tiny import QWEN3_TEXT, tiny_model
+
+FAMILIES = ["qwen2_5_vl", "qwen3_vl"]  # the second one normalizes queries and keys
+COLUMNS = 20
+pytestmark = pytest.mark.skipif(
+    not RowMajorInt8Linear.suits((64, 96)), reason="this CPU has VNNI, or no exact products of row-major weights"
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def plain(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(QWEN3_TEXT, "head_dim", 32)  # row-major weights need multiples of 32
+        return tiny_model(family=request.param)
+
+
+@pytest.fixture(params=["int8", "int4"])
+def model(request, plain, compiled):  # noqa: F811
+    made = copy.deepcopy(plain)
+    Quantization(request.param).apply(made, calibrate)
+    return made
+
+
+def outputs(model, steps: list[int], sizes: bool = False) -> torch.Tensor:
+    """Read a prompt, and then more columns in steps. Returns their hidden states."""
+    hidden = model.config.text_config.hidden_size
+    x = torch.randn(2 * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(2 * COLUMNS).expand(3, -1)
+    cache = KVCache(model, 1)
+    count = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(1)) * 4 if sizes else None
+    forward(model, x[:COLUMNS], positions[:, :COLUMNS], cache, count)
+    made = []
+    at = COLUMNS
+    with Quantization.decoding():
+        for step in steps:
+            made.append(forward(model, x[at : at + step], positions[:, at : at + step], cache, last=step))
+            at += step
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_a_compiled_layer_computes_what_the_others_do(model, sizes, monkeypatch):
+    calls = []
+    found = Quantization.compiled_layer
+    monkeypatch.setattr(Quantization, "compiled_layer", lambda *args: calls.append(found(*args)) or calls[-1])
+    made = outputs(model, [1, 1, 4, 12], sizes)
+    layers = model.config.text_config.num_hidden_layers
+    assert sum(each is not None for each in calls) == 4 * layers  # in each of the four steps
+    monkeypatch.setattr(Quantization, "compiled_layer", lambda *args: None)
+    expected = outputs(model, [1, 1, 4, 12], sizes)
+    # 4-bit layers round their input, so a difference in the last bit can become one of a step.
+    limit = 0.05 if "4" in type(model.model.language_model.layers[0].mlp.up_proj).__name__ else 1e-5
+    assert (made - expected).norm() < limit * expected.norm()
+
+
+def test_columns_read_together_are_those_read_alone(model):
+    alone = outputs(model, [1] * 12)
+    assert torch.equal(outputs(model, [4, 1, 3, 4]), alone) and torch.equal(outputs(model, [8, 2, 2]), alone)
+
+
+def test_without_a_library_they_are_the_same_too(plain, monkeypatch):
+    use(None, monkeypatch)
+    model = copy.deepcopy(plain)
+    Quantization("int8").apply(model, calibrate)
+    assert torch.equal(outputs(model, [4, 1, 3, 4]), outputs(model, [1] * 12))
+
+
+def test_a_copy_of_a_model_is_compiled_anew(model):
+    expected = outputs(model, [1, 4])
+    other = shared_copy(model)
+    first, second, *_ = other.model.language_model.layers
+    first.mlp.down_proj = second.mlp.down_proj
+    assert not torch.equal(outputs(other, [1, 4]), expected)
+    assert torch.equal(outputs(model, [1, 4]), expected)
