@@ -1,10 +1,10 @@
-"""Compare 8-bit weights with float32 on the same clips and questions, in terms of accuracy and differences between answers.
+"""Compare 8-bit or 4-bit weights with float32 on the same clips and questions, in terms of accuracy and differences between answers.
 
     python -m experiments.accuracy.bits --block 53 --clips 300 --processes 2
 
 For each world and each set of weights in `experiments.accuracy.frontier`, the table has one row per budget. Agreement is the
-fraction of tokens in the float32 answer for which both models predict the same token. KL is the KL divergence, KL(float32 || 8
-bits), at these tokens.
+fraction of tokens in the float32 answer for which both models predict the same token. KL is the KL divergence,
+KL(float32 || quantized), at these tokens.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COLUMNS = (
     "budget",
     "questions",
     "fp32",
-    "8 bits",
+    "quantized",
     "difference in points",
     "tokens agreed",
     "mean KL, nats",

@@ -9,8 +9,8 @@ On CPUs without VNNI, the language model uses another product when it decodes, w
 (`RowMajorInt8Linear`). A prompt takes longer to read there, and each token of the answer takes less time.
 
 int4 weights are used only in the language model; the vision tower uses int8. On CPUs without VNNI, they are the only copy, which is
-unpacked to 8 bits for each prompt (`RowMajorInt4Linear`). This requires the products in `rows.c`, because PyTorch's would be slower
-than those of int8. On CPUs with VNNI, prompts use a copy of the weights in int8 (`Int4Linear`).
+unpacked to 8 bits for each prompt (`RowMajorInt4Linear`). This requires the compiled library, because PyTorch's products would be
+slower than those of int8. On CPUs with VNNI, prompts use a copy of the weights in int8 (`Int4Linear`).
 """
 
 import threading
@@ -169,10 +169,11 @@ class Int8Linear(nn.Module):
 class RowMajorInt8Linear(Int8Linear):
     """An `Int8Linear` for the language model on CPUs without VNNI.
 
-    The weights stay as they are stored. During decoding, the layer uses `row_product`, which is faster for a single row than
-    oneDNN's product, and doesn't quantize the inputs. During prefill, the layer computes the same as `Int8Linear`:
-    oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For a long prompt, it packs the weights and
-    discards the packed form after the product. Both products are exact, so the number of rows doesn't matter.
+    The weights stay as they are stored. During decoding, the layer uses the compiled library, or PyTorch's product of row-major
+    weights without it. Both are faster for a single row than oneDNN's product, and don't quantize the inputs. During prefill, the
+    layer computes the same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For
+    a long prompt, it packs the weights and discards the packed form after the product. Both products are exact, so the number of
+    rows doesn't matter.
     """
 
     @staticmethod

@@ -4,7 +4,7 @@
    slower, because the CPU prefetches memory best if it is read in order. The order of a sum depends neither on the number of rows
    nor on the number of threads.
 
-   Without a compiler, evoprune is installed without the compiled library (see rows.py). */
+   Without a compiler, evoprune is installed without the compiled library (see compiled.py). */
 
 #include "rows.h"
 #include <immintrin.h>

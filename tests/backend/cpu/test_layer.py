@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from evoprune.backend import Quantization, shared_copy
-from evoprune.backend.cpu.quantize import RowMajorInt8Linear
+from evoprune.backend.cpu import quantize
+from evoprune.backend.cpu.quantize import Int4Linear, Int8Linear, RowMajorInt8Linear
 from evoprune.language.decoder import KVCache, forward
 from evoprune.session import calibrate
 from tests.compiled import compiled, library, use  # noqa: F401
+from tests.quantized import parameters
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import QWEN3_TEXT, tiny_model
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl"]  # the second one normalizes queries and keys
 COLUMNS = 20
-pytestmark = pytest.mark.skipif(
+row_major = pytest.mark.skipif(
     not RowMajorInt8Linear.suits((64, 96)), reason="this CPU has VNNI, or no exact products of row-major weights"
 )
 
@@ -51,6 +53,7 @@ def outputs(model, steps: list[int], sizes: bool = False) -> torch.Tensor:
     return torch.cat(made)
 
 
+@row_major
 @pytest.mark.parametrize("sizes", [False, True])
 def test_a_compiled_layer_computes_what_the_others_do(model, sizes, monkeypatch):
     calls = []
@@ -66,18 +69,38 @@ def test_a_compiled_layer_computes_what_the_others_do(model, sizes, monkeypatch)
     assert (made - expected).norm() < limit * expected.norm()
 
 
+@row_major
 def test_columns_read_together_are_those_read_alone(model):
-    alone = outputs(model, [1] * 12)
-    assert torch.equal(outputs(model, [4, 1, 3, 4]), alone) and torch.equal(outputs(model, [8, 2, 2]), alone)
+    check_independent(model)
 
 
+@row_major
 def test_without_a_library_they_are_the_same_too(plain, monkeypatch):
     use(None, monkeypatch)
     model = copy.deepcopy(plain)
     Quantization("int8").apply(model, calibrate)
-    assert torch.equal(outputs(model, [4, 1, 3, 4]), outputs(model, [1] * 12))
+    check_independent(model)
 
 
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_they_are_the_same_with_packed_weights(plain, kind, monkeypatch):
+    """The layers of CPUs with VNNI, which compute the same on other CPUs."""
+    forms = {"int8": Int8Linear, "int4": Int4Linear}
+    monkeypatch.setattr(
+        quantize, "form_of", lambda kind, path, _: forms[kind if path.startswith(quantize.LANGUAGE) else "int8"]
+    )
+    model = copy.deepcopy(plain)
+    Quantization(kind).apply(model, calibrate)
+    check_independent(model)
+
+
+def check_independent(model) -> None:
+    """Check that an answer doesn't depend on how many of its tokens are read together."""
+    alone = outputs(model, [1] * 12)
+    assert torch.equal(outputs(model, [4, 1, 3, 4]), alone) and torch.equal(outputs(model, [8, 2, 2]), alone)
+
+
+@row_major
 def test_a_copy_of_a_model_is_compiled_anew(model):
     expected = outputs(model, [1, 4])
     other = shared_copy(model)
