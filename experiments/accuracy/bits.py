@@ -1,4 +1,4 @@
-"""Compare 8-bit or 4-bit weights with float32 on the same clips and questions, in terms of accuracy and differences between answers.
+"""Compare 8-bit or 4-bit weights with float32 on the same clips and questions: accuracy and differences between answers.
 
     python -m experiments.accuracy.bits --block 53 --clips 300 --processes 2
 

@@ -171,9 +171,9 @@ class RowMajorInt8Linear(Int8Linear):
 
     The weights stay as they are stored. During decoding, the layer uses the compiled library, or PyTorch's product of row-major
     weights without it. Both are faster for a single row than oneDNN's product, and don't quantize the inputs. During prefill, the
-    layer computes the same as `Int8Linear`: oneDNN takes the weights as its input and the rows, which are fewer, as its weights. For
-    a long prompt, it packs the weights and discards the packed form after the product. Both products are exact, so the number of
-    rows doesn't matter.
+    layer computes the same as `Int8Linear`: oneDNN takes the weights as its input, and the rows, which are fewer, as its weights.
+    For a long prompt, it packs the weights and discards the packed form after the product. Both products are exact, so the number
+    of rows doesn't matter.
     """
 
     @staticmethod
