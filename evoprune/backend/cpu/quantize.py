@@ -528,8 +528,8 @@ class Quantization:
             raise UsageError(f"quantize {self.kind} works on the CPU, not on {device}", "leave quantize out")
         kinds = self.kinds(device)
         if "int8" in kinds and self.kind not in kinds and levels() < 127:
-            hint = "quantize to int8, or install a C compiler, and evoprune again"
-            raise UsageError("on this CPU, int4 requires evoprune's compiled products", hint)
+            hint = "quantize to int8, or install a C compiler and then reinstall evoprune"
+            raise UsageError("on this CPU, int4 requires evoprune's compiled library", hint)
         if self.kind not in kinds:
             raise UsageError(f"this PyTorch has no exact {self.kind} products for this CPU", "leave quantize out")
 

@@ -350,10 +350,10 @@ def test_four_bits_take_nine_sixteenths_of_eight(compiled):  # noqa: F811
 
 
 @row_major
-def test_four_bits_need_the_compiled_products(monkeypatch):
+def test_four_bits_need_the_compiled_library(monkeypatch):
     monkeypatch.setattr("evoprune.backend.cpu.compiled.library", lambda: None)
     assert Quantization.kinds(torch.device("cpu")) == ["int8"]
-    with pytest.raises(UsageError, match="compiled products") as raised:
+    with pytest.raises(UsageError, match="compiled library") as raised:
         Quantization("int4").check(torch.device("cpu"))
     assert "int8" in raised.value.hint
 
