@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from evoprune.backend import (
     Attention,
+    Device,
     Quantization,
     joined,
     kernels_for,
@@ -25,9 +26,6 @@ from evoprune.methods import Dropping, LayerState, arange_on
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
 
 STRIP = 1024  # number of query columns that share an attention mask
-# On a CPU, at most this many columns attend one by one, so that they are computed exactly as if each was read alone. Quantized
-# layers would turn differences in the last bit into differences of a step.
-FEW_COLUMNS = 8
 
 
 @lru_cache
@@ -114,7 +112,9 @@ def attend(
     _, columns, heads, given = queries.shape
     kv_heads, n, whole = keys.shape[1:]
     dim = dim or given
-    if 1 < columns <= FEW_COLUMNS and visible_keys is None and queries.device.type == "cpu":
+    few = 1 < columns <= Quantization.few_rows and Device(queries.device).reads_drafts
+    if few and visible_keys is None and given == whole == dim:
+        # One by one, so that a column's result doesn't depend on the others
         ends = range(n - columns + 1, n + 1)
         single = zip(queries.split(1, 1), ends, strict=True)
         seen = [attend(each, keys[:, :, :end], values[:, :, :end], rows_at(bias, slice(end))) for each, end in single]

@@ -10,6 +10,7 @@ import torch
 from evoprune.backend.cpu import four_bits
 
 LIBRARY = "evoprune.backend.cpu._rows"  # a C library without a Python interface
+LAYOUT = 1  # `evoprune_layout` in layer.c
 FUNCTIONS = {  # the types of their parameters, except for the last, the number of threads
     "evoprune_linear": [c_void_p] * 4 + [c_int64],
     "evoprune_before_attention": [c_void_p] * 8 + [c_int64] * 2,
@@ -28,10 +29,16 @@ def library() -> ctypes.CDLL | None:
 
 
 def load(path: str) -> ctypes.CDLL | None:
-    """Load a compiled library, which uses torch's OpenMP threads. Returns None if it can't be loaded, or torch has no OpenMP."""
+    """Load a compiled library, which uses torch's OpenMP threads.
+
+    Returns None if it can't be loaded, torch has no OpenMP, or it was compiled from an older version of the source.
+    """
     try:
         loaded = ctypes.CDLL(path)
-    except OSError:
+        layout = ctypes.c_int.in_dll(loaded, "evoprune_layout").value
+    except (OSError, ValueError):
+        return None
+    if layout != LAYOUT:
         return None
     for name, types in FUNCTIONS.items():
         function = getattr(loaded, name)

@@ -21,8 +21,8 @@ def packed_bytes(length: int) -> int:
 
 
 def room_bytes(length: int) -> int:
-    """Return the bytes of working memory that a product with weights of this length needs for each row."""
-    return packed_bytes(length) // CHUNK_BYTES * BLOCKS * (BLOCK + 8)
+    """Return the bytes of working memory that a layer with weights of this length needs for each row."""
+    return 4 * length + packed_bytes(length) // CHUNK_BYTES * BLOCKS * (BLOCK + 8)
 
 
 def pack(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def pack(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inverse = torch.where(step == 0, 0.0, 1 / step.float())
         numbers = (blocks * inverse).round_().clamp_(-8, 7)
         error = torch.addcmul(blocks, numbers, step.float(), value=-1).square_().sum(-1, keepdim=True)
-        better = error < least
+        better = ~(error >= least)  # also True for NaN, so that weights that are no numbers don't become zero
         least, whole, scale = (torch.where(better, *both) for both in ((error, least), (numbers, whole), (step, scale)))
     rows = (whole.abs() * scale.float().abs()).amax((1, 2)).clamp_(min=1e-12) / 127
     first, second = whole.add_(8).to(torch.uint8).view(count, -1, BLOCKS // 2, 2, BLOCK).unbind(3)

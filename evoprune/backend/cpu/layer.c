@@ -7,6 +7,9 @@
 #include <math.h>
 #include <string.h>
 
+/* Changes whenever a function's parameters or a structure change. See `LAYOUT` in compiled.py. */
+const int evoprune_layout = 1;
+
 typedef struct {
     const void *weights; /* 8-bit weights, or 4-bit weights in chunks */
     const float *scale;  /* of each output with 8-bit weights, otherwise NULL */
@@ -26,17 +29,27 @@ typedef struct {
 /* y = linear(x), with `stride` numbers from one row of y to the next. */
 static void apply(const Linear *linear, const float *x, float *y, int64_t stride, int64_t rows, void *room, int threads)
 {
+    int64_t length = linear->length;
     if (linear->scale)
-        evoprune_row_product(x, linear->weights, linear->scale, y, rows, linear->length, linear->outputs, stride, threads);
-    else
-        evoprune_row_product4(x, linear->weights, y, room, rows, linear->length, linear->outputs, stride, threads);
+        evoprune_row_product(x, linear->weights, linear->scale, y, rows, length, linear->outputs, stride, threads);
+    else { /* rows are rounded, so a large input would cost the others in its block precision */
+        const float *from = x;
+        float *rest = room;
+        if (linear->larges) {
+            from = memcpy(rest, x, rows * length * sizeof(float));
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < linear->larges; i++)
+                    rest[r * length + linear->large[i]] = 0;
+        }
+        evoprune_row_product4(from, linear->weights, y, rest + rows * length, rows, length, linear->outputs, stride, threads);
+    }
     for (int64_t r = 0; r < rows; r++) {
         float *restrict to = y + r * stride;
         if (linear->bias)
             for (int64_t n = 0; n < linear->outputs; n++)
                 to[n] += linear->bias[n];
         for (int64_t i = 0; i < linear->larges; i++) {
-            const float *wide = linear->wide + i * linear->outputs, factor = x[r * linear->length + linear->large[i]];
+            const float *wide = linear->wide + i * linear->outputs, factor = x[r * length + linear->large[i]];
             for (int64_t n = 0; n < linear->outputs; n++)
                 to[n] += factor * wide[n];
         }

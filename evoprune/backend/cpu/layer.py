@@ -2,6 +2,7 @@
 
 import weakref
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
+from operator import is_not
 from typing import Self
 
 import torch
@@ -27,7 +28,8 @@ class CompiledLayer:
     """
 
     def __init__(self, linears: list[nn.Module], norms: list[torch.Tensor | None], dim: int, eps: float):
-        self._tensors = linears, norms  # the structure holds only their addresses
+        self.linears = linears
+        self._norms = norms  # the structure holds only addresses
         addresses = (norm if norm is None else norm.data_ptr() for norm in norms)
         self._structure = byref(_Layer(*(each.structure() for each in linears), *addresses, dim, eps))
         self._dim = dim
@@ -44,24 +46,30 @@ class CompiledLayer:
         """Return a layer's compiled form, or None if it has none.
 
         Args:
-            layer: The layer module. Its linear layers and norms must not be replaced later.
+            layer: The layer module. Its norms must not be replaced later.
             config: The language model config.
         """
-        if layer not in _known:
-            _known[layer] = cls._made(layer, config)
-        return _known[layer]
+        if library() is None:
+            return None
+        attention = layer.self_attn
+        linears = [attention._modules[f"{name}_proj"] for name in "qkvo"]
+        linears += [layer.mlp._modules[f"{name}_proj"] for name in ("gate", "up", "down")]
+        for each in linears:
+            if not hasattr(each, "structure") or each._forward_hooks or each._forward_pre_hooks:
+                return None
+        made = _known.get(layer)
+        if made is None or any(map(is_not, linears, made.linears)):
+            made = _known[layer] = cls._made(layer, linears, config)
+        return made
 
     @classmethod
-    def _made(cls, layer: nn.Module, config) -> Self | None:
+    def _made(cls, layer: nn.Module, linears: list[nn.Module], config) -> Self | None:
         attention = layer.self_attn
-        mlp = layer.mlp
-        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         weights = [None if norm is None else norm.weight.detach() for norm in norms]
         dim = attention.q_proj.out_features // config.num_attention_heads
-        if library() is None or dim % 8 or not all(hasattr(each, "structure") for each in linears):
+        if dim % 8:
             return None
         if any(weight is not None and weight.dtype != torch.float32 for weight in weights):
             return None
@@ -104,4 +112,4 @@ class CompiledLayer:
         return y
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, CompiledLayer | None] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, CompiledLayer] = weakref.WeakKeyDictionary()

@@ -31,6 +31,9 @@ ROWS = 512
 # split along the inner dimension. Products with small weights are still split, but small weights can be packed in almost no time.
 MANY_ROWS = 256
 SMALL_WEIGHT = 2**21
+# With quantized weights, at most this many rows have exactly the same results as each row alone. A difference in the last bit could
+# become a difference of a step in the next layer.
+FEW_ROWS = 8
 LARGE_WEIGHT = 2**28  # larger weights, such as the output layer, are split into parts and packed one by one
 PARTS = 16
 SPARE_BYTES = 2**28  # amount of memory, in bytes, that packing leaves free
@@ -302,7 +305,10 @@ def linear(
         return layer(x)
     y = layer(x)
     if silu:
-        return F.silu(y)
+        if len(y) > FEW_ROWS:
+            return F.silu(y)
+        # With several threads, an element's last bit can depend on the number of elements.
+        return torch.cat([F.silu(row) for row in y.split(1)])
     if times is not None:
         return y * times
     if plus is not None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from evoprune.backend.cpu import compiled, four_bits
 from evoprune.backend.cpu.layer import CompiledLayer
-from evoprune.backend.cpu.linear import Packing
+from evoprune.backend.cpu.linear import FEW_ROWS, Packing
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
@@ -34,7 +34,6 @@ PIECE_FEATURES = 4096  # number of output features to compute at a time with row
 MANY_ROWS = 512  # with at least this many rows, packing row-major weights for a single product saves time
 ROW_STEP = 32  # PyTorch's product of row-major weights requires both dimensions to be multiples of this
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
-FEW_ROWS = 8  # at most this many rows have exactly the same results as each row alone
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
 # Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head.
@@ -477,8 +476,11 @@ class Quantization:
     """Quantizes the linear layers of a model on a CPU.
 
     Attributes:
+        few_rows: With at most this many rows, quantized layers compute exactly the same as with each row alone.
         kind: "int8", "int4", or "none" to leave the layers unchanged.
     """
+
+    few_rows = FEW_ROWS
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -517,7 +519,7 @@ class Quantization:
         if not is_host(device) or not has_exact_products(127):
             return []
         if levels() < 127:
-            return ["int8", "int4"] if compiled.library() else ["int8"]
+            return ["int8", "int4"] if RowMajorInt4Linear.suits((ROW_STEP, ROW_STEP)) else ["int8"]
         return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
 
     def check(self, device: torch.device) -> None:
@@ -529,7 +531,7 @@ class Quantization:
         kinds = self.kinds(device)
         if "int8" in kinds and self.kind not in kinds and levels() < 127:
             hint = "quantize to int8, or install a C compiler and then reinstall evoprune"
-            raise UsageError("on this CPU, int4 requires evoprune's compiled library", hint)
+            raise UsageError("on this CPU, int4 requires evoprune's compiled library (Linux, x86-64)", hint)
         if self.kind not in kinds:
             raise UsageError(f"this PyTorch has no exact {self.kind} products for this CPU", "leave quantize out")
 
@@ -595,9 +597,8 @@ class Quantization:
             form = layers.forms[path]
             if form is RowMajorInt4Linear:
                 weights = row_major_int4_weights(layer, large)
-            elif (
-                form is RowMajorInt8Linear
-            ):  # its weights are not copied into a packed layout, so they can't share the buffer
+            elif form is RowMajorInt8Linear:
+                # Row-major weights are not copied into a packed layout, so they can't share the buffer.
                 weights = int8_weights(layer, large)
             elif form is Int8Linear:
                 weights = int8_weights(layer, large, memory)

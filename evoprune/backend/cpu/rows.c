@@ -103,9 +103,10 @@ static void round_blocks(const float *x, int8_t *whole, float *steps, float *shi
         for (int64_t i = 0; length < BLOCK && i < length; i++)
             last[i] = x[i];
         const float *from = length < BLOCK ? last : x;
-        __m256 v[4], largest = _mm256_set1_ps(1e-30f);
+        __m256 v[4], largest = _mm256_set1_ps(1e-30f), invalid = _mm256_setzero_ps();
         for (int i = 0; i < 4; i++) {
             v[i] = _mm256_loadu_ps(from + 8 * i);
+            invalid = _mm256_add_ps(invalid, _mm256_sub_ps(v[i], v[i])); /* NaN if a number is NaN or infinite, otherwise 0 */
             largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v[i]));
         }
         largest = _mm256_max_ps(largest, _mm256_permute2f128_ps(largest, largest, 1));
@@ -114,7 +115,7 @@ static void round_blocks(const float *x, int8_t *whole, float *steps, float *shi
         __m256 factor = _mm256_div_ps(_mm256_set1_ps(127), largest);
         for (int i = 0; i < 4; i += 2)
             _mm_storeu_si128((__m128i *)(whole + 8 * i), bytes(_mm256_mul_ps(v[i], factor), _mm256_mul_ps(v[i + 1], factor)));
-        steps[b] = _mm256_cvtss_f32(largest) / 127;
+        steps[b] = _mm256_cvtss_f32(largest) / 127 + total(invalid);
         shifts[b] = -8 * steps[b] * total(_mm256_cvtepi32_ps(quads(_mm256_set1_epi8(1), whole)));
     }
 }

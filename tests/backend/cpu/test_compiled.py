@@ -1,5 +1,8 @@
 """Test the products of the compiled library, and that evoprune works without it."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -89,7 +92,7 @@ def test_four_bits_are_multiplied_by_rounded_rows(compiled, outputs, length, cou
     layer = random_layer(outputs, length, bias)
     made, weights = four_bits_of(layer, large)
     x = torch.randn(count, length) * 3
-    exact = rounded(x) @ weights.index_fill(1, large, 0.0).T + x[:, large].double() @ weights[:, large].T
+    exact = rounded(x.index_fill(1, large, 0.0)) @ weights.T + x[:, large].double() @ weights[:, large].T
     check_product(made, x, exact, layer.bias)
 
 
@@ -180,6 +183,38 @@ def test_zeros_constants_and_tiny_weights(compiled):  # noqa: F811
     torch.testing.assert_close(module.unpack(packed, scale, 512) * scale[:, None], layer.weight, rtol=5e-3, atol=1e-6)
 
 
-def test_what_is_no_library_is_left_out(tmp_path):
-    (tmp_path / "_rows.so").write_bytes(b"no library")
-    assert module.load(str(tmp_path / "_rows.so")) is None
+def test_large_channels_cost_the_others_no_precision(compiled):  # noqa: F811
+    layer = random_layer(256, 512, bias=False)
+    x = torch.randn(20, 512)
+    x[:, LARGE] *= 1000
+    layer.weight[:, LARGE] /= 1000
+    made, weights = four_bits_of(layer, LARGE)
+    y, exact = answer(made, x), x.double() @ weights.T
+    assert (y - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_none_are_not_hidden(compiled, number):  # noqa: F811
+    layer = random_layer(64, 512)
+    x = torch.randn(2, 512)
+    x[1, 40] = number
+    y = answer(four_bits_of(layer)[0], x)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+    layer.weight[3, 300] = number
+    made = RowMajorInt4Linear(row_major_int4_weights(layer, NONE), layer.weight.shape)
+    for y in (answer(made, x[:1]), made(x[:1])):
+        assert not y[0, 3].isfinite() and y[0, :3].isfinite().all() and y[0, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("content", ["noise", "nothing of ours", "older"])
+def test_another_library_is_left_out(content, tmp_path, library, monkeypatch):  # noqa: F811
+    path = tmp_path / "_rows.so"
+    if content == "noise":
+        path.write_bytes(b"no library")
+    elif content == "older":
+        path = Path(library._name)
+        monkeypatch.setattr(module, "LAYOUT", module.LAYOUT + 1)
+    else:
+        (tmp_path / "empty.c").write_text("int other(void) { return 1; }\n")
+        subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "empty.c", "-o", path], check=True)
+    assert module.load(str(path)) is None

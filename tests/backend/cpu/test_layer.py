@@ -62,6 +62,7 @@ def test_a_compiled_layer_computes_what_the_others_do(model, sizes, monkeypatch)
     made = outputs(model, [1, 1, 4, 12], sizes)
     layers = model.config.text_config.num_hidden_layers
     assert sum(each is not None for each in calls) == 4 * layers  # in each of the four steps
+    assert len(set(calls) - {None}) == layers  # compiled once
     monkeypatch.setattr(Quantization, "compiled_layer", lambda *args: None)
     expected = outputs(model, [1, 1, 4, 12], sizes)
     # 4-bit layers round their input, so a difference in the last bit can become one of a step.
@@ -98,6 +99,18 @@ def check_independent(model) -> None:
     """Check that an answer doesn't depend on how many of its tokens are read together."""
     alone = outputs(model, [1] * 12)
     assert torch.equal(outputs(model, [4, 1, 3, 4]), alone) and torch.equal(outputs(model, [8, 2, 2]), alone)
+
+
+@row_major
+def test_a_replaced_or_hooked_layer_is_called(model):
+    expected = outputs(model, [1, 4])
+    mlp = model.model.language_model.layers[0].mlp
+    seen = []
+    with mlp.up_proj.register_forward_hook(lambda *given: seen.append(given)):
+        torch.testing.assert_close(outputs(model, [1, 4]), expected, rtol=0.1, atol=0.1)
+    assert len(seen) == 3
+    mlp.down_proj = model.model.language_model.layers[1].mlp.down_proj
+    assert (outputs(model, [1, 4]) - expected).norm() > 0.2 * expected.norm()
 
 
 @row_major
