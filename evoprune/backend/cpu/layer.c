@@ -89,7 +89,7 @@ static void rotate(const float *x, const float *cos, const float *sin, float *y,
 
    x: [rows][hidden]. cos, sin: [rows][dim]; the first half of the sines is negated. queries: [rows][heads][dim]. keys, values: the
    places of the new columns in the cache, [kv_heads][rows][dim], with `head` numbers from one head to the next. room: working memory
-   (see `room` in layer.py). */
+   (see `_room_bytes` in layer.py). */
 void evoprune_before_attention(const Layer *layer, const float *x, const float *cos, const float *sin, float *queries, float *keys,
                                float *values, float *room, int64_t rows, int64_t head, int threads)
 {
