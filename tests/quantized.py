@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune.backend import Quantization
-from evoprune.backend.cpu.quantize import Int4Linear, Int8Linear, int4_weights, int8_weights
+from evoprune.backend.cpu.quantize import Int8Linear, int8_weights
 
 KINDS = Quantization.kinds(torch.device("cpu"))
 SOME = KINDS[0] if KINDS else "none"  # a kind that works here
@@ -20,7 +20,3 @@ def parameters(*names: str) -> list:
 
 def int8(layer, large=None, to_bytes=None) -> Int8Linear:
     return Int8Linear(int8_weights(layer, large), layer.weight.shape, layer.bias, to_bytes)
-
-
-def int4(layer, full=None) -> Int4Linear:
-    return Int4Linear(int4_weights(layer), layer.weight.shape, layer.bias, full)

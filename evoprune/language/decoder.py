@@ -399,7 +399,10 @@ def forward(
     config = model.config.text_config
     text = model.model.language_model
     x = inputs_embeds
-    places = rotation(config, positions, inputs_embeds)
+    compiled = None if dropping else Quantization.compiled_layers(text.layers, x, config)
+    if compiled:
+        x = x.float()
+    places = rotation(config, positions, x)
     entered = []
     if deepstack is None:
         deepstack = x.new_empty(0, *x.shape)
@@ -409,7 +412,7 @@ def forward(
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
-            bias, wide = _bias(every[i], x, config)
+            bias, wide = _bias(every[i], inputs_embeds, config)
         if dropping:
             blind, rows = dropping.before(i, len(x))
         count = len(x)
@@ -417,9 +420,12 @@ def forward(
             count = len(rows[0])
         entered.append(count)
         entering = x
-        x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
+        if compiled:
+            x = _run_compiled(compiled[i], x, places, cache, i, bias, wide)
+        else:
+            x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
-            # the last layer returns only the last `last` columns
+            # the last layer may return only the last `last` columns
             x = x + deepstack[0, -len(x) :]
             deepstack = deepstack[1:]
         if dropping:
@@ -429,7 +435,7 @@ def forward(
                 every[i + 1 :] = [rows_at(every[i], stay)] * (len(every) - i - 1)
         if rows:
             every[i] = rows_at(every[i], rows[0])
-    hidden = norm(x, text.norm.weight, config.rms_norm_eps)
+    hidden = norm(x[-last:].to(inputs_embeds.dtype), text.norm.weight, config.rms_norm_eps)
     cache.add(columns, entered, every)
     return hidden
 
@@ -518,6 +524,29 @@ def run_layer(
     return put_rows(x, mlp_rows, new), queries, keys, values
 
 
+def _run_compiled(
+    layer,
+    x: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor],
+    cache: KVCache,
+    number: int,
+    bias: torch.Tensor | None,
+    wide: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run a single layer on all columns. Returns the columns' output, float32 `[L, hidden]`.
+
+    Args:
+        layer: A layer from `Quantization.compiled_layers`.
+        x: float32 `[L, hidden]`, the hidden states of the new columns.
+
+    See `run_layer` for the other arguments.
+    """
+    x = x.contiguous()
+    *room, keys, values = cache.room(number, len(x))
+    queries = layer.before_attention(x, *places, *room)
+    return layer.after_attention(x, attend(queries, keys, values, bias, wide=wide))
+
+
 def _fused(
     layer,
     x: torch.Tensor,
@@ -528,18 +557,10 @@ def _fused(
     bias: torch.Tensor | None,
     wide: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run a single layer on all columns using either a compiled layer, or fused kernels and joined weights.
-
-    Return None if neither is possible.
+    """Run a single layer on all columns using fused kernels and joined weights, or return None if this is not possible.
 
     See `run_layer` for the arguments and results.
     """
-    if compiled := Quantization.compiled_layer(layer, x, config):
-        x = x.contiguous()
-        *room, keys, values = cache.room(number, len(x))
-        queries = compiled.before_attention(x, *places, *room)
-        seen = attend(queries, keys, values, bias, wide=wide)
-        return compiled.after_attention(x, seen), queries, keys, values
     attention = layer.self_attn
     mlp = layer.mlp
     eps = config.rms_norm_eps

@@ -337,7 +337,7 @@ def test_fewer_bits_are_those_of_models_that_evoprune_runs(kind):
     (hosted, hosted_bytes), (native, native_bytes) = answer("transformers"), answer("native")
     assert hosted == native
     # The last bits of a layer's input decide whether a channel at the threshold stays in fp32, and these differ between CPUs.
-    assert hosted_bytes == pytest.approx(native_bytes, rel=1e-3)
+    assert hosted_bytes == pytest.approx(native_bytes, rel=5e-3)
 
 
 def in_bf16(folder: Path) -> Path:

@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* Changes whenever a function's parameters or a structure change. See `LAYOUT` in compiled.py. */
-const int evoprune_layout = 1;
+const int evoprune_layout = 2;
 
 typedef struct {
     const void *weights; /* 8-bit weights, or 4-bit weights in chunks */
@@ -75,13 +75,30 @@ static void norm(const float *x, const float *weight, float *y, int64_t length, 
         y[i] = x[i] * factor * weight[i];
 }
 
-/* Rotary embedding of one head. */
-static void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t dim)
+/* Rotary embedding of one head, in place. */
+static void rotate(float *x, const float *cos, const float *sin, int64_t dim)
 {
     int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i++) {
-        y[i] = x[i] * cos[i] + x[i + half] * sin[i];
-        y[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+        float first = x[i], second = x[i + half];
+        x[i] = first * cos[i] + second * sin[i];
+        x[i + half] = second * cos[i + half] + first * sin[i + half];
+    }
+}
+
+/* Write one head to place `at` of a tensor in float32 or bf16. */
+static void put(const float *x, void *y, int64_t at, int64_t dim, int bf16)
+{
+    if (!bf16) {
+        memcpy((float *)y + at, x, dim * sizeof(float));
+        return;
+    }
+    uint16_t *to = (uint16_t *)y + at;
+    for (int64_t i = 0; i < dim; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        uint32_t nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        to[i] = x[i] == x[i] ? nearest : 0x7FC0; /* NaN */
     }
 }
 
@@ -89,9 +106,9 @@ static void rotate(const float *x, const float *cos, const float *sin, float *y,
 
    x: [rows][hidden]. cos, sin: [rows][dim]; the first half of the sines is negated. queries: [rows][heads][dim]. keys, values: the
    places of the new columns in the cache, [kv_heads][rows][dim], with `head` numbers from one head to the next. room: working memory
-   (see `_room_bytes` in layer.py). */
-void evoprune_before_attention(const Layer *layer, const float *x, const float *cos, const float *sin, float *queries, float *keys,
-                               float *values, float *room, int64_t rows, int64_t head, int threads)
+   (see `_room_bytes` in layer.py). bf16: whether queries, keys, and values are in bf16 rather than in float32. */
+void evoprune_before_attention(const Layer *layer, const float *x, const float *cos, const float *sin, void *queries, void *keys,
+                               void *values, float *room, int64_t rows, int64_t head, int bf16, int threads)
 {
     int64_t hidden = layer->q.length, dim = layer->dim, outputs = layer->q.outputs, shared = layer->k.outputs;
     float *normed = room, *q = normed + rows * hidden, *k = q + rows * outputs, *v = k + rows * shared, *rest = v + rows * shared;
@@ -105,15 +122,17 @@ void evoprune_before_attention(const Layer *layer, const float *x, const float *
             float *from = q + r * outputs + at;
             if (layer->q_norm)
                 norm(from, layer->q_norm, from, dim, layer->eps);
-            rotate(from, cos + r * dim, sin + r * dim, queries + r * outputs + at, dim);
+            rotate(from, cos + r * dim, sin + r * dim, dim);
+            put(from, queries, r * outputs + at, dim, bf16);
         }
         for (int64_t at = 0; at < shared; at += dim) {
             float *from = k + r * shared + at;
             int64_t to = at / dim * head + r * dim;
             if (layer->k_norm)
                 norm(from, layer->k_norm, from, dim, layer->eps);
-            rotate(from, cos + r * dim, sin + r * dim, keys + to, dim);
-            memcpy(values + to, v + r * shared + at, dim * sizeof(float));
+            rotate(from, cos + r * dim, sin + r * dim, dim);
+            put(from, keys, to, dim, bf16);
+            put(v + r * shared + at, values, to, dim, bf16);
         }
     }
 }

@@ -29,8 +29,8 @@ class CompiledLayer:
 
     def __init__(self, linears: list[nn.Module], norms: list[torch.Tensor | None], dim: int, eps: float):
         self.linears = linears
-        self._norms = norms  # the structure holds only addresses
-        addresses = (norm if norm is None else norm.data_ptr() for norm in norms)
+        self._norms = [norm if norm is None else norm.float() for norm in norms]  # the structure holds only addresses
+        addresses = (norm if norm is None else norm.data_ptr() for norm in self._norms)
         self._structure = byref(_Layer(*(each.structure() for each in linears), *addresses, dim, eps))
         self._dim = dim
         q, k, _, o, gate, _, _ = linears
@@ -69,9 +69,7 @@ class CompiledLayer:
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         weights = [None if norm is None else norm.weight.detach() for norm in norms]
         dim = attention.q_proj.out_features // config.num_attention_heads
-        if dim % 8:
-            return None
-        if any(weight is not None and weight.dtype != torch.float32 for weight in weights):
+        if dim % 8 or norms[0].weight.dtype not in (torch.float32, torch.bfloat16):
             return None
         return cls(linears, weights, dim, config.rms_norm_eps)
 
@@ -82,18 +80,19 @@ class CompiledLayer:
 
         Args:
             x: The layer's input, float32 `[L, hidden]`.
-            cos, sin: The cosines and sines from `rotation` in language/decoder.py.
-            keys, values: The places of the new columns in the KV cache, float32 `[kv_heads, L, head_dim]`, with equal strides.
+            cos, sin: The cosines and sines from `rotation` in language/decoder.py, float32.
+            keys, values: The places of the new columns in the KV cache, float32 or bf16 `[kv_heads, L, head_dim]`, with equal
+                strides.
 
         Returns:
-            The queries, `[1, L, heads, head_dim]`.
+            The queries, `[1, L, heads, head_dim]`, in the dtype of the cache.
         """
         rows = len(x)
-        queries = torch.empty(1, rows, self._queries // self._dim, self._dim, dtype=torch.float32, device="cpu")
+        queries = torch.empty(1, rows, self._queries // self._dim, self._dim, dtype=keys.dtype, device="cpu")
         room = working_memory(rows, self._room_bytes)
         pointers = (tensor.data_ptr() for tensor in (x, cos, sin, queries, keys, values, room))
-        head = keys.stride(0)
-        library().evoprune_before_attention(self._structure, *pointers, rows, head, torch.get_num_threads())
+        sizes = rows, keys.stride(0), keys.dtype == torch.bfloat16
+        library().evoprune_before_attention(self._structure, *pointers, *sizes, torch.get_num_threads())
         return queries
 
     def after_attention(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -101,11 +100,11 @@ class CompiledLayer:
 
         Args:
             x: The layer's input, float32 `[L, hidden]`.
-            seen: The result of the attention, float32 `[L, heads * head_dim]`.
+            seen: The result of the attention, `[L, heads * head_dim]`.
         """
         rows = len(x)
         y = torch.empty_like(x)
-        seen = seen.contiguous()
+        seen = seen.float().contiguous()
         room = working_memory(rows, self._room_bytes)
         pointers = (tensor.data_ptr() for tensor in (x, seen, y, room))
         library().evoprune_after_attention(self._structure, *pointers, rows, torch.get_num_threads())

@@ -5,16 +5,15 @@ doesn't depend on the other rows in the batch. Products use integers and are exa
 others, rounding all channels with a common scale would lose precision in the smaller ones. Therefore, large channels are computed
 in float32 (LLM.int8(), arXiv 2208.07339, section 3). `Unquantized` detects them once.
 
-On CPUs without VNNI, the language model uses another product when it decodes, which quantizes only the weights
-(`RowMajorInt8Linear`). A prompt takes longer to read there, and each token of the answer takes less time.
+With the compiled library, the language model uses another product when it decodes, which quantizes only the weights
+(`RowMajorInt8Linear`). A prompt takes longer to read, and each token of the answer takes less time.
 
-int4 weights are used only in the language model; the vision tower uses int8. On CPUs without VNNI, they are the only copy, which is
-unpacked to 8 bits for each prompt (`RowMajorInt4Linear`). This requires the compiled library, because PyTorch's products would be
-slower than those of int8. On CPUs with VNNI, prompts use a copy of the weights in int8 (`Int4Linear`).
+int4 weights are used only in the language model; the vision tower uses int8. They are unpacked to 8 bits for each prompt
+(`RowMajorInt4Linear`). This requires the compiled library, because PyTorch's products would be slower than those of int8.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -28,11 +27,12 @@ from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
 
-GROUP = 32  # number of int4 weights that share a scale
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
 PIECE_FEATURES = 4096  # number of output features to compute at a time with row-major weights
-MANY_ROWS = 512  # with at least this many rows, packing row-major weights for a single product saves time
-ROW_STEP = 32  # PyTorch's product of row-major weights requires both dimensions to be multiples of this
+MANY_ROWS = (
+    512  # with at least this many rows, packing row-major weights for a single product saves time on CPUs without VNNI
+)
+ROW_STEP = 32  # both dimensions of row-major weights are multiples of this, as the compiled library requires
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
@@ -166,33 +166,26 @@ class Int8Linear(nn.Module):
 
 
 class RowMajorInt8Linear(Int8Linear):
-    """An `Int8Linear` for the language model on CPUs without VNNI.
+    """An `Int8Linear` for the language model, which uses the compiled library.
 
-    The weights stay as they are stored. During decoding, the layer uses the compiled library, or PyTorch's product of row-major
-    weights without it. Both are faster for a single row than oneDNN's product, and don't quantize the inputs. During prefill, the
-    layer computes the same as `Int8Linear`: oneDNN takes the weights as its input, and the rows, which are fewer, as its weights.
-    For a long prompt, it packs the weights and discards the packed form after the product. Both products are exact, so the number
-    of rows doesn't matter.
+    The weights stay as they are stored. During decoding, the layer uses the library's product, which is faster for a single row
+    than oneDNN's, and doesn't quantize the inputs. During prefill, the layer computes the same as `Int8Linear`: the products of
+    integers are exact, so neither the number of rows nor the way they are computed matters.
     """
 
     @staticmethod
     def suits(shape: Sequence[int]) -> bool:
-        """Return True if this class supports the given weight shape and is faster than `Int8Linear` on this CPU."""
-        return levels() < 127 and all(size % ROW_STEP == 0 for size in shape) and _has_row_major_products()
+        """Return True if this class supports the given weight shape on this CPU."""
+        if compiled.library() is None or any(size % ROW_STEP for size in shape):
+            return False
+        return _has_row_major_products()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _role.decodes:
             return super().forward(x)
         if x.dim() != 2:
             return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
-        if compiled.library():
-            y = self.structure()(x)
-        else:
-            y = _row_product(x, self.packed).mul_(self.scale)
-            if self.bias is not None:
-                y.add_(self.bias)
-            _add_large(y, x[:, self.large].float(), self.wide)
-        return y.to(x.dtype)
+        return self.structure()(x).to(x.dtype)
 
     def structure(self) -> compiled.Linear:
         """Return the layer for the compiled library."""
@@ -204,11 +197,7 @@ class RowMajorInt8Linear(Int8Linear):
         self.packed = weights["whole"]
 
     def _product(self, whole: torch.Tensor) -> torch.Tensor:
-        if len(whole) >= MANY_ROWS:
-            return _packed_product(self._weights(0, self.out_features), whole).mul_(self.scale)
-        y = torch.empty(len(whole), self.out_features, dtype=torch.float32, device="cpu")
-        _swapped_product(self._weights, whole.view(torch.int8) - (levels() + 1), y)
-        return y.mul_(self.scale)
+        return _row_major_product(self._weights, whole, self.scale)
 
     @property
     def _row_scale(self) -> torch.Tensor | None:
@@ -222,11 +211,6 @@ class RowMajorInt8Linear(Int8Linear):
 
 class RowMajorInt4Linear(RowMajorInt8Linear):
     """A `RowMajorInt8Linear` that keeps its weights in 4 bits, and unpacks them to 8 bits for each prompt."""
-
-    @staticmethod
-    def suits(shape: Sequence[int]) -> bool:
-        """Return True if this class supports the given weight shape on this CPU."""
-        return compiled.library() is not None and RowMajorInt8Linear.suits(shape)
 
     def _arrange(self, weights: Weights) -> None:
         self.packed = weights["packed"]
@@ -250,60 +234,61 @@ def _add_large(y: torch.Tensor, large: torch.Tensor, wide: torch.Tensor) -> None
             some.addmm_(rows, wide)
 
 
-def _row_product(x: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Multiply a few rows, `[R, K]`, by row-major weights, int8 `[out, K]`. Returns float32 `[R, out]`.
+def _row_major_product(
+    weights: Callable[[int, int], torch.Tensor], rows: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Multiply the rows that `Bytes` returns, `[R, K]`, by row-major weights. Returns float32 `[R, out]`.
 
-    PyTorch's product is vectorized only for bf16, so the rows are rounded to bf16.
+    With VNNI, oneDNN takes the weights as they are. Without VNNI, it takes the weights as its input, and the rows, which are fewer,
+    as its weights. If there are many rows, the weights are packed, and the packed form is discarded after the product.
+
+    Args:
+        weights: Returns the weights of the output features in a range, int8 `[last - first, K]`.
+        scale: The scale of each output feature, float32 `[out]`.
     """
-    ones = torch.ones(len(whole), dtype=torch.bfloat16, device="cpu")
-    return torch._weight_int8pack_mm(x.bfloat16().contiguous(), whole, ones).float()
+    features = len(scale)
+    if levels() < 127 and len(rows) >= MANY_ROWS:
+        zeros = torch.zeros(features, dtype=torch.int32, device="cpu")
+        packed = torch.ops.onednn.qlinear_prepack(weights(0, features), None)
+        return _product(rows, packed, scale, zeros, None, levels() + 1)
+    y = torch.empty(len(rows), features, dtype=torch.float32, device="cpu")
+    rows = (rows - (levels() + 1)).view(torch.int8)
+    multiply = _swapped_product(rows) if levels() < 127 else lambda whole: torch._int_mm(rows, whole.T)
+    for first in range(0, features, PIECE_FEATURES):
+        last = min(first + PIECE_FEATURES, features)
+        torch.mul(multiply(weights(first, last)), scale[first:last], out=y[:, first:last])
+    return y
 
 
-def _packed_product(whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Multiply row-major weights, int8 `[out, K]`, by the rows that `Bytes` returns. Returns whole numbers, float32 `[R, out]`."""
-    ones = torch.ones(len(whole), dtype=torch.float32, device="cpu")
-    zeros = torch.zeros(len(whole), dtype=torch.int32, device="cpu")
-    packed = torch.ops.onednn.qlinear_prepack(whole, None)
-    return _product(rows, packed, ones, zeros, None, levels() + 1)
-
-
-def _swapped_product(whole: Callable[[int, int], torch.Tensor], rows: torch.Tensor, out: torch.Tensor) -> None:
-    """Multiply row-major weights by rows, int8 `[R, K]`, and write whole numbers to `out`, float32 `[R, out]`.
-
-    `whole` returns the weights of the output features in a range, int8 `[features, K]`.
-    """
+def _swapped_product(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that multiplies `rows`, int8 `[R, K]`, by weights, int8 `[features, K]`."""
     count = len(rows)
     if count == 1:  # oneDNN's product with a single column is not exact on CPUs with AVX512 but without VNNI
         rows = rows.expand(2, -1).contiguous()
     packed = torch.ops.onednn.qlinear_prepack(rows, None)
     ones = torch.ones(len(rows), dtype=torch.float32, device="cpu")
     zeros = torch.zeros(len(rows), dtype=torch.int32, device="cpu")
-    features = out.shape[1]
-    for first in range(0, features, PIECE_FEATURES):
-        last = min(first + PIECE_FEATURES, features)
-        out[:, first:last] = _product(whole(first, last), packed, ones, zeros, None)[:, :count].T
+    return lambda whole: _product(whole, packed, ones, zeros, None)[:, :count].T
 
 
 @lru_cache
 def _has_row_major_products() -> bool:
-    """Return True if torch has both products that `RowMajorInt8Linear` needs, and the one of integers is exact."""
-    if not hasattr(torch, "_weight_int8pack_mm"):
-        return False
+    """Return True if torch has fast products of row-major weights for this CPU, and they are exact."""
+    if levels() == 127 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False  # with VNNI, but without AVX512, `_int_mm` is a plain loop
     random = torch.Generator().manual_seed(0)
+    ones = torch.ones(64, dtype=torch.float32, device="cpu")
     largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
     mixed = torch.randint(-127, 128, (64, 64), generator=random, dtype=torch.int8, device="cpu")
     for weights in (largest, -largest, mixed):
-        for count in (1, 33):
-            rows = torch.randint(-levels(), levels() + 1, (count, 64), generator=random, dtype=torch.int8, device="cpu")
-            rows[0] = levels()
-            y = torch.empty(count, 64, dtype=torch.float32, device="cpu")
+        for count in (1, 33, MANY_ROWS):
+            rows = torch.randint(1, 2 * levels() + 2, (count, 64), generator=random, dtype=torch.uint8, device="cpu")
+            rows[0] = 2 * levels() + 1
             try:
-                _swapped_product(lambda first, last, weights=weights: weights[first:last], rows, y)
-                packed = _packed_product(weights, (rows + (levels() + 1)).view(torch.uint8))
+                y = _row_major_product(lambda first, last, weights=weights: weights[first:last], rows, ones)
             except RuntimeError:  # this version of PyTorch takes no signed inputs
                 return False
-            exact = rows.double() @ weights.double().T
-            if not (torch.equal(y.double(), exact) and torch.equal(packed.double(), exact)):
+            if not torch.equal(y.double(), (rows.double() - (levels() + 1)) @ weights.double().T):
                 return False
     return True
 
@@ -376,66 +361,6 @@ def has_exact_products(largest: int) -> bool:
     return bool((_product(bytes_, packed, scale, zero, None) == 64 * largest * 127).all())
 
 
-def int4_weights(layer: nn.Linear) -> Weights:
-    """Quantize a layer's weights to 4 bits for `Int4Linear`. Returns `packed`, and `scales`, bf16 `[groups, rows, 2]`."""
-    packed, scales = zip(*(_int4_piece(rows) for rows in _pieces(layer.weight)), strict=True)
-    return {"packed": torch.cat(packed), "scales": torch.cat(scales, 1)}
-
-
-def _int4_piece(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize some rows of a weight matrix.
-
-    Returns the rows in the kernel's layout, and the scales and zeros, `[groups, rows, 2]`.
-    """
-    # The kernel processes 16 rows at a time. Padding rows added here are removed from the output.
-    rows = nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
-    groups = rows.view(len(rows), -1, GROUP)
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    # Round the scales to the kernel's dtype before dividing the weights by them.
-    scale = ((high - low) / 15).clamp_(min=1e-8).bfloat16().float()
-    middle = (low + 8 * scale).bfloat16().float()  # the weight represented by the kernel's zero, 8
-    whole = ((groups - middle) / scale).add_(8).round_().clamp_(0, 15).to(torch.int32).flatten(1)
-    scales = torch.cat([scale, middle], -1).transpose(0, 1).contiguous().bfloat16()
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), scales
-
-
-class Int4Linear(nn.Module):
-    """A linear layer with 4-bit weights, for the language model on CPUs with VNNI.
-
-    On both AVX2 and AVX512, PyTorch's kernel is vectorized only for bf16 and takes 20 times as long with float32. Therefore, inputs
-    are converted to bf16 even on CPUs without bf16 instructions.
-
-    Args:
-        weights: The result of `int4_weights`.
-        shape: The number of output features and the number of input features.
-        bias: `[out]`, or None.
-        full: A layer to call instead during prefill. None uses 4-bit weights for the prompt as well.
-    """
-
-    def __init__(self, weights: Weights, shape: Sequence[int], bias: torch.Tensor | None = None, full=None):
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.full = full
-        self.bias = bias
-        self.packed = weights["packed"]
-        self.scales = weights["scales"]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory used in addition to the layer's parameters and submodules, in bytes."""
-        return self.packed.nbytes + self.scales.nbytes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.full is not None and not _role.decodes:
-            return self.full(x)
-        rows = x.reshape(-1, self.in_features)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), self.packed, GROUP, self.scales)
-        y = y[:, : self.out_features].to(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
-
-
 class Unquantized(nn.Module):
     """A placeholder for a linear layer until its first input reveals the large channels.
 
@@ -455,21 +380,11 @@ class Unquantized(nn.Module):
         return self._quantize(layer, large_channels(x))(x)
 
 
-def form_of(kind: str, path: str, shape: Sequence[int]) -> type[Int8Linear] | type[Int4Linear]:
+def form_of(kind: str, path: str, shape: Sequence[int]) -> type[Int8Linear]:
     """Return the class for a linear layer, given the model's quantization type, the layer's name, and the shape of its weights."""
-    if path.startswith(LANGUAGE):
-        if kind == "int4" and levels() == 127 and shape[1] % GROUP == 0:
-            return Int4Linear
-        if kind == "int4" and RowMajorInt4Linear.suits(shape):
-            return RowMajorInt4Linear
-        if RowMajorInt8Linear.suits(shape):
-            return RowMajorInt8Linear
+    if path.startswith(LANGUAGE) and RowMajorInt8Linear.suits(shape):
+        return RowMajorInt4Linear if kind == "int4" else RowMajorInt8Linear
     return Int8Linear
-
-
-def _has_prompts(path: str) -> bool:
-    """Return True if an `Int4Linear` needs int8 weights too. All do except the output layer, which reads only one row."""
-    return path != "lm_head"
 
 
 class Quantization:
@@ -501,26 +416,29 @@ class Quantization:
             _role.decodes = before
 
     @staticmethod
-    def compiled_layer(layer: nn.Module, x: torch.Tensor, config) -> CompiledLayer | None:
-        """Return the compiled form of a decoder layer, or None if it has none, or this thread is not decoding.
+    def compiled_layers(layers: Iterable[nn.Module], x: torch.Tensor, config) -> list[CompiledLayer] | None:
+        """Return the compiled forms of all decoder layers, or None if one has none, or this thread is not decoding.
 
         Args:
-            layer: The layer module.
-            x: The layer's input.
+            layers: The layer modules.
+            x: The input of the first layer.
             config: The language model config.
         """
-        if not _role.decodes or x.dtype != torch.float32 or not is_host(x.device):
+        if not _role.decodes or not is_host(x.device):
             return None
-        return CompiledLayer.of(layer, config)
+        found = []
+        for layer in layers:
+            if (compiled := CompiledLayer.of(layer, config)) is None:
+                return None
+            found.append(compiled)
+        return found
 
     @staticmethod
     def kinds(device: torch.device) -> list[str]:
         """Return the quantization types, except "none", supported on a device by the installed PyTorch version and this CPU."""
         if not is_host(device) or not has_exact_products(127):
             return []
-        if levels() < 127:
-            return ["int8", "int4"] if RowMajorInt4Linear.suits((ROW_STEP, ROW_STEP)) else ["int8"]
-        return ["int8", "int4"] if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else ["int8"]
+        return ["int8", "int4"] if RowMajorInt4Linear.suits((ROW_STEP, ROW_STEP)) else ["int8"]
 
     def check(self, device: torch.device) -> None:
         """Raise UsageError if the installed PyTorch version or this CPU doesn't support this quantization type on a device."""
@@ -529,18 +447,20 @@ class Quantization:
         if not is_host(device):
             raise UsageError(f"quantize {self.kind} works on the CPU, not on {device}", "leave quantize out")
         kinds = self.kinds(device)
-        if "int8" in kinds and self.kind not in kinds and levels() < 127:
+        if self.kind in kinds:
+            return
+        if "int8" in kinds and compiled.library() is None:
             hint = "quantize to int8, or install a C compiler and then reinstall evoprune"
-            raise UsageError("on this CPU, int4 requires evoprune's compiled library (Linux, x86-64)", hint)
-        if self.kind not in kinds:
-            raise UsageError(f"this PyTorch has no exact {self.kind} products for this CPU", "leave quantize out")
+            raise UsageError("int4 requires evoprune's compiled library (Linux, x86-64)", hint)
+        hint = "quantize to int8" if kinds else "leave quantize out"
+        raise UsageError(f"this PyTorch has no fast and exact {self.kind} products for this CPU", hint)
 
     @property
     def levels(self) -> int:
         """Number of rounding levels on either side of zero, which depends on the CPU."""
         return levels()
 
-    def layers(self, model: nn.Module) -> dict[str, type[nn.Module]]:
+    def layers(self, model: nn.Module) -> dict[str, type[Int8Linear]]:
         """Return a mapping from the name of each linear layer to quantize to the class that replaces it."""
         return {
             path: form_of(self.kind, path, layer.weight.shape)
@@ -558,14 +478,8 @@ class Quantization:
         for path, form in self.layers(model).items():
             weight = model.get_submodule(path).weight
             rows, columns = weight.shape
-            row = 16
-            if form is RowMajorInt4Linear:
-                row += four_bits.packed_bytes(columns)
-            elif form is not Int4Linear or _has_prompts(path):
-                row += columns
-            if form is Int4Linear:
-                row += columns // 2 + columns // GROUP * 4
-            saved -= rows * row
+            row = four_bits.packed_bytes(columns) if form is RowMajorInt4Linear else columns
+            saved -= rows * (row + 16)
             if weight is not embedding:
                 saved += weight.nbytes
         return saved
@@ -600,12 +514,8 @@ class Quantization:
             elif form is RowMajorInt8Linear:
                 # Row-major weights are not copied into a packed layout, so they can't share the buffer.
                 weights = int8_weights(layer, large)
-            elif form is Int8Linear:
-                weights = int8_weights(layer, large, memory)
             else:
-                weights = int4_weights(layer)
-                if _has_prompts(path):
-                    weights |= int8_weights(layer, large, memory)
+                weights = int8_weights(layer, large, memory)
             if store:
                 store(path, weights)
             return layers.put(path, layer, weights)
@@ -636,7 +546,7 @@ class _Layers:
     """Replaces the linear layers of a model with quantized layers, one by one. `forms` comes from `Quantization.layers`."""
 
     def __init__(
-        self, model: nn.Module, forms: dict[str, type[nn.Module]], progress: Callable[[int, int], None] | None
+        self, model: nn.Module, forms: dict[str, type[Int8Linear]], progress: Callable[[int, int], None] | None
     ):
         self.forms = forms
         self.done = 0
@@ -653,15 +563,10 @@ class _Layers:
         """Create a quantized layer from `weights`, replace `layer` with it in the model, and return it."""
         form = self.forms[path]
         shape = layer.out_features, layer.in_features
-        if "large" in weights:
-            # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
-            key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
-            weights = weights | {"large": self._large_channels.setdefault(key, weights["large"])}
-        if form is Int4Linear:
-            full = Int8Linear(weights, shape, layer.bias, self._to_bytes) if _has_prompts(path) else None
-            quantized = Int4Linear(weights, shape, layer.bias, full)
-        else:
-            quantized = form(weights, shape, layer.bias, self._to_bytes)
+        # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
+        key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
+        weights = weights | {"large": self._large_channels.setdefault(key, weights["large"])}
+        quantized = form(weights, shape, layer.bias, self._to_bytes)
         self.replace(path, quantized)
         self.done += 1
         if self._progress:

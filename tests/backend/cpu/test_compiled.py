@@ -16,7 +16,7 @@ from evoprune.backend.cpu.quantize import (
     int8_weights,
     row_major_int4_weights,
 )
-from tests.compiled import compiled, library, use  # noqa: F401
+from tests.compiled import compiled, library  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
 SHAPES = [(64, 32), (96, 64), (32, 96), (64, 2080)]
@@ -101,18 +101,6 @@ def check_product(made, x, exact, bias) -> None:
     y = answer(made, x)
     assert y.dtype == torch.float32 and (y - exact).abs().max() < 1e-5 * exact.abs().max()
     assert all(torch.equal(answer(made, x[row : row + 1])[0], y[row]) for row in range(len(x)))
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 9])
-def test_without_a_library_rows_are_rounded_to_bf16(monkeypatch, count):
-    use(None, monkeypatch)
-    layer = random_layer(96, 64)
-    made, weights = eight_bits(layer, LARGE)
-    x = torch.randn(count, 64)
-    y, exact = answer(made, x), x.double() @ weights.T + layer.bias.double()
-    assert 1e-5 < (y - exact).abs().max() / exact.abs().max() < 1e-2
-    if count <= 8:
-        assert all(torch.equal(answer(made, x[row : row + 1])[0], y[row]) for row in range(count))
 
 
 @pytest.mark.parametrize("form", [eight_bits, four_bits_of])
