@@ -2,7 +2,7 @@
 #     docker build --build-arg PYTORCH=https://download.pytorch.org/whl/cu130 -t evoprune .
 FROM python:3.11-slim AS build
 ARG PYTORCH=https://download.pytorch.org/whl/cpu
-# evoprune compiles its products for CPUs without VNNI when it is installed.
+# evoprune compiles its products for CPUs when it is installed.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
 COPY . /source
 RUN sh /source/plugins/serve/install.sh /opt/evoprune "$PYTORCH"
