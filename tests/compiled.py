@@ -1,4 +1,4 @@
-"""Compile `rows.c` and `layer.c` as `pip install` does, and give them to evoprune. Test files import the fixtures."""
+"""Compile the library as `pip install` does, and give them to evoprune. Test files import the fixtures."""
 
 import ctypes
 import shutil
@@ -20,7 +20,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     if compiler is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs a compiler and AVX2")
     folder = tmp_path_factory.mktemp("rows")
-    objects = [folder / f"{name}.o" for name in ("rows", "layer")]
+    objects = [folder / f"{name}.o" for name in ("rows", "attention", "layer")]
     for made in objects:  # linking both files at once would need another option for the compiler
         options = ["-O3", "-mavx2", "-mfma", "-fopenmp", "-fPIC"]
         subprocess.run([compiler, *options, "-c", FOLDER / f"{made.stem}.c", "-o", made], check=True)

@@ -412,7 +412,7 @@ def forward(
     for i, layer in enumerate(text.layers):
         pause()
         if not i or every[i] is not every[i - 1]:
-            bias, wide = _bias(every[i], inputs_embeds, config)
+            bias, wide = _bias(every[i], x, config)
         if dropping:
             blind, rows = dropping.before(i, len(x))
         count = len(x)
@@ -421,7 +421,8 @@ def forward(
         entered.append(count)
         entering = x
         if compiled:
-            x = _run_compiled(compiled[i], x, places, cache, i, bias, wide)
+            *_, keys, values = cache.room(i, len(x))
+            x = compiled[i](x, *places, keys, values, bias)
         else:
             x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
         if len(deepstack):
@@ -522,29 +523,6 @@ def run_layer(
     h = norm(old, layer.post_attention_layernorm.weight, eps)
     new = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=old)
     return put_rows(x, mlp_rows, new), queries, keys, values
-
-
-def _run_compiled(
-    layer,
-    x: torch.Tensor,
-    places: tuple[torch.Tensor, torch.Tensor],
-    cache: KVCache,
-    number: int,
-    bias: torch.Tensor | None,
-    wide: torch.Tensor | None,
-) -> torch.Tensor:
-    """Run a single layer on all columns. Returns the columns' output, float32 `[L, hidden]`.
-
-    Args:
-        layer: A layer from `Quantization.compiled_layers`.
-        x: float32 `[L, hidden]`, the hidden states of the new columns.
-
-    See `run_layer` for the other arguments.
-    """
-    x = x.contiguous()
-    *room, keys, values = cache.room(number, len(x))
-    queries = layer.before_attention(x, *places, *room)
-    return layer.after_attention(x, attend(queries, keys, values, bias, wide=wide))
 
 
 def _fused(

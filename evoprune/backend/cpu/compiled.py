@@ -1,4 +1,4 @@
-"""The library compiled from `rows.c` and `layer.c` when evoprune was installed, if there was a C compiler."""
+"""The library compiled from the C files in this folder when evoprune was installed, if there was a C compiler."""
 
 import ctypes
 from ctypes import Structure, byref, c_int64, c_void_p
@@ -10,11 +10,10 @@ import torch
 from evoprune.backend.cpu import four_bits
 
 LIBRARY = "evoprune.backend.cpu._rows"  # a C library without a Python interface
-LAYOUT = 2  # `evoprune_layout` in layer.c
+LAYOUT = 3  # `evoprune_layout` in layer.c
 FUNCTIONS = {  # the types of their parameters, except for the last, the number of threads
     "evoprune_linear": [c_void_p] * 4 + [c_int64],
-    "evoprune_before_attention": [c_void_p] * 8 + [c_int64] * 2 + [ctypes.c_int],
-    "evoprune_after_attention": [c_void_p] * 5 + [c_int64],
+    "evoprune_layer": [c_void_p] * 8 + [c_int64],
     "evoprune_unpack4": [c_void_p] * 3 + [c_int64] * 2,
 }
 

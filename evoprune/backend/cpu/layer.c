@@ -1,14 +1,14 @@
-/* Quantized linear layers for CPUs with AVX2, and a whole decoder layer as two calls: one before and one after the attention.
+/* Quantized linear layers for CPUs with AVX2, and a whole decoder layer as one call.
 
    Reading the weights evicts everything else from the CPU's caches, so each call of PyTorch takes several times as long as usual. A
    layer makes about 40 of them. The results of a row depend neither on the other rows nor on the number of threads. */
 
-#include "rows.h"
+#include "library.h"
 #include <math.h>
 #include <string.h>
 
 /* Changes whenever a function's parameters or a structure change. See `LAYOUT` in compiled.py. */
-const int evoprune_layout = 2;
+const int evoprune_layout = 3;
 
 typedef struct {
     const void *weights; /* 8-bit weights, or 4-bit weights in chunks */
@@ -102,46 +102,40 @@ static void put(const float *x, void *y, int64_t at, int64_t dim, int bf16)
     }
 }
 
-/* Compute queries, keys, and values.
+/* Compute the layer's output, y, for new columns, and write their keys and values to the last places of the cache.
 
-   x: [rows][hidden]. cos, sin: [rows][dim]; the first half of the sines is negated. queries: [rows][heads][dim]. keys, values: the
-   places of the new columns in the cache, [kv_heads][rows][dim], with `head` numbers from one head to the next. room: working memory
-   (see `_room_bytes` in layer.py). bf16: whether queries, keys, and values are in bf16 rather than in float32. */
-void evoprune_before_attention(const Layer *layer, const float *x, const float *cos, const float *sin, void *queries, void *keys,
-                               void *values, float *room, int64_t rows, int64_t head, int bf16, int threads)
+   x, y: [rows][hidden]. cos, sin: [rows][dim]; the first half of the sines is negated. bias: added to the scores of each column in
+   the cache, or NULL. room: working memory (see `_room_bytes` in layer.py). */
+void evoprune_layer(const Layer *layer, const float *x, const float *cos, const float *sin, const Columns *cache, const float *bias,
+                    float *y, float *room, int64_t rows, int threads)
 {
-    int64_t hidden = layer->q.length, dim = layer->dim, outputs = layer->q.outputs, shared = layer->k.outputs;
-    float *normed = room, *q = normed + rows * hidden, *k = q + rows * outputs, *v = k + rows * shared, *rest = v + rows * shared;
+    int64_t hidden = layer->q.length, inner = layer->gate.outputs, dim = layer->dim;
+    int64_t outputs = layer->q.outputs, heads = outputs / dim, shared = layer->k.outputs;
+    float *normed = room, *q = normed + rows * hidden, *k = q + rows * outputs, *v = k + rows * shared, *seen = v + rows * shared;
+    float *scores = seen + rows * outputs, *gate = scores + rows * heads * cache->count, *up = gate + rows * inner;
+    float *rest = up + rows * inner;
     for (int64_t r = 0; r < rows; r++)
         norm(x + r * hidden, layer->before, normed + r * hidden, hidden, layer->eps);
     apply(&layer->q, normed, q, outputs, rows, rest, threads);
     apply(&layer->k, normed, k, shared, rows, rest, threads);
     apply(&layer->v, normed, v, shared, rows, rest, threads);
     for (int64_t r = 0; r < rows; r++) {
-        for (int64_t at = 0; at < outputs; at += dim) {
-            float *from = q + r * outputs + at;
+        for (int64_t at = r * outputs; at < (r + 1) * outputs; at += dim) {
             if (layer->q_norm)
-                norm(from, layer->q_norm, from, dim, layer->eps);
-            rotate(from, cos + r * dim, sin + r * dim, dim);
-            put(from, queries, r * outputs + at, dim, bf16);
+                norm(q + at, layer->q_norm, q + at, dim, layer->eps);
+            rotate(q + at, cos + r * dim, sin + r * dim, dim);
         }
         for (int64_t at = 0; at < shared; at += dim) {
             float *from = k + r * shared + at;
-            int64_t to = at / dim * head + r * dim;
+            int64_t to = at / dim * cache->stride + (cache->count - rows + r) * dim;
             if (layer->k_norm)
                 norm(from, layer->k_norm, from, dim, layer->eps);
             rotate(from, cos + r * dim, sin + r * dim, dim);
-            put(from, keys, to, dim, bf16);
-            put(v + r * shared + at, values, to, dim, bf16);
+            put(from, cache->keys, to, dim, cache->bf16);
+            put(v + r * shared + at, cache->values, to, dim, cache->bf16);
         }
     }
-}
-
-/* Compute the layer's output, [rows][hidden], from its input and the attention's result, [rows][heads * dim]. */
-void evoprune_after_attention(const Layer *layer, const float *x, const float *seen, float *y, float *room, int64_t rows, int threads)
-{
-    int64_t hidden = layer->o.outputs, inner = layer->gate.outputs;
-    float *normed = room, *gate = normed + rows * hidden, *up = gate + rows * inner, *rest = up + rows * inner;
+    evoprune_attend(q, cache, bias, scores, seen, rows, heads, dim, threads);
     apply(&layer->o, seen, y, hidden, rows, rest, threads);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t i = r * hidden; i < (r + 1) * hidden; i++)

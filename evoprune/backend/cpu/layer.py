@@ -1,7 +1,7 @@
-"""A decoder layer with quantized weights, which `layer.c` computes if it was compiled when evoprune was installed."""
+"""A decoder layer with quantized weights, which the compiled library computes."""
 
 import weakref
-from ctypes import Structure, byref, c_float, c_int64, c_void_p
+from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
 from operator import is_not
 from typing import Self
 
@@ -21,8 +21,16 @@ class _Layer(Structure):
     )
 
 
+class _Columns(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("heads", "count", "stride")),
+        ("bf16", c_int),
+    )
+
+
 class CompiledLayer:
-    """A decoder layer of Qwen2, Qwen2.5, or Qwen3, as two calls of `layer.c`.
+    """A decoder layer of Qwen2, Qwen2.5, or Qwen3, as one call of `layer.c`.
 
     Use `CompiledLayer.of` to create one.
     """
@@ -32,14 +40,12 @@ class CompiledLayer:
         self._norms = [norm if norm is None else norm.float() for norm in norms]  # the structure holds only addresses
         addresses = (norm if norm is None else norm.data_ptr() for norm in self._norms)
         self._structure = byref(_Layer(*(each.structure() for each in linears), *addresses, dim, eps))
-        self._dim = dim
-        q, k, _, o, gate, _, _ = linears
-        self._queries = q.out_features
-        longest = max(each.in_features for each in linears)
-        # Working memory for each row: the normalized input, and either the queries, keys, and values, or the two halves of the MLP
-        wide = max(q.out_features + 2 * k.out_features, 2 * gate.out_features)
-        floats = max(q.in_features, o.out_features) + wide
-        self._room_bytes = 4 * floats + four_bits.room_bytes(longest)
+        q, k, _, _, gate, _, _ = linears
+        self._heads = q.out_features // dim
+        # Working memory for each row, not counting the scores: the normalized input, queries, keys, values, the attention's result,
+        # the two halves of the MLP, and the working memory of a linear layer
+        floats = q.in_features + 2 * q.out_features + 2 * k.out_features + 2 * gate.out_features
+        self._room_bytes = 4 * floats + four_bits.room_bytes(max(each.in_features for each in linears))
 
     @classmethod
     def of(cls, layer: nn.Module, config) -> Self | None:
@@ -73,41 +79,38 @@ class CompiledLayer:
             return None
         return cls(linears, weights, dim, config.rms_norm_eps)
 
-    def before_attention(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    def __call__(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compute the queries, and write the keys and values of new columns.
+        """Compute the layer's output for new columns, and write their keys and values.
 
         Args:
             x: The layer's input, float32 `[L, hidden]`.
             cos, sin: The cosines and sines from `rotation` in language/decoder.py, float32.
-            keys, values: The places of the new columns in the KV cache, float32 or bf16 `[kv_heads, L, head_dim]`, with equal
-                strides.
+            keys, values: All columns in the KV cache, float32 or bf16 `[1, kv_heads, n, head_dim]`, with equal strides. The last L
+                columns are the new ones.
+            bias: float32 `[n]`, the bias to add to each key's attention scores.
 
         Returns:
-            The queries, `[1, L, heads, head_dim]`, in the dtype of the cache.
+            float32 `[L, hidden]`.
         """
         rows = len(x)
-        queries = torch.empty(1, rows, self._queries // self._dim, self._dim, dtype=keys.dtype, device="cpu")
-        room = working_memory(rows, self._room_bytes)
-        pointers = (tensor.data_ptr() for tensor in (x, cos, sin, queries, keys, values, room))
-        sizes = rows, keys.stride(0), keys.dtype == torch.bfloat16
-        library().evoprune_before_attention(self._structure, *pointers, *sizes, torch.get_num_threads())
-        return queries
-
-    def after_attention(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, float32 `[L, hidden]`.
-
-        Args:
-            x: The layer's input, float32 `[L, hidden]`.
-            seen: The result of the attention, `[L, heads * head_dim]`.
-        """
-        rows = len(x)
+        x = x.contiguous()
         y = torch.empty_like(x)
-        seen = seen.float().contiguous()
-        room = working_memory(rows, self._room_bytes)
-        pointers = (tensor.data_ptr() for tensor in (x, seen, y, room))
-        library().evoprune_after_attention(self._structure, *pointers, rows, torch.get_num_threads())
+        _, kv_heads, count, _ = keys.shape
+        cache = _Columns(
+            keys.data_ptr(), values.data_ptr(), kv_heads, count, keys.stride(1), keys.dtype == torch.bfloat16
+        )
+        room = working_memory(rows, self._room_bytes + 4 * self._heads * count)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (bias, y, room)]
+        given = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), byref(cache), *pointers)
+        library().evoprune_layer(self._structure, *given, rows, torch.get_num_threads())
         return y
 
 

@@ -6,18 +6,10 @@
 
    Without a compiler, evoprune is installed without the compiled library (see compiled.py). */
 
-#include "rows.h"
-#include <immintrin.h>
+#include "library.h"
 
 #define AHEAD 1024 /* bytes between the weights in use and those to load into the cache */
 #define MOST 4     /* rows that share a pass through the weights */
-
-static inline float total(__m256 v)
-{
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
-}
 
 /* --- 8 bits: one scale for each row of weights --- */
 
