@@ -9,6 +9,7 @@
 #include "library.h"
 
 #define AHEAD 1024 /* bytes between the weights in use and those to load into the cache */
+#define LONG 8192  /* a row of this length is multiplied by two rows of weights at a time */
 #define MOST 4     /* rows that share a pass through the weights */
 
 /* --- 8 bits: one scale for each row of weights --- */
@@ -37,9 +38,33 @@ static inline __attribute__((always_inline)) void products(
         y[r * stride] = scale * total(_mm256_add_ps(even[r], odd[r]));
 }
 
+/* Multiply one row by two rows of weights. A long row doesn't fit into the CPU's fastest cache, so it should be read only once. */
+static void pair(const float *x, const int8_t *weights, const float *scale, float *y, int64_t length)
+{
+    const int8_t *other = weights + length;
+    __m256 even[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, odd[2] = {even[0], even[0]};
+    for (int64_t k = 0; k < length; k += 16) {
+        __m256 first = _mm256_loadu_ps(x + k), second = _mm256_loadu_ps(x + k + 8);
+        _mm_prefetch((const char *)weights + k + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)other + k + AHEAD, _MM_HINT_T0);
+        even[0] = _mm256_fmadd_ps(floats(weights + k), first, even[0]);
+        odd[0] = _mm256_fmadd_ps(floats(weights + k + 8), second, odd[0]);
+        even[1] = _mm256_fmadd_ps(floats(other + k), first, even[1]);
+        odd[1] = _mm256_fmadd_ps(floats(other + k + 8), second, odd[1]);
+    }
+    for (int i = 0; i < 2; i++)
+        y[i] = scale[i] * total(_mm256_add_ps(even[i], odd[i]));
+}
+
 void evoprune_row_product(const float *x, const int8_t *weights, const float *scale, float *y, int64_t rows, int64_t length,
                           int64_t outputs, int64_t stride, int threads)
 {
+    if (rows == 1 && length >= LONG && outputs % 2 == 0) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t n = 0; n < outputs; n += 2)
+            pair(x, weights + n * length, scale + n, y + n, length);
+        return;
+    }
     for (int64_t done = 0; done < rows; done += MOST, x += MOST * length, y += MOST * stride) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t n = 0; n < outputs; n++) {

@@ -19,7 +19,7 @@ from evoprune.backend.cpu.quantize import (
 from tests.compiled import compiled, library  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
-SHAPES = [(64, 32), (96, 64), (32, 96), (64, 2080)]
+SHAPES = [(64, 32), (96, 64), (32, 96), (64, 2080), (32, 8192)]
 NONE, LARGE = torch.zeros(0, dtype=torch.int64), torch.tensor([3, 17])
 
 
