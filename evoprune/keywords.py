@@ -25,7 +25,7 @@ class ModelKeywords(TypedDict, total=False):
     quantize: Literal["auto", "none", "int8", "int4"]
     """Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16,
     if no dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the language model. int4:
-    the same, with 4-bit weights in the language model (with VNNI, only while it generates)."""
+    the same, with 4-bit weights in the language model."""
     store_quantized: bool | None
     """Keep the quantized weights on disk (at most 32 GiB) for later runs. None: if the model is large and the disk has
     room."""

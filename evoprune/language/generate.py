@@ -65,6 +65,11 @@ class LanguageModel:
         return not self._hosted and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
+    def reads_drafts_exactly(self) -> bool:
+        """Whether a few tokens read in one pass have exactly the same logits as if each was read alone."""
+        return Quantization.computes_few_exactly(self.model)
+
+    @property
     def runs_modules(self) -> bool:
         """Whether the layers run as transformers modules, so results are rounded exactly as in transformers."""
         device = self.model.model.language_model.norm.weight.device
@@ -385,7 +390,8 @@ class TokenStream(Iterator[int]):
         self._greedy = settings.temperature == 0 and not penalizes
         self._lookup: Lookup | None = None
         if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
-            self._lookup = Lookup(state.prompt_ids, state.language.dtype)
+            language = state.language
+            self._lookup = Lookup(state.prompt_ids, None if language.reads_drafts_exactly else language.dtype)
         # Use a CPU generator, so that a seed produces the same random numbers on all devices.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 

@@ -21,11 +21,12 @@ class Lookup:
 
     Args:
         prompt: Token IDs of the unpruned prompt, int64 `[L]` on the CPU.
-        dtype: The dtype used for computation in the language model.
+        dtype: The dtype used for computation in the language model. None means that the logits don't depend on how many tokens are
+            read in a pass.
     """
 
-    def __init__(self, prompt: torch.Tensor, dtype: torch.dtype):
-        self._tie = max(MIN_TIE, TIE_STEPS * torch.finfo(dtype).eps)
+    def __init__(self, prompt: torch.Tensor, dtype: torch.dtype | None):
+        self._tie = 0.0 if dtype is None else max(MIN_TIE, TIE_STEPS * torch.finfo(dtype).eps)
         self._tokens: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # maps n-grams to the index after their latest occurrence
         self._answer_length = 0
@@ -61,6 +62,8 @@ class Lookup:
             logits: float32 `[vocabulary]`.
             allowed: The same logits, with -inf for forbidden tokens.
         """
+        if not self._tie:
+            return False
         first, second = allowed.topk(2).values
         return bool(first - second < self._tie * logits.std())
 

@@ -74,16 +74,16 @@ def kernels(inner: int, outer: int, copies: int) -> Iterator[tuple[str, int, lis
     products = [partial(torch.ops.aten._weight_int8pack_mm, mat2=weight, scales=scale) for weight in bytes_]
     yield "int8, `_weight_int8pack_mm`", bytes_[0].nbytes + scale.nbytes, products
     int8 = converted(layers, lambda module: Quantization("int8").apply(module, call_layers))
-    yield "int8, integer products (as built)", int8[0].nbytes, int8
+    yield "int8 (as built)", int8[0].nbytes, int8
     int4 = converted(layers, lambda module: Quantization("int4").apply(module, call_layers))
-    yield "int4, groups of 32 (as built)", int4[0].nbytes, int4
-    # The quantized layer supports only groups of 32. The values are arbitrary, because the time does not depend on them.
-    group = 128
+    yield "int4 (as built)", int4[0].nbytes, int4
+    # The values are arbitrary, because the time does not depend on them.
     numbers = torch.randint(16, (outer, inner), dtype=torch.int32)
-    scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
     held = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1) for _ in layers]
-    products = [partial(_int4_product, packed=packed, group=group, scales=scales.clone()) for packed in held]
-    yield "int4, groups of 128", held[0].nbytes + scales.nbytes, products
+    for group in (32, 128):
+        scales = torch.ones(inner // group, outer, 2, dtype=DTYPE)
+        products = [partial(_int4_product, packed=packed, group=group, scales=scales.clone()) for packed in held]
+        yield f"int4, `_weight_int4pack_mm_for_cpu`, groups of {group}", held[0].nbytes + scales.nbytes, products
 
 
 def converted(layers: Sequence[nn.Linear], convert: Callable[[nn.Module], None]) -> list[nn.Module]:
@@ -107,7 +107,10 @@ def single_rows(sizes: Sizes, repeat: int) -> None:
     x = torch.randn(1, sizes.product[0]).to(DTYPE)
     names, sizes_bytes, weights = zip(*kernels(*sizes.product, sizes.copies), strict=True)
     # Pass a new view each time; otherwise, layers would share the converted activations.
-    ms = medians([lambda products=products: [product(x[:]) for product in products] for products in weights], repeat)
+    with Quantization.decoding():
+        ms = medians(
+            [lambda products=products: [product(x[:]) for product in products] for products in weights], repeat
+        )
     ms = [each / sizes.copies for each in ms]
     rows = [
         (name, *cells, f"{size / 2**20:.1f}", f"{size / each / 1e6:.1f}")

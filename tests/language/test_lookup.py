@@ -5,6 +5,7 @@ from evoprune import VideoQA
 from evoprune.language import generate, lookup
 from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
 from evoprune.language.lookup import DRAFT, NGRAM, REST, Lookup
+from tests.compiled import compiled, library  # noqa: F401
 from tests.language.test_generate import CLIPS, TOKENS, Clip, Steps
 from tests.quantized import parameters
 from tests.tiny import tiny_model
@@ -159,3 +160,30 @@ def test_a_model_answers_as_without_drafts(monkeypatch, quantize, given):
     drafted = answer()
     monkeypatch.setattr(LanguageModel, "can_draft", False)
     assert answer() == drafted and len(drafted) > 15
+
+
+@pytest.mark.parametrize("quantize", parameters("int8", "int4"))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_ties_do_not_matter_where_a_few_tokens_are_computed_exactly(
+    compiled,  # noqa: F811
+    passes,
+    monkeypatch,
+    quantize,
+    dtype,
+):
+    qa = VideoQA.load("demo", quantize=quantize, dtype=dtype)
+    monkeypatch.setattr(qa.loaded, "eos_ids", ())
+    if not LanguageModel(qa.loaded.model).reads_drafts_exactly:
+        pytest.skip("this CPU has no fast and exact products of row-major weights")
+    monkeypatch.setattr(lookup, "MIN_TIE", float("inf"))
+
+    def answer() -> list[int]:
+        passes.clear()
+        found = qa.encode("samples/square.mp4").ask(**QUESTIONS[1], max_new_tokens=40)
+        list(found)
+        return found.ids
+
+    drafted = answer()
+    assert max(passes[1:]) > 1 and len(passes) < 30
+    monkeypatch.setattr(LanguageModel, "can_draft", False)
+    assert answer() == drafted

@@ -434,6 +434,15 @@ class Quantization:
         return found
 
     @staticmethod
+    def computes_few_exactly(model: nn.Module) -> bool:
+        """Return True if the compiled library computes the language model, so a few columns are computed as if each was alone."""
+        layers = model.model.language_model.layers
+        config = model.config.text_config
+        return isinstance(model.lm_head, RowMajorInt8Linear) and all(
+            CompiledLayer.of(layer, config) for layer in layers
+        )
+
+    @staticmethod
     def kinds(device: torch.device) -> list[str]:
         """Return the quantization types, except "none", supported on a device by the installed PyTorch version and this CPU."""
         if not is_host(device) or not has_exact_products(127):
