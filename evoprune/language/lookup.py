@@ -2,7 +2,7 @@
 
 If the last few answer tokens also occur earlier (in the question, the subtitles, an earlier turn, or the answer itself), the tokens
 following the earlier occurrence are a likely continuation. The model reads this draft in a single pass, and keeps the tokens it
-would have chosen anyway. On a CPU, this takes 1.0 to 1.9 times as long as a pass over a single token, because much of the time is
+would have chosen anyway. On a CPU, this takes 1.0 to 2.0 times as long as a pass over a single token, because much of the time is
 spent reading the weights from memory. Based on Inference with Reference (arXiv 2304.04487, section 3).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 NGRAM = 3  # number of consecutive tokens that must match
-DRAFT = 3  # maximum draft length in tokens; a pass over 4 rows takes at most 1.9 times as long as a pass over 1 row
+DRAFT = 3  # maximum draft length in tokens; a pass over 4 rows takes at most 2.0 times as long as a pass over 1 row
 REST = 16  # number of tokens to pause drafting for after a useless draft
 MIN_TIE, TIE_STEPS = 0.005, 8  # see `Lookup.is_near_tie`
 

@@ -1,6 +1,6 @@
 """Compare the products of 8-bit layers in the tower and in the language model: `python -m experiments.speed.products`.
 
-On CPUs without VNNI, the tower's weights are packed, and the language model's weights stay in row-major order (results/peers.md).
+The tower's weights are packed, and the language model's weights stay in row-major order (results/peers.md).
 The weights are random, with the dimensions of the 3B model's largest layer.
 """
 

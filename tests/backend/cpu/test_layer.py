@@ -1,12 +1,13 @@
 """Test the compiled decoder layer: it computes what the uncompiled one does, and its rows are independent."""
 
 import copy
+from ctypes import byref, c_int, c_int64, c_void_p
 
 import pytest
 import torch
 
 from evoprune.backend import Quantization, shared_copy
-from evoprune.backend.cpu import quantize
+from evoprune.backend.cpu import layer, quantize
 from evoprune.language.decoder import KVCache, forward
 from evoprune.session import calibrate
 from tests.compiled import compiled, library, use  # noqa: F401
@@ -114,3 +115,29 @@ def test_a_copy_of_a_model_is_compiled_anew(model):
     first.mlp.down_proj = second.mlp.down_proj
     assert not torch.equal(outputs(other, [1, 4]), expected)
     assert torch.equal(outputs(model, [1, 4]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (7, 1), (10, 2)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_attention_is_that_of_each_column(library, dtype, heads, kv_heads, rows, has_bias):  # noqa: F811
+    columns, dim = 150, 24
+    random = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, kv_heads, columns + 10, dim, generator=random).to(dtype)
+    queries, bias = torch.randn(rows, heads, dim, generator=random), torch.randn(columns, generator=random)
+    y, scores = torch.empty_like(queries), torch.empty(rows * heads * columns)
+    cache = layer._Columns(
+        keys.data_ptr(), values.data_ptr(), kv_heads, columns, keys.stride(0), dtype == torch.bfloat16
+    )
+    library.evoprune_attend.argtypes = [c_void_p] * 5 + [c_int64] * 3 + [c_int]
+    pointers = (bias.data_ptr() if has_bias else None, scores.data_ptr(), y.data_ptr())
+    library.evoprune_attend(queries.data_ptr(), byref(cache), *pointers, rows, heads, dim, 2)
+    keys, values = (
+        each[:, :columns].double().repeat_interleave(heads // kv_heads, 0).transpose(0, 1) for each in (keys, values)
+    )
+    for row in range(rows):
+        end = columns - rows + row + 1
+        score = (queries[row].double() * keys[:end]).sum(-1) * dim**-0.5 + (bias[:end, None] if has_bias else 0)
+        expected = (score.softmax(0)[..., None] * values[:end]).sum(0)
+        assert (y[row] - expected).abs().max() < 1e-5 * expected.abs().max()
