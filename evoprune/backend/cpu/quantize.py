@@ -29,9 +29,7 @@ from evoprune.errors import UsageError
 
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
 PIECE_FEATURES = 4096  # number of output features to compute at a time with row-major weights
-MANY_ROWS = (
-    512  # with at least this many rows, packing row-major weights for a single product saves time on CPUs without VNNI
-)
+MANY_ROWS = 512  # without VNNI, packing row-major weights for a single product of at least this many rows saves time
 ROW_STEP = 32  # both dimensions of row-major weights are multiples of this, as the compiled library requires
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
@@ -428,9 +426,9 @@ class Quantization:
             return None
         found = []
         for layer in layers:
-            if (compiled := CompiledLayer.of(layer, config)) is None:
+            if (form := CompiledLayer.of(layer, config)) is None:
                 return None
-            found.append(compiled)
+            found.append(form)
         return found
 
     @staticmethod
@@ -438,9 +436,9 @@ class Quantization:
         """Return True if the compiled library computes the language model, so a few columns are computed as if each was alone."""
         layers = model.model.language_model.layers
         config = model.config.text_config
-        return isinstance(model.lm_head, RowMajorInt8Linear) and all(
-            CompiledLayer.of(layer, config) for layer in layers
-        )
+        if not isinstance(model.lm_head, RowMajorInt8Linear):
+            return False
+        return all(CompiledLayer.of(layer, config) for layer in layers)
 
     @staticmethod
     def kinds(device: torch.device) -> list[str]:
