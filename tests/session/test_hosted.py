@@ -9,12 +9,14 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from evoprune.backend import Quantization
+from evoprune.backend.cpu.quantize import Int8Linear
 from evoprune.backend.hosted import FUSED
 from evoprune.bench.shared import TimeLimit
 from evoprune.bench.verify.run import CHECKS, run_checks, subject_of, verify
@@ -330,12 +332,14 @@ def test_what_cannot_be_quantised(tmp_path, family, entries, why):
 
 @pytest.mark.parametrize("kind", parameters("int8", "int4"))
 def test_fewer_bits_are_those_of_models_that_evoprune_runs(kind):
-    def answer(engine: str) -> tuple[list[int], int]:
+    def answer(engine: str) -> tuple[list[int], Counter, int]:
         qa = VideoQA.load("demo", engine=engine, quantize=kind, budget=0.25)
-        return said(qa.encode(CLIP), "What digit is it?"), qa.loaded.weights_bytes
+        layers = [layer for layer in qa.loaded.model.modules() if isinstance(layer, Int8Linear)]
+        forms = Counter((type(layer), layer.out_features, layer.in_features) for layer in layers)
+        return said(qa.encode(CLIP), "What digit is it?"), forms, qa.loaded.weights_bytes
 
-    (hosted, hosted_bytes), (native, native_bytes) = answer("transformers"), answer("native")
-    assert hosted == native
+    (hosted, hosted_forms, hosted_bytes), (native, native_forms, native_bytes) = map(answer, ("transformers", "native"))
+    assert hosted == native and hosted_forms == native_forms
     # The last bits of a layer's input decide whether a channel at the threshold stays in fp32, and these differ between CPUs.
     assert hosted_bytes == pytest.approx(native_bytes, rel=5e-3)
 
