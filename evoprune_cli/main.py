@@ -274,14 +274,15 @@ def _outcome() -> int:
 
 
 def _signal_code(problem: BaseException) -> int | None:
-    """Return the exit code for a signal converted to a different error by an extension module, or None if there was no signal.
+    """Return the exit code for a signal that was converted to a different error, or None if there was no signal.
 
-    While being imported, an extension module may convert a KeyboardInterrupt to an ImportError or SystemError.
+    While being imported, an extension module may convert a KeyboardInterrupt to an ImportError or SystemError. Python 3.11 converts
+    it to a RuntimeError if it arrives in `__set_name__`, which runs whenever a module defines an Enum or a cached property.
     """
     codes = {KeyboardInterrupt: 130, terminal.Terminated: 143}
-    cause = problem
-    while isinstance(cause, (ImportError, SystemError)):
-        cause = cause.__cause__ or cause.__context__
+    cause: BaseException | None = problem
+    while cause and type(cause) not in codes:
+        cause = cause.__cause__ or (cause.__context__ if isinstance(cause, (ImportError, SystemError)) else None)
     return codes.get(type(cause))
 
 

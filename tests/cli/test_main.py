@@ -294,6 +294,17 @@ def test_a_signal_that_an_extension_module_turned_into_another_error(cli, monkey
     assert (result.code, result.out, result.err) == (code, "", "")
 
 
+@pytest.mark.parametrize(("signal_", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_signal_while_a_class_is_defined(cli, monkeypatch, signal_, code):
+    class Attribute:
+        def __set_name__(self, owner, name):
+            raise signal_
+
+    monkeypatch.setattr("evoprune_cli.ask._check_inputs", lambda *_: type("Owner", (), {"name": Attribute()}))
+    result = cli(*ASK)
+    assert (result.code, result.out, result.err) == (code, "", "")
+
+
 def test_what_ends_too_early_is_no_interruption(cli, monkeypatch):
     monkeypatch.setattr("evoprune_cli.ask._check_inputs", _raiser(EOFError("it ends")))
     result = cli(*ASK, "--json")

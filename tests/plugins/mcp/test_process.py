@@ -108,7 +108,9 @@ def test_ctrl_c_ends_it_before_it_serves(moment_s):
         assert server.stderr.readline() == BEGUN
         time.sleep(moment_s)
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == -signal.SIGINT and "Traceback" not in server.stderr.read()
+        code, err = server.wait(30), server.stderr.read()
+        assert code == -signal.SIGINT, err
+        assert "Traceback" not in err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
