@@ -17,10 +17,11 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord"
 
 def environment_facts(stdout: TextIO) -> dict:
     """Describe this machine: versions, devices, decoders, methods, caches, environment variables, and the encoding of `stdout`."""
+    import torch
     from huggingface_hub import constants
 
     from evoprune import methods
-    from evoprune.backend import Device, Host
+    from evoprune.backend import Device, Host, Quantization
     from evoprune.session import BUNDLED_CONFIGS, Cache
     from evoprune.video import choose_decoder
 
@@ -47,6 +48,7 @@ def environment_facts(stdout: TextIO) -> dict:
         "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
         "devices": Device.describe_all(),
         "available": {"cores": Host().available_cores(), "memory_bytes": Host().available_memory()},
+        "quantize": Quantization.kinds(torch.device("cpu")),
         "decoders": decoders,
         "methods": methods.available(),
         "method_plugins": methods.plugins(),

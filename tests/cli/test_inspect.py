@@ -14,6 +14,7 @@ from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune_cli.inspect import TITLE, lines
+from tests.compiled import use
 from tests.decoders import needs_decord
 from tests.quantized import KINDS
 from tests.video.files import write_video
@@ -120,6 +121,12 @@ def test_it_fits_the_terminal(cli, monkeypatch, columns):
 @pytest.mark.parametrize("name", ["b_raise", "length_s", "args", "a_name_that_is_longer_than_its_column"])
 def test_methods_of_other_packages_are_shown_by_their_names(name):
     assert lines({"method_plugins": {name: "of extra 1.2"}})[1].split() == [name, "of", "extra", "1.2"]
+
+
+@pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
+def test_without_the_compiled_library_it_offers_no_int4(cli, monkeypatch):
+    use(None, monkeypatch)
+    assert cli("inspect", "--json").record["quantize"] == ["int8"]
 
 
 def test_the_folders_of_the_demo_models_are_shown(cli):
