@@ -277,7 +277,7 @@ def _signal_code(problem: BaseException) -> int | None:
     """Return the exit code for a signal that was converted to a different error, or None if there was no signal.
 
     While being imported, an extension module may convert a KeyboardInterrupt to an ImportError or SystemError. Python 3.11 converts
-    it to a RuntimeError if it arrives in `__set_name__`, for example while a class with a cached property is defined.
+    it to a RuntimeError if it arrives while a class with a cached property is defined, because the property is told its name.
     """
     codes = {KeyboardInterrupt: 130, terminal.Terminated: 143}
     cause: BaseException | None = problem
