@@ -100,7 +100,7 @@ class Columns:
         ends = self.index[:, places].unique()
         if len(ends) > 1:
             hint = "crop the cache of each prompt separately"
-            raise UsageError("past_key_values were cropped in the middle of a padded batch", hint)
+            raise UsageError("the KV cache was cropped in the middle of a padded batch", hint)
         return Columns(self.index[:, :places], int(ends))
 
     def repeated(self, times: int) -> "Columns":
@@ -482,10 +482,10 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     ids = call.get("input_ids")
     mask = call.get("attention_mask")
     if call.get("pixel_values") is not None or (generating and call.get("inputs_embeds") is not None):
-        raise UsageError("only text can follow a pruned video in past_key_values", "pass the whole conversation again")
+        raise UsageError("only text can follow a pruned video in a KV cache", "pass the whole conversation again")
     new = call["inputs_embeds"] if ids is None else ids
     if len(new) % len(past.delta):
-        problem = f"{len(new)} rows continue past_key_values of {len(past.delta)} prompts"
+        problem = f"{len(new)} rows continue a KV cache of {len(past.delta)} prompts"
         raise UsageError(problem, "continue all rows, or pass the whole conversation")
     columns = past.columns.repeated(len(new) // len(past.columns.index))
     known = columns.width + length - columns.places
@@ -496,7 +496,7 @@ def continued(model, call: dict, past: Past, length: int, generating: bool) -> d
     else:
         total = known + new.shape[1]
     if total <= known or (not generating and total != known + new.shape[1]):
-        problem = f"{total} columns continue past_key_values that represent {known}"
+        problem = f"{total} columns continue a KV cache that represents {known}"
         raise UsageError(problem, "count the pruned tokens of the video in ids and attention_mask too")
     columns = columns.following(total)
     if mask is None and generating:

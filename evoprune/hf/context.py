@@ -317,8 +317,8 @@ class PrunedModel:
         length = 0 if cache is None else int(cache.get_seq_length())
         if self._prunes(call):
             if length:
-                hint = "pass the whole conversation without past_key_values"
-                raise UsageError("a video cannot follow past_key_values", hint)
+                hint = "pass the whole conversation without a KV cache"
+                raise UsageError("a video cannot follow a KV cache", hint)
             as_host = self.settings.positions == "host" or call.get("position_ids") is not None
             optional = as_host and not self.settings.pruning.prunes
             if (reason := unsupported_reason(self.model, call, generating, optional)) is None:

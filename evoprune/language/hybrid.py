@@ -56,7 +56,7 @@ def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor 
         if hasattr(layer, "self_attn"):
             new = attention(layer.self_attn, normed, cos_sin, states, mask, (next(head_gains), next(head_gains)), eps)
         elif len(x) == 1:
-            new = layer.linear_attn(hidden_states=normed[None], cache_params=states)[0]
+            new = layer.linear_attn(normed[None], states)[0]
         else:
             new = delta_net(layer.linear_attn, normed, states, next(rates), next(offsets), next(scales), unit)
         x, normed = add_norm(x, new, next(gains), eps)

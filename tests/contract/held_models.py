@@ -9,7 +9,7 @@ from transformers import set_seed
 import evoprune
 from tests.contract.small import Held, encoded, runs, sums
 from tests.prompts import processed
-from tests.tiny import tiny_model
+from tests.tiny import CACHE, tiny_model
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 METHODS = ("evoprune", "evoprune-paper", "evoprune-merge", "tome", "visionzip", "reuse+mmr", "cdpruner")
@@ -87,7 +87,7 @@ def conversation(model, inputs: dict) -> list[list[int]]:
     first = model.generate(**inputs, **NEW, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.arange(10, 16)[None]], 1)
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return generated(model, text, past_key_values=first.past_key_values)
+    return generated(model, text, **{CACHE: first[CACHE]})
 
 
 def columns_of(run) -> list[str]:

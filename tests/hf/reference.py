@@ -13,6 +13,7 @@ import evoprune
 from evoprune.hf import interface
 from evoprune.model import FAMILIES
 from tests.prompts import TIME_TOKENS
+from tests.tiny import CACHE
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 ONCE = {"method": "evoprune:count=0"}  # every token counts once
@@ -102,7 +103,7 @@ def weighed_by(model, sizes):
     layers = [] if sizes is None else [layer.self_attn for layer in model.model.language_model.layers]
 
     def add_bias(attention, args, call):
-        states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get("past_key_values")
+        states, mask, cache = call["hidden_states"], call.get("attention_mask"), call.get(CACHE)
         rows, columns = states.shape[:2]
         if mask is None:  # causal attention: every column attends to all columns before it
             layer = attention.layer_idx

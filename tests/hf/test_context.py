@@ -17,7 +17,7 @@ from evoprune.hf import context
 from tests.hf.reference import TAKES_ENCODED
 from tests.prompts import processed
 from tests.threads import one_thread  # noqa: F401
-from tests.tiny import tiny_model
+from tests.tiny import CACHE, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def refusals(model, prompt):
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     embeds = model.get_input_embeddings()(ids)
     packed = torch.cat([torch.arange(60), torch.arange(ids.shape[1] - 60)]).expand(4, 1, -1)
-    cache = model(input_ids=ids[:, :4]).past_key_values
+    cache = model(input_ids=ids[:, :4])[CACHE]
     video = {"video": SimpleNamespace(pooler_output=[])}
     yield "inputs_embeds", changed(prompt, inputs_embeds=embeds)
     yield "inputs_embeds", changed(prompt, inputs_embeds=embeds, input_ids=None)
@@ -277,7 +277,7 @@ def refusals(model, prompt):
     yield "patches do not fit", changed(prompt, pixel_values_videos=prompt["pixel_values_videos"][:-4])
     yield "second_per_grid_ts", changed(prompt, second_per_grid_ts=torch.ones(3))
     yield "packed", changed(prompt, position_ids=packed)
-    yield "past_key_values", changed(prompt, past_key_values=cache)
+    yield "a video cannot follow a KV cache", changed(prompt, **{CACHE: cache})
     yield "input_ids is of class list, not a tensor", changed(prompt, input_ids=ids.tolist())
     yield "attention_mask is of class list, not a tensor", changed(prompt, attention_mask=mask.tolist())
     yield "video_grid_thw is of class list", changed(prompt, video_grid_thw=prompt["video_grid_thw"].tolist())
@@ -324,7 +324,7 @@ def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
     prompt = processed(model, (5, ("video", 4, 8, 12), 7), (4, ("video", 4, 8, 12), 7))
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     text = {"input_ids": ids[:, :2], "attention_mask": mask}
-    wrong = "110 columns continue past_key_values that represent 110"
+    wrong = "110 columns continue a KV cache that represents 110"
     calls = [
         (wrong, text),
         (wrong.replace("110", "50", 1), text | {"attention_mask": mask[:, :50]}),
@@ -333,14 +333,14 @@ def test_calls_that_cannot_go_on_from_a_pruned_prompt_are_refused(model):
         ("video cannot follow", prompt),
     ]
     with evoprune.EvoPrune(budget=0.25)(model), torch.no_grad():
-        cache = model(**prompt, use_cache=True).past_key_values
+        cache = model(**prompt, use_cache=True)[CACHE]
         for message, call in calls:
             for way in (model, model.generate):
                 with pytest.raises(evoprune.UsageError, match=message):
-                    way(**call, past_key_values=cache)
+                    way(**call, **{CACHE: cache})
         cache.crop(-20)
         with pytest.raises(evoprune.UsageError, match="cropped in the middle of a padded batch"):
-            model(input_ids=ids[:, :2], past_key_values=cache)
+            model(input_ids=ids[:, :2], **{CACHE: cache})
 
 
 def test_the_report_counts_tokens_rows_and_times(model):

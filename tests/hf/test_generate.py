@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import evoprune
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked, seconds_of, sizes_of, weighed_by
 from tests.prompts import processed
-from tests.tiny import tiny_model
+from tests.tiny import CACHE, tiny_model
 
 ONE = [(5, ("video", 4, 8, 12), 7)]
 PROMPTS = {
@@ -305,10 +305,10 @@ def talk(model, inputs, further, **settings):
 def test_a_cache_that_was_made_without_pruning_goes_on_while_the_model_prunes(model):
     inputs, further = processed(model, *PROMPTS["batch"]), torch.arange(10, 16)
     first, ids, mask = talk(model, inputs, further.expand(len(inputs["input_ids"]), -1))
-    kept, second = copy.deepcopy(first.past_key_values), {"input_ids": ids, "attention_mask": mask}
-    expected = generated(model, second, past_key_values=first.past_key_values)
+    kept, second = copy.deepcopy(first[CACHE]), {"input_ids": ids, "attention_mask": mask}
+    expected = generated(model, second, **{CACHE: first[CACHE]})
     with evoprune.EvoPrune(budget=0.2)(model):
-        assert torch.equal(generated(model, second, past_key_values=kept), expected)
+        assert torch.equal(generated(model, second, **{CACHE: kept}), expected)
 
 
 @pytest.mark.few(3)
@@ -323,23 +323,23 @@ def test_a_conversation_goes_on_from_the_cache(model, prompt, budget):
     delta = model.model.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})[1]
     numbers = torch.cat([inputs["attention_mask"], mask[:, inputs["attention_mask"].shape[1] :]], 1).cumsum(1) - 1
     second = {"input_ids": ids, "attention_mask": mask, "position_ids": (numbers + delta).expand(3, -1, -1)}
-    expected = generated(model, second, past_key_values=first.past_key_values)
+    expected = generated(model, second, **{CACHE: first[CACHE]})
     with evoprune.EvoPrune(budget=budget, **ONCE)(model):
         first, ids, mask = talk(model, inputs, further)
-        kept = copy.deepcopy(first.past_key_values)
-        out = generated(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+        kept = copy.deepcopy(first[CACHE])
+        out = generated(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: first[CACHE]})
         assert torch.equal(out, expected)
         types = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(mask)], 1)[:, : mask.shape[1]]
         usual = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
         usual |= {name: inputs[name] for name in inputs if name.endswith("_thw")}
-        assert torch.equal(generated(model, usual, past_key_values=copy.deepcopy(kept)), expected)
+        assert torch.equal(generated(model, usual, **{CACHE: copy.deepcopy(kept)}), expected)
         # Only the new ids; the mask gives the length of the rest. The last generated token is not in the cache yet.
         new = ids[:, first.sequences.shape[1] - 1 :]
-        out = generated(model, {"input_ids": new, "attention_mask": mask}, past_key_values=kept)
+        out = generated(model, {"input_ids": new, "attention_mask": mask}, **{CACHE: kept})
         assert torch.equal(out, torch.cat([new, expected[:, ids.shape[1] :]], 1))
     if budget == 1.0:
         first, ids, mask = talk(model, inputs, further)
-        stock = generated(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+        stock = generated(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: first[CACHE]})
         assert torch.equal(stock, expected)
 
 
@@ -354,27 +354,27 @@ def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):
 
     with evoprune.EvoPrune(budget=0.2)(model), torch.no_grad():
         expected = generated(model, inputs)
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         cache.crop(-3)
-        assert torch.equal(generated(model, text(ids), past_key_values=copy.deepcopy(cache)), expected)
+        assert torch.equal(generated(model, text(ids), **{CACHE: copy.deepcopy(cache)}), expected)
         types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 2))
         fresh = generated(model, inputs | text(ids[:, :-3], other) | {"mm_token_type_ids": types})
-        again = generated(model, text(ids[:, :-3], other), past_key_values=copy.deepcopy(cache))
+        again = generated(model, text(ids[:, :-3], other), **{CACHE: copy.deepcopy(cache)})
         assert torch.equal(again, fresh)
         cache.crop(5 - cache.get_seq_length())
         words = text(ids[:, :5], other)
-        assert torch.equal(generated(model, words, past_key_values=cache), generated(model, words))
+        assert torch.equal(generated(model, words, **{CACHE: cache}), generated(model, words))
 
 
 def test_a_cache_that_was_emptied_starts_anew(model):
     inputs, words = processed(model, *ONE), torch.arange(10, 30)[None]
     cache = StaticCache(model.config.text_config, max_cache_len=200)
     with evoprune.EvoPrune(budget=0.2)(model):
-        generated(model, inputs, past_key_values=cache)
+        generated(model, inputs, **{CACHE: cache})
         cache.reset()
-        first = generated(model, {"input_ids": words}, past_key_values=cache)
+        first = generated(model, {"input_ids": words}, **{CACHE: cache})
         more = {"input_ids": torch.cat([first, torch.tensor([[1, 2, 3]])], 1)}
-        second = generated(model, more, past_key_values=cache)
+        second = generated(model, more, **{CACHE: cache})
     assert torch.equal(second, generated(model, more))
 
 
@@ -385,7 +385,7 @@ def loop(model, inputs, steps=6, **given):
     for step in range(1, steps):
         out = model(
             input_ids=ids[-1],
-            past_key_values=out.past_key_values,
+            **{CACHE: out[CACHE]},
             **{name: make(inputs, step) for name, make in given.items()},
         )
         ids.append(out.logits[:, -1:].argmax(-1))
@@ -462,9 +462,9 @@ def test_calls_without_a_video_are_the_models_own_and_the_report_says_why_it_is_
     assert "not active: call the model inside `with` or after evoprune.apply" in str(run.report)
     with run:
         assert str(run.report) == "<Report: empty>"
-        model(**processed(model, *PROMPTS["batch"]), past_key_values=cache)
+        model(**processed(model, *PROMPTS["batch"]), **{CACHE: cache})
         kept = run.report.pruning.visual_tokens_kept
-        model(input_ids=words[:, :1].expand(len(run.columns.index), 1), past_key_values=cache)
+        model(input_ids=words[:, :1].expand(len(run.columns.index), 1), **{CACHE: cache})
         assert run.report.pruning.visual_tokens_kept == kept > 0
         made = [call(input_ids=words)]
         assert "no video" in str(run.report) and run.columns is None

@@ -19,14 +19,13 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 import evoprune
-from evoprune.backend import cache_name
 from evoprune.hf import interface
 from tests.hf.reference import TAKES_ENCODED
 from tests.prompts import processed
-from tests.tiny import tiny_model
+from tests.tiny import CACHE, tiny_model
 
 FORWARD = [
-    "self", "input_ids", "attention_mask", "position_ids", cache_name(), "inputs_embeds", "labels", "use_cache",
+    "self", "input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "labels", "use_cache",
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts",
     "logits_to_keep", *(["mm_encoder_outputs"] if TAKES_ENCODED else []), "kwargs",
 ]  # fmt: skip
@@ -52,11 +51,11 @@ SIGNATURES = {
     Qwen2_5_VLForConditionalGeneration.get_video_features: ["self", "pixel_values_videos", "video_grid_thw", "kwargs"],
     Qwen2_5_VLForConditionalGeneration._prepare_position_ids_for_generation: ["self", "inputs_tensor", "model_kwargs"],
     GenerationMixin.prepare_inputs_for_generation: [
-        "self", "input_ids", "next_sequence_length", cache_name(), "attention_mask", "inputs_embeds",
+        "self", "input_ids", "next_sequence_length", CACHE, "attention_mask", "inputs_embeds",
         "is_first_iteration", "kwargs",
     ],
     modeling.Qwen2_5_VLModel.compute_3d_position_ids: [
-        "self", "input_ids", "image_grid_thw", "video_grid_thw", "inputs_embeds", "attention_mask", cache_name(),
+        "self", "input_ids", "image_grid_thw", "video_grid_thw", "inputs_embeds", "attention_mask", CACHE,
         "second_per_grid_ts", "mm_token_type_ids",
     ],
     modeling.Qwen2_5_VLModel.get_rope_index: [
@@ -160,6 +159,13 @@ def test_attention_adds_a_mask_of_numbers(attention, layers):
     torch.testing.assert_close(made.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [CACHE, interface.OLD_CACHE_NAME])
+def test_a_cache_is_found_by_its_new_and_its_old_name(name):
+    cache = DynamicCache()
+    assert interface.cache_of({"cache": None, name: cache}) is cache
+    assert interface.cache_of({name: None}) is None
+
+
 def test_a_sliding_cache_drops_the_first_keys():
     model = tiny_model()
     text = model.config.text_config
@@ -167,7 +173,7 @@ def test_a_sliding_cache_drops_the_first_keys():
     cache = DynamicCache(config=text)
     for layer in range(2):
         cache.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
-    call = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 6), cache_name(): cache}
+    call = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 6), CACHE: cache}
     sizes = torch.arange(1.0, 6.0)[None]
     masks = interface.with_cluster_bias(model, call, sizes)["attention_mask"]
     later = torch.tensor([1.0])

@@ -207,8 +207,9 @@ def test_a_compiled_forward(model, order):
 
 
 @pytest.mark.slow
-def test_the_compiled_steps_of_generate_are_one_graph(model):
+def test_the_compiled_steps_of_generate_are_one_graph(model, monkeypatch):
     """As on a GPU, where a static cache compiles the steps. `fullgraph` raises an error if evoprune breaks the graph."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")  # transformers sets it before compiling
     torch._dynamo.reset()
     compiled = CompileConfig(backend="eager", mode=None, fullgraph=True)
     compiled._compile_all_devices = True

@@ -10,7 +10,7 @@ from evoprune.methods import Budget
 from evoprune.model import FAMILIES
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
 from tests.prompts import processed
-from tests.tiny import tiny_model
+from tests.tiny import CACHE, tiny_model
 
 pytestmark = pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded images")
 PROMPTS = {
@@ -71,7 +71,7 @@ def test_a_cache_goes_on_and_positions_of_qwen_are_possible(model):
     with evoprune.EvoPrune(budget=0.25, pictures=True, positions="qwen")(model):
         at_once = generated(model, inputs)
         first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        more = {"input_ids": first.sequences, "past_key_values": first.past_key_values}
+        more = {"input_ids": first.sequences, CACHE: first[CACHE]}
         mask = torch.ones_like(first.sequences)
         again = model.generate(**more, attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert torch.equal(again, at_once)
