@@ -1,7 +1,5 @@
 """Reduces the number of operations per layer by joining weight matrices and, on CUDA, using fused kernels."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -10,7 +8,6 @@ from evoprune.backend.devices import failed, has_triton, uses_kernels
 
 # For each module type, the linear layers inside it that share an input.
 SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-_unjoined: list[bool] = []
 
 
 def join(model) -> None:
@@ -62,10 +59,10 @@ def join_tower(visual) -> None:
 def joined(module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Return the joined weight and bias that `join` or `join_tower` created for an attention or MLP module.
 
-    Returns None if the module has no joined weights, if its weights have since been replaced, or inside an `unjoined` context.
+    Returns None if the module has no joined weights, or if its weights have since been replaced.
     """
     parameters = getattr(module, "joined", None)
-    if parameters is None or _unjoined:
+    if parameters is None:
         return None
     first = module.q_proj if hasattr(module, "q_proj") else module.gate_proj
     if first.weight.data_ptr() != parameters[0].data_ptr():
@@ -77,16 +74,6 @@ def is_unhooked_linear(module: torch.nn.Module) -> bool:
     """Return True if a module is a plain linear layer without hooks. Layers with hooks must be called so that the hooks run."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is torch.nn.Linear and not hooked
-
-
-@contextmanager
-def unjoined() -> Iterator[None]:
-    """Context manager that disables joined weights, so each matrix is multiplied separately, as in transformers."""
-    _unjoined.append(True)
-    try:
-        yield
-    finally:
-        _unjoined.pop()
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
