@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from evoprune.backend import cache_name
 from evoprune.model import FAMILIES
 
 VIDEO, IMAGE = "video", "image"
+CACHE = cache_name()  # name of the KV cache argument and output field of transformers models
 # Timestamp before each frame pair of a Qwen3-VL video: its first token and its number of tokens.
 TIME, TIME_TOKENS = 201, 4
 

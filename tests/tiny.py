@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from evoprune.backend import cache_name
 from evoprune.model import FAMILIES
 from evoprune.vision import Encoded
 
@@ -15,7 +14,6 @@ _NAMES = (
     "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
     "vision_start vision_end vision_pad image_pad video_pad"
 )
-CACHE = cache_name()  # name of the KV cache argument and output field of transformers models
 # Families whose language model evoprune runs itself.
 NATIVE = [family for family, traits in FAMILIES.items() if traits.native]
 SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES.split()]

@@ -8,8 +8,8 @@ from transformers import set_seed
 
 import evoprune
 from tests.contract.small import Held, encoded, runs, sums
-from tests.prompts import processed
-from tests.tiny import CACHE, tiny_model
+from tests.prompts import CACHE, processed
+from tests.tiny import tiny_model
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 METHODS = ("evoprune", "evoprune-paper", "evoprune-merge", "tome", "visionzip", "reuse+mmr", "cdpruner")

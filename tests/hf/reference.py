@@ -12,8 +12,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 import evoprune
 from evoprune.hf import interface
 from evoprune.model import FAMILIES
-from tests.prompts import TIME_TOKENS
-from tests.tiny import CACHE
+from tests.prompts import CACHE, TIME_TOKENS
 
 TAKES_ENCODED = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 ONCE = {"method": "evoprune:count=0"}  # every token counts once

@@ -15,9 +15,9 @@ import torch
 import evoprune
 from evoprune.hf import context
 from tests.hf.reference import TAKES_ENCODED
-from tests.prompts import processed
+from tests.prompts import CACHE, processed
 from tests.threads import one_thread  # noqa: F401
-from tests.tiny import CACHE, tiny_model
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import evoprune
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked, seconds_of, sizes_of, weighed_by
-from tests.prompts import processed
-from tests.tiny import CACHE, tiny_model
+from tests.prompts import CACHE, processed
+from tests.tiny import tiny_model
 
 ONE = [(5, ("video", 4, 8, 12), 7)]
 PROMPTS = {

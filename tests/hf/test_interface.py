@@ -21,8 +21,8 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 import evoprune
 from evoprune.hf import interface
 from tests.hf.reference import TAKES_ENCODED
-from tests.prompts import processed
-from tests.tiny import CACHE, tiny_model
+from tests.prompts import CACHE, processed
+from tests.tiny import tiny_model
 
 FORWARD = [
     "self", "input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "labels", "use_cache",

@@ -9,8 +9,8 @@ from evoprune.hf import interface
 from evoprune.methods import Budget
 from evoprune.model import FAMILIES
 from tests.hf.reference import ONCE, TAKES_ENCODED, encoded, masked
-from tests.prompts import processed
-from tests.tiny import CACHE, tiny_model
+from tests.prompts import CACHE, processed
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not TAKES_ENCODED, reason="this transformers takes no encoded images")
 PROMPTS = {

@@ -11,7 +11,8 @@ from evoprune.model.cost import DELTA_CHUNK, Cost, _mlp_size
 from evoprune.model.weights import QwenVL
 from evoprune.session import BUNDLED_CONFIGS
 from evoprune.session.loading.hosted import hugging_face_config
-from tests.tiny import CACHE, tiny_config, tiny_model
+from tests.prompts import CACHE
+from tests.tiny import tiny_config, tiny_model
 
 TINY = {family: Config.parse(tiny_config(family).to_dict()) for family in FAMILIES}
 BUNDLED = {name: Config.parse(json.loads(path.read_text())) for name, path in BUNDLED_CONFIGS.items()}
