@@ -9,7 +9,7 @@ RUN sh /source/plugins/serve/install.sh /opt/evoprune "$PYTORCH"
 
 FROM python:3.11-slim
 ARG PYTORCH=https://download.pytorch.org/whl/cpu
-# Triton compiles what it starts kernels on a GPU with.
+# Triton needs a C compiler to build its kernel launchers.
 RUN case "$PYTORCH" in */cpu) ;; *) apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; esac
 COPY --from=build /opt/evoprune /opt/evoprune
 RUN useradd --uid 10001 --create-home evoprune && install -d -o evoprune /home/evoprune/.cache

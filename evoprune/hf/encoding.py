@@ -43,8 +43,8 @@ def encode(
     As in the model's own forward pass, the tower layers follow torch autocast. Tokens are always selected in float32.
 
     Args:
-        model: A Hugging Face `Qwen3VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`, or
-            `Qwen2VLForConditionalGeneration`, or any object with such a tower at `model.visual`.
+        model: A Hugging Face model of a supported family, such as a `Qwen2_5_VLForConditionalGeneration`, or any object with such
+            a model's tower at `model.model.visual`.
         pixel_values_videos: Patches from the model's processor, float `[patches, values]`. For images, pass the processor's
             `pixel_values`. To detect unchanged patches, evoprune assumes normalization with Qwen's mean and standard deviation.
         video_grid_thw: The size of each video (frame pairs, patch rows, patch columns), int64 `[videos, 3]`, from the processor.

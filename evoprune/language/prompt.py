@@ -375,6 +375,12 @@ def timestamps(times_s: Sequence[float], frames: int = 2) -> list[str]:
     Args:
         times_s: Timestamps of the sampled frames, in seconds.
         frames: Number of frames per pair.
+
+    Returns:
+        One string per frame pair, such as `<1.5 seconds>`.
+
+    Raises:
+        ValueError: If the last pair is incomplete.
     """
     pairs = zip(*(times_s[first::frames] for first in (0, frames - 1)), strict=True)
     return [f"<{(first + last) / 2:.1f} seconds>" for first, last in pairs]

@@ -117,6 +117,8 @@ def one_drop(depth: int, tokens: int, place: float, budget: float) -> LanguagePl
     """Return a plan that drops tokens once.
 
     Args:
+        depth: The number of language model layers.
+        tokens: The number of visual tokens before the drop.
         place: The relative depth at which tokens are dropped, from 0 to 1.
         budget: The fraction of tokens to leave. The plan leaves `Budget.count(budget, tokens)` tokens.
     """
@@ -129,6 +131,7 @@ def several_drops(
     """Return a plan that drops tokens in several steps and meets the budget on average.
 
     Args:
+        depth: The number of language model layers.
         tokens: The number of visual tokens before the first drop.
         places: The relative depths of the drops.
         shares: A function that takes a number from 0 to 1 and returns the fraction of tokens left after each drop. The fractions

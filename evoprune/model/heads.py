@@ -11,12 +11,26 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     As in transformers, the normalized values are rounded before being multiplied by `weight`, whereas torch's own norm with a
     weight would round them after the multiplication.
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`.
+        eps: Added to the mean square.
+
+    Returns:
+        `[..., D]`.
     """
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply a rotary embedding (arXiv 2104.09864) to `[..., heads, head_dim]`, with paired features half a head apart."""
+    """Apply a rotary embedding (arXiv 2104.09864) to `[..., heads, head_dim]`, with paired features half a head apart.
+
+    Args:
+        x: `[..., heads, head_dim]`.
+        cos: Cosines, broadcastable to `x`, such as `[L, 1, head_dim]`.
+        sin: Sines, of the same shape as `cos`. Their first half must be negated.
+    """
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 

@@ -38,6 +38,9 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
     The result differs from Pillow's by at most one level out of 255. On the CPU, torch resizes the bytes directly: first
     horizontally, rounding to bytes, and then vertically. Other devices perform the same steps in float32.
+
+    Returns:
+        uint8 `[F, height, width, 3]`, on the same device.
     """
     if frames.shape[1:3] == (height, width):
         return frames

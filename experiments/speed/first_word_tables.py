@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from evoprune.util import counted
 from experiments import svg
 from experiments.speed.first_word_asks import TRANSFORMERS
 from experiments.speed.first_word_readers import READERS
@@ -204,7 +205,7 @@ def reading_cell(turns: Sequence[Row]) -> str:
     moved = max(row.get("moved_s", 0.0) for row in turns)
     if moved <= RIGHT_S:
         return seconds(value)
-    return f"{seconds(value)} ({others} other frames, up to {seconds(moved)} s off)"
+    return f"{seconds(value)} ({counted(others, 'other frame')}, up to {seconds(moved)} s off)"
 
 
 def failures(rows: Sequence[Row]) -> list[str]:

@@ -27,7 +27,7 @@ Path = Annotated[str, Field(description="A file, or a folder of frames: absolute
 Paths = Annotated[list[Path], Field(description="Videos and images to ask about together.", min_length=1)]
 Time = Annotated[float | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
 Budget = Annotated[
-    float | str | None, Field(description="Share of visual tokens to keep: 0.25, or high, balanced, fast.")
+    float | str | None, Field(description="Share of visual tokens to keep: 0.25, or full, high, balanced, fast.")
 ]
 Query = Annotated[str, Field(description="What to look for, such as: a red car.")]
 
