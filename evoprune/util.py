@@ -242,14 +242,16 @@ def check_text(*texts: str | None) -> None:
         raise UsageError("the question or the system prompt is not valid text", "encode it as UTF-8")
 
 
-def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int]]:
-    """Return each file's path, size in bytes, and modification time in nanoseconds.
+def file_stats(paths: Iterable[str | PathLike]) -> list[tuple[str, int, int, int]]:
+    """Return each file's path, size in bytes, mtime, and ctime, both in nanoseconds.
+
+    The ctime changes even if a replaced or modified file has the previous file's size and mtime, as after `cp -p` or `rsync -t`.
 
     Raises:
         OSError: If a file is missing.
     """
     stats = [(os.fspath(path), os.stat(path)) for path in paths]
-    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
 
 
 def open_safetensors(path: str | PathLike[str]) -> Any:
@@ -276,7 +278,7 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
     hash of all names, sizes, and modification times.
     """
     try:
-        stats = sorted((os.path.basename(path), size, time) for path, size, time in file_stats(paths))
+        stats = sorted((os.path.basename(path), size, time) for path, size, time, _ in file_stats(paths))
         newest = EPOCH + timedelta(microseconds=max(time for _, _, time in stats) // 1000)
     except (
         OSError,

@@ -29,6 +29,7 @@ import evoprune
 from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
+from evoprune.util import size
 
 T = TypeVar("T")
 
@@ -215,7 +216,7 @@ class Device:
         available = self.available_memory()
         if available is None or needed <= available:
             return None
-        return f"needs about {_size(needed)} of memory, and {_size(available)} are available"
+        return f"needs about {size(needed)} of memory, and {size(max(0, available))} are available"
 
     def memory_in_use(self) -> tuple[int | None, int | None]:
         """Return this process's resident memory in bytes, split into its own memory and memory-mapped files.
@@ -270,12 +271,6 @@ class Device:
         except OSError:
             return False
         return True
-
-
-def _size(size: int) -> str:
-    if size >= 2**30:
-        return f"{size / 2**30:.1f} GiB"
-    return f"{max(0, size) >> 20} MiB"
 
 
 def pick_device(name: str, *, auto: bool = False) -> torch.device:

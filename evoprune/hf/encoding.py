@@ -3,6 +3,7 @@
 The encoder uses the model's own weights, or packed or quantized copies.
 """
 
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -69,7 +70,11 @@ def encode(
     seed = check_type("seed", seed, int)
     config = patch_config(Budget.parse(budget), method, seed, has_question=question is not None)
     visual = interface.tower_of(model)
-    return Encoded.joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
+    encoded = Encoded.joined(encode_each(visual, pixel_values_videos, video_grid_thw, config, question))
+    values = {each.name: getattr(encoded, each.name) for each in fields(encoded)}
+    with torch.inference_mode(False):  # inference tensors couldn't be used where gradients are recorded
+        tensors = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(encoded, **tensors)
 
 
 def encode_each(
@@ -192,17 +197,23 @@ class PackedTower:
         """Return the packed tower, repacking the model's layers if they have changed.
 
         To detect changes, this method compares the layers' tensors, torch's in-place version counters, and a sample of values from
-        each weight. The sample also reveals changes made through `.data`.
+        each tensor. The sample also reveals changes made through `.data`.
+
+        Raises:
+            UsageError: If `pack` is True and torch autocast would convert to a dtype other than the weights'.
         """
+        if self._pack is True and not Packing.allows_autocast(self._visual.patch_embed.proj.weight.dtype):
+            hint = "convert the model with .to(torch.bfloat16) instead, or leave pack out"
+            raise UsageError("pack=True does not work with torch.autocast", hint)
         known = {}
         sample = []
         for name, layer in self._visual.named_modules():
             if is_unhooked_linear(layer):
-                weight = layer.weight
-                flat = weight.detach().flatten()
-                version = 0 if weight.is_inference() else weight._version
-                known[name] = layer, weight.data_ptr(), version
-                sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
+                for part, tensor in layer.named_parameters():  # the weight and the bias
+                    flat = tensor.detach().flatten()
+                    version = 0 if tensor.is_inference() else tensor._version
+                    known[name, part] = layer, tensor.data_ptr(), version
+                    sample += flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].tolist()
         packed, packed_known, packed_sample = self._state
         if packed is None or (known, sample) != (packed_known, packed_sample):
             packed = shared_copy(self._visual)

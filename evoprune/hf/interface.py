@@ -75,7 +75,7 @@ def tower_of(model):
         VisionConfig.of(visual.config).check()
     except ValueError as problem:
         raise ModelError(f"the vision tower of this model cannot be run: {problem}", SUPPORTED) from problem
-    if not Device(visual.patch_embed.proj.weight.device).holds_values:
+    if not all(Device(weight.device).holds_values for weight in visual.parameters()):
         raise ModelError("the vision tower's weights are offloaded", "load the model with its tower on a device")
     for name, module in visual.named_modules():
         # evoprune calls only linear layers. It reads the weights of other modules directly, bypassing any wrappers.

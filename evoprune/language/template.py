@@ -28,11 +28,18 @@ def render(source: str, variables: dict[str, Any]) -> str:
             error message includes the reason.
         OSError: If the process cannot be started.
     """
-    return _cached(json.dumps({"source": source, "variables": variables}), SECONDS)
+    request = json.dumps({"source": source, "variables": variables})
+    if "strftime_now" in source:  # the result depends on the time
+        return _rendered(request, SECONDS)
+    return _cached(request, SECONDS)
 
 
 @lru_cache(maxsize=16)
 def _cached(request: str, seconds: int) -> str:
+    return _rendered(request, seconds)
+
+
+def _rendered(request: str, seconds: int) -> str:
     answer = run_isolated(render_request, request, seconds, "jinja2.sandbox")
     if "error" in answer:
         raise ValueError(answer["error"])

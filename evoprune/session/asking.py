@@ -127,7 +127,8 @@ class Askable(ABC, Uncopied):
             question: The question, which is passed to the model unchanged.
             seed: Random seed for token sampling. Defaults to the seed of the `VideoQA`, so asking the same question again produces
                 the same answer.
-            on_thoughts: Called with each piece of reasoning text as soon as it is generated.
+            on_thoughts: Called with each piece of reasoning text as soon as it is generated. Other threads that ask about the same
+                inputs wait until it returns.
             options: Generation options; see `keywords.GenerationKeywords`.
 
         Raises:
@@ -266,10 +267,10 @@ class Askable(ABC, Uncopied):
                     update()
                     if piece:
                         on_thoughts(piece)
-                    continue
-                report.answer += piece
-                update()
-                yield piece
+                else:
+                    report.answer += piece
+                    update()
+                    yield piece
                 if turn != self._turn:
                     raise UsageError(self.OVERTAKEN, "finish one answer before asking the next question")
             update()

@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 @cache
 def own_code() -> str:
-    """Return a hash of the paths, sizes, and modification times of evoprune's source files.
+    """Return a hash of the `file_stats` of evoprune's source files.
 
     Cache keys include this hash because the code may change without a new version number.
     """

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
@@ -160,8 +160,7 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOpti
     if read_subtitles(info, sampling.subtitles_wanted, *span).source is not None:
         return lambda: None
     wanted = _SpeechRequest.of(info, sampling, span, options)
-    wanted.begin()
-    return wanted.release
+    return partial(wanted.release, wanted.begin())
 
 
 @dataclass(frozen=True)
@@ -195,15 +194,15 @@ class _SpeechRequest:
             reading.users += 1
             return reading
 
-    def release(self) -> None:
+    def release(self, reading: Reading["_Piece"]) -> None:
+        """End the use of a transcription that `begin` returned, which may have failed and been replaced in the meantime."""
         stopped = []
         with _lock:
-            reading = _readings.get(self)
-            if reading is None:
-                return
             reading.users -= 1
             if reading.users <= 0 and not reading.complete:
-                stopped.append(_readings.pop(self))
+                stopped.append(reading)
+                if _readings.get(self) is reading:
+                    del _readings[self]
             unused = [key for key, each in _readings.items() if each.users <= 0]
             for key in unused[: max(0, len(_readings) - MAX_TRANSCRIPTS)]:
                 stopped.append(_readings.pop(key))
@@ -225,7 +224,7 @@ class _SpeechRequest:
             tell()
             pieces = list(reading.chunks(tell))
         finally:
-            self.release()
+            self.release(reading)
         waited_s = time.perf_counter() - start
         if clock:
             # If multiple consumers share a transcript, only the first one counts the transcription time.
@@ -280,6 +279,8 @@ class _SpeechRequest:
             key = self._key(cache)
         except OSError:
             return
+        if state_of(self.path) != self.state:
+            return  # the file was replaced in the meantime, so the key may belong to the new file
         facts = {"key": key, **asdict(heard)}
         about = json.dumps(facts)
         content = save({}, {"about": about, "digest": hashlib.blake2b(about.encode()).hexdigest()})

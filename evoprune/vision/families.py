@@ -65,8 +65,12 @@ LAYERS = {  # by activation
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Apply an RMS norm to `x` (`[..., D]`) with float32 scales. On CPUs, this makes fewer passes over memory than F.rms_norm."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    """Apply an RMS norm to `x` (`[..., D]`) with scales in float32, or in float64 if `x` is.
+
+    On CPUs, this makes fewer passes over memory than F.rms_norm.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
     scale = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 

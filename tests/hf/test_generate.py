@@ -366,6 +366,29 @@ def test_a_cache_that_is_cut_inside_the_prompt_can_go_on(model):
         assert torch.equal(generated(model, words, **{CACHE: cache}), generated(model, words))
 
 
+@pytest.mark.few(2)
+def test_float64_is_that_of_transformers(model):
+    model, inputs = copy.deepcopy(model).double(), processed(model, *ONE)
+    expected = generated(model, inputs)
+    with evoprune.EvoPrune(budget=1.0)(model):
+        assert torch.equal(generated(model, inputs), expected)
+
+
+def test_tokens_of_encode_can_be_used_where_gradients_are_recorded(model):
+    inputs = processed(model, *ONE)
+    made = evoprune.encode(model, inputs["pixel_values_videos"], inputs["video_grid_thw"], budget=0.5)
+    weights = torch.ones(made.features.shape[1], requires_grad=True)
+    (made.features * weights).sum().backward()
+    torch.testing.assert_close(weights.grad, made.features.sum(0))
+
+
+def test_a_tower_that_is_partly_offloaded_is_refused(model):
+    model, inputs = copy.deepcopy(model), processed(model, *ONE)
+    model.model.visual.blocks[1].to("meta")
+    with pytest.raises(evoprune.ModelError, match="weights are offloaded"):
+        evoprune.encode(model, inputs["pixel_values_videos"], inputs["video_grid_thw"], budget=0.5)
+
+
 def test_a_cache_that_was_emptied_starts_anew(model):
     inputs, words = processed(model, *ONE), torch.arange(10, 30)[None]
     cache = StaticCache(model.config.text_config, max_cache_len=200)

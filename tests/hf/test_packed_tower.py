@@ -41,7 +41,10 @@ def test_tokens_are_the_models_own_and_the_model_does_not_change(family):
     assert run.report.memory.weights_bytes >= held  # packing may pad
 
 
-@pytest.mark.parametrize("change", ["load_state_dict", "data", "in place", "another tensor", "another layer"])
+CHANGES = ["load_state_dict", "data", "in place", "another tensor", "another layer", "bias in place", "another bias"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_packed_again(change):
     visual = tiny_model().model.visual
     tower, layer = PackedTower(visual), visual.blocks[0].attn.qkv
@@ -59,8 +62,21 @@ def test_changed_weights_are_packed_again(change):
                 layer.weight.data = layer.weight * 2
             case "another layer":
                 visual.blocks[0].attn.qkv = torch.nn.Linear(layer.in_features, layer.out_features)
+            case "bias in place":
+                layer.bias[3] += 1
+            case "another bias":
+                layer.bias = torch.nn.Parameter(layer.bias + 1)
     x = torch.randn(3, layer.in_features)
     torch.testing.assert_close(tower.current().blocks[0].attn.qkv(x), visual.blocks[0].attn.qkv(x))
+
+
+def test_packed_layers_refuse_an_autocast_to_another_dtype():
+    tower = PackedTower(tiny_model().model.visual)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(evoprune.UsageError, match="does not work with torch"),
+    ):
+        tower.current()
 
 
 @pytest.mark.parametrize("family", [*NATIVE, "qwen3_vl_moe"])  # random recurrent states magnify any error

@@ -23,6 +23,7 @@ from evoprune.language.prompt import (
     timestamps,
     video_positions,
 )
+from evoprune.language.template import render
 from evoprune.language.turns import Placed, Turn
 from tests.thinking import THINKING, thinking_tokenizer
 from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_config, tiny_tokenizer
@@ -88,6 +89,11 @@ def test_rendering_is_that_of_transformers(folder, template):
     for messages in (MESSAGES, MESSAGES[1:]):
         how = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
         assert own.render(messages) == theirs.apply_chat_template(messages, **how)
+
+
+def test_a_template_that_tells_the_time_is_not_cached():
+    source = "{{ strftime_now('%f') }}"
+    assert len({render(source, {}) for _ in range(3)}) > 1
 
 
 @pytest.mark.parametrize("template", REFUSED)

@@ -186,6 +186,15 @@ def test_changed_code_and_weights_make_other_entries(loaded, cache, clip, folder
     assert load_model(str(folder), load_format="dummy").fingerprint not in (first, second)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no ctime of changes")
+def test_changed_weights_of_the_same_size_and_date_are_noticed(folder):
+    path = folder / "model.safetensors"
+    before, stats = load_model(str(folder)).fingerprint, path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    os.utime(path, ns=(stats.st_atime_ns, stats.st_mtime_ns))
+    assert path.stat().st_size == stats.st_size and load_model(str(folder)).fingerprint != before
+
+
 def test_who_leaves_the_cache_alone(loaded, cache, clip, monkeypatch):
     qa = VideoQA(loaded, budget=0.25, method="evs")
     assert VideoQA(replace(loaded, fingerprint=None)).encode(clip, cache=cache).report.cache == "off"

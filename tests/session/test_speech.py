@@ -1,5 +1,7 @@
 """Test transcribed lines in prompts, in reports and in the cache, using a stand-in for faster-whisper."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,35 @@ def test_a_transcript_is_cached_by_content(qa, clip, speech_model, tmp_path):
     third = tmp_path / "third.mp4"
     third.write_bytes(clip.read_bytes())
     assert lines_of(qa.encode(third, frames=2, speech=speech_model, cache=cache)) == lines_of(first)
+
+
+def test_a_file_that_is_replaced_while_it_is_heard_leaves_no_transcript(qa, clip, speech_model, tmp_path, monkeypatch):
+    heard = speech._transcribed
+
+    def replaced(*given):
+        yield from heard(*given)
+        write_sounding(tmp_path / "new.mp4", 10.0, [(8.0, 9.0)]).replace(clip)
+
+    monkeypatch.setattr(speech, "_transcribed", replaced)
+    sampling, options = SimpleNamespace(speech=speech_model), SimpleNamespace(offline=True, cores=None)
+    cache = Cache(tmp_path / "cache")
+    speech.speech_of(probe(clip), sampling, (0.0, 10.0), options, cache=cache)
+    assert not (tmp_path / "cache" / "speech").exists()
+
+
+def test_a_failed_transcription_is_released_without_stopping_the_next_one(clip, speech_model):
+    options = SimpleNamespace(offline=True, cores=None)
+    wanted = speech._SpeechRequest.of(probe(clip), SimpleNamespace(speech=speech_model), (0.0, 10.0), options)
+    LoudModel.problem = RuntimeError("no memory")
+    failed = wanted.begin()
+    with pytest.raises(ModelError):
+        list(failed.chunks())
+    LoudModel.problem = None
+    following = wanted.begin()
+    assert following is not failed
+    wanted.release(failed)
+    assert any(piece.lines for piece in following.chunks())
+    wanted.release(following)
 
 
 def test_long_sound_is_cut_where_it_is_quiet(tmp_path, speech_model):

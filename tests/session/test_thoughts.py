@@ -60,6 +60,13 @@ def test_one_question_at_once_is_the_same(qa, says):
     assert answer.text == "Left." and "".join(told).strip() == answer.thoughts == "Hm."
 
 
+def test_a_question_asked_in_on_thoughts_ends_the_answer_with_an_error(video, says):
+    says("It turns.\n</think>\n\nLeft.")
+    answer = video.ask(QUESTION, think="on", max_new_tokens=200, on_thoughts=lambda piece: str(video.ask("Red?")))
+    with pytest.raises(UsageError, match="another question was asked meanwhile"):
+        str(answer)
+
+
 def test_they_are_off_unless_asked_for(video, says):
     says("It turns left.")
     answer = video.ask(QUESTION, max_new_tokens=200)

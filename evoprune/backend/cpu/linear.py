@@ -81,6 +81,11 @@ class Packing:
         return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
     @staticmethod
+    def allows_autocast(dtype: torch.dtype) -> bool:
+        """Return False if torch autocast is active and converts to a dtype other than `dtype`, that of the packed weights."""
+        return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
+
+    @staticmethod
     def now(model: nn.Module) -> None:
         """Immediately pack the linear layers of `model`, in place. Layers with hooks are left unchanged."""
         _replace_layers(model, None)
@@ -341,5 +346,5 @@ def shared_copy(module: nn.Module) -> nn.Module:
     Replacing layers in the copy doesn't affect the original.
     """
     clone = copy(module)
-    clone._modules = {name: child and shared_copy(child) for name, child in module.named_children()}
+    clone._modules = {name: shared_copy(child) for name, child in module.named_children()}
     return clone

@@ -77,14 +77,22 @@ def quantize_once(
         quantization.restore(model, read, progress)
         return None
     stream = _Stream(key)
+    problem = None
 
     def write(file: BinaryIO) -> None:
+        nonlocal problem
         stream.file = file
-        quantization.apply(model, calibrate, progress, stream.add)
+        try:
+            quantization.apply(model, calibrate, progress, stream.add)
+        except OSError as error:  # from `progress`, because the stream keeps its own errors until the end
+            problem = error
+            raise
         stream.end()
 
     if entries.write(name, write):
         return entries.path(name)
+    if problem:
+        raise problem
     if not stream.file:  # the cache folder couldn't be created
         quantization.apply(model, calibrate, progress)
     return None

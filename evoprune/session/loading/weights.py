@@ -258,9 +258,9 @@ class ModelWeights:
     def fingerprint(self) -> str:
         """A string that identifies the weights and changes whenever they change.
 
-        For a hub model, it consists of the ID and the commit. For a folder, it is a hash of the config and the weight files' paths,
-        sizes, and modification times, because hashing gigabytes of weights would take too long. As a result, it also changes when
-        the files are moved.
+        For a hub model, it consists of the ID and the commit. For a folder, it is a hash of the config and the weight files'
+        `file_stats`, because hashing gigabytes of weights would take too long. As a result, it also changes when the files are
+        moved or copied.
         """
         model = self.description
         if model.commit is not None and self.files:

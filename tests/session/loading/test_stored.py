@@ -129,6 +129,15 @@ def test_an_interrupted_run_leaves_nothing(kind, folder):
 
 
 @pytest.mark.parametrize("kind", parameters(SOME))
+def test_an_error_of_the_progress_bar_is_not_taken_for_a_full_disk(kind, folder):
+    def stop(done, total):
+        raise BrokenPipeError("no terminal")
+
+    with pytest.raises(BrokenPipeError, match="no terminal"):
+        quantised(kind, progress=stop)
+
+
+@pytest.mark.parametrize("kind", parameters(SOME))
 def test_answers_are_the_same_from_disk(kind, folder):
     asked = [
         VideoQA.load("demo", quantize=kind, store_quantized=keep).ask("samples/square.mp4", "What shape is red?").ids
