@@ -294,6 +294,16 @@ def file_state(paths: Iterable[str | PathLike]) -> dict[str, Any] | None:
     }
 
 
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def generator_seed(seed: int) -> int:
     """Return a seed for torch's CPU generator, which uses only 32 bits. Larger seeds are replaced by their hash."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 import evoprune
@@ -10,6 +9,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods import Budget
 from evoprune.model import Config, Cost
+from evoprune.util import installed_version
 from evoprune.video import Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
@@ -45,7 +45,7 @@ def environment_facts(stdout: TextIO) -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {"evoprune": evoprune.__version__} | {name: _version(name) for name in PACKAGES},
+        "versions": {"evoprune": evoprune.__version__} | {name: installed_version(name) for name in PACKAGES},
         "devices": Device.describe_all(),
         "available": {"cores": Host().available_cores(), "memory_bytes": Host().available_memory()},
         "quantize": Quantization.kinds(torch.device("cpu")),
@@ -70,13 +70,6 @@ def environment_facts(stdout: TextIO) -> dict:
         "stdout_encoding": stdout.encoding,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def plan_facts(plan: Plan, config: Config) -> dict:

@@ -216,7 +216,9 @@ class _Watching:
             self._answer(question, typed=True)
 
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
-        """Answer questions from the command line and the pipe until the video source ends or no more questions can arrive.
+        """Answer questions from the command line and the pipe until no more can arrive, or the video source fails.
+
+        After the end of a video, questions from the pipe are still answered.
 
         Returns:
             The exit code.
@@ -228,6 +230,7 @@ class _Watching:
         asked_s = -1.0
         answered_s = 0.0
         skips = False
+        said_end = False
         while True:
             ended = self._feed.ended.wait(TICK_S)
             if (self._feed.backlog.stride > 1) != skips:
@@ -266,9 +269,15 @@ class _Watching:
                     lines = None
                 else:
                     self._ask_line(line)
-            if ended or not (lines or asked):
+            if not (lines or (asked and not ended)) or (ended and self._feed.problem):
                 self._clear()
                 return SOME_FAILED if self._failed else 0
+            if ended:
+                if not said_end:
+                    said_end = True
+                    self._clear()
+                    self._speak("the video has ended; waiting for more questions (Ctrl-C stops)")
+                time.sleep(TICK_S)
 
     def _feasible_interval(self, every_s: float) -> float:
         """Return the interval between questions.
@@ -304,6 +313,12 @@ class _Watching:
             asked = fields.get("question") if isinstance(fields, dict) else None
             if not isinstance(asked, str) or not asked.strip():
                 raise ValueError('no "question"')
+            identity = fields.get("id")
+            if identity is not None:
+                if isinstance(identity, bool) or not isinstance(identity, str | int):
+                    raise ValueError('"id" is neither text nor a whole number')
+                identity = str(identity)
+                identity.encode()  # fails if a surrogate has no partner
         except (ValueError, RecursionError) as problem:
             wrong = UsageError(f"a line of --questions is not a question: {problem}", '{"question": "What happens?"}')
             self._failed += 1
@@ -311,9 +326,6 @@ class _Watching:
             self._talk.break_off(wrong, [line.decode(errors="replace").rstrip("\n")])
             print_error(wrong.message, wrong.hint)
         else:
-            identity = fields.get("id")
-            if identity is not None:
-                identity = str(identity)
             self._answer(asked, identity=identity)
 
     def _answer(self, question: str, **kwargs) -> None:

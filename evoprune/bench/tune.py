@@ -733,6 +733,13 @@ class Tuning(Run):
         notes = []
         if self.answering and self.answering.made:
             notes = self._notes()
+        if notes is not None and rows and not passing and all(row["observed"] == 1 for row in rows):
+            videos = rows[0]["videos"]
+            notes.append(
+                "all settings agree on all tokens. Without any difference, it is unknown how much the tokens about a video "
+                f"depend on one another, so each video counts as one token, and {counted(videos, 'video')} can prove only "
+                f"{provable(videos):.0%}. Add videos, or a smaller budget (-b)"
+            )
         return {
             **self.facts(),
             "rows": rows,
@@ -747,7 +754,8 @@ class Tuning(Run):
         """Return a warning if there are too few tokens for any candidate to pass, even with perfect agreement. Otherwise, None."""
         tokens = [full.tokens for full in self.answering.made]
         goal = self.settings.agree
-        if len(tokens) > 1 and provable(sum(tokens)) >= goal:
+        # With a single video, the design effect cannot be estimated, so the video counts as one token (see `bounds`).
+        if provable(sum(tokens) if len(tokens) > 1 else 1) >= goal:
             return None
         videos = max(2, -(-least_tokens(goal) // max(1, round(mean(tokens)))))
         return (

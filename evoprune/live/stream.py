@@ -18,7 +18,7 @@ tokens into prompt columns, and `StreamMemory.read` prefills these columns into 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import floor, isfinite
+from math import floor
 from threading import Event, Lock, RLock
 from typing import ClassVar
 
@@ -56,6 +56,7 @@ from evoprune.vision import Encoded, EncodedRows, resize
 
 CONTEXT = 32_768  # default context length if a model's config does not specify one
 ROOM = 0.75  # fraction of the context available to the video, leaving room for questions and answers
+MAX_TIME_S = 1e11  # maximum timestamp of a frame; larger floats would soon be too coarse
 MAX_WAITING = 4  # maximum number of queued windows while an answer is being generated
 
 
@@ -276,8 +277,8 @@ class VideoStream(Askable):
             if not frame.size:
                 raise UsageError(f"a frame of shape {list(frame.shape)} has no pixels", "leave it out")
             check_type("time_s", time_s, float)
-            if not isfinite(time_s):
-                raise UsageError(f"the time of a frame is {time_s}, not a finite number", "give seconds")
+            if not abs(time_s) <= MAX_TIME_S:  # also if it is NaN
+                raise UsageError(f"the time of a frame is {time_s:g}, not a number of seconds", "give seconds")
             if self._plan is None:
                 self._begin(frame, time_s)
             if time_s < self._last_s:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
@@ -28,7 +27,7 @@ from evoprune.report import OVERLAP
 from evoprune.session.hub import cached_folder, fetch, reach
 from evoprune.session.reading import Reading, Readings, state_of, stop_all
 from evoprune.untrusted import loads
-from evoprune.util import file_stats, open_safetensors
+from evoprune.util import file_stats, installed_version, open_safetensors
 from evoprune.video import Plan, SamplingOptions, Scope, Subtitles, Video, read_audio, read_subtitles
 
 if TYPE_CHECKING:
@@ -268,7 +267,7 @@ class _SpeechRequest:
             "model": file_stats(os.path.join(folder, name) for name in sorted(os.listdir(folder))),
             "windows": [WINDOW_S, LAST_S, QUIET_S, BRIDGE_S, MIN_WINDOW_S, REPEATED],
             "options": OPTIONS,
-            "code": [_version(name) for name in ("evoprune", "faster-whisper", "ctranslate2", "av")],
+            "code": [installed_version(name) for name in ("evoprune", "faster-whisper", "ctranslate2", "av")],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -468,10 +467,3 @@ def check_offline(speech: str, offline: bool) -> None:
     model = AUTO if speech == "auto" else speech
     if speech != "none" and offline:
         _folder(model, offline)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -101,11 +101,16 @@ class LiveSource:
         tries = 0
         base = 0.0
         last = None
+
+        def due_here() -> float:
+            return due() - base
+
         while True:
             problem = None
             finite = False
+            connects = last is not None
             try:
-                with closing(self._connected(lambda base=base: due() - base)) as frames:
+                with closing(self._connected(due_here)) as frames:
                     self.facts = next(frames)
                     finite = self.facts.pop("finite")
                     started = time.monotonic()
@@ -117,6 +122,9 @@ class LiveSource:
                             if wait > 0 and self._closing.wait(wait):
                                 return
                         tries = 0
+                        if connects:  # the wait for the first frame of a new connection is part of the outage
+                            connects = False
+                            base = last[0] + time.monotonic() - last[1] - time_s
                         last = (base + time_s, time.monotonic())
                         yield base + time_s, frame
             except VideoError as error:

@@ -293,6 +293,16 @@ def test_the_design_effect():
     assert design_effect([never, *answers(random, [0.8], videos=4)]) >= 1
 
 
+@pytest.mark.parametrize(
+    ("clips", "says"), [(CLIPS, "all settings agree on all tokens"), (CLIPS[:1], "cannot prove that 90%")]
+)
+def test_a_note_says_why_nothing_passes_though_all_agree(saved, monkeypatch, clips, says):
+    monkeypatch.setattr("evoprune.bench.tune.design_effect", lambda candidates: None)
+    document, said = tuned(saved, videos=clips, agree=0.9, budgets=(0.9999,), methods=())
+    assert not any(row["passes"] for row in document["rows"]) and {row["observed"] for row in document["rows"]} == {1.0}
+    assert says in " ".join([*said, *document["notes"]])
+
+
 @pytest.mark.parametrize("agree", [0.5, 0.9, 0.98, 0.999])
 def test_the_least_tokens_are_just_enough(agree):
     least = least_tokens(agree)

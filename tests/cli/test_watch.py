@@ -142,6 +142,32 @@ def test_questions_from_a_pipe(cli, tmp_path):
     assert result.err.count("hint:") == 3
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_questions_that_come_after_the_end_of_the_video_are_answered(cli, tmp_path):
+    pipe = tmp_path / "questions"
+    os.mkfifo(pipe)
+
+    def ask():
+        with pipe.open("w") as file:
+            time.sleep(2)
+            file.write(json.dumps({"question": QUESTION}) + "\n")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    result = cli("watch", CLIP, "--questions", pipe)
+    asking.join()
+    assert (result.code, result.out) == (0, "green\n") and "the video has ended" in result.err
+
+
+@pytest.mark.parametrize("identity", ["\ud800", {"a": 1}, True, 1.5])
+def test_an_id_is_text_or_a_whole_number(cli, tmp_path, identity):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question": QUESTION, "id": identity}) + "\n")
+    result = cli("watch", CLIP, "--questions", path, "--json")
+    assert result.code == 6 and [each["error"]["code"] for each in records(result.out)] == [2]
+    result.out.encode()
+
+
 def test_the_prompt(cli):
     result = cli("watch", CLIP, stdin=f"{QUESTION}\n/help\n{MORE}\nq\n", terminal=True, columns=100)
     assert result.code == 0 and result.out.splitlines()[0] and len(result.out.splitlines()) == 2

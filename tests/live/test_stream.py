@@ -1,5 +1,6 @@
 """Test streams: one window equals a file, memory stays bounded, windows are thinned, and questions leave no trace."""
 
+import math
 import threading
 import time
 from contextlib import closing
@@ -328,6 +329,9 @@ def test_frames_that_are_too_many_too_few_or_of_another_size(demo):
             stream.add(noise(3), 59.0)
         with pytest.raises(UsageError, match="not uint8"):
             stream.add(noise(3).astype(float), 61.0)
+        for wrong in (math.nan, math.inf, 1e18):
+            with pytest.raises(UsageError, match="not a number of seconds"):
+                stream.add(noise(3), wrong)
         with pytest.raises(UsageError, match="has no pixels"):
             stream.add(noise(3)[:0], 61.0)
         with pytest.raises(UsageError, match="nan"):

@@ -43,10 +43,11 @@ class Streams(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.clip)
 
     def _twice(self) -> None:
-        """Send the stream to the first two requests, and answer all later requests with status 404."""
+        """Send the stream to the first two requests, the second time after a second; answer later requests with status 404."""
         if self.visits.count("twice") > 2:
             self._begin(404)
         else:
+            time.sleep(self.visits.count("twice") - 1)
             self._live()
 
     def _stall(self) -> None:

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import ToolAnnotations
-from pydantic import Field
+from mcp_types import Tool, ToolAnnotations
+from pydantic import Field, StrictFloat
 
 import evoprune
 from evoprune.errors import error_record
+from evoprune.util import listed
 from evoprune_cli import tell
 from evoprune_mcp.videos import Answered, Moments, Videos
 from evoprune_mcp.worker import Report, Worker
@@ -25,11 +26,31 @@ TICK_S = 0.2  # minimum time between progress notifications, in seconds
 # Tool arguments, with descriptions for the agents.
 Path = Annotated[str, Field(description="A file, or a folder of frames: absolute, or relative to an allowed folder.")]
 Paths = Annotated[list[Path], Field(description="Videos and images to ask about together.", min_length=1)]
-Time = Annotated[float | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
+Time = Annotated[StrictFloat | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
 Budget = Annotated[
-    float | str | None, Field(description="Share of visual tokens to keep: 0.25, or full, high, balanced, fast.")
+    StrictFloat | str | None,
+    Field(description="Share of visual tokens to keep: 0.25, or full, high, balanced, fast."),
 ]
 Query = Annotated[str, Field(description="What to look for, such as: a red car.")]
+
+
+class _Server(MCPServer):
+    """An MCP server that rejects unknown tool arguments instead of ignoring them."""
+
+    async def list_tools(self) -> list[Tool]:
+        tools = await super().list_tools()
+        return [
+            tool.model_copy(update={"input_schema": tool.input_schema | {"additionalProperties": False}})
+            for tool in tools
+        ]
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Context | None = None) -> Any:
+        known = [
+            *next((tool.input_schema["properties"] for tool in await self.list_tools() if tool.name == name), arguments)
+        ]
+        if unknown := [argument for argument in arguments if argument not in known]:
+            raise ToolError(f"{name} has no argument {unknown[0]!r}\nhint: its arguments are {listed(known)}")
+        return await super().call_tool(name, arguments, context)
 
 
 def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
@@ -49,7 +70,7 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
         model.submit(videos.load_early)
         yield
 
-    server = MCPServer(
+    server = _Server(
         "evoprune",
         version=evoprune.__version__,
         instructions=f"Answers questions about videos and images below {videos.folders}.",

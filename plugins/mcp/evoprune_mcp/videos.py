@@ -141,10 +141,14 @@ class Videos:
     def find(self, report: Report, path: str, query: str) -> Moments:
         """Return the moments in a video that match a query, best first. For the exceptions, see `ask`."""
         path = self.folders.find(path)
+        from evoprune.moments import Search
+
         qa = self._model(report)
-        how = {"fps": self._options.sampling.fps, "speech": self._options.sampling.speech} | vars(self._options.find)
-        found = qa.find(path, query, progress=partial(_show, report, [1, 1]), cache=self._cache(), **how)
-        times = [(each.start_s, each.end_s, each.best_s, each.score) for each in found]
+        cache = self._cache()
+        segments = cache.of_segments if cache else None
+        with Search(qa.session, path, [query], self._options.find, self._options.sampling, segments) as search:
+            search.run(partial(_show, report, [1, 1]))
+            times = [(each.start_s, each.end_s, each.best_s, each.score) for each in search.moments()]
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])
 
     def describe(self, path: str) -> dict[str, Any]:

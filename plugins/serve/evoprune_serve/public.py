@@ -97,6 +97,6 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        if any(ip in net for net in TRANSLATED):
+        if ip.is_site_local or any(ip in net for net in TRANSLATED):
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)

@@ -5,13 +5,17 @@ import shutil
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from evoprune.video import probe
+from evoprune.session import ModelOptions, PipelineOptions
+from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
+from evoprune_mcp.folders import Folders
+from evoprune_mcp.videos import Videos
 from tests.plugins.mcp.serving import COLOUR, ENCODES, REASON, SAMPLES, STOPPED, command
 
 pytest.importorskip("mcp.server.mcpserver", reason=REASON)
@@ -101,7 +105,39 @@ def test_the_tools_and_where_files_are(server):
     assert [tool.name for tool in listed] == ["ask_video", "find_moments", "describe_file"]
     assert all(tool.annotations.read_only_hint and tool.description for tool in listed)
     assert listed[0].input_schema["required"] == ["paths", "question"]
+    assert not any(tool.input_schema["additionalProperties"] for tool in listed)
     assert str(server.folder) in server.client.instructions
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"start_s": 1}, "ask_video has no argument 'start_s'"),
+        ({"budget": True}, "budget"),
+        ({"start": False}, "start"),
+    ],
+)
+def test_arguments_that_are_unknown_or_of_another_type_are_errors(server, wrong, problem):
+    failed, message = server.call("ask_video", paths=["square.mp4"], question=COLOUR, **wrong)
+    assert failed and problem in message
+
+
+def test_moments_are_found_with_the_options_of_the_command(tmp_path, monkeypatch):
+    """Also the options that `VideoQA.find` doesn't have."""
+    from evoprune import moments
+
+    samplings = []
+
+    class Search(moments.Search):
+        def __init__(self, session, source, queries, options, sampling, cache=None):
+            samplings.append(sampling)
+            super().__init__(session, source, queries, options, sampling, cache)
+
+    monkeypatch.setattr(moments, "Search", Search)
+    sampling = SamplingOptions(seek="exact", max_visual_tokens=24)
+    options = replace(PipelineOptions(), model=ModelOptions("demo"), sampling=sampling)
+    videos = Videos(Folders([str(SAMPLES)]), options, cache=False, quiet=True)
+    assert videos.find(lambda *_: None, "vanish.webm", "a circle").moments and samplings == [sampling]
 
 
 def test_tools_are_listed_before_the_model_is_loaded(tmp_path):

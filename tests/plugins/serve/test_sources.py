@@ -454,6 +454,7 @@ def test_a_redirect_into_this_network_is_not_followed(store, uploads, monkeypatc
     [
         ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("127.0.0.1", False), ("10.1.2.3", False),
         ("169.254.169.254", False), ("100.64.0.1", False), ("::1", False), ("::ffff:127.0.0.1", False), ("fe80::1", False),
+        ("fec0::1", False),
         ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False), ("::", False),
         ("255.255.255.255", False), ("fc00::1", False), ("ff02::1", False),
     ],
