@@ -360,11 +360,11 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
 def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
     """Print a note on stderr if fewer or smaller frames are read than requested by the options or the model's frame rate."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
-        source = "requested" if plan.limited else "model's rate"
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
-        wanted = f"{source}: {plan.sampling.wanted:,} (--max-frames {plan.sampling.wanted})"
-        tell(f"reading {plan.sampling.frames:,} frames, one every {every}; {wanted}")
+        wanted = "requested frames" if plan.limited else "frames at the model's rate"
+        read = f"{plan.sampling.frames:,} of {plan.sampling.wanted:,} {wanted}"
+        tell(f"limited to {read}, one every {every} (--max-frames)")
     if plan.token_capped:
         most = f"{plan.token_limit:,} tokens"
         if sampling.max_visual_tokens is None and plan.token_limit < sampling.MAX_VISUAL_TOKENS:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from evoprune.moments import Moment, Search
 
 SCHEMA = "evoprune/find@1"
-USAGE = 'evoprune find video.mp4 "a red star"'
+USAGE = 'evoprune find video.mp4 "a red circle"'
 FILES = "Files"  # panel title in the full help
 BAR = 20  # bar length, in characters, for a score of 1
 
@@ -112,7 +112,7 @@ def find(
     exit code is 6. Files are written once a video has been searched completely.
 
     \b
-    evoprune find clip.mp4 "a red star"
+    evoprune find clip.mp4 "a red circle"
     evoprune find videos/ -Q "a dog" -Q "a person opens a door" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune find videos/ "a dog" -m Qwen/Qwen2.5-VL-3B-Instruct -o dogs.jsonl --resume
     evoprune find clip.mp4 "Does the car stop?" --top 3 --json

@@ -44,7 +44,7 @@ COMMAND_HINTS = {
     **dict.fromkeys(("model", "models", "pull", "download"), MODELS_HINT),
     **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
     **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), USAGE),
-    **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red star" finds moments'),
+    **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red circle" finds moments'),
     **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i opens a prompt for questions"),
     **dict.fromkeys(
         ("live", "stream", "camera", "listen"), 'evoprune watch rtsp://HOST/PATH -Q "Who is there?" --every 30s'
@@ -178,15 +178,25 @@ for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verif
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
 
 
-def _terminate(*_) -> None:
-    raise terminal.Terminated
+def _raise_for_signal(number: int, _frame: object) -> None:
+    """Handle a signal that ends the command: raise KeyboardInterrupt or `Terminated`, but not while torch is being imported.
+
+    Torch's C++ code drops such an exception, or aborts the process.
+    """
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        _send_later(number)
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        raise terminal.Terminated
 
 
 def run() -> None:
     """Run the command line and exit with a documented exit code. Tracebacks are only shown with `--debug` or EVOPRUNE_DEBUG=1."""
-    for number in terminal.ENDINGS:
+    for number in (signal.SIGINT, *terminal.ENDINGS):
         if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` makes a process ignore SIGHUP
-            signal.signal(number, _terminate)
+            signal.signal(number, _raise_for_signal)
     # Reopen closed standard streams; otherwise, the next opened file would be assigned the descriptor of a standard stream.
     for number in range(3):
         try:
@@ -218,12 +228,15 @@ def _signal_again(usual: Callable[..., None], dropped: Any) -> None:
     if dropped.exc_type not in numbers:
         usual(dropped)
         return
+    _send_later(numbers[dropped.exc_type])  # because an exception raised inside this hook would also be dropped
+
+
+def _send_later(number: int) -> None:
+    """Send a signal to this process after a delay, which allows for busy machines, where a hook may take tens of milliseconds."""
     send = signal.raise_signal
     if os.name == "posix":  # on POSIX systems, `os.kill` also wakes up a waiting main thread
         send = partial(os.kill, os.getpid())
-    # Send the signal later because an exception raised inside this hook would also be dropped. The delay allows for busy machines,
-    # on which this function may take tens of milliseconds.
-    again = threading.Timer(0.1, send, [numbers[dropped.exc_type]])
+    again = threading.Timer(0.1, send, [number])
     again.daemon = True
     again.start()
 

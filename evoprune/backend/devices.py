@@ -288,9 +288,14 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
     if auto and name == "cpu" and torch.cuda.is_available():
         warnings.warn("torch finds a GPU that is not used: add --device cuda to use it", DeviceWarning, stacklevel=2)
     try:
+        device = torch.device(name)
+    except RuntimeError as problem:
+        raise UsageError(
+            f"device {name!r} is unknown", "use auto, cpu, or cuda (cuda:1 is the second GPU)"
+        ) from problem
+    try:
         with warnings.catch_warnings(record=True) as caught:  # if torch finds no GPU, its warning gives the reason
             warnings.simplefilter("always")
-            device = torch.device(name)
             torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch builds without CUDA raise AssertionError
         reason = first_line(caught[-1].message if caught else problem).partition(". ")[0]

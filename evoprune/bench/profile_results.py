@@ -204,8 +204,10 @@ class ProfileResults(Results):
                 drawn, there = fitting(rows, [NAME, *columns], width)
                 lines += ["", *drawn]
                 shown += there
-        far = "±: distance of the farthest round from the median"
-        lines += ["", *folded((*_legend(shown), far, *self._remarks()), width)]
+        legend = _legend(shown)
+        if any("±" in line for line in lines):
+            legend += ["±: distance of the farthest round from the median"]
+        lines += ["", *folded((*legend, *self._remarks()), width)]
         return "\n".join(lines) + "\n"
 
     def _markdown(self) -> str:

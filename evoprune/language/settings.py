@@ -265,5 +265,5 @@ def _checked_choices(given: Any) -> str | list[str] | None:
     if not all(map(is_text, texts)):
         raise UsageError("a choice is not valid text", "write it in UTF-8")
     if len(texts) < 2 or len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
-        raise UsageError(f"choices is {brief(texts)}", hint)
+        raise UsageError(f"choices is {brief(','.join(texts))}", hint)
     return texts

@@ -245,7 +245,8 @@ def _parsed(method: type, setting: Field, text: str) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return number(text)
     except (KeyError, ValueError):
-        problem = f"method {method.name}: {setting.name}={text!r} is not {number.__name__}"
+        kinds = {bool: "true or false", int: "a whole number"}
+        problem = f"method {method.name}: {setting.name}={text!r} is not {kinds.get(number, 'a number')}"
         raise UsageError(problem, settings_hint(method)) from None
 
 

@@ -194,10 +194,12 @@ def _check(source: str) -> None:
             raise UsageError(f"{scheme}:// streams are not supported", hint)
         return
     try:
-        kind = os.stat(source).st_mode
+        status = os.stat(source)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         hint = missing_hint(source, "give a file, a camera, a URL, or - for a pipe")
         raise VideoError(f"cannot read {shown(source)}: {reason}", hint) from error
-    if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISCHR(status.st_mode)):
         raise VideoError(f"{source} is neither a file nor a camera", "use - to read a pipe")
+    if stat.S_ISREG(status.st_mode) and not status.st_size:
+        raise VideoError(f"{source} is empty", "if it is being written, start again once it has frames")

@@ -426,10 +426,10 @@ def notes(cli, tiny_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("", ["reading 32 frames, one every 4.69 s; model's rate: 300 (--max-frames 300)"]),
+        ("", ["limited to 32 of 300 frames at the model's rate, one every 4.69 s (--max-frames)"]),
         ("--fps 0.2", []),
-        ("--fps 2", ["reading 32 frames, one every 4.69 s; requested: 300 (--max-frames 300)"]),
-        ("--fps 1 --end 1:00", ["reading 32 frames, one every 1.88 s; requested: 60 (--max-frames 60)"]),
+        ("--fps 2", ["limited to 32 of 300 requested frames, one every 4.69 s (--max-frames)"]),
+        ("--fps 1 --end 1:00", ["limited to 32 of 60 requested frames, one every 1.88 s (--max-frames)"]),
         ("--fps 2 --max-frames 16", []),  # the limit was set on purpose
         ("--frames 32", []),
         (

@@ -181,3 +181,26 @@ def test_a_signal_that_python_drops_comes_again(name, code):
     done = subprocess.run([sys.executable, "-c", DROPPED, name], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     assert time.monotonic() - start < 15
+
+
+def test_ctrl_c_while_torch_is_imported_is_not_lost(tmp_path):
+    """Torch's C++ code drops KeyboardInterrupts, as this stand-in does."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.01)\n"
+        "except KeyboardInterrupt:\n"
+        "    pass\n"
+    )
+    code = (
+        "import signal, time; from evoprune_cli.main import _raise_for_signal as handler\n"
+        "signal.signal(signal.SIGINT, handler)\n"
+        "import torch\n"
+        "print('imported', flush=True)\n"
+        "time.sleep(30)\n"
+        "print('dropped')\n"
+    )
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    ended = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "imported\n" and "KeyboardInterrupt" in ended.stderr

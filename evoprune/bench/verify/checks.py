@@ -226,7 +226,7 @@ def accelerated(subject: Subject) -> Outcome:
     If decoding cannot use a CUDA graph but all other comparisons pass, the outcome is `SKIPPED`.
     """
     if not Device(subject.device).uses_kernels:
-        return skipped("kernels and graphs need CUDA and are off with EVOPRUNE_PLAIN")
+        return skipped("kernels and graphs need CUDA, and EVOPRUNE_PLAIN turns them off")
     figures: dict[str, tuple[float, float]] = {}
     for name, share in _selections(subject.device).items():
         figures[f"{name}_unlike"] = (1 - share, 1 - SAME)

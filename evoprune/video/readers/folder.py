@@ -32,9 +32,7 @@ def list_images(folder: str) -> list[str]:
     except (OSError, ValueError) as error:
         raise VideoError(f"cannot read the folder {folder}: {ffmpeg.reason(error)}", "check the path") from error
     if not images:
-        hint = (
-            f"files that count as images: {', '.join(Folder.IMAGES)}; for a folder of videos: evoprune batch {folder}"
-        )
+        hint = f"files that count as images: {', '.join(Folder.IMAGES)}; evoprune batch takes folders of videos"
         raise VideoError(f"no images in the folder {folder}", hint)
     names = [os.path.basename(os.path.splitext(image)[0]) for image in images]
     if len({len(fraction) for name in names for fraction in FRACTION.findall(name)}) > 1:

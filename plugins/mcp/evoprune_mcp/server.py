@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp_types import Tool, ToolAnnotations
-from pydantic import Field, StrictFloat
+from pydantic import Field, StrictFloat, ValidationError
 
 import evoprune
 from evoprune.errors import error_record
@@ -35,7 +35,7 @@ Query = Annotated[str, Field(description="What to look for, such as: a red car."
 
 
 class _Server(MCPServer):
-    """An MCP server that rejects unknown tool arguments instead of ignoring them."""
+    """An MCP server that rejects unknown tool arguments instead of ignoring them, and reports errors in evoprune's words."""
 
     async def list_tools(self) -> list[Tool]:
         tools = await super().list_tools()
@@ -45,12 +45,23 @@ class _Server(MCPServer):
         ]
 
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Context | None = None) -> Any:
-        known = [
-            *next((tool.input_schema["properties"] for tool in await self.list_tools() if tool.name == name), arguments)
-        ]
+        tools = {tool.name: tool for tool in await self.list_tools()}
+        if name not in tools:
+            raise ToolError(f"there is no tool {name!r}\nhint: the tools are {listed([*tools])}")
+        known = tools[name].input_schema["properties"]
         if unknown := [argument for argument in arguments if argument not in known]:
-            raise ToolError(f"{name} has no argument {unknown[0]!r}\nhint: its arguments are {listed(known)}")
-        return await super().call_tool(name, arguments, context)
+            raise ToolError(f"{name} has no argument {unknown[0]!r}\nhint: its arguments are {listed([*known])}")
+        try:
+            return await super().call_tool(name, arguments, context)
+        except UnexpectedToolError:
+            raise
+        except ToolError as problem:
+            message = str(problem).removeprefix(f"Error executing tool {name}: ")
+            if isinstance(problem.__cause__, ValidationError):
+                wrong = problem.__cause__.errors()[0]
+                argument = str(wrong["loc"][0])
+                message = f"{argument}: {wrong['msg']}\nhint: {known[argument].get('description', 'change it')}"
+            raise ToolError(message) from problem
 
 
 def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:

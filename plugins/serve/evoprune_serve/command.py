@@ -110,7 +110,7 @@ def serve(
     log_contents: opt.option(bool, "--log-contents", "Also log questions and answers.", opt.OUTPUT) = False,
     quiet: opt.Quiet = False,
 ) -> int:
-    """Serve a model, or several, over OpenAI's protocol, on one machine.
+    """Serve one or several models over OpenAI's protocol.
 
     \b
     evoprune serve
