@@ -63,6 +63,15 @@ def packets(path, kind, begin_s=0.0):
         return {round(float(packet.pts * packet.time_base) - begin_s, 2): bytes(packet) for packet in found}
 
 
+@pytest.mark.parametrize("start_s", [0.0, 1.2, 1.5])
+def test_frames_of_an_avi_in_order_keep_their_times(folder, tmp_path, start_s):
+    """FFmpeg delays the display times of H.264 by a frame, even if its frames are in order."""
+    info = probe(write_video(folder / "in_order.avi", numbered_frames(30), options={"bf": "0"}))
+    clip = cut_clip(info, start_s, start_s + 0.5, str(tmp_path))
+    frames = [*range(round(10 * clip.start_s), round(10 * start_s) + 5)]
+    assert clip.start_s <= start_s + 1e-6 and shown(probe(clip.path), 0.0, len(frames) / 10) == frames
+
+
 def test_packets_are_copied_from_the_keyframe_before(film, tmp_path):
     clip = cut_clip(film, START_S, END_S, str(tmp_path / "new" / "folder"), title="a red star")
     assert clip == clips.Clip(str(tmp_path / "new" / "folder" / "film-00-00-02.350.mp4"), 2.0)

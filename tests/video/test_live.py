@@ -136,6 +136,15 @@ def test_a_pipe(clip, piped, tmp_path):
     assert not found and "does not send readable video" in problem.message
 
 
+def test_a_track_that_appears_late_in_a_pipe(piped, tmp_path):
+    frames = numbered_frames(140)
+    silent = write_video(tmp_path / "silent.ts", frames[:120]).read_bytes()
+    sounding = write_video(tmp_path / "sounding.ts", frames[120:], start=12.0, audio_s=2.0).read_bytes()
+    found, _, problem = piped(lambda pipe: (pipe.write(silent + sounding), pipe.close()))
+    read_numbers = [number for _, number in found]
+    assert problem is None and read_numbers[:120] == [*range(120)] and read_numbers[-1] == 139
+
+
 def test_a_source_that_ends_and_comes_back(served):
     url, visits = served
     found, told, problem = read(f"{url}/twice.ts", reconnects=2)

@@ -436,6 +436,21 @@ def test_an_avi_whose_header_was_never_completed(claimed, tmp_path):
     assert numbers(info, [0.05, 1.95]) == [0, 19]
 
 
+def test_an_avi_remuxed_from_matroska_has_its_length(tmp_path):
+    """Its clock ticks every millisecond, and the header counts ticks."""
+    content = write_video(tmp_path / "ten.mkv", numbered_frames(30), codec="mpeg4")
+    with av.open(str(content)) as source, av.open(str(tmp_path / "ten.avi"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    info = probe(tmp_path / "ten.avi")
+    assert (info.duration_s, info.stated_s, info.frames_total) == (pytest.approx(3.0, abs=0.11), info.duration_s, None)
+    assert numbers(info, [0.0, 1.0, 2.9]) == [0, 10, 29]
+
+
 @pytest.mark.parametrize("repeated", [{5, 6, 20}, {5, 37, 38, 39}])
 def test_frames_that_an_avi_repeats_without_data(repeated, tmp_path):
     path = tmp_path / "repeats.avi"

@@ -243,9 +243,11 @@ class LiveReader:
     def _packets(self) -> Iterator[Packet | None]:
         """Yield all packets. If the source is interrupted, yields None to flush the decoder and then raises VideoError."""
         end = 0
+        flushed = False
         try:
             for packet in self._container.demux(self._stream):
                 yield packet
+                flushed = packet.dts is None and not packet.size
                 end = max(end, (packet.pos or 0) + packet.size)
         except (av.error.FFmpegError, OSError, IndexError) as problem:
             back = (self._scheme or not self._source) and self.facts["container"] == ffmpeg.MOV and not end
@@ -253,10 +255,12 @@ class LiveReader:
                 message = f"{self._name} has its index at its end, so it can be read only as a file"
                 hint = "download it first, or write it with ffmpeg -movflags +faststart"
                 raise VideoError(message, hint) from problem
-            yield None
-            # FFmpeg reports EIO at the end of a transfer of unknown length.
-            if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
-                raise self._error(problem) from problem
+            # If a track appeared while reading, PyAV raises an IndexError after the last packet, which flushes the decoder.
+            if not (flushed and isinstance(problem, IndexError)):
+                yield None
+                # FFmpeg reports EIO at the end of a transfer of unknown length.
+                if getattr(problem, "errno", None) != errno.EIO or self.facts["finite"]:
+                    raise self._error(problem) from problem
         if (
             self._source
             and os.path.isfile(self._source)

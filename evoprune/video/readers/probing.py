@@ -63,6 +63,8 @@ def _probe(path: str, container: InputContainer) -> Video:
     step = 1 / (rate or ffmpeg.FALLBACK_FPS)
     # The header is wrong if it specifies more frames than the file has bytes.
     total = stream.frames if stream.frames <= container.size else 0
+    if container.format.name == ffmpeg.AVI and step > 1.5 * stream.time_base:
+        total = 0  # it includes empty frames
     start = ffmpeg.frame_time(first, stream)
     lengths = _lengths(path, stream, start, step)
     variable_rate = None
@@ -275,7 +277,8 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
 def _lengths_in_avi(path: str, stream: VideoStream, start: float | None, step: float) -> _Lengths:
     # The header of an AVI written to a pipe specifies 2**30 frames.
     frames = stream.frames if stream.frames <= stream.container.size else 0
-    stated = step * frames or None
+    tick = float(stream.time_base)  # the duration of a frame, or of an empty frame, which repeats the previous one
+    stated = tick * frames or None
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path)), stated)
     # If the index lists fewer frames than the header specifies, the file is truncated. FFmpeg's own index omits empty frames.
