@@ -18,7 +18,7 @@ from evoprune_cli import main
 sys.path.append("plugins/serve")
 main.plugged = lambda: {"serve": EntryPoint("serve", "evoprune_serve:serve", main.COMMANDS)}
 context = get_command(main.app).make_context("evoprune", [], resilient_parsing=True)
-assert "Serve a model" in context.get_help()
+assert "Serve one or several models" in context.get_help()
 assert not {"torch", "starlette", "uvicorn", "pydantic"} & {*sys.modules}
 """
 COMMAND = '''
