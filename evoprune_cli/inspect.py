@@ -44,7 +44,7 @@ ONLY_IF_SET = (
 TITLES = {  # titles for facts with unclear or overly long names
     "resized_hw": "frame size",
     "capped": "cut by a limit",
-    "segments_bytes": "size of segments",
+    "segments_bytes": "segments size",
     "demo_scenes_model_folder": "demo scenes folder",
 }
 TITLE = 22  # width of the title column
