@@ -733,7 +733,7 @@ class Tuning(Run):
         notes = []
         if self.answering and self.answering.made:
             notes = self._notes()
-        if notes is not None and rows and not passing and all(row["observed"] == 1 for row in rows):
+        if rows and not passing and all(row["observed"] == 1 for row in rows) and not self._too_few():
             videos = rows[0]["videos"]
             notes.append(
                 "all settings agree on all tokens. Without any difference, it is unknown how much the tokens about a video "

@@ -38,7 +38,7 @@ from evoprune.video.info import CLIP_ENDINGS, Video
 from evoprune.video.readers import ffmpeg, folder
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.pyav import Picture, planned, start_decoding
-from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
+from evoprune.video.readers.track import TimedFrame, Track, Unreachable
 
 MP4, MATROSKA = CLIP_ENDINGS
 FORMATS = {MP4: "mp4", MATROSKA: "matroska"}
@@ -216,14 +216,6 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
     if track.info.container == ffmpeg.AVI and track.stream.codec_context.has_b_frames:
         raise timeless
 
-    def packets_from(keyframe: Keyframe | None) -> Iterator[Packet | None]:
-        for packet in track.packets(keyframe):
-            if packet is not None and track.info.container == ffmpeg.AVI:
-                packet.pts = (
-                    packet.dts
-                )  # the frames are in order, but FFmpeg delays those of H.264 by one (see `frame_time`)
-            yield packet
-
     def shown_s(packet: Packet) -> float:
         if packet.pts is None:
             raise timeless
@@ -236,13 +228,13 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
         keyframes = []
     for keyframe in reversed(keyframes[: bisect_right(keyframes, latest_s, key=attrgetter("time_s"))]):
         with suppress(Unreachable):
-            packets = packets_from(keyframe)
+            packets = track.packets(keyframe)
             first = next(packets)
             if shown_s(first) <= latest_s:  # checked again, because the index may contain decoding times
                 return shown_s(first), chain([first], packets)
     place = None  # index of the keyframe among all packets, for files that FFmpeg cannot seek
     begin_s = 0.0
-    for number, packet in enumerate(packets_from(None)):
+    for number, packet in enumerate(track.packets(None)):
         if packet is None or not packet.size:
             continue
         if shown_s(packet) > latest_s + REORDERED_S:
@@ -252,7 +244,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
             begin_s = shown_s(packet)
     if place is None:
         raise VideoError(f"{path} has no keyframe at or before {start_s:g} s", REENCODE_HINT)
-    return begin_s, islice(packets_from(None), place, None)
+    return begin_s, islice(track.packets(None), place, None)
 
 
 def _sound_packets(sound: Stream, origin_s: float) -> Iterator[Packet | None]:

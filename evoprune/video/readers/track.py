@@ -109,7 +109,7 @@ class Track:
             if packet.dts * tick - self.info.start_s > end_s:
                 break
             if packet.is_keyframe and packet.size:
-                found.append(Keyframe(self._shown(packet) * tick - self.info.start_s, self._stamp(packet)))
+                found.append(Keyframe(packet.pts * tick - self.info.start_s, self._stamp(packet)))
         return sorted(found)
 
     def times(self) -> list[float] | None:
@@ -117,9 +117,7 @@ class Track:
         if not self._has_times:
             return None
         packets = self._packets()
-        stamps = [
-            self._shown(packet) for packet in packets if packet is not None and packet.size and not packet.is_discard
-        ]
+        stamps = [packet.pts for packet in packets if packet is not None and packet.size and not packet.is_discard]
         if None in stamps or len(set(stamps)) < len(stamps):
             return None
         tick = float(self._stream.time_base)
@@ -231,19 +229,15 @@ class Track:
 
     def _packets(self, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> Iterator[Packet | None]:
         self._at_beginning = False
-        return ffmpeg.packets(self._container, self._stream, damaged)
+        in_order = self.info.container == ffmpeg.AVI and not self._stream.codec_context.has_b_frames
+        for packet in ffmpeg.packets(self._container, self._stream, damaged):
+            if packet is not None and in_order:
+                packet.pts = packet.dts  # FFmpeg delays H.264 by a frame, unlike `ffmpeg.frame_time`
+            yield packet
 
     def _stamp(self, packet: Packet) -> int | None:
         """Return a packet's identifying timestamp, which is its decoding time or, in Matroska, its display time."""
         return packet.pts if self.info.container == ffmpeg.MATROSKA else packet.dts
-
-    def _shown(self, packet: Packet) -> int | None:
-        """Return a packet's display time on the clock of `ffmpeg.frame_time`.
-
-        An AVI stores decoding times. FFmpeg delays the display times of H.264 by a frame even if its frames are in order.
-        """
-        in_order = self.info.container == ffmpeg.AVI and not self._stream.codec_context.has_b_frames
-        return packet.dts if in_order else packet.pts
 
     def _seek(self, time_s: float) -> None:
         """Seek to a time in seconds from the first frame. Raises `Unreachable` if seeking fails."""
@@ -279,9 +273,9 @@ class Track:
         count = 0
 
         def time_of(packet: Packet | None) -> float | None:
-            if packet is None or self._shown(packet) is None or packet.is_discard:
+            if packet is None or packet.pts is None or packet.is_discard:
                 return None
-            return self._shown(packet) * tick
+            return packet.pts * tick
 
         def bytes_of(packet: Packet | None) -> int:
             return 0 if packet is None else packet.size

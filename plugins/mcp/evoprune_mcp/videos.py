@@ -140,9 +140,9 @@ class Videos:
 
     def find(self, report: Report, path: str, query: str) -> Moments:
         """Return the moments in a video that match a query, best first. For the exceptions, see `ask`."""
-        path = self.folders.find(path)
         from evoprune.moments import Search
 
+        path = self.folders.find(path)
         qa = self._model(report)
         cache = self._cache()
         segments = cache.of_segments if cache else None
