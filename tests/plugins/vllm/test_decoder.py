@@ -98,14 +98,14 @@ def test_what_is_no_video_is_the_client_s_error(folder, tmp_path, monkeypatch):
         (b"", "the video is empty"),
         (b"no video", "text file"),
         (good[:500], "the video"),
-        (picture, "picture"),
+        (picture, "send it as image_url"),
     ):
         with pytest.raises(ValueError, match=says) as caught:
             load(data, backend=DECODER)
         assert "/proc" not in str(caught.value)
     short = write_kind(folder, "short.mp4").read_bytes()
     assert numbers(load(short, num_frames=2, backend=DECODER)[0]) == [0, 2]
-    with pytest.raises(ValueError, match=r"no frame is sampled of a video of 0\.3 s"):
+    with pytest.raises(ValueError, match=r"no frame is sampled from a video of 0\.3 s"):
         load(short, "opencv_dynamic", fps=2, backend=DECODER)
     monkeypatch.setenv("VLLM_MAX_IMAGE_PIXELS", "100")
     with pytest.raises(ValueError, match="exceed the maximum"):
