@@ -21,6 +21,7 @@ from evoprune.errors import LFS, LFS_HINT, ModelError
 
 MAX_LEVELS = 100  # maximum nesting depth of lists and objects; Python itself fails at about 1,000
 MAX_BYTES = 2**26  # maximum size of a settings file, in bytes
+MAX_VALUES = 1000  # maximum number of values in a list, as many as the layers of a model
 
 T = TypeVar("T")
 
@@ -62,11 +63,27 @@ class Rule:
 
     @classmethod
     def list_of(cls, rule: Self, length: int | None = None) -> Self:
-        """Return a rule that accepts lists (of the given length, unless None) in which each element satisfies `rule`."""
-        what = f"a list of {length} values" if length else "a list"
+        """Return a rule that accepts lists in which each element satisfies `rule`.
+
+        Args:
+            length: The required length, or None to accept at most `MAX_VALUES` elements.
+        """
+        what = f"a list of {length} values" if length else f"a list of at most {MAX_VALUES:,} values"
+
+        def holds(value: Any) -> bool:
+            if not isinstance(value, list | tuple):
+                return False
+            fits = len(value) == length if length else len(value) <= MAX_VALUES
+            return fits and all(map(rule.holds, value))
+
+        return cls(f"{what}, each {rule.what}", holds)
+
+    @classmethod
+    def set_of(cls, rule: Self, most: int) -> Self:
+        """Return a rule that accepts lists of at most `most` different elements, each satisfying `rule`."""
         return cls(
-            f"{what}, each {rule.what}",
-            lambda v: isinstance(v, list | tuple) and len(v) == (length or len(v)) and all(map(rule.holds, v)),
+            f"a list of at most {most} different values, each {rule.what}",
+            lambda v: isinstance(v, list | tuple) and all(map(rule.holds, v)) and len(set(v)) <= most,
         )
 
 

@@ -23,7 +23,7 @@ class Choice:
     Attributes:
         text: The answer.
         logprob: Natural log probability of the answer tokens and of the end of the answer, computed from the raw logits.
-        tokens: Number of tokens included in `logprob`, including the token that ends the answer.
+        tokens: Number of tokens included in `logprob`, including the token that ends the answer, if the model has one.
         probability: Probability relative to the other choices. The probabilities of all choices add up to 1.
     """
 
@@ -89,24 +89,25 @@ def score_choices(
         state: The state after reading the prompt.
         options: The generation options, including the choices.
         ids: One list of token IDs per choice, without an end token.
-        eos_ids: IDs of the tokens that may end the answer.
+        eos_ids: IDs of the tokens that may end the answer. Each counts once, even if it is repeated.
 
     Raises:
         ModelError: If a logit is NaN or infinite.
     """
     shared = [same[0] for same in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False))]
-    ends = list(eos_ids)
+    ends = list(set(eos_ids))
     logprobs = []
     with _branch(state) as after_shared:
         shared_logprob = _read_tokens(after_shared, shared)
         for own in ids:
             with _branch(after_shared) as branch:
                 logprob = shared_logprob + _read_tokens(branch, own[len(shared) :])
-                logprob += float(branch.logits.log_softmax(0)[ends].logsumexp(0))
+                if ends:
+                    logprob += float(branch.logits.log_softmax(0)[ends].logsumexp(0))
             if not isfinite(logprob):
                 raise not_a_number_error("generate")
             logprobs.append(logprob)
-    counts = [len(own) + 1 for own in ids]
+    counts = [len(own) + bool(ends) for own in ids]
     scores = logprobs
     if options.choice_score == "mean":
         scores = [logprob / count for logprob, count in zip(logprobs, counts, strict=True)]

@@ -197,16 +197,16 @@ class GenerationOptions:
             raise UsageError("choices 'options' works only in batch, whose rows have options", "use two or more texts")
         if tokenizer.always_thinks:
             raise UsageError("this model thinks before every answer, so choices cannot be scored", "leave out choices")
-        every: list[list[int]] = []
+        every: dict[tuple[int, ...], list[int]] = {}
         for text in self.choices:
             ids = tokenizer.encode(text)
             if len(ids) > self.max_new_tokens:
                 message = f"the choice {shown(text)!r} has {len(ids):,} tokens, but an answer has at most {self.max_new_tokens:,}"
                 raise UsageError(message, "allow more (-n, max_new_tokens), or use a shorter choice")
-            if ids in every:
+            if tuple(ids) in every:
                 raise UsageError(f"the choice {shown(text)!r} has the same tokens as another choice", "leave one out")
-            every.append(ids)
-        return every
+            every[tuple(ids)] = ids
+        return list(every.values())
 
     def parse(self, answer: str) -> tuple[Any, Any]:
         """Parse a complete answer that follows `schema`.
@@ -233,7 +233,7 @@ class GenerationOptions:
 
 
 def _checked_stops(given: Any) -> list[str] | None:
-    """Validate stop strings. Return them as a list, or None if there are no stop strings.
+    """Validate stop strings. Return the different ones as a list, or None if there are no stop strings.
 
     Raises:
         UsageError: If the value isn't a string or a list of strings, or a string is empty or not valid Unicode.
@@ -247,7 +247,7 @@ def _checked_stops(given: Any) -> list[str] | None:
         raise UsageError("stop is an empty text", "use a text with at least one character")
     if not all(map(is_text, texts)):
         raise UsageError("stop is not valid text", "write it in UTF-8")
-    return list(texts) or None
+    return list(dict.fromkeys(texts)) or None
 
 
 def _checked_choices(given: Any) -> str | list[str] | None:

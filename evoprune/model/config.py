@@ -34,8 +34,10 @@ LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
 # The two types of language model layers.
 FULL = "full_attention"
 LINEAR = "linear_attention"
-EndIds = Annotated[  # IDs of the tokens that end an answer
-    int | tuple[int, ...] | None, Rule.whole(0, 2**31) | Rule.list_of(Rule.whole(0, 2**31))
+TOKEN = Rule.whole(0, 2**31)
+MAX_ENDS = 64  # maximum number of tokens that end an answer
+EndIds = Annotated[  # IDs of the tokens that end an answer, possibly with repetitions
+    int | tuple[int, ...] | None, TOKEN | Rule.set_of(TOKEN, MAX_ENDS)
 ]
 
 

@@ -12,6 +12,7 @@ from evoprune.language.settings import listed_choices
 from evoprune.report import Report, stats_block
 from evoprune.session.loading.model import load_model
 from evoprune.video_qa import VideoQA
+from tests.loading import edit
 from tests.tiny import save_tiny
 
 CLIP, QUESTION = "samples/square.mp4", "What colour is the square?"
@@ -55,6 +56,33 @@ def test_probabilities_are_those_of_the_tokens(loaded, model, score):
     assert answer.text == CHOICES[int(scores.argmax())]
     assert answer.ids == loaded(model).tokenizer.encode(answer.text)
     assert video.ask(QUESTION, max_new_tokens=6).ids == before  # scoring leaves nothing in the cache
+
+
+@pytest.fixture(scope="module")
+def probabilities(tmp_path_factory):
+    """A function that returns the probabilities of choices of a model with the given end tokens."""
+    folder = save_tiny(tmp_path_factory.mktemp("models") / "ends")
+    tokenizer = folder / "tokenizer_config.json"
+
+    def score(ends, **options):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        edit(folder / "config.json", eos_token_id=None, text_config=text | {"eos_token_id": None})
+        edit(tokenizer, eos_token=None)
+        video = VideoQA(load_model(str(folder), dtype="fp32", pack=False)).encode(CLIP, frames=4)
+        return [each["probability"] for each in video.ask(QUESTION, choices=CHOICES, **options).choices]
+
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    return score
+
+
+@pytest.mark.parametrize("score", ["sum", "mean"])
+def test_repeated_end_tokens_change_no_probability(probabilities, score):
+    once, often = (probabilities(ends, choice_score=score) for ends in ([7, 8], [7] * 6 + [8]))
+    assert often == pytest.approx(once)
+
+
+def test_a_model_without_end_tokens_chooses(probabilities):
+    assert sum(probabilities([])) == pytest.approx(1)
 
 
 def test_choices_with_the_same_beginning_are_read_together(loaded, monkeypatch):
@@ -154,3 +182,7 @@ def test_what_was_typed_becomes_a_list():
     assert listed_choices(["red, green", "blue"]) == ["red", "green", "blue"]
     assert listed_choices(["options"]) == "options" and listed_choices(["options,red"]) == ["options", "red"]
     assert GenerationOptions(choices=("a", "b")).choices == ["a", "b"]
+
+
+def test_stops_count_once():
+    assert GenerationOptions(stop=["b", "a"] * 1000).stop == ["b", "a"]

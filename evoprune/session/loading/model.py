@@ -422,7 +422,7 @@ def read_generation(folder: Path | None) -> GenerationSettings:
 def eos_ids(
     folder: Path | None, generation: GenerationSettings, config: Config, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Return the IDs of the tokens that end an answer.
+    """Return the different IDs of the tokens that end an answer.
 
     They are read from generation_config.json, falling back to config.json and then to the tokenizer. Tokens outside the model's
     vocabulary are omitted with a warning.
@@ -441,6 +441,7 @@ def eos_ids(
         ids = ()
     if not isinstance(ids, tuple):
         ids = (ids,)
+    ids = tuple(dict.fromkeys(ids))
     if never := [token for token in ids if token >= config.text_config.vocab_size]:
         message = f"eos_token_id {', '.join(map(str, never))} is not in the vocabulary"
         if len(never) == len(ids):

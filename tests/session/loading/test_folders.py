@@ -685,7 +685,8 @@ def test_an_answer_must_be_able_to_end(folder, where):
 
 
 @pytest.mark.parametrize(
-    ("ends", "expected"), [(7, (7,)), ([7, 8], (7, 8)), ([7, 5000], (7,)), ([], (400,)), (None, (400,))]
+    ("ends", "expected"),
+    [(7, (7,)), ([7, 8], (7, 8)), ([8, 7] * 5000, (8, 7)), ([7, 5000], (7,)), ([], (400,)), (None, (400,))],
 )
 def test_end_tokens(folder, ends, expected):
     """If some ids are valid, the invalid ones only cause a warning."""
@@ -693,3 +694,10 @@ def test_end_tokens(folder, ends, expected):
     wrong = pytest.warns(ModelWarning, match="eos_token_id 5000 is not in the vocabulary")
     with wrong if ends == [7, 5000] else nullcontext():
         assert load_model(str(folder)).eos_ids == expected
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_thousands_of_end_tokens_are_refused(folder, where):
+    (folder / "generation_config.json").write_text("{}")
+    edit(folder / where, eos_token_id=[*range(60_000)])
+    assert "eos_token_id is [0, 1, 2, 3, 4, 5, ...], not a whole number" in error_of(folder)
