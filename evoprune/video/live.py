@@ -110,7 +110,7 @@ class LiveSource:
             finite = False
             connects = last is not None
             try:
-                with closing(self._connected(due_here)) as frames:
+                with closing(self._connected(due_here, fresh=tries > 0)) as frames:
                     self.facts = next(frames)
                     finite = self.facts.pop("finite")
                     started = time.monotonic()
@@ -147,9 +147,9 @@ class LiveSource:
         if worker := self._worker:
             worker.kill()
 
-    def _connected(self, due: Due) -> Iterator:
+    def _connected(self, due: Due, fresh: bool) -> Iterator:
         """Start a `LiveReader` in a worker process. Yields its facts first, then its frames. The process is killed on exit."""
-        with borrow(self.name) as worker:
+        with borrow(self.name, fresh) as worker:
             self._worker = worker
             if self._closing.is_set():
                 raise VideoError(f"{self.name} is closed")

@@ -4,11 +4,13 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import UsageError
 from evoprune.video.info import AUDIO_RATE, Video
 
 if TYPE_CHECKING:
@@ -62,19 +64,25 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
         start_s, end_s: Start and end of the span, in seconds from the first video frame.
 
     Raises:
-        VideoError: The file has become unreadable, or the worker process crashed. See also `isolation.run_task`.
+        VideoError: The file has become unreadable. See also `isolation.run_task`.
     """
-    if not info.has_sound:
-        return
+    from evoprune.video.sandbox.isolation import with_retry
+
+    if info.has_sound:
+        with closing(with_retry(partial(_read_once, info, start_s, end_s))) as pieces:
+            yield from pieces
+
+
+def _read_once(info: Video, start_s: float, end_s: float, fresh: bool) -> Iterator[SoundPiece]:
     import numpy as np
 
     from evoprune.video.sandbox.channel import FrameMemory
-    from evoprune.video.sandbox.isolation import HINT, borrow
+    from evoprune.video.sandbox.isolation import HINT, Crash, borrow
 
     size = 4 * round(PIECE_S * AUDIO_RATE)
     # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
-    with borrow(info.path) as worker:
+    with borrow(info.path, fresh) as worker:
         message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})
         done = False
         after_s = -math.inf
@@ -89,7 +97,7 @@ def read_audio(info: Video, start_s: float, end_s: float) -> Iterator[SoundPiece
             if not count and done:
                 at_s = end_s
             if not (0 <= count <= size // 4 and at_s >= max(start_s, after_s) - 1 and at_s <= end_s):
-                raise VideoError(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
+                raise Crash(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)
             samples = content.view(np.float32)[:count]
             piece = SoundPiece(at_s, np.clip(np.nan_to_num(samples), -1.0, 1.0), said["damaged"])
             del samples, content

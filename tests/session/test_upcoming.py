@@ -19,10 +19,10 @@ GATE_S = 60  # longer than `check_ended` waits, so a thread that is left at a ga
 
 @pytest.fixture(autouse=True)
 def no_thread_stays():
-    before, idle = set(threading.enumerate()), isolation._max_idle
+    before, idle = set(threading.enumerate()), isolation._max_idle()
     yield
     check_ended(before)
-    assert isolation._max_idle == idle
+    assert isolation._max_idle() == idle
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
+from evoprune.video import cut_clip, read_audio
 from evoprune.video.frames import probe, read_chunks, scan
 from evoprune.video.sandbox import channel, isolation
 from tests.video.files import number_of, numbered_frames, numbers, pixels, write_video
@@ -86,6 +87,35 @@ def test_frames_are_counted_while_they_are_read(named, good, started):
     assert scan(good, on_frames=seen.append).frames == 20 and seen == sorted(seen) and max(seen, default=0) <= 20
 
 
+@pytest.mark.few(4)
+@pytest.mark.parametrize("how", ["read_chunks", "scan"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        isolation.Crash("a video of the callback"), TimeoutError(), OSError(5, "lost"), ValueError(), EOFError(), RecursionError(),
+        MemoryError(), isolation.Stopped(), KeyError("a"), KeyboardInterrupt(),
+    ],
+    ids=lambda problem: type(problem).__name__,
+)  # fmt: skip
+def test_what_a_callback_raises_is_the_callers_own(problem, how, named, good, started):
+    """It is never mistaken for an error of the process, so nothing is read again, and the process is killed."""
+    calls = []
+
+    def told(frames):
+        calls.append(frames)
+        raise problem
+
+    info = probe(named("later_slow"))
+    if how == "scan":
+        isolation.end_all()  # a new process reports for the first time at once
+        started.clear()
+    with pytest.raises(type(problem)) as caught:
+        scan(good, on_frames=told) if how == "scan" else list(read_chunks(info, TIMES, on_frames=told))
+    assert caught.value is problem and len(calls) == 1
+    assert len(started) == 1 and gone(started[0])
+    assert numbers(probe(good), TIMES) == list(range(20))
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_what_reads_is_stopped_from_another_thread(stopped, named, good, started):
     """Reading stops immediately, whatever the process is doing. It is not retried, and no other reading can start in the scope."""
@@ -151,6 +181,44 @@ def test_a_process_that_an_earlier_video_has_spoilt_is_replaced(named, started):
     assert info.frames_total == 20 and len(started) == 2
     os.rmdir(info.path + ".done")
     assert numbers(info, TIMES, chunk_bytes=SMALL) == list(range(20)) and len(started) == 3
+
+
+READING = {
+    "once_crash": probe,
+    "first_once_crash": lambda path: list(read_chunks(probe(path), TIMES)),
+    "sound_once_crash": lambda path: list(read_audio(probe(path), 0.0, 1.0)),
+    "clip_once_crash": lambda path: cut_clip(probe(path), 0.0, 1.0, f"{path}.clips"),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_retry_starts_a_new_process(name, tmp_path, good, started):
+    """Processes that are idle have read other videos, so they may have been spoilt, too."""
+    path = write_video(tmp_path / f"{name}.mp4", numbered_frames(20), audio_s=2.0)
+    with isolation.borrow("a"), isolation.borrow("b"):
+        pass
+    assert READING[name](str(path)) and len(started) == 3
+    assert probe(good).frames_total == 20 and sum(map(lives, started)) == 2
+
+
+def test_limits_on_idle_processes_that_overlap(good, started):
+    """Each limit ends with its own block, whatever the order. Processes that are too many then end at once."""
+
+    def idle_after(count):
+        chunks = [read_chunks(probe(good), TIMES, chunk_bytes=SMALL) for _ in range(count)]
+        for each in chunks:
+            next(each)
+        for each in chunks:
+            list(each)
+        return sum(map(lives, started))
+
+    first, second = isolation.keep_idle(2), isolation.keep_idle(3)
+    with first:
+        second.__enter__()
+        assert idle_after(5) == 5
+    assert sum(map(lives, started)) == 3
+    second.__exit__(None, None, None)
+    assert sum(map(lives, started)) == isolation.MAX_IDLE == idle_after(3)
 
 
 @pytest.mark.parametrize("for_memory", [False, True])

@@ -107,10 +107,24 @@ class UnrulyClip(worker.ClipReader):
         return super().fill(content)
 
 
+class UnrulySound(worker.SoundReader):
+    """Misbehaves before it returns sound, if the file's name begins with `sound_`."""
+
+    def __init__(self, info, **how):
+        super().__init__(info, **how)
+        self.path = info.path
+
+    def fill(self, content):
+        if "sound_" in self.path:
+            behave(self.path.replace("sound_", ""))
+        return super().fill(content)
+
+
 def main(socket: int) -> None:
     channel.ALIVE_EVERY_S = 0.05
     probe = worker.probe
     worker.TASKS["probe"] = lambda path, folder_fps: behave(path) or probe(path, folder_fps)
     worker.FrameReader = UnrulyReader
     worker.ClipReader = UnrulyClip
+    worker.SoundReader = UnrulySound
     worker.main(socket)

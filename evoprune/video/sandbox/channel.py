@@ -11,8 +11,8 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,13 @@ ALIVE_EVERY_S = 1.0  # minimum interval between heartbeats
 _LENGTH = struct.Struct("<I")
 # Heartbeat marker. It is sent instead of a message length and is followed by the number of finished frames.
 _ALIVE = _LENGTH.pack(0)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A sign of life from a worker that is still working on an answer."""
+
+    done: int  # number of frames finished so far
 
 
 class Channel:
@@ -63,36 +70,32 @@ class Channel:
             self._reported = now
             self._socket.sendall(_ALIVE + _LENGTH.pack(min(self.done, LARGEST)))
 
-    def receive(
-        self, patience_s: float | None = None, on_alive: Callable[[int], None] | None = None
-    ) -> tuple[dict, int | None]:
-        """Wait for the next message.
+    def receive(self, patience_s: float | None = None) -> tuple[dict | Heartbeat, int | None]:
+        """Wait for the next message or heartbeat.
 
         Args:
-            patience_s: Timeout in seconds, or None to wait forever. Each heartbeat restarts the timeout.
-            on_alive: Called at every heartbeat with the number of finished frames.
+            patience_s: Timeout in seconds, or None to wait forever.
 
         Returns:
-            The message and its file descriptor, or None if there is none. The caller must close the descriptor.
+            The message or heartbeat, and the message's file descriptor, or None if there is none. The caller must close the
+            descriptor.
 
         Raises:
             EOFError: The other end was closed.
-            TimeoutError: Neither a message nor a heartbeat arrived within `patience_s`.
+            TimeoutError: Nothing arrived within `patience_s`.
         """
         self._socket.settimeout(patience_s)
-        while True:
-            head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, self._descriptors)
-            if not head:
-                raise EOFError
-            (length,) = _LENGTH.unpack(head + self._exactly(_LENGTH.size - len(head)))
-            if length > LARGEST:
-                raise OSError(f"a message of {length:,} bytes")
-            if length:
-                message = json.loads(self._exactly(length))
-                return message, next(iter(descriptors), None)
+        head, descriptors, _, _ = socket.recv_fds(self._socket, _LENGTH.size, self._descriptors)
+        if not head:
+            raise EOFError
+        (length,) = _LENGTH.unpack(head + self._exactly(_LENGTH.size - len(head)))
+        if length > LARGEST:
+            raise OSError(f"a message of {length:,} bytes")
+        if not length:
             (done,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-            if on_alive:
-                on_alive(done)
+            return Heartbeat(done), None
+        message = json.loads(self._exactly(length))
+        return message, next(iter(descriptors), None)
 
     def _exactly(self, size: int) -> bytes:
         content = bytearray()

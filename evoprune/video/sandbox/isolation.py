@@ -20,16 +20,15 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import evoprune
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, VideoError, process_error
 from evoprune.video.info import Video
-from evoprune.video.sandbox.channel import Channel, FrameMemory
+from evoprune.video.sandbox.channel import Channel, FrameMemory, Heartbeat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +41,7 @@ POLL_S = 0.1  # interval at which a waiting thread checks whether its result is 
 # The same applies to frozen programs, because their executable is not Python.
 POSSIBLE = sys.platform == "linux" and bool(sys.executable) and not hasattr(sys, "frozen")
 FilledArray = tuple["np.ndarray", dict[str, Any]]  # uint8 [n, H, W, 3], and the result of `worker.FrameReader.fill`
-OnFrames = Callable[[int], None]
+T = TypeVar("T")
 # The program that a worker process runs. It uses the same import paths as this process.
 PROGRAM = "import sys; sys.path[:] = {paths}; from evoprune.video.sandbox.worker import main; main({socket})"
 ERRORS = {error.type: error for error in (UsageError, VideoError, OutOfMemory)}
@@ -148,26 +147,35 @@ class WorkerProcess:
         except OSError as error:
             raise self._crash() from error
 
-    def answer(self, on_frames: OnFrames | None = None) -> Any:
-        """Wait for the result of the pending request and return it.
+    def answer(self) -> Any:
+        """Wait for the result of the pending request and return it. Raises the same errors as `replies`."""
+        *_, result = self.replies()
+        return result
 
-        Args:
-            on_frames: Called about once a second with the number of frames read so far.
+    def replies(self) -> Iterator[Any]:
+        """Yield about one `Heartbeat` a second until the pending request is finished, and then its result.
 
         Raises:
-            Crash: The process crashed or exceeded its memory limit. `run_task` catches this error and retries the request once.
+            Crash: The process crashed or exceeded its memory limit. `with_retry` catches this error and starts over once.
             Stopped: Another thread called `stop`.
             VideoError, OutOfMemory, UsageError: See `run_task`.
         """
+        while isinstance(message := self._receive(), Heartbeat):
+            yield message
+        yield self._result(message)
+
+    def _receive(self) -> dict[str, Any] | Heartbeat:
         try:
-            message, _ = self._channel.receive(SILENCE_S, on_frames)
+            return self._channel.receive(SILENCE_S)[0]
         except TimeoutError as error:
             message = f"reading {self.path} is stuck: no progress for {SILENCE_S:g} s"
             raise VideoError(message, HINT) from error
         except (OSError, EOFError, ValueError, RecursionError) as error:
             raise self._crash() from error
+
+    def _result(self, message: dict[str, Any]) -> Any:
         self._answered = True
-        # An earlier video may have exhausted this process's memory. Raising Crash causes `run_task` to retry in a new process.
+        # An earlier video may have exhausted this process's memory. Raising Crash causes a retry in a new process.
         if limit := message.get("memory"):
             raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
         self.busy = False
@@ -247,8 +255,11 @@ class InProcess:
             message["arguments"] |= {"descriptor": os.dup(descriptor)}
         self._pending = partial(self._server.result, message)
 
-    def answer(self, on_frames: OnFrames | None = None) -> Any:
+    def answer(self) -> Any:
         return self._pending()
+
+    def replies(self) -> Iterator[Any]:
+        yield self.answer()
 
     def kill(self) -> None:
         """Do nothing, because requests in the current process cannot be killed."""
@@ -260,24 +271,34 @@ class InProcess:
 _idle: list[WorkerProcess] = []
 # The lock is reentrant, because a garbage-collected iterator may return its process while the same thread holds the lock.
 _lock = threading.RLock()
-_max_idle = MAX_IDLE
+# Limits on idle processes set by the `keep_idle` blocks that are currently running. Each block has its own key.
+_idle_limits: dict[object, int] = {}
 
 
 @contextmanager
 def keep_idle(count: int) -> Iterator[None]:
-    """Raise the limit on idle processes to `count` during a `with` block that reads up to `count` videos in parallel."""
-    global _max_idle
-    before = _max_idle
-    _max_idle = max(before, count)
+    """Allow `count` idle processes during a `with` block that reads up to `count` videos in parallel.
+
+    If several blocks run at the same time, their counts are added. When a block ends, idle processes above the new limit are
+    killed.
+    """
+    block = object()
+    with _lock:
+        _idle_limits[block] = count
     try:
         yield
     finally:
-        _max_idle = before
         with _lock:
-            ended = _idle[before:]
-            del _idle[before:]
+            _idle_limits.pop(block, None)  # missing in a forked child process
+            limit = _max_idle()
+            ended = _idle[limit:]
+            del _idle[limit:]
         for worker in ended:
             worker.end()
+
+
+def _max_idle() -> int:
+    return max(MAX_IDLE, sum(_idle_limits.values()))
 
 
 class Scope:
@@ -364,8 +385,8 @@ def warm_up() -> None:
 
 
 @contextmanager
-def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
-    """Yield a worker process for reading one video, reusing an idle process if possible.
+def borrow(path: str, fresh: bool = False) -> Iterator[WorkerProcess | InProcess]:
+    """Yield a worker process for reading one video, reusing an idle process unless `fresh` is True.
 
     On exit, the process becomes idle again. It is killed instead if a request is still pending, if the process was stopped, or if
     there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current process.
@@ -377,7 +398,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
     worker = None
     while worker is None:
         with _lock:
-            if _idle:
+            if _idle and not fresh:
                 worker = _idle.pop()
         if worker is None:
             try:
@@ -395,7 +416,7 @@ def borrow(path: str) -> Iterator[WorkerProcess | InProcess]:
             yield worker
     finally:
         with _lock:
-            kept = not (worker.busy or worker.stopped) and len(_idle) < _max_idle
+            kept = not (worker.busy or worker.stopped) and len(_idle) < _max_idle()
             if kept:
                 _idle.append(worker)
         if not kept:
@@ -414,9 +435,10 @@ def end_all() -> None:
 
 def _forget() -> None:
     """Forget all worker processes. Called in forked child processes, because the worker processes belong to the parent."""
-    global _lock, _idle
+    global _lock, _idle, _idle_limits
     _lock = threading.RLock()
     _idle = []
+    _idle_limits = {}
 
 
 if hasattr(os, "register_at_fork"):
@@ -424,7 +446,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_task(
-    task: str, path: str, arguments: dict[str, Any], on_frames: OnFrames | None = None
+    task: str, path: str, arguments: dict[str, Any], on_frames: Callable[[int], None] | None = None
 ) -> dict[str, Any] | None:
     """Run a task from `worker.TASKS` in a worker process and return the result as a dict, or None if there is no result.
 
@@ -432,7 +454,8 @@ def run_task(
         task: Name of the task.
         path: Path of the video, for error messages.
         arguments: Keyword arguments for the task.
-        on_frames: See `WorkerProcess.answer`.
+        on_frames: Called about once a second with the number of frames read so far. If it raises an exception, the process is
+            killed.
 
     Raises:
         VideoError: The process crashed or exceeded its memory limit twice, or reported no progress for `SILENCE_S`; or the task
@@ -440,13 +463,47 @@ def run_task(
         OutOfMemory: There was not enough memory to start a process, or the system killed the process because it ran out of memory.
         UsageError: No process can be started, or the task raised UsageError.
     """
-    for again in (True, False):
+
+    def replies(fresh: bool) -> Iterator[Any]:
+        with borrow(path, fresh) as worker:
+            worker.send(worker.request(task, arguments))
+            yield from worker.replies()
+
+    with closing(with_retry(replies)) as both:
+        for reply in both:
+            if not isinstance(reply, Heartbeat):
+                return reply
+            if on_frames:
+                on_frames(reply.done)
+
+
+def with_retry(attempt: Callable[[bool], Iterator[T]]) -> Iterator[Heartbeat | T]:
+    """Yield the replies of an attempt. If its process crashes, start over once, and skip the results that were already yielded.
+
+    The caller passes heartbeats on to callbacks. This function must not call any, because it could not tell their exceptions from
+    a crash.
+
+    Args:
+        attempt: A function that yields heartbeats and results. Its argument is True if it has to start a new process, because an
+            earlier video may have caused the crash.
+    """
+    done = 0
+    for again in (False, True):
+        skipped = done
         try:
-            with borrow(path) as worker:
-                worker.send(worker.request(task, arguments))
-                return worker.answer(on_frames)
+            with closing(attempt(again)) as replies:
+                for reply in replies:
+                    if isinstance(reply, Heartbeat):
+                        yield reply
+                    elif skipped:
+                        skipped -= 1
+                    else:
+                        done += 1
+                        yield reply
+                    del reply  # drop this reference, so that the memory is reused once the caller drops its own
+            return
         except Crash:
-            if not again:
+            if again:
                 raise
 
 
@@ -455,7 +512,7 @@ def stream_frames(
     times_s: Sequence[float],
     sizes: Sequence[int],
     how: dict[str, Any],
-    on_frames: OnFrames = lambda frames: None,
+    on_frames: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[FilledArray]:
     """Yield arrays of the frames on screen at the requested times (see `frames.read_chunks`).
 
@@ -468,59 +525,57 @@ def stream_frames(
         on_frames: Called about once a second, from the thread that iterates, with a lower bound on the number of frames read so
             far.
     """
-    stream = partial(_stream_once, on_frames=on_frames)
-    done = 0
-    try:
-        with closing(stream(info, times_s, sizes, how)) as arrays:
-            for filled in arrays:
-                done += 1
-                yield filled
-    except Crash:
-        # Request all times again, because the choice between exact frames and keyframes depends on all times.
-        with closing(stream(info, times_s, sizes, how)) as arrays:
-            yield from islice(arrays, done, None)
+    # A retry requests all times again, because the choice between exact frames and keyframes depends on all times.
+    with closing(with_retry(partial(_stream_once, info, times_s, sizes, how))) as replies:
+        for reply in replies:
+            if isinstance(reply, Heartbeat):
+                on_frames(reply.done)
+            else:
+                yield reply
+            del reply  # drop this reference, so that the memory is reused once the caller drops its own
 
 
 def _stream_once(
-    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any], on_frames: OnFrames
-) -> Iterator[FilledArray]:
+    info: Video, times_s: Sequence[float], sizes: Sequence[int], how: dict[str, Any], fresh: bool
+) -> Iterator[Heartbeat | FilledArray]:
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
     frames_filled = 0  # total number of frames in the filled arrays
-
-    def count(frames: int) -> None:
-        on_frames(frames_filled + frames)
-
-    with borrow(info.path) as worker:
+    with borrow(info.path, fresh) as worker:
         begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
         # Open the video and request the first array in the same message, because a round trip takes as long as reading a small
         # image.
         next_array = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
-        for number, shape in enumerate(shapes[1:], 2):
-            filled = next_array, worker.answer(count)
+        for number in range(1, len(shapes) + 1):
+            for reply in worker.replies():
+                if isinstance(reply, Heartbeat):
+                    yield Heartbeat(frames_filled + reply.done)
+            filled = next_array, reply
             frames_filled += len(next_array)
-            del next_array  # drop this reference, so that the memory is reused once the caller drops its own
-            next_array = worker.ask_to_fill(memory, shape, {"last": number == len(shapes)})
-            yield filled
-            del filled
-        filled = next_array, worker.answer(count)
-        del next_array
+            next_array = None
+            if number < len(shapes):
+                next_array = worker.ask_to_fill(memory, shapes[number], {"last": number + 1 == len(shapes)})
+                yield filled
+                filled = None  # drop this reference, so that the memory is reused once the caller drops its own
     yield filled
 
 
-def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
+def stream_clip(
+    info: Video, how: dict[str, Any], fresh: bool = False
+) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
     """Cut a clip in a worker process. Yields the `facts` of the `cutting.ClipReader`, and then the clip's contents in pieces.
 
     Each piece is a tuple (file offset, bytes). Pieces may overwrite earlier bytes, but they never leave a hole in the file.
 
     Args:
         how: Additional keyword arguments for `ClipReader`.
+        fresh: Whether to start a new process.
 
     Raises:
         VideoError, OutOfMemory, UsageError: See `run_task`. Unlike `run_task`, this function does not retry after a crash, so the
             caller has to call it again.
     """
-    with closing(_clip_pieces(info, how)) as pieces:
+    with closing(_clip_pieces(info, how, fresh)) as pieces:
         yield next(pieces)
         size = 0
         for at, content in pieces:
@@ -530,10 +585,10 @@ def stream_clip(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | t
             yield at, content
 
 
-def _clip_pieces(info: Video, how: dict[str, Any]) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
+def _clip_pieces(info: Video, how: dict[str, Any], fresh: bool) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
     # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * CLIP_PIECE)
-    with borrow(info.path) as worker:
+    with borrow(info.path, fresh) as worker:
         worker.send(worker.request("clip", {"info": asdict(info), **how}))
         yield worker.answer()
         done = False
