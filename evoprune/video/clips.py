@@ -75,11 +75,11 @@ def cut_clip(
     try:
         with _unfinished(folder, name) as file:
             try:
-                facts = _write(info, how, file)
+                facts = _write(stream_clip(info, how), info, file)
             except Crash:  # try again in a new process, because an earlier video may have caused the crash
                 file.seek(0)
                 file.truncate()
-                facts = _write(info, how, file, fresh=True)
+                facts = _write(stream_clip(info, how, fresh=True), info, file)
             if facts["loses_sound"]:
                 warnings.warn(f"{info.path}: clips have no sound ({NO_SOUND_REASON})", EvopruneWarning, stacklevel=2)
             file.close()
@@ -111,9 +111,9 @@ def _unfinished(folder: str, name: str) -> Iterator[BinaryIO]:
                 os.unlink(path)
 
 
-def _write(info: Video, how: dict[str, Any], file: BinaryIO, fresh: bool = False) -> dict[str, Any]:
-    """Cut a clip and write it to a file piece by piece. Returns facts about the clip (see the `facts` of `cutting.ClipReader`)."""
-    with closing(stream_clip(info, how, fresh)) as pieces:
+def _write(stream: Iterator, info: Video, file: BinaryIO) -> dict[str, Any]:
+    """Write a clip from `stream_clip` to a file piece by piece. Returns the clip's facts (see `cutting.ClipReader`)."""
+    with closing(stream) as pieces:
         facts = next(pieces)
         if facts["ending"] not in CLIP_ENDINGS:  # must be validated, because it becomes part of a file name
             raise Crash(f"the decoder crashed on {info.path} (its answer is invalid)", HINT)

@@ -340,8 +340,8 @@ def test_a_clip_of_many_pieces(monkeypatch, folder, tmp_path):
     stream = isolation.stream_clip
     sizes = []
 
-    def counted(*given):
-        pieces = stream(*given)
+    def counted(info, how):
+        pieces = stream(info, how)
         yield next(pieces)
         for at, content in pieces:
             sizes.append(len(content))
