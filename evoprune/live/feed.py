@@ -5,7 +5,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from enum import Enum
 from math import ceil, floor, inf
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +17,18 @@ from evoprune.video import LiveSource
 
 HOLD_S = 0.05  # polling interval in seconds while a frame is held back
 TARGET_UTILIZATION = 0.97  # target fraction of time that the encoder is busy while frames are being skipped
+
+
+class End(Enum):
+    """The type of `END`, which is false like None, so that only frames are true."""
+
+    END = False
+
+    def __bool__(self) -> bool:
+        return self.value
+
+
+END = End.END
 
 
 class Backlog:
@@ -80,11 +94,12 @@ class Backlog:
             self._waiting.append((time_s, frame))
             self._changed.notify_all()
 
-    def take(self, patience_s: float) -> tuple[float, np.ndarray] | None:
+    def take(self, patience_s: float) -> tuple[float, np.ndarray] | Literal[End.END] | None:
         """Remove and return the oldest queued frame.
 
         Returns:
-            The frame's timestamp and pixels, or None if the source has ended or no frame arrives within `patience_s` seconds.
+            The frame's timestamp and pixels; None if no frame arrives within `patience_s` seconds; or `END` if the source has ended
+            and all its frames have been taken.
         """
         with self._changed:
             begun = self._now()
@@ -93,7 +108,7 @@ class Backlog:
                 self._changed.wait_for(lambda: self._waiting or self.ended, patience_s)
                 self._idle += self._now() - begun
             if not self._waiting:
-                return None
+                return END if self.ended else None
             time_s, frame = self._waiting.popleft()
             self._encoder_waits = False
             self.lag_s = max(0.0, self._now() - self._late_s - time_s)
@@ -232,7 +247,7 @@ class LiveFeed:
         stream = self._stream
         backlog = self.backlog
         try:
-            while (timed_frame := backlog.take(0.1)) or not backlog.ended:
+            while (timed_frame := backlog.take(0.1)) is not END:
                 stream.skipped = backlog.skipped
                 stream.lag_s = backlog.lag_s
                 if timed_frame is None:

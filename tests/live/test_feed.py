@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from evoprune.live.feed import Backlog
+from evoprune.live.feed import END, Backlog, LiveFeed
 
 WINDOW_S, STEP_S = 8.0, 0.5
 FRAME = np.zeros((1, 1, 3), np.uint8)
@@ -146,3 +146,77 @@ def test_a_stall_is_no_lag():
         assert backlog.take(0.0) and backlog.take(0.0) is None
         assert backlog.lag_s == 0.0
     assert backlog.skipped == 0
+
+
+class Stream:
+    """Records the times of the frames that it is fed."""
+
+    step_s, encoded, skipped, lag_s, facts = STEP_S, 0, 0, 0.0, {}
+
+    def __init__(self):
+        self.times = []
+
+    def scaled(self, frame):
+        return frame
+
+    def add(self, frame, time_s):
+        self.times.append(time_s)
+
+    def flush(self):
+        self.times.append("flushed")
+
+    def catch_up(self):
+        pass
+
+    close = catch_up
+
+
+class Source:
+    """Yields frames at the given times. It waits before the last frame until `go` is set."""
+
+    waits, facts = False, {}
+
+    def __init__(self, times):
+        self.times, self.go = times, threading.Event()
+
+    def frames(self, due):
+        for time_s in self.times:
+            if time_s == self.times[-1]:
+                self.go.wait(10)
+            yield time_s, FRAME
+
+    def close(self):
+        self.go.set()
+
+
+@pytest.mark.parametrize("times", [[0.0], [0.0, 1.0], [0.0, 0.5, 1.0]])
+def test_a_frame_right_before_the_end_is_encoded(times, monkeypatch):
+    """The encoder finds no frame, and its thread is stopped for a moment. Meanwhile, the last frame and the end arrive."""
+    source, stream, take = Source(times), Stream(), Backlog.take
+
+    def slow(backlog, patience_s):
+        taken = take(backlog, patience_s)
+        if taken is None:
+            source.go.set()
+            feed._threads[0].join(10)
+        return taken
+
+    monkeypatch.setattr(Backlog, "take", slow)
+    feed = LiveFeed(stream, source, WINDOW_S)
+    assert feed.ended.wait(10) and feed.problem is None and source.go.is_set()
+    feed.__exit__()
+    assert stream.times == [*times, "flushed"]
+
+
+def test_the_end_comes_after_every_frame():
+    backlog = Backlog(WINDOW_S, STEP_S)
+    assert backlog.take(0.0) is None
+    backlog.put(0.0, FRAME)
+    backlog.put(0.5, FRAME)
+    backlog.end()
+    assert [backlog.take(10.0)[0] for _ in range(2)] == [0.0, 0.5]
+    assert backlog.take(10.0) is END and backlog.take(10.0) is END
+    backlog = Backlog(WINDOW_S, STEP_S)
+    backlog.put(0.0, FRAME)
+    backlog.end(drop=True)
+    assert backlog.take(10.0) is END
