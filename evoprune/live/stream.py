@@ -120,16 +120,30 @@ class PriorityLock:
     def __init__(self):
         self.lock = RLock()  # for work without priority
         self.generating = False  # True after the question has been prefilled, so the encoder may run between tokens
-        self._calm = Event()
+        self._counting = Lock()
+        self._users = 0  # number of answers waiting for the lock or holding it
+        self._calm = Event()  # set if there are none
         self._calm.set()
 
     def __enter__(self) -> None:
-        self._calm.clear()
-        self.lock.acquire()
+        with self._counting:
+            self._users += 1
+            self._calm.clear()
+        try:
+            self.lock.acquire()
+        except BaseException:  # Ctrl-C
+            self._leave()
+            raise
 
     def __exit__(self, *problem) -> None:
         self.lock.release()
-        self._calm.set()
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._counting:
+            self._users -= 1
+            if not self._users:
+                self._calm.set()
 
     @property
     def wanted(self) -> bool:

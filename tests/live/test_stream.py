@@ -13,6 +13,7 @@ import torch
 from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
+from evoprune.live.stream import PriorityLock
 from evoprune.session import load_model
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
@@ -484,3 +485,30 @@ def test_the_array_of_a_frame_may_be_reused(demo):
                 stream.add(held if reused else held.copy(), number / 2)
             kept.append(stream.ask(QUESTION, max_new_tokens=4).ids)
     assert kept[0] == kept[1]
+
+
+def test_the_encoder_waits_for_every_question():
+    """Two questions want the lock. After the first one, the lock is still wanted, and the encoder still waits."""
+    lock, second_has_it, second_ends, seen = PriorityLock(), threading.Event(), threading.Event(), []
+    begun = threading.Event()
+
+    def second():
+        begun.set()
+        with lock:
+            seen.append(lock.wanted)
+            second_has_it.set()
+            second_ends.wait(10)
+
+    with lock:
+        asking = threading.Thread(target=second)
+        asking.start()
+        assert begun.wait(10)
+        time.sleep(0.05)  # by now it waits
+    assert second_has_it.wait(10) and lock.wanted and seen == [True]
+    encoding = threading.Thread(target=lambda: (lock.pause(), seen.append("encoded")))
+    encoding.start()
+    encoding.join(0.05)
+    assert encoding.is_alive() and seen == [True]
+    second_ends.set()
+    asking.join(10), encoding.join(10)
+    assert seen == [True, "encoded"] and not lock.wanted
