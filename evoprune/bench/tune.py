@@ -53,7 +53,7 @@ from evoprune.session import (
     load_model,
     open_inputs,
 )
-from evoprune.util import counted
+from evoprune.util import counted, listed, one_line
 from evoprune.video import SamplingOptions
 
 BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
@@ -61,7 +61,7 @@ BUDGETS = (0.5, 0.35, 0.25, 0.15, 0.1)
 # selection before the tower, and tokens spread evenly over time.
 METHODS = ("evoprune", "evoprune:rows=1", "evoprune:first=0:rows=0.5", "evoprune:floor=1", "evoprune-paper")
 FIRST = 2  # number of videos on which to try all candidates
-MIN_CANDIDATES = 3  # minimum number of candidates to continue with, even if there is not enough time
+MIN_CANDIDATES = 3  # minimum number of candidates to continue with and to compare on another video
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Trial(NamedTuple):
     took_s: float  # duration of the trial, in seconds
     kept: float  # fraction of the visual tokens that were kept
     live: float  # fraction of the tower's rows that were computed
+    video: int = 0  # index of the video
 
 
 Known = dict[Candidate, list[Trial]]
@@ -157,6 +158,10 @@ def search(
 ) -> Iterator[tuple[Candidate, int]]:
     """Try candidates on one video at a time until time runs out, adding the results to `known`.
 
+    Candidates with the same number of trials were always tried on the same videos, and candidates with more trials on these videos
+    and others. If there is only enough time for some of the candidates on a video, the most promising ones are tried on it, and the
+    search continues with them alone. If there are too few to compare, the results on that video are discarded.
+
     Args:
         known: The trials so far, keyed by candidate.
         goal: The required agreement.
@@ -175,12 +180,45 @@ def search(
             rounds = len(all_rounds) - number
             alive = alive[: affordable(alive, known, len(these), videos - these.start, rounds, left())]
         for video in these:
-            for candidate in alive:
-                took = [earlier.took_s for earlier in known[candidate]]
-                expected = mean(took) if took else first_guess(video)
-                if left() >= expected:
+            first = not any(known.values())
+            if first:
+                others = range(video + 1, videos)
+                if (
+                    len(alive) * first_guess(video)
+                    > left()
+                    >= len(alive) * min(map(first_guess, others), default=math.inf)
+                ):
+                    continue  # all candidates can be compared on another video
+                enough = 1
+            else:
+                alive = [candidate for candidate in promising(known, goal) if candidate in alive]
+                enough = min(MIN_CANDIDATES, len(alive))
+            tried: dict[Candidate, Trial] = {}
+            expected = {
+                candidate: mean(earlier.took_s for earlier in known[candidate])
+                if known[candidate]
+                else first_guess(video)
+                for candidate in alive
+            }
+            if left() < sum(expected[candidate] for candidate in alive[:enough]):
+                continue
+            try:
+                for candidate in alive:
+                    if left() < expected[candidate]:
+                        break
                     yield candidate, video
-                    known[candidate].append(trial(candidate, video))
+                    tried[candidate] = trial(candidate, video)._replace(video=video)
+            finally:  # also after Ctrl-C
+                if len(tried) >= enough:
+                    for candidate, result in tried.items():
+                        known[candidate].append(result)
+                    alive = list(tried)
+
+
+def most_tried(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with the largest number of videos, which are the same videos for all of these rows."""
+    most = max((row["videos"] for row in rows), default=0)
+    return [row for row in rows if row["videos"] == most]
 
 
 SAME_TIME = 0.05  # maximum relative difference between two median times that are considered equal
@@ -190,8 +228,8 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
     """Compute the results table, with one dict per tried candidate, fastest first. See docs/json.md for the fields.
 
     `agreement` is the estimate computed by `smoothed` from all candidates, with a 95% interval over videos. `observed` is the
-    candidate's measured agreement. `passes` is True if the entire interval reaches the goal. `frontier` is True if no other
-    candidate is at least as fast with at least the same agreement.
+    candidate's measured agreement. `passes` is True if the entire interval reaches the goal. `frontier` is True if the candidate
+    was tried on the largest number of videos, and no other such candidate is at least as fast with at least the same agreement.
     """
     tried = {
         candidate: Trial(*zip(*trials, strict=True)) for candidate, trials in known.items() if trials
@@ -227,9 +265,12 @@ def result_rows(known: Known, goal: float) -> list[dict[str, Any]]:
                 "passes": low >= goal,
             }
         )
-    place = [(-row["first_token"], row["agreement"]) for row in rows]
-    for row, own in zip(rows, place, strict=True):
-        row["frontier"] = not any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in place)
+    compared = most_tried(rows)
+    places = [(-row["first_token"], row["agreement"]) for row in compared]
+    for row in rows:
+        own = -row["first_token"], row["agreement"]
+        beaten = any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in places)
+        row["frontier"] = row in compared and not beaten
     return sorted(rows, key=lambda row: row["first_token"])
 
 
@@ -246,14 +287,14 @@ def _estimates(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
     """Return each candidate's time to first token, relative to the time without pruning.
 
-    Candidates with the same methods and the same fractions of rows and tokens do the same amount of work, so their times are pooled
+    Candidates with the same methods, videos, and fractions of rows and tokens do the same amount of work, so their times are pooled
     to reduce noise.
     """
     of_work = defaultdict(list)
     works = {}
     for candidate, seen in tried.items():
         names = tuple(each.name for each in MethodText(candidate.method).parts)
-        works[candidate] = names, round(mean(seen.kept), 6), round(mean(seen.live), 6)
+        works[candidate] = names, len(seen.tokens), round(mean(seen.kept), 6), round(mean(seen.live), 6)
     for candidate, seen in tried.items():
         of_work[works[candidate]] += [first / full for first, full in zip(seen.first_s, seen.full_s, strict=True)]
     return {candidate: median(of_work[work]) for candidate, work in works.items()}
@@ -262,10 +303,11 @@ def _times(tried: dict[Candidate, Trial]) -> dict[Candidate, float]:
 def recommended(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the fastest row that passes, or None if no row passes.
 
-    Rows whose time differs from the fastest by at most `SAME_TIME` are considered equally fast. Among these, the row with the
-    fewest settings is preferred.
+    Only the passing rows with the largest number of videos are compared, because the others were tried on other videos. Rows with
+    fewer videos were less promising on the videos that they have in common. Rows whose time differs from the fastest by at most
+    `SAME_TIME` are considered equally fast. Among these, the row with the fewest settings is preferred.
     """
-    passing = [row for row in rows if row["passes"]]
+    passing = most_tried([row for row in rows if row["passes"]])
     fastest = min((row["first_token"] for row in passing), default=0.0)
     as_fast = [row for row in passing if row["first_token"] <= fastest * (1 + SAME_TIME)]
 
@@ -345,6 +387,7 @@ def least_tokens(agree: float) -> int:
 
 
 TOKENS = (64, 32, 16, 8)  # maximum answer lengths in tokens; the first one that fits within the time limit is used
+MOST_NAMES = 3  # maximum number of videos that a note names
 SLOW = 1 / 10  # the first encoding is not repeated if it takes longer than this fraction of the time limit
 Progress = Callable[
     ..., None
@@ -729,10 +772,11 @@ class Tuning(Run):
         """Return the results so far as a JSON-serializable dict. `error` is the error that ended the run early, or None."""
         rows = result_rows(self.known, self.settings.agree)
         passing = recommended(rows)
-        best = max(rows, key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
+        best = max(most_tried(rows), key=lambda row: (row["low"], row["agreement"], -row["first_token"]), default=None)
+        compared = self._compared(passing or best, rows)
         notes = []
         if self.answering and self.answering.made:
-            notes = self._notes()
+            notes = self._notes(compared)
         if rows and not passing and all(row["observed"] == 1 for row in rows) and not self._too_few():
             videos = rows[0]["videos"]
             notes.append(
@@ -746,6 +790,7 @@ class Tuning(Run):
             "recommended": passing and passing["name"],
             "options": passing and {"budget": passing["budget"], "method": passing["method"]},
             "best": best and best["name"],
+            "compared": compared,
             "notes": notes,
             "error": error,
         }
@@ -763,7 +808,17 @@ class Tuning(Run):
             f"{100 * goal:g}% agree, even if all do: it takes about {videos} such videos, or more questions (-Q)"
         )
 
-    def _notes(self) -> list[str]:
+    def _compared(self, chosen: dict[str, Any] | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the number of settings that were tried on the same videos as the chosen one, and the paths of these videos."""
+        if not chosen:
+            return {"settings": 0, "videos": []}
+        trials = next(trials for candidate, trials in self.known.items() if candidate.name == chosen["name"])
+        return {
+            "settings": sum(row["videos"] == chosen["videos"] for row in rows),
+            "videos": [self.answering.made[trial.video].path for trial in trials],
+        }
+
+    def _notes(self, compared: dict[str, Any]) -> list[str]:
         answering = self.answering
         known = self.known.values()
         notes = [self._problem, self._too_few()]
@@ -776,8 +831,14 @@ class Tuning(Run):
             notes.append(f"the time limit allowed only answers of {answering.tokens} tokens to {asked}")
         fewer = sum(len(trials) < len(answering.made) for trials in known)
         if self.has_results and fewer:
-            untried = "settings were not tried on all videos: the time was spent on better ones"
-            notes.append(f"{fewer} of {len(known)} {untried}")
+            untried = sum(not trials for trials in known)
+            names = [one_line(Path(path).name) for path in compared["videos"]]
+            if len(names) > MOST_NAMES:
+                names = [f"{len(names)} videos, {names[0]} to {names[-1]}"]
+            notes.append(
+                f"{fewer} of {len(known)} settings were not tried on all {counted(len(answering.made), 'video')}, and {untried} on "
+                f"none; {counted(compared['settings'], 'setting')} compared on {listed(names)}"
+            )
         if self.loaded:
             configs = [PruneOptions(each.budget, each.method).config() for each in self.known]
             notes.append(after_tower_note(after_tower_below(configs, self.loaded.device)))

@@ -1,5 +1,7 @@
 """A whole run on the tiny model: its results, its time limit, and how it copes with failures."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from evoprune.bench.tune import (
     MIN_CANDIDATES,
     Answering,
     Candidate,
+    Known,
     Trial,
     TuneSettings,
     Tuning,
@@ -208,6 +211,43 @@ def test_the_time_goes_to_the_fastest_that_reach_the_goal(limit):
         assert found["m4"] == 10
 
 
+def uneven(costs: list[float], limit: float, count: int, stop: int | None = None) -> Known:
+    """Search with trials that take longer on some videos, and are interrupted by the trial with the number `stop`."""
+    known: Known = {Candidate(f"m{i}", 0.5): [] for i in range(count)}
+    spent = []
+
+    def trial(candidate: Candidate, video: int) -> Trial:
+        if len(spent) == stop:
+            raise KeyboardInterrupt
+        spent.append(costs[video])
+        return Trial(100 - int(candidate.method[1:]), 100, [0.1] * 100, 1.0, 2.0, costs[video], 0.5, 0.5)
+
+    with suppress(KeyboardInterrupt):
+        for _ in search(known, len(costs), 0.9, trial, lambda: limit - sum(spent), costs.__getitem__):
+            pass
+    return known
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("costs", [[6, 1], [1, 6, 1], [1, 1, 3, 1, 2, 9, 1, 1]])
+def test_settings_with_the_same_number_of_videos_were_tried_on_the_same_ones(costs, count):
+    interrupted = [uneven(costs, 1000, count, stop) for stop in range(count * len(costs))]
+    for known in [*(uneven(costs, limit, count) for limit in range(0, 60)), *interrupted]:
+        videos = {tuple(trial.video for trial in trials) for trials in known.values()}
+        assert all(a == b[: len(a)] for a, b in zip(sorted(videos, key=len), sorted(videos, key=len)[1:], strict=False))
+        rows = result_rows(known, 0.9)
+        assert len({row["videos"] for row in rows if row["frontier"]}) <= 1
+        numbers = [len(trials) for trials in known.values()]
+        assert all(
+            sum(number > video for number in numbers) > 1 for video in range(1, max(numbers))
+        )  # something to compare
+
+
+def test_the_first_video_is_left_out_if_all_settings_fit_on_another():
+    assert {tuple(trial.video for trial in trials) for trials in uneven([6, 1], 10, 2).values()} == {(1,)}
+    assert [len(trials) for trials in uneven([6, 6], 10, 2).values()] == [1, 0]
+
+
 def test_candidates():
     found = candidates()
     assert len(found) >= 24 and len(set(found)) == len(found) and all(made.budget < 1 for made in found)
@@ -219,8 +259,8 @@ def test_candidates():
     assert Candidate("evoprune:depth=0.5", 0.25).name == "evoprune:depth=0.5 -b 0.25"
 
 
-def row(method: str, first_token: float, passes: bool = True) -> dict:
-    return {"method": method, "first_token": first_token, "passes": passes}
+def row(method: str, first_token: float, passes: bool = True, videos: int = 2) -> dict:
+    return {"method": method, "first_token": first_token, "passes": passes, "videos": videos}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +270,8 @@ def row(method: str, first_token: float, passes: bool = True) -> dict:
         ([row("evoprune:floor=1", 0.200), row("evoprune", 0.211)], "evoprune:floor=1"),
         ([row("evoprune:floor=1", 0.200), row("tome", 0.206), row("evoprune", 0.203)], "evoprune"),
         ([row("evoprune", 0.1, False), row("evoprune:depth=0.5", 0.2)], "evoprune:depth=0.5"),
+        ([row("evoprune", 0.1, videos=2), row("tome", 0.2, videos=8)], "tome"),  # on other videos
+        ([row("evoprune", 0.1), row("tome", 0.2, False, videos=8)], "evoprune"),
         ([row("evoprune", 0.1, False)], None),
         ([], None),
     ],
@@ -301,6 +343,17 @@ def test_a_note_says_why_nothing_passes_though_all_agree(saved, monkeypatch, cli
     document, said = tuned(saved, videos=clips, agree=0.9, budgets=(0.9999,), methods=())
     assert not any(row["passes"] for row in document["rows"]) and {row["observed"] for row in document["rows"]} == {1.0}
     assert says in " ".join([*said, *document["notes"]])
+
+
+def test_a_note_names_the_videos_on_which_settings_were_compared(saved, monkeypatch):
+    left = iter([1e9, 1e9, *[1e9] * 8])  # seconds; too few for the second video
+    search = tune.search
+    monkeypatch.setattr(tune, "search", lambda *given: search(*given[:4], lambda: next(left, 0.0), given[5]))
+    document, _ = tuned(saved, budgets=(0.2,))
+    assert {row["videos"] for row in document["rows"]} == {1} and len(document["rows"]) == 6
+    assert document["compared"] == {"settings": 6, "videos": [CLIPS[0]]}
+    notes = " ".join(document["notes"])
+    assert "6 of 6 settings were not tried on all 2 videos, and 0 on none; 6 settings compared on square.mp4" in notes
 
 
 @pytest.mark.parametrize("agree", [0.5, 0.9, 0.98, 0.999])

@@ -73,19 +73,27 @@ def test_none_passes(tune):
 
 
 @pytest.mark.full
-def test_an_interruption_leaves_what_is_known(tune, monkeypatch):
+@pytest.mark.parametrize(("last", "compared", "videos"), [(9, 3, 2), (8, 5, 1)])
+def test_an_interruption_leaves_what_is_known(tune, monkeypatch, last, compared, videos):
+    """Trials on the second video count if there are enough of them to compare settings."""
     tried = []
 
     def broken(*columns, **trial):  # finished trials are created by keyword
         tried.extend([trial] * bool(trial))
-        if len(tried) == 8 and trial:
+        if len(tried) == last and trial:
             raise Terminated
         return Trial(*columns, **trial)
 
     monkeypatch.setattr("evoprune.bench.tune.Trial", broken)
     result = tune(*LOW, "--json")
     assert result.code == 143 == result.record["error"]["code"]
-    assert [row["videos"] for row in result.record["rows"]].count(2) == 2  # the second of two videos was begun
+    assert (
+        [row["videos"] for row in result.record["rows"]].count(videos)
+        == compared
+        == result.record["compared"]["settings"]
+    )
+    assert result.record["compared"]["videos"] == list(CLIPS[:videos])
+    assert not any("the time" in note for note in result.record["notes"])
 
 
 @pytest.mark.full
