@@ -3,8 +3,9 @@
 import glob
 import os
 import secrets
-from collections.abc import Iterable
-from contextlib import suppress
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from evoprune.errors import UsageError
@@ -34,18 +35,37 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
 
 
 def write_file(path: str, content: bytes) -> None:
-    """Write a file atomically: the contents go to a temporary file, which then replaces `path`.
+    """Write a file atomically. See `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Context manager that writes a file atomically: a temporary file replaces `path` at the end of the block.
+
+    A file that is replaced keeps its mode and, if possible, its owner. If `path` is a symbolic link, the link's target is replaced.
+    If the block raises an exception, nothing is replaced.
+
+    Args:
+        path: The file to write.
+        mode: The mode of a new file, which is combined with the umask.
+
+    Yields:
+        The temporary file, opened for writing.
 
     Raises:
         OSError: If the file can't be written.
     """
-    number, unfinished = create_unfinished(path)
+    path = os.path.realpath(path)
+    number, unfinished = create_unfinished(path, mode)
     try:
         with open(number, "wb") as file:
-            file.write(content)
+            yield file
         os.replace(unfinished, path)
     except BaseException:
-        os.unlink(unfinished)
+        with suppress(OSError):
+            os.unlink(unfinished)
         raise
 
 
@@ -73,8 +93,14 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
         raise
 
 
-def create_unfinished(path: str) -> tuple[int, str]:
-    """Create a temporary file that will replace `path` when complete, and open it for reading and appending.
+def create_unfinished(path: str, mode: int = 0o666, flags: int = 0) -> tuple[int, str]:
+    """Create a temporary file that will replace `path` when complete, and open it for reading and writing.
+
+    Args:
+        path: The file to be replaced, which is not a symbolic link. If it exists, the temporary file gets its mode and, if
+            possible, its owner.
+        mode: The mode of a new file, which is combined with the umask.
+        flags: More flags for `os.open`.
 
     Returns:
         The temporary file's descriptor and its unique name.
@@ -83,7 +109,27 @@ def create_unfinished(path: str) -> tuple[int, str]:
         OSError: If the file can't be created.
     """
     name = UNFINISHED.format(path, secrets.token_hex(4))
-    return os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666), name
+    flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL
+    try:
+        before = os.stat(path)
+    except FileNotFoundError:
+        return os.open(name, flags, mode), name
+    number = os.open(name, flags, 0o600)
+    try:
+        if hasattr(os, "chown"):  # not on Windows
+            with suppress(PermissionError):  # only root can give a file to another user
+                os.chown(name, before.st_uid, before.st_gid)
+        os.chmod(name, stat.S_IMODE(before.st_mode))
+    except BaseException:
+        os.close(number)
+        os.unlink(name)
+        raise
+    return number, name
+
+
+def unfinished_pattern(path: str) -> str:
+    """Return a glob pattern for the temporary files of `path`, which may itself be a pattern."""
+    return UNFINISHED.format(path, "[0-9a-f]" * 8)
 
 
 def remove_unfinished(path: str) -> None:
@@ -91,7 +137,7 @@ def remove_unfinished(path: str) -> None:
 
     The caller must ensure that no other program is writing `path`.
     """
-    for name in glob.glob(UNFINISHED.format(glob.escape(path), "[0-9a-f]" * 8)):
+    for name in glob.glob(unfinished_pattern(glob.escape(path))):
         with suppress(FileNotFoundError):
             os.unlink(name)
 

@@ -233,7 +233,7 @@ def write_bytes(path: str, content: bytes) -> None:
             with open(path, mode) as file:
                 file.write(content)
             return
-        write_file(os.path.realpath(path), content)
+        write_file(path, content)
     except OSError as problem:
         raise UsageError(f"cannot write {path}: {problem.strerror}", "choose another place") from problem
 

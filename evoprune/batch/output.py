@@ -6,7 +6,6 @@ file itself is locked. This module does not import torch.
 
 import errno
 import os
-import stat
 import sys
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -422,10 +421,9 @@ class RecordFile:
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
         """Atomically replace the file with a locked copy containing only these records. Returns the copy's file descriptor."""
-        number, place = create_unfinished(self.path)
+        number, place = create_unfinished(self.path, flags=os.O_APPEND)
         try:
             self._lock(number)
-            os.fchmod(number, stat.S_IMODE(os.fstat(self._number).st_mode))
             with open(self.path, "rb") as old, open(number, "wb", closefd=False) as new:
                 for record in kept:
                     old.seek(record.start)

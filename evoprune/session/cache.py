@@ -12,7 +12,6 @@ cannot be written is skipped.
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,13 +24,12 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
+from evoprune.files import replacing, unfinished_pattern
 from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
-# File suffixes of complete entries and of entries still being written.
-SUFFIX = ".safetensors"
-UNFINISHED = ".tmp"
+SUFFIX = ".safetensors"  # file suffix of complete entries
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
 OPTIONAL = ("size", "deepstack")  # optional fields of `Encoded`, which may be missing from an entry
@@ -91,15 +89,8 @@ class Entries:
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(suffix=UNFINISHED, dir=self.folder)
-            try:
-                with open(handle, "wb") as file:
-                    content(file)
-                os.replace(temporary, self.path(key))
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            with replacing(self.path(key), mode=0o600) as file:  # entries are private
+                content(file)
         except OSError:
             return False
         if make_room:
@@ -134,8 +125,9 @@ class Entries:
 
         Another process may delete a file before the caller uses it.
         """
-        for ending in (f"{'[0-9a-f]' * 64}{SUFFIX}", f"tmp*{UNFINISHED}"):
-            for path in self.folder.glob(ending):
+        entry = f"{'[0-9a-f]' * 64}{SUFFIX}"
+        for pattern in (entry, unfinished_pattern(entry), "tmp*.tmp"):  # the last one was used by earlier versions
+            for path in self.folder.glob(pattern):
                 with suppress(OSError):
                     if path.is_file():
                         yield path, path.stat()
@@ -149,7 +141,7 @@ class Entries:
         for path, stat in sorted(self._files(), key=lambda file: file[1].st_mtime, reverse=True):
             total += stat.st_size
             superfluous = total > self.limit_bytes
-            if path.suffix == UNFINISHED:
+            if path.suffix != SUFFIX:
                 superfluous = time.time() - stat.st_mtime > 3600
             if superfluous:
                 with suppress(OSError):

@@ -13,6 +13,7 @@ from evoprune.bench.overlay import gif, mp4, png, shared_palette
 from evoprune.bench.profile_results import ProfileResults
 from evoprune.bench.profile_rows import METHOD, ProfileRow
 from evoprune.errors import EvopruneError, OutOfMemory, UsageError
+from evoprune.files import replacing
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli import __main__
 from evoprune_cli.running import LIBRARIES, check_writable, prepare, write_bytes
@@ -209,6 +210,38 @@ def test_a_file_beside_it_stays(tmp_path):
     assert [each.read_text() for each in others] == ["mine"] * 3
     mode = (tmp_path / "a.json").stat().st_mode
     assert mode == others[0].stat().st_mode and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
+def test_a_replaced_file_keeps_its_mode_and_links_to_it(tmp_path, mode):
+    (tmp_path / "there").mkdir()
+    path, link = tmp_path / "there/a.json", tmp_path / "link.json"
+    path.write_text("old")
+    path.chmod(mode)
+    link.symlink_to(path)
+    write_bytes(str(link), b"new")
+    assert link.is_symlink() and path.read_text() == "new" and path.stat().st_mode & 0o7777 == mode
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_private_contents_are_never_readable_by_others(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    path.chmod(0o600)
+    with replacing(path) as file:
+        file.write(b"new")
+        assert {each.stat().st_mode & 0o777 for each in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give files to other users")
+def test_a_replaced_file_keeps_its_owner(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    os.chown(path, 12345, 23456)
+    path.chmod(0o640)
+    write_bytes(str(path), b"new")
+    status = path.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 23456, 0o640)
 
 
 def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):

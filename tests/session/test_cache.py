@@ -267,14 +267,27 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
 
 def test_other_files_stay_and_unfinished_ones_go_when_they_are_old(cache):
     cache.folder.mkdir()
-    for name in ("notes.txt", "model.safetensors", "tmpnew.tmp", "tmpold.tmp"):
+    new, old = (f"{'1' * 64}.safetensors.evoprune-0123456{end}.tmp" for end in "78")
+    for name in ("notes.txt", "model.safetensors", new, old, "tmpold.tmp"):
         (cache.folder / name).touch()
-    os.utime(cache.folder / "tmpold.tmp", (1, 1))
+    for name in (old, "tmpold.tmp"):
+        os.utime(cache.folder / name, (1, 1))
     cache.store("0" * 64, entry(encoded()))
-    left = {"notes.txt", "model.safetensors", "tmpnew.tmp"}
+    left = {"notes.txt", "model.safetensors", new}
     assert {p.name for p in cache.folder.iterdir()} == left | {f"{'0' * 64}.safetensors"}
     assert cache.clear() == 1 and cache.clear() == 0
-    assert {p.name for p in cache.folder.iterdir()} == left - {"tmpnew.tmp"}
+    assert {p.name for p in cache.folder.iterdir()} == left - {new}
+
+
+def test_a_replaced_entry_keeps_its_mode_and_a_new_one_is_private(cache):
+    def modes() -> list[int]:
+        return [path.stat().st_mode & 0o777 for path in cache.folder.iterdir()]
+
+    cache.store("0" * 64, entry(encoded()))
+    assert modes() == [0o600]
+    cache.path("0" * 64).chmod(0o640)
+    cache.store("0" * 64, entry(encoded()))
+    assert modes() == [0o640] and cache.load("0" * 64, torch.device("cpu"))
 
 
 def test_an_entry_that_is_deleted_while_it_is_opened_is_missing(cache, monkeypatch):
