@@ -1,5 +1,6 @@
 """Handles the server process's standard streams and signals."""
 
+import json
 import os
 import signal
 import sys
@@ -7,6 +8,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import BinaryIO
+
+from evoprune_mcp.messages import INVALID_REQUEST, MAX_BYTES, TOO_LONG, checked, error
 
 ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CHUNK_BYTES = 2**16
@@ -16,8 +19,9 @@ CHUNK_BYTES = 2**16
 def real_streams() -> Iterator[list[int]]:
     """Set `sys.stdin` to a copy of stdin that reaches end of file on the first signal, and `sys.stdout` to the real stdout.
 
-    Without the copy, a blocked read from stdin would delay shutdown. When the context ends, the first signal is re-raised. A second
-    signal terminates the process immediately.
+    Without the copy, a blocked read from stdin would delay shutdown. The copy contains only valid messages, because all others are
+    answered with an error. Meanwhile, anything else that is written to the stdout of this process goes to stderr. When the context
+    ends, the first signal is re-raised. A second signal terminates the process immediately.
 
     Yields:
         A list of the signals received so far, updated as they arrive.
@@ -26,6 +30,8 @@ def real_streams() -> Iterator[list[int]]:
     received: list[int] = []
     reader, target = os.pipe()
     writer = os.fdopen(target, "wb", buffering=0)
+    # The SDK writes its replies to `replies.buffer`, which has a lock, so its lines and ours don't mix.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", closefd=False)
 
     def end(number: int, _frame: object) -> None:
         received.append(number)
@@ -39,10 +45,13 @@ def real_streams() -> Iterator[list[int]]:
         signal.signal(number, end)
     try:
         sys.stdin = os.fdopen(reader, encoding="utf-8")
-        threading.Thread(target=_copy, args=(os.dup(0), writer), name="evoprune-mcp-stdin", daemon=True).start()
-        with redirect_stdout(sys.__stdout__):
+        given = (os.dup(0), writer, replies.buffer)
+        threading.Thread(target=_filter, args=given, name="evoprune-mcp-stdin", daemon=True).start()
+        os.dup2(2, 1)
+        with redirect_stdout(replies):
             yield received
     finally:
+        os.dup2(replies.fileno(), 1)
         sys.stdin = real_stdin
         for number, handler in usual.items():
             signal.signal(number, handler)
@@ -64,9 +73,37 @@ def end_at_once(received: Sequence[int]) -> None:
     os._exit((*codes, 0)[0])
 
 
-def _copy(source: int, target: BinaryIO) -> None:
-    """Copy data between two streams until the source ends or the target is closed."""
+def _filter(source: int, target: BinaryIO, replies: BinaryIO) -> None:
+    """Copy the client's valid lines to `target`, and reply to all others, until the source ends or the target is closed."""
     with suppress(OSError, ValueError), target:
-        while chunk := os.read(source, CHUNK_BYTES):
-            while chunk:
-                chunk = chunk[target.write(chunk) :]
+        for line in split_lines(source):
+            if len(line) > MAX_BYTES:
+                accepted, errors = b"", [error(INVALID_REQUEST, TOO_LONG)]
+            else:
+                accepted, errors = checked(line)
+            for each in errors:
+                replies.write(json.dumps(each).encode() + b"\n")
+                replies.flush()
+            while accepted:
+                accepted = accepted[target.write(accepted) :]
+
+
+def split_lines(source: int) -> Iterator[bytes]:
+    """Yield the lines of a file. Of a line longer than `MAX_BYTES`, only the beginning is yielded, as soon as it is read."""
+    line = bytearray()
+    skipping = False  # whether the current line has already been yielded
+    while chunk := os.read(source, CHUNK_BYTES):
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            if not skipping:
+                yield bytes(line + end)
+            line.clear()
+            skipping = False
+        if not skipping:
+            line += rest
+        if len(line) > MAX_BYTES:
+            yield bytes(line)
+            line.clear()
+            skipping = True
+    if line:
+        yield bytes(line)

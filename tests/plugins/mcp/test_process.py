@@ -76,14 +76,64 @@ def test_the_end_of_stdin_stops_a_question_in_progress(tmp_path):
     assert all(json.loads(each)["jsonrpc"] == "2.0" for each in out.splitlines())
 
 
-def test_lines_that_are_no_messages_are_survived():
-    server = greeted()
-    server.stdin.write('no JSON\n{"jsonrpc": "2.0"}\n\n' + line("ping", 3))
-    server.stdin.flush()
-    while (answer := json.loads(server.stdout.readline())).get("id") != 3:
-        assert "error" in answer
-    out, err = server.communicate(timeout=30)
-    assert server.returncode == 0 and out == "" and "Traceback" not in err
+def request(text: str, number: object = 3) -> str:
+    """A request to describe a file. `text` is the rest of the path, as JSON."""
+    return line("tools/call", number, name="describe_file", arguments={"path": "PATH"}).strip().replace("PATH", text)
+
+
+PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS = -32700, -32600, -32602
+# Lines, and the codes and IDs of the errors that answer them. The code of an error of a tool is 0.
+REFUSED = {
+    "no JSON": [(PARSE_ERROR, None)],
+    '{"jsonrpc":': [(PARSE_ERROR, None)],
+    '{"jsonrpc": "2.0", "id": 3, "method": "ping"\0}': [(PARSE_ERROR, None)],
+    '{"jsonrpc": "2.0", "id": 3, "method": "ping"} {}': [(PARSE_ERROR, None)],
+    '{"jsonrpc": "2.0", "id": 3, "method": "ping", "params": ' + "[" * 10**5: [(PARSE_ERROR, None)],
+    '{"jsonrpc": "2.0", "id": 3, "method": "ping", "params": {"a": ' + "[" * 300 + "]" * 300 + "}}": [
+        (INVALID_PARAMS, 3)
+    ],
+    '{"jsonrpc": "2.0", "id": ' + "1" * 10**4 + ', "method": "ping"}': [(PARSE_ERROR, None)],
+    "5": [(INVALID_REQUEST, None)],
+    "[]": [(INVALID_REQUEST, None)],
+    f"[{request('a', 4)}, {request('a', 5)}]": [(INVALID_REQUEST, 4), (INVALID_REQUEST, 5)],
+    '{"id": 3, "method": "ping"}': [(INVALID_REQUEST, 3)],
+    '{"jsonrpc": "2.0"}': [(INVALID_REQUEST, None)],
+    '{"jsonrpc": "2.0", "id": "x"}': [(INVALID_REQUEST, "x")],
+    '{"jsonrpc": "2.0", "id": 3, "method": 1}': [(INVALID_REQUEST, 3)],
+    '{"jsonrpc": "2.0", "method": "ping"}': [(INVALID_REQUEST, None)],
+    '{"jsonrpc": "2.0", "id": null, "method": "ping"}': [(INVALID_REQUEST, None)],
+    '{"jsonrpc": "2.0", "id": {"a": 1}, "method": "ping"}': [(INVALID_REQUEST, None)],
+    '{"jsonrpc": "2.0", "id": true, "method": "ping"}': [(INVALID_REQUEST, None)],
+    '{"jsonrpc": "2.0", "id": 1e400, "method": "ping"}': [(INVALID_REQUEST, None)],
+    '{"jsonrpc": "2.0", "id": 3, "method": "ping", "params": "text"}': [(INVALID_PARAMS, 3)],
+    '{"jsonrpc": "2.0", "id": 3, "method": "ping", "params": []}': [(INVALID_PARAMS, 3)],
+    request(r"\ud83d"): [(INVALID_PARAMS, 3)],
+    request(r"\ud83d, and more"): [(INVALID_PARAMS, 3)],
+    '{"jsonrpc": "2.0", "id": 3, "result": 5}': [(INVALID_REQUEST, None)],
+    request("x" * 2**23): [(INVALID_REQUEST, None)],
+    request(r"a\u0000b"): [(0, 3)],
+    request("a").replace('"path"', '"path": 1, "path"').replace(", ", ",\r"): [(0, 3)],
+    request("a", 2**200): [(0, 2**200)],
+    "": [],
+    '{"jsonrpc": "2.0", "method": "notifications/unknown"}': [],
+}
+
+
+def test_every_request_is_answered():
+    with greeted(LOAD_S="60") as server:
+        for text, refused in REFUSED.items():
+            server.stdin.write(f"{text}\n{line('ping', 9)}")
+            server.stdin.flush()
+            answers = [json.loads(server.stdout.readline()) for _ in range(len(refused) + 1)]
+            answers.sort(key=lambda answer: answer.get("id") == 9)  # a ping may overtake a tool
+            assert answers.pop() == {"jsonrpc": "2.0", "id": 9, "result": {}}, text[:99]
+            codes = [(answer.get("error", {"code": 0})["code"], answer["id"]) for answer in answers]
+            assert codes == refused, (text[:99], answers)
+        server.stdin.buffer.write(b"\xef\xbb\xbf" + request("PATH").encode().replace(b"PATH", b"\xff\xfe") + b"\n")
+        server.stdin.flush()
+        assert json.loads(server.stdout.readline())["result"]["isError"]
+        out, err = server.communicate('{"a last line":', timeout=30)
+        assert json.loads(out)["error"]["code"] == PARSE_ERROR and server.returncode == 0 and "Traceback" not in err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
