@@ -56,7 +56,8 @@ WARNINGS = {
     "random_weights": "the weights are random, so the answer is meaningless; times and counts are valid for these dimensions",
     "cache_not_written": "the encoded video could not be stored: is the cache folder full or read-only? `evoprune inspect` shows "
     "its path",
-    "damaged_subtitles": "some subtitles cannot be decoded and were left out; is their text UTF-8?",
+    "damaged_subtitles": "some lines or characters of the subtitles cannot be read and were left out or replaced; is their text "
+    "UTF-8, and are their times written correctly?",
     "subtitles_encoding": "the subtitle file is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
     "damaged_video": "{video} is damaged ({damaged:,} of its packets or images); each frame that cannot be decoded was "
     "replaced by the previous one",

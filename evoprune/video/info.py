@@ -224,7 +224,7 @@ class Subtitles:
     """Subtitles of a video, or its transcribed speech.
 
     `warnings` contains "subtitles_encoding" if the file has an unknown encoding that was assumed to be cp1252, and
-    "damaged_subtitles" if lines may be missing.
+    "damaged_subtitles" if lines or characters may be missing.
     """
 
     source: str | None = None  # name of the subtitle file or text track; None if there are no subtitles

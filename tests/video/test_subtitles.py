@@ -77,6 +77,27 @@ def test_encodings(video, tmp_path, encoding, newline):
 
 
 @pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("你好 世界", "utf-8"),
+        ("déjà vu", "utf-8"),
+        ("déjà vu", "utf-8-sig"),
+        ("plain", "utf-8-sig"),
+        ("déjà vu", "utf-16"),
+    ],
+)
+def test_one_bad_byte_does_not_change_the_encoding_of_the_other_lines(video, tmp_path, text, encoding):
+    whole = f"1\n00:00:01,000 --> 00:00:02,000\n{text}\n\n2\n00:00:03,000 --> 00:00:04,000\nb".encode(encoding)
+    found = read(video, tmp_path / "a.srt", whole + b"\xff")
+    assert found.lines == [(1.0, 2.0, text), (3.0, 4.0, "b\ufffd")] and found.warnings == ["damaged_subtitles"]
+
+
+def test_a_null_character_does_not_hide_the_text(video, tmp_path):
+    with pytest.raises(VideoError, match="is not text"):
+        read(video, tmp_path / "a.srt", srt([(1, 2, "a\0b")]))
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         (SRT.replace("Größe", "Привет, мир").encode("cp1251"), "is neither UTF-8"),
@@ -280,6 +301,99 @@ def test_text_is_never_taken_for_times(video, tmp_path):
     ]
     found = read(video, tmp_path / "a.ass", HEAD + FORMAT + "\n".join(events) + "\n")
     assert found.lines == [(1.5, 3.5, "a, 0:00:01.5,0:00:03.5, b")]
+
+
+ONE, TWO = "00:01.000 --> 00:02.000", "00:03.000 --> 00:04.000"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"WEBVTT\n\n{ONE}\na\n\nits second paragraph\n\n{TWO}\nb", "a|b"),
+        (f"WEBVTT\n{ONE}\na\n\n{TWO}\nb", "a|b"),
+        (f"WEBVTT - a title\nKind: captions\nX-TIMESTAMP-MAP=LOCAL:00:00:00.000,MPEGTS:900000\n\n{ONE}\na", "a"),
+        (f"WEBVTT\n\nNOTES-1\n{ONE}\na\n\nSTYLED\n{TWO}\nb\n\nREGION 7\n00:05.000 --> 00:06.000\nc", "a|b|c"),
+        (f"WEBVTT\n\nNOTE a\nb\n\nSTYLE\n::cue {{}}\n\nREGION\nid:x\n\n{ONE}\na\n\nNOTE\n\n{TWO}\nb\nNOTE c", "a|b NOTE c"),
+        (f"WEBVTT\n\n{ONE}\na\n{TWO}\nb\nid\n00:05.000 --> 00:06.000\nc", "a|b id|c"),
+        (f"WEBVTT\n\n1\n\n{ONE} align:start position:0%\n2020\n \n\tb", "2020 b"),
+        ("WEBVTT\n\n0:00:01.000-->000:00:02.000line:0\na", "a"),
+        (f"WEBVTT\n\n{ONE}\n<v.loud Bob &amp; Al><c.x>a</c> <i>b <b>c</b></i><00:01.500> <ruby>d<rt>e</rt></ruby></v>", "a b c de"),
+        (f"WEBVTT\n\n{ONE}\nI <3 you, 4 > 3, <c\n.x>b</c> {{x}} \\N", "I 3, b {x} \\N"),
+        (f"WEBVTT\n\n{ONE}\nI <3 you", "I <3 you"),
+        (f"WEBVTT\n\n{ONE}\n&quot;it&#39;s&quot; caf&eacute; &#x2014; Q&A &amp;lt; &lt;i&gt;", "\"it's\" café — Q&A &lt; <i>"),
+        (f"WEBVTT\n\n{ONE}\n&#{'9' * 5000}; &unknown; & a", "\ufffd" + "9" * 4968 + "; &unknown; & a"),
+        (f"\ufeffWEBVTT\r\n\r\n{ONE}\ra\r\nb\r\n\r\nx\r\r{TWO}\nc\0d", "a b|c\ufffdd"),
+        (f"WEBVTT\n\n{ONE}\na\u2028b\x0cc\x85d", "a b c d"),
+    ],
+)  # fmt: skip
+def test_webvtt_is_read_as_browsers_do(video, tmp_path, content, said):
+    found = read(video, tmp_path / "a.vtt", content)
+    assert "|".join(line[2] for line in found.lines) == said and found.warnings == []
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        "00:01,000 --> 00:02,000",
+        "00:01 --> 00:02",
+        "00:61.000 --> 01:02.000",
+        "1:01.000 --> 1:02.000",
+        "00:01.5 --> 0:2.0",
+    ],
+)
+def test_a_webvtt_cue_with_wrong_times_is_left_out_with_a_warning(video, tmp_path, times):
+    content = f"WEBVTT\n\n{times}\na\n\n{TWO}\nb\n"
+    found = read(video, tmp_path / "a.vtt", content)
+    assert found.lines == [(3.0, 4.0, "b")] and found.warnings == ["damaged_subtitles"]
+
+
+EVENT = "0:00:01.00,0:00:02.00"
+
+
+@pytest.mark.parametrize("name", ["a.ass", "track.mkv"])
+@pytest.mark.parametrize(
+    ("fields", "event"),
+    [
+        ("Layer, Start, End, Style, Text", f"0,{EVENT},Default,Yes, she came"),
+        ("layer,start,end,TEXT", f"0,{EVENT},Yes, she came"),
+        ("Marked, Start, End, Style, Text", f"Marked=0,{EVENT},Default,Yes, she came"),
+        ("Layer, Start, End, Style, Name, Text, Effect", f"0,{EVENT},Default,Ann,Yes, she came,"),
+        ("Layer, Start, End, Effect, MarginL, MarginR, MarginV, Name, Style, Text", f"0,{EVENT},,0,0,0,,,Yes, she came"),
+        ("Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, More, Text", f"0,{EVENT},,,,,,,,Yes, she came"),
+    ],
+)  # fmt: skip
+def test_the_format_of_ass_says_where_the_text_begins(video, tmp_path, name, fields, event):
+    content = f"{HEAD}Format: {fields}\nDialogue: {event}\n"
+    if name == "a.ass":
+        found = read(video, tmp_path / name, content)
+    else:
+        found = read_subtitles(probe(write_subtitled(tmp_path / name, [content])), "auto")
+    assert found.lines == [(1.0, 2.0, "Yes, she came")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "event"),
+    [
+        ("Format: Start, End, Text", f"{EVENT},Yes, she came"),
+        ("Format: Text, End, Start", "Yes, she came,0:00:02.00,0:00:01.00"),
+        ("Format: Style, Text", f"0,{EVENT},Default,,0,0,0,,Yes, she came"),
+        ("", f"0,{EVENT},Default,,0,0,0,,Yes, she came"),
+    ],
+)
+def test_ass_files_whose_events_have_another_order_or_no_format(video, tmp_path, fields, event):
+    content = f"{HEAD}{fields}\nDialogue: {event}\nDialogue: 0,x\nComment: {event}\n"
+    assert read(video, tmp_path / "a.ass", content).lines == [(1.0, 2.0, "Yes, she came")]
+
+
+def test_character_references_and_empty_lines_in_srt(video, tmp_path):
+    text = srt([(1, 2, "it&#39;s &lt;b&gt;\n  \nR&D &copy AT&T&#x2014;"), (3, 4, "b")])
+    lines = [(1.0, 2.0, "it's <b> R&D &copy AT&T—"), (3.0, 4.0, "b")]
+    assert read(video, tmp_path / "a.srt", text).lines == lines
+    path = write_subtitled(tmp_path / "clip.mkv", [text.replace("\n  \n", "\v\v")])
+    path.write_bytes(path.read_bytes().replace(b"\v\v", b"\n\n"))
+    assert read_subtitles(probe(path), "auto").lines == lines
+    path = write_subtitled(tmp_path / "vtt.mkv", [f"WEBVTT\n\n{ONE}\n<v A>it&#39;s &copy {{x}}"])
+    assert read_subtitles(probe(path), "auto").lines == [(1.0, 2.0, "it's © {x}")]
 
 
 def test_times_of_tracks_are_those_of_the_container(tmp_path):

@@ -1,19 +1,20 @@
 """Reads subtitles from files next to a video and from a video's text tracks. Image subtitles are rejected.
 
-FFmpeg parses the subtitles. pysubs2 is not suitable, because it mistakes lines with word-level timestamps in YouTube captions for
-new cues, which loses the words. It also mistakes comments and cue names in WebVTT for spoken text.
+FFmpeg reads containers and SRT. WebVTT and ASS are read by subtitle_text.py, because FFmpeg's WebVTT reader stops at the first
+block without times, and its ASS reader ignores the file's own order of fields.
 """
 
 import io
 import os
 import re
 import stat
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Iterator
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
@@ -22,6 +23,17 @@ from evoprune.util import missing_hint, shorten, shown
 from evoprune.video.info import SubtitleLine, Subtitles
 from evoprune.video.input_files import Folder
 from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.subtitle_text import (
+    EventFormat,
+    ass_cues,
+    ass_text,
+    in_lines,
+    srt_text,
+    webvtt_cues,
+    webvtt_text,
+)
+
+Cue = tuple[float, float, list[str]]  # start and end in seconds from the first frame, and lines of text
 
 TEXT_CODECS = ("subrip", "ass", "ssa", "webvtt", "mov_text", "text")
 # Maximum size in bytes of a subtitle file, and of all text in a track. A movie's subtitles take about 0.1 MB. Converting text to
@@ -33,24 +45,13 @@ HEAD_BYTES = 4096
 # Matches runs of accented letters that are too long for Western European words. Such runs appear if text in another script is
 # decoded as cp1252.
 NO_WESTERN_WORD = re.compile(r"[^\W\d_\x00-\x7f]{4}")
-# `TIMES` matches timing lines in any notation, whereas `READ` matches only timing lines that FFmpeg parses correctly. FFmpeg
-# interprets the digits after the seconds as thousandths (hundredths in ASS), regardless of the number of digits. Unrecognized
-# timing lines are treated as text or, in WebVTT, stop the parser.
-TIMES = {
-    "ass": re.compile(r"^Dialogue:[^,\n]++,[^,\n]*+,[^,\n]*+", re.MULTILINE),
-    "srt": re.compile(
-        r"^[ \t]*+-?[0-9]++:[0-9:,.; \t]*+(?:[-–—=][-–—= ]*+(?:>|&gt;)|→)[ \t]*+-?[0-9]++:.*+", re.MULTILINE
-    ),
-}
-TIMES["webvtt"] = TIMES["srt"]
+MARKS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}  # encodings by byte order mark
+# `TIMES` matches timing lines of SRT and WebVTT in any notation, whereas `SRT_TIMES` matches only timing lines that FFmpeg parses
+# correctly. FFmpeg interprets the digits after the seconds as thousandths, regardless of the number of digits, and treats other
+# timing lines as text.
+TIMES = re.compile(r"^[ \t]*+-?[0-9]++:[0-9:,.; \t]*+(?:[-–—=][-–—= ]*+(?:>|&gt;)|→)[ \t]*+-?[0-9]++:.*+", re.MULTILINE)
 CLOCK = r"[0-9]{1,4}:[0-9]{1,2}:[0-9]{1,2}"
-SHORT = r"(?:[0-9]{1,4}:)?[0-9]{2}:[0-9]{2}"
-ARROW = r"[ \t]*+-->[ \t]*+"
-READ = {
-    "ass": re.compile(rf"Dialogue:[^,]++,[ \t]*+{CLOCK}\.[0-9]{{2}},[ \t]*+{CLOCK}\.[0-9]{{2}}"),
-    "srt": re.compile(rf"[ \t]*+{CLOCK}[,.][0-9]{{3}}{ARROW}{CLOCK}[,.][0-9]{{3}}(?![0-9]).*"),
-    "webvtt": re.compile(rf"[ \t]*+{SHORT}\.[0-9]{{3}}{ARROW}{SHORT}\.[0-9]{{3}}(?![0-9]).*"),
-}
+SRT_TIMES = re.compile(rf"[ \t]*+{CLOCK}[,.][0-9]{{3}}[ \t]*+-->[ \t]*+{CLOCK}[,.][0-9]{{3}}(?![0-9]).*")
 EXAMPLES = {"ass": "0:00:01.50", "srt": "00:00:01,500 --> 00:00:02,000", "webvtt": "00:00:01.500 --> 00:00:02.000"}
 HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave subtitles out"
 
@@ -129,7 +130,7 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         raise VideoError(f"{file} is not a subtitle file", HINT)
     with open(file, "rb") as opened:
         content = opened.read(HEAD_BYTES)
-        if b"\0" in content and not content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        if b"\0" in content and not content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) and _format(content) != "webvtt":
             return _from_container(file, origin_s, f"{file}, ")
         content += opened.read(MAX_BYTES + 1 - len(content))
     if len(content) > MAX_BYTES:
@@ -137,18 +138,11 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
         raise VideoError(f"{file} is larger than {MAX_BYTES // 2**20} MiB", hint)
     text, warnings = _decoded(content, file)
     text = re.sub("\r{1,2}\n|\r", "\n", text)
-    start = text.lstrip()[:16].lower()
-    name = "srt"
-    if start.startswith("webvtt"):
-        name = "webvtt"
-    elif start.startswith("[script info]"):
-        name = "ass"
-    if name == "srt" and max(map(len, text.encode().split(b"\n"))) > LONGEST_LINE:
-        hint = "is it a subtitle file? then break the line"
-        raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
-    _check_times(text, name, file)
-    with ffmpeg.open_bytes(io.BytesIO(text.encode()), name) as container:
-        lines = _lines(_cues(container, container.streams.subtitles[0], origin_s, warnings))
+    name = _format(content)
+    if name != "webvtt" and "\0" in text:
+        raise VideoError(f"{file} is not text", HINT)
+    readers = {"webvtt": _webvtt, "ass": _ass, "srt": _srt}
+    lines = _lines(_limited(readers[name](text, file, origin_s, warnings)))
     if not lines:
         if content.startswith(LFS):
             raise VideoError(f"{file} is a git-lfs pointer", LFS_HINT)
@@ -156,30 +150,86 @@ def _from_file(file: str, origin_s: float) -> Subtitles:
     return Subtitles(file, lines, warnings)
 
 
+def _format(content: bytes) -> str:
+    """Return FFmpeg's name for a subtitle file's format: "webvtt", "ass", or "srt" if the file has no known beginning."""
+    start = content[:HEAD_BYTES].decode(_encoding(content), "replace").lstrip()[:16].lower()
+    if start.startswith("webvtt"):
+        return "webvtt"
+    return "ass" if start.startswith("[script info]") else "srt"
+
+
+def _encoding(content: bytes) -> str:
+    """Return the encoding that a file's byte order mark declares, or UTF-8."""
+    return next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
+
+
 def _decoded(content: bytes, file: str) -> tuple[str, list[str]]:
-    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
-    warnings = []
+    """Decode a subtitle file. Returns the text and the warnings.
+
+    Invalid bytes are replaced if the file has a byte order mark, or if it has more valid than invalid non-ASCII characters in
+    UTF-8. All other files that are not UTF-8 are read as Windows-1252.
+    """
+    encoding = _encoding(content)
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding), []
     except UnicodeDecodeError as error:
+        text = content.decode(encoding, "replace")
+        invalid = text.count("\ufffd") - content.count("\ufffd".encode())
+        if encoding != "utf-8" or len(text) - len(text.encode("ascii", "ignore")) > 2 * invalid:
+            return text, [DAMAGED]
         text = content.decode("cp1252", "replace")
-        warnings = ["subtitles_encoding"]
         proper = re.sub(r"[\n\r\t\xa0\xad]", "", text).isprintable() and "\ufffd" not in text
         if not proper or NO_WESTERN_WORD.search(text):
             raise VideoError(f"{file} is neither UTF-8 nor another recognizable encoding", HINT) from error
-    if "\0" in text:
-        raise VideoError(f"{file} is not text", HINT)
-    return text, warnings
+        return text, ["subtitles_encoding"]
 
 
-def _check_times(text: str, name: str, file: str) -> None:
-    """Raise VideoError if FFmpeg would misread a timing line. `name` is FFmpeg's name for the subtitle format."""
-    for line in TIMES[name].findall(text):
-        if not READ[name].fullmatch(line):
-            raise VideoError(
-                f"the subtitles in {file} have times in an unsupported format: {shorten(line.strip(), 60)}",
-                f"write times like {EXAMPLES[name]}",
-            )
+def _unsupported_times(name: str, file: str, line: str) -> VideoError:
+    return VideoError(
+        f"the subtitles in {file} have times in an unsupported format: {shorten(line.strip(), 60)}",
+        f"write times like {EXAMPLES[name]}",
+    )
+
+
+def _webvtt(text: str, file: str, origin_s: float, warnings: list[str]) -> Iterator[Cue]:
+    """Yield the cues of a WebVTT file. Cues with invalid times are left out, as in browsers, and a warning is added.
+
+    Raises:
+        VideoError: The file contains times, but none of them are valid.
+    """
+    cues = 0
+    for start, end, said in webvtt_cues(text.replace("\0", "\ufffd")):
+        cues += 1
+        yield start - origin_s, end - origin_s, in_lines(webvtt_text(said))
+    times = TIMES.findall(text)
+    if times and not cues:
+        raise _unsupported_times("webvtt", file, times[0])
+    if len(times) > cues and DAMAGED not in warnings:
+        warnings.append(DAMAGED)
+
+
+def _ass(text: str, file: str, origin_s: float, warnings: list[str]) -> Iterator[Cue]:
+    """Yield the cues of an ASS or SSA file. Raises VideoError if a time has an unsupported format."""
+    for line, start, end, said in ass_cues(text):
+        if start is None or end is None:
+            raise _unsupported_times("ass", file, line)
+        yield start - origin_s, max(start, end) - origin_s, in_lines(ass_text(said))
+
+
+def _srt(text: str, file: str, origin_s: float, warnings: list[str]) -> Iterator[Cue]:
+    """Yield the cues of an SRT file. Raises VideoError if FFmpeg would misread a timing line or split a long line."""
+    lines = [
+        line.rstrip() for line in text.split("\n")
+    ]  # FFmpeg ends a cue at a line of spaces, but not at an empty line
+    text = "\n".join(lines)
+    if max(map(len, text.encode().split(b"\n"))) > LONGEST_LINE:
+        hint = "is it a subtitle file? then break the line"
+        raise VideoError(f"{file} has a line of more than {LONGEST_LINE:,} bytes", hint)
+    for line in TIMES.findall(text):
+        if not SRT_TIMES.fullmatch(line):
+            raise _unsupported_times("srt", file, line)
+    with ffmpeg.open_bytes(io.BytesIO(text.encode()), "srt") as container:
+        yield from _cues(container, container.streams.subtitles[0], origin_s, warnings)
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
@@ -203,8 +253,10 @@ def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = Discard.all
+        if container.format.name == "srt":
+            raise VideoError(f"{path} is not text", HINT)
         warnings = []
-        cues = list(_cues(container, stream, origin_s, warnings))
+        cues = list(_limited(_cues(container, stream, origin_s, warnings)))
         name = f"{prefix}track {number}"
         if stream.language:
             name += f" ({stream.language})"
@@ -215,55 +267,61 @@ def _codec(stream: SubtitleStream) -> str | None:
     return stream.codec_context and stream.codec_context.codec.canonical_name
 
 
-def _cues(
-    container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]
-) -> Iterator[tuple[float, float, list[str]]]:
-    """Yield cues as tuples (start, end, text lines), with times in seconds from the first frame.
-
-    If a packet cannot be decoded, a warning is added to `warnings`.
-    """
-    hidden = _codec(stream) in ("ass", "ssa")
-    size = 0
+def _cues(container: InputContainer, stream: SubtitleStream, origin_s: float, warnings: list[str]) -> Iterator[Cue]:
+    """Yield the cues of a track. If a packet cannot be decoded, a warning is added to `warnings`."""
     # Using Fraction would double the run time
     tick, per = (
         stream.time_base.numerator,
         stream.time_base.denominator,
     )
+    text_of = _text_reader(stream)
     for packet in ffmpeg.packets(container, stream, every_stream=True):
         if packet is not None and (packet.pts is None or not packet.size):
             continue
-        texts = None
-        with suppress(av.error.FFmpegError):  # FFmpeg converts all formats to ASS
-            texts = packet and [cue.ass.split(b",", 8)[-1].decode("utf-8", "replace") for cue in packet.decode()]
-        if texts is None:
+        text = None
+        with suppress(av.error.FFmpegError, UnicodeDecodeError):
+            text = packet and text_of(packet)
+        if text is None:
             if DAMAGED not in warnings:
                 warnings.append(DAMAGED)
             continue
-        size += packet.size + 24  # overhead of a line in addition to its text
+        start = packet.pts * tick / per - origin_s
+        end = start + max(0, packet.duration or 0) * tick / per
+        yield start, end, in_lines(text)
+
+
+def _text_reader(stream: SubtitleStream) -> Callable[[Packet], str | None]:
+    """Return a function that extracts a packet's text without markup, or returns None if the packet is damaged."""
+    codec = _codec(stream)
+    if codec == "webvtt":
+        return lambda packet: webvtt_text(bytes(packet).decode())
+    if codec in ("ass", "ssa"):
+        fields = EventFormat.of_track((stream.codec_context.extradata or b"").decode("utf-8", "replace"))
+
+        def event(packet: Packet) -> str | None:
+            values = fields.split(bytes(packet).decode())
+            return values and ass_text(values[fields.text])
+
+        return event
+
+    def decoded(packet: Packet) -> str:
+        if codec == "subrip":  # FFmpeg ends the text at an empty line
+            packet = Packet(re.sub(rb"\n\s+", b"\n", bytes(packet)))
+        texts = [cue.ass.split(b",", 8)[-1].decode("utf-8", "replace") for cue in stream.codec_context.decode(packet)]
+        return "\n".join(srt_text(text) if codec == "subrip" else ass_text(text, hidden=False) for text in texts)
+
+    return decoded
+
+
+def _limited(cues: Iterable[Cue]) -> Iterator[Cue]:
+    """Yield cues as long as their text fits into `MAX_BYTES`. Otherwise, raise VideoError."""
+    size = 0
+    for start, end, lines in cues:
+        size += sum(len(line.encode()) for line in lines) + 24  # overhead of a cue in addition to its text
         if size > MAX_BYTES:
             hint = "give a file with only the subtitles you need"
             raise VideoError(f"the subtitles are larger than {MAX_BYTES // 2**20} MiB", hint)
-        start = packet.pts * tick / per - origin_s
-        end = start + max(0, packet.duration or 0) * tick / per
-        yield start, end, [line for text in texts for line in _plain(text, hidden)]
-
-
-def _plain(text: str, hidden: bool) -> list[str]:
-    """Remove markup from a cue's text and split it into lines. If `hidden` is True, all text in braces is removed as well."""
-    drawing = False
-    pieces = []
-    # FFmpeg writes \{{} for a literal brace. Replace it with a null character, which never occurs in text, until the markup has
-    # been removed.
-    for piece in re.split(r"(\{[^{}]*\})", text.replace("\\{{}", "\0")):
-        if piece.startswith("{") and piece.endswith("}") and (hidden or piece.startswith("{\\")):
-            # \p1 and higher switch to drawing commands, and \p0 switches back to text.
-            if mode := re.search(r"\\p(\d)", piece):
-                drawing = mode[1] != "0"
-        elif not drawing:
-            pieces.append(piece)
-    broken = re.sub(r"\\[Nn]", "\n", "".join(pieces)).replace("\\h", " ")
-    plain = broken.replace("\\\u2060", "\\").replace("\0", "{")  # FFmpeg puts a word joiner after a literal backslash
-    return [line for line in (" ".join(line.split()) for line in plain.split("\n")) if line]
+        yield start, end, lines
 
 
 def _lines(cues: Iterable[tuple[float, float, list[str]]]) -> list[SubtitleLine]:
