@@ -108,6 +108,21 @@ ABOUT_SOUND = re.compile(
 
 
 @dataclass
+class EncodingTimes:
+    """Time spent on encoding, in seconds."""
+
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(INPUT_STAGES, 0.0))
+    wall: float = 0.0
+    prune: float = 0.0  # portion of the "encode" stage spent on scoring, merging, and selecting
+
+    def add(self, other: "EncodingTimes") -> None:
+        for stage in self.stages:
+            self.stages[stage] += other.stages.get(stage, 0.0)
+        self.wall += other.wall
+        self.prune += other.prune
+
+
+@dataclass
 class VideoFacts:
     path: str | None = None
     duration_s: float | None = None

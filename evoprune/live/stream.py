@@ -41,7 +41,7 @@ from evoprune.live.omp import release_omp_threads
 from evoprune.live.segments import Earlier, NothingNew, check_carried, encode_segment
 from evoprune.methods import FarthestPoints, Tokens, arange_on, select
 from evoprune.model import Clock
-from evoprune.report import INPUT_STAGES, Report, TokenCounts
+from evoprune.report import EncodingTimes, Report, TokenCounts
 from evoprune.session import (
     Askable,
     EncodedInput,
@@ -216,7 +216,7 @@ class VideoStream(Askable):
         self._sampling = sampling
         self._system = system
         self._name = name
-        self._inputs_reported = True  # because questions are charged only for encoding the unfinished window
+        self._unreported = EncodingTimes()  # time spent for questions since the latest report, on the unfinished window
         self._gate = Lock()
         self._feeding = RLock()
         self.skipped = 0
@@ -444,21 +444,21 @@ class VideoStream(Askable):
             if fresh:
                 encoded = fresh.encoding
                 rest = encoded.seconds["plan"] + wall - encoded.wall_seconds
-                self._charge_next_question(encoded.seconds | {"plan": rest}, wall)
+                stages = encoded.seconds | {"plan": rest}
+                self._unreported.add(EncodingTimes(stages, wall, encoded.encoded.prune_seconds))
             else:
-                self._charge_next_question({"plan": wall}, wall)
+                self._unreported.add(EncodingTimes({"plan": wall}, wall))
             return window and window.encoding
 
-    def _charge_next_question(self, seconds: dict[str, float], wall: float) -> None:
-        """Add the given times, in seconds per stage and in wall time, to the time charged to the next question."""
-        if self._inputs_reported:
-            owed = dict.fromkeys(INPUT_STAGES, 0.0)
-            owed_wall = 0.0
-        else:
-            owed, owed_wall = self._spent
-        for stage, spent in seconds.items():
-            owed[stage] += spent
-        self._spent, self._inputs_reported = (owed, owed_wall + wall), False
+    def _claim_times(self) -> tuple[EncodingTimes, Callable[[], None]]:
+        claimed = self._unreported
+        self._unreported = EncodingTimes()
+        before = replace(claimed, stages=dict(claimed.stages))  # `claimed` will be changed by its report
+
+        def give_up() -> None:
+            self._unreported.add(before)
+
+        return claimed, give_up
 
     def _encode(
         self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
@@ -556,10 +556,7 @@ class VideoStream(Askable):
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
     def _blank_report(self) -> Report:
-        report = self._report(self._look() or self._latest)
-        if not self._spent[0]["encode"]:
-            report.time_ms.encode_prune = 0.0
-        return report
+        return self._report(self._look() or self._latest)
 
     def _report(self, encoding: EncodedInput | None) -> Report:
         with self._lock:

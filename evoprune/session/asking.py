@@ -7,7 +7,7 @@ caller's code runs, so it cannot block other threads.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -17,7 +17,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.language import AnswerStream, GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
 from evoprune.model import Clock, Cost
-from evoprune.report import ABOUT_SOUND, INPUT_STAGES, Report, TokenCounts
+from evoprune.report import ABOUT_SOUND, EncodingTimes, Report, TokenCounts
 from evoprune.session.answers import Answer, Chat, Shape
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
@@ -46,7 +46,6 @@ class Askable(ABC, Uncopied):
         self._session = session
         self._lock = threading.RLock()
         self._turn = 0  # number of questions asked so far
-        self._inputs_reported = False  # whether a report already includes the encoding times
 
     @property
     def ignores_sound(self) -> bool:
@@ -60,6 +59,14 @@ class Askable(ABC, Uncopied):
     @abstractmethod
     def _blank_report(self) -> Report:
         """Return a new report that describes the inputs, but doesn't contain a question or an answer yet."""
+
+    @abstractmethod
+    def _claim_times(self) -> tuple[EncodingTimes, Callable[[], None]]:
+        """Return the encoding times that no answer has reported yet, and claim them for the next report.
+
+        Returns:
+            A tuple of the times and a function that gives up the claim, for use if there will be no report.
+        """
 
     @abstractmethod
     def _read(
@@ -226,23 +233,24 @@ class Askable(ABC, Uncopied):
         turn = self._turn
         loaded = self._session.loaded
         clock = Clock(self._session.device)
-        if self._inputs_reported:
-            clock.seconds = dict.fromkeys(INPUT_STAGES, 0.0)
-            earlier = 0.0
-            report.time_ms.encode_prune = 0.0
-        else:  # an earlier answer's report already includes the encoding times
-            clock.seconds, earlier = self._spent
+        spent, give_up = self._claim_times()
+        clock.seconds = spent.stages
+        earlier = spent.wall
+        report.time_ms.encode_prune = spent.prune * 1000
         fill_times(report, clock.seconds, earlier, loaded.device)
         start = clock.now()
         packing = loaded.packing
         packed = packing.seconds
         constraint = None
-        if options.grammar is not None:
-            with clock.stage("prefill"):  # the vocabulary is built only once per model
-                constraint = loaded.vocabulary.constraint(options.grammar)
-        state = self._read(question, options, report, clock, turns)
-        generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint)
-        self._inputs_reported = True
+        try:
+            if options.grammar is not None:
+                with clock.stage("prefill"):  # the vocabulary is built only once per model
+                    constraint = loaded.vocabulary.constraint(options.grammar)
+            state = self._read(question, options, report, clock, turns)
+            generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint)
+        except BaseException:
+            give_up()
+            raise
         report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
         report.answer = ""
         before = packing.seconds
@@ -314,7 +322,8 @@ class EncodedInputs(Askable):
         self.last_question = False
         self._report_template = self._report_of_inputs(self._encodings)
         self.report = deepcopy(self._report_template)
-        fill_times(self.report, *self._spent, session.loaded.device)
+        spent = total_times(self._encodings)
+        fill_times(self.report, spent.stages, spent.wall, session.loaded.device)
 
     def __repr__(self) -> str:
         descriptions = []
@@ -394,12 +403,14 @@ class EncodedInputs(Askable):
         columns = kept + TEXT + new_tokens
         return rows * model.config.text_config.hidden_size * each + Cost(model.config).kv_bytes(columns, each)
 
-    @property
-    def _spent(self) -> tuple[dict[str, float], float]:
-        """The time spent in each stage and the wall-clock time, both in seconds and summed over all inputs."""
-        every = self._encodings
-        stages = {stage: sum(encoding.seconds[stage] for encoding in every) for stage in INPUT_STAGES}
-        return stages, sum(encoding.wall_seconds for encoding in every)
+    def _claim_times(self) -> tuple[EncodingTimes, Callable[[], None]]:
+        claimed = [encoding for encoding in self._encodings if encoding.reported.acquire(blocking=False)]
+
+        def give_up() -> None:
+            for encoding in claimed:
+                encoding.reported.release()
+
+        return total_times(claimed), give_up
 
     def _blank_report(self) -> Report:
         return deepcopy(self._report_template)
@@ -408,15 +419,13 @@ class EncodedInputs(Askable):
     def _select_for(self, question: str, report: Report) -> None:
         """Select the visual tokens for a question, and discard the keys and values cached for earlier questions."""
         loaded = self._session.loaded
-        before = 0.0
-        if self._inputs_reported:
-            before = self._prune_seconds
+        before = self._prune_seconds
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = loaded.language.embed(ids)  # embed the question without the rest of the prompt
         self._encodings = [encoding.selected(words) for encoding in self._encodings]
         fill_pruning(report, self._session, self._encodings)
-        report.time_ms.encode_prune = (self._prune_seconds - before) * 1000
+        report.time_ms.encode_prune += (self._prune_seconds - before) * 1000
 
     @property
     def _prune_seconds(self) -> float:
@@ -468,3 +477,11 @@ class EncodedInputs(Askable):
         share = pruning.budget.share_of_all([plan.grid for plan in self.plans])
         dropping = loaded.language.dropping_for(pruning.method, share, read, pruned)
         return self._prefix.read(pruned, prompt, last, goes_on, dropping)
+
+
+def total_times(encodings: Iterable[EncodedInput]) -> EncodingTimes:
+    """Return the time spent on encoding, summed over all inputs."""
+    total = EncodingTimes()
+    for encoding in encodings:
+        total.add(encoding.times)
+    return total

@@ -1,9 +1,11 @@
 """An encoded video or image, ready to be asked about."""
 
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from evoprune.report import EncodingTimes
 from evoprune.video import Plan
 from evoprune.vision import Encoded, EncodedRows
 
@@ -20,6 +22,12 @@ class EncodedInput:
     cache: str  # "hit" (loaded from disk), "miss" (encoded and then stored), or "off"
     warnings: tuple[str, ...]  # warning names, as they appear in reports
     damaged: int  # number of packets that could not be decoded
+    # Held by the first answer whose report includes these times. Copies share it, so no two answers report the same times.
+    reported: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def times(self) -> EncodingTimes:
+        return EncodingTimes(self.seconds, self.wall_seconds, self.encoded.prune_seconds)
 
     @property
     def kept(self) -> int:

@@ -317,7 +317,7 @@ class OpenInput:
             key = self._patch_key
             self._reading = self._patch_key = None
         if key is not None:
-            self.session.loaded.patches.close(key)
+            self.session.loaded.patches.close(key, reading)
         elif reading:
             reading.close()
 

@@ -64,7 +64,8 @@ class PatchStore:
         """
         with self._lock:
             reading = self._entries.get(key)
-            if reading is None or not (reading.complete or reading.is_here):
+            failed = reading is not None and reading.problem is not None
+            if reading is None or failed or not (reading.complete or reading.is_here):
                 if size > self.limit_bytes:
                     return None
                 available = Device(device).available_memory()
@@ -76,13 +77,12 @@ class PatchStore:
             reading.users += 1
             return reading
 
-    def close(self, key: Hashable) -> None:
-        """Release the `Reading` for a key.
+    def close(self, key: Hashable, reading: Reading[PatchChunk]) -> None:
+        """Release a `Reading` returned by `open`, which may have failed and been replaced in the meantime.
 
         When the last user releases a `Reading`, its patches stay in the store if it is complete; otherwise, it is stopped.
         """
         with self._lock:
-            reading = self._entries[key]
             reading.users -= 1
             if reading.users:
                 return
@@ -90,7 +90,8 @@ class PatchStore:
                 self._entries.move_to_end(key)
                 self._drop_unused(self.limit_bytes)
                 return
-            del self._entries[key]
+            if self._entries.get(key) is reading:
+                del self._entries[key]
         reading.close()
 
     def clear(self) -> bool:

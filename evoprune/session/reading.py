@@ -92,7 +92,6 @@ class Reading(Generic[T]):
         self.hidden_s = 0.0
         self.begun = self.ended = self.complete = self.taken = False
         self.problem: BaseException | None = None
-        self._source = source
         self._group = group or Readings()
         self._changed = self._group.changed
         self._shared = shared
@@ -106,8 +105,10 @@ class Reading(Generic[T]):
         self._scope = Scope()
         # With a copy of the context, stopping the current thread's scope also stops the new thread.
         context = Context() if shared else copy_context()
-        # Use a daemon thread, so a hanging read cannot prevent the program from exiting.
-        self._thread = threading.Thread(target=context.run, args=(self._work,), name="evoprune-reading", daemon=True)
+        # Only the thread refers to `source`, so whatever `source` refers to can be freed as soon as the thread ends, even if
+        # the chunks are kept. Use a daemon thread, so a hanging read cannot prevent the program from exiting.
+        work = (self._work, source)
+        self._thread = threading.Thread(target=context.run, args=work, name="evoprune-reading", daemon=True)
         with self._changed:
             self._group.unfinished.append(self)
         try:
@@ -184,14 +185,14 @@ class Reading(Generic[T]):
 
     # Used by the thread.
 
-    def _work(self) -> None:
+    def _work(self, source: Callable[["Reading[T]"], Iterator[T]]) -> None:
         self._scope.enter()
         problem = None
         try:
             with self._changed:
                 Scope.wait_for(self._changed, self._has_turn)
             Scope.check()
-            with closing(self._source(self)) as chunks:
+            with closing(source(self)) as chunks:
                 with self._changed:
                     self.begun = True
                     self._changed.notify_all()

@@ -1,8 +1,10 @@
 """Thanks to the patch store, inputs with the same sampling are read only once, no matter which method prunes them."""
 
+import gc
 import os
 import threading
 import time
+import weakref
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +142,24 @@ def test_what_shows_other_frames_is_not_kept(loaded, read):
     assert not torch.equal(dark.encoded.features, qa.encode(CLIP, frames=4).encoded.features)
 
 
+def test_patches_do_not_keep_what_belongs_to_the_caller(loaded):
+    """Stored patches would otherwise keep each finished request of a server in memory."""
+
+    class Request:
+        def progress(self, *state):
+            pass
+
+    requests = []
+    for number in range(3):
+        request = Request()
+        requests.append(weakref.ref(request))
+        VideoQA(loaded, budget=0.5).encode(CLIP, frames=4 + 2 * number, progress=request.progress)
+        del request
+    gc.collect()
+    assert [request() for request in requests] == [None] * 3
+    assert len(loaded.patches._entries) == 3
+
+
 def test_a_failure_is_not_kept(loaded, read, monkeypatch):
     real = encoding.patches_of
     monkeypatch.setattr(encoding, "patches_of", lambda *what: (_ for _ in ()).throw(VideoError("gone")))
@@ -187,7 +207,7 @@ def test_the_least_recently_used_goes_first():
         for _ in range(2):
             assert [chunk.end for chunk in held[key].chunks()] == [0, 1, 2]
     for key in "bac":  # entries in use are never evicted
-        store.close(key)
+        store.close(key, held[key])
     assert list(store._entries) == ["a", "c"]
     assert store.open("a", 40, CPU, source()) is held["a"]
     assert store.clear() and list(store._entries) == ["a"] and not store.clear()
@@ -199,10 +219,10 @@ def test_two_users_share_what_is_being_read():
     first = store.open("a", 40, CPU, source(gate=gate))
     second = store.open("a", 40, CPU, source())
     assert first is second
-    store.close("a")  # the other reader still needs it
+    store.close("a", first)  # the other reader still needs it
     gate.set()
     assert len(list(second.chunks())) == 3
-    store.close("a")
+    store.close("a", second)
     assert store._entries["a"] is second
 
 
@@ -210,7 +230,7 @@ def test_what_nobody_needs_any_more_ends():
     store, gate, before = PatchStore(), threading.Event(), threading.active_count()
     reading = store.open("a", 40, CPU, source(10**9, gate))
     threading.Timer(0.05, gate.set).start()
-    store.close("a")
+    store.close("a", reading)
     assert not store._entries and not reading.complete
     until = time.monotonic() + 10
     while threading.active_count() > before:
@@ -223,3 +243,24 @@ def test_damage_of_every_chunk_is_told(loaded, monkeypatch, tmp_path):
     clip = spoil(Path("samples/three.mp4"), tmp_path / "damaged.mp4", {10})
     report = VideoQA(loaded, budget=0.5).encode(clip).report
     assert report.video.damaged == 1 and "damaged_video" in report.warnings
+
+
+def test_a_failed_reading_is_not_shared():
+    """An input opened after a failure is read again, even while another input still uses the failed reading."""
+
+    def failing(reading):
+        raise VideoError("too many files are open", "close some")
+        yield
+
+    def working(reading):
+        yield PatchChunk(torch.zeros(1, 1, dtype=torch.uint8), 1, (0.0,))
+
+    store = PatchStore()
+    failed = store.open("key", 1, CPU, failing)
+    with pytest.raises(VideoError, match="too many files"):
+        list(failed.chunks())
+    again = store.open("key", 1, CPU, working)
+    assert len(list(again.chunks())) == 1
+    store.close("key", failed)
+    store.close("key", again)
+    assert store.open("key", 1, CPU, failing) is again

@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from evoprune.backend import Device
+from evoprune.errors import EvopruneError
 from evoprune.report import Report
 from evoprune.session.ahead import read_ahead
+from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache
 from evoprune.session.encoding import open_inputs
 from evoprune.session.loading.model import load_model
@@ -160,6 +162,37 @@ def test_of_pictures_several_inputs_and_subtitles(kernels, slow, tmp_path):
     with timed(slow) as reports:
         reports.append(first(qa.encode(CLIP, subtitles=said).ask(QUESTION)))
     assert reports[0].subtitles["lines"] == 1
+
+
+@pytest.mark.parametrize("method", ["evoprune", "cdpruner"])
+def test_of_inputs_that_earlier_answers_were_about(kernels, slow, method):
+    """An encoding's time belongs to the first report about it, whichever object is asked later."""
+    qa = VideoQA(kernels, budget=0.25, method=method)
+    with timed(slow) as reports:
+        one = qa.encode(CLIP)
+        reports.append(first(one.ask(QUESTION)))
+    with timed(slow) as reports:  # the other input is new
+        other = qa.encode(OTHER)
+        reports.append(first(EncodedInputs.together(qa.session, [one, other]).ask(QUESTION)))
+        assert reports[0].time_ms.encode > 0
+    sessions = replace(qa.session, pruning=qa.session.pruning)
+    for asked in (other, EncodedInputs.together(qa.session, [other, one]), one.with_session(sessions)):
+        with timed(slow) as reports:
+            reports.append(first(asked.ask(QUESTION)))
+        times = reports[0].time_ms
+        assert times.read == times.preprocess == times.compile == 0.0
+        assert times.encode_prune <= times.encode + 1e-9
+
+
+def test_of_an_encoding_whose_first_question_failed(kernels, slow):
+    """The next report includes the time spent on the encoding, but not the time spent on the failed question."""
+    video = VideoQA(kernels, budget=0.25).encode(CLIP)
+    for _ in range(2):
+        with pytest.raises(EvopruneError):
+            first(video.ask("word " * 100_000))
+    spent = [first(video.ask(QUESTION)).time_ms for _ in range(2)]
+    assert spent[0].encode == video.report.time_ms.encode > 0 == spent[1].encode
+    assert spent[0].ttft_wall == covered(spent[0])
 
 
 @pytest.mark.parametrize("method", ["evoprune", "cdpruner"])

@@ -24,7 +24,7 @@ from evoprune.util import size, without_password
 from evoprune.video import HeldVideo, Input, downloaded, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
 from evoprune_serve.public import PublicTransport
-from evoprune_serve.store import UNUSED_S, Content, Store
+from evoprune_serve.store import UNUSED_S, Content, Store, file_state
 from evoprune_serve.uploads import Uploads
 
 URL_CHARACTERS = 8192  # maximum length of a URL, except for data: URLs
@@ -267,24 +267,24 @@ class Sources:
         is True, the file is copied to the store instead of being kept open because a list of frames may consist of many files.
         """
         try:
-            file = stack.enter_context(self._opened(url))
+            file = self._opened(url)
         except (OSError, RuntimeError, ValueError) as problem:  # also an invalid URL, or a loop of symbolic links
             if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                 raise full(FILES_RETRY_S) from problem
             message = f"{url} is not a file below a folder of --allow-dir"
             raise ApiError(404, message, code="not_found") from problem
         if copied:
-            with self._store.room() as room:
+            with file, self._store.room() as room:
                 room.add(os.fstat(file.fileno()).st_size)
                 content = self._store.copy(file, room)
-            file.close()
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, url)
-        state = os.fstat(file.fileno())
+        identity = file.name, *file_state(file)
         path = file.name
         if sys.platform == "linux":
             path = stack.enter_context(self._store.link(file))
-        identity = file.name, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        else:
+            stack.enter_context(file)
         return LocalFile(path, identity, url)
 
     def _opened(self, url: str) -> BinaryIO:

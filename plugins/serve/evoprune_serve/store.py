@@ -21,6 +21,12 @@ PREFIX = "evoprune-serve-"
 CHUNK_BYTES = 2**20
 BLOCK_BYTES = 4096  # size of a disk block: the space used by the smallest file
 UNUSED_S = 600.0  # retention time for unused files, in seconds
+FileState = tuple[int, ...]  # changes if a file is modified or replaced
+
+
+def file_state(file: BinaryIO) -> FileState:
+    state = os.fstat(file.fileno())
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 @dataclass(eq=False)
@@ -45,6 +51,15 @@ class Content:
         return -(-self.size // BLOCK_BYTES) * BLOCK_BYTES
 
 
+@dataclass(eq=False)
+class Link:
+    """A path to an open file. `users` counts the callers using the path; the file is closed if there are none."""
+
+    path: str
+    file: BinaryIO
+    users: int = 0
+
+
 class Store:
     """A thread-safe file store. Stored and incoming files take up at most `limit_bytes` on disk."""
 
@@ -54,6 +69,7 @@ class Store:
         self._bytes = 0  # total size of all stored files and reservations
         self._contents: dict[str, Content] = {}  # by digest
         self._unused: OrderedDict[str, Content] = OrderedDict()  # unused files, least recently used first
+        self._links: dict[FileState, Link] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -114,17 +130,36 @@ class Store:
     def link(self, file: BinaryIO) -> Iterator[str]:
         """Yield a path that lets other processes open a file even after it is renamed or deleted. Linux only.
 
-        The path is a symbolic link to the open file's descriptor. The link must be removed before the file is closed because the
-        descriptor could be reused for a different file afterwards.
+        The path is a symbolic link to the open file's descriptor. All users of the same unchanged file get the same path, which
+        stays valid until the last of them leaves the context, because requests about the same file share the work of reading it.
+        This method closes `file`.
         """
-        path = str(self._folder / f"open-{secrets.token_hex(8)}")
-        with self._stored():
-            os.symlink(f"/proc/{os.getpid()}/fd/{file.fileno()}", path)
+        state = file_state(file)
+        with self._lock:
+            link = self._links.get(state)
+            if link:
+                file.close()
+            else:
+                path = str(self._folder / f"open-{secrets.token_hex(8)}")
+                try:
+                    with self._stored():
+                        os.symlink(f"/proc/{os.getpid()}/fd/{file.fileno()}", path)
+                except BaseException:
+                    file.close()
+                    raise
+                link = self._links[state] = Link(path, file)
+            link.users += 1
         try:
-            yield path
+            yield link.path
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            with self._lock:
+                link.users -= 1
+                if not link.users:
+                    del self._links[state]
+                    # Remove the link first, because the descriptor could be reused for a different file.
+                    with suppress(FileNotFoundError):
+                        os.unlink(link.path)
+                    link.file.close()
 
     def take(self, content: Content) -> bool:
         """Register a new user of a file. Returns False if the file is no longer stored."""

@@ -326,6 +326,26 @@ def test_a_file_that_is_replaced_by_a_link_is_not_followed(store, uploads, tmp_p
     assert len(os.listdir("/proc/self/fd")) == files - 1 and not list((tmp_path / "store").glob("open-*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_requests_about_the_same_file_share_a_path(store, uploads, tmp_path):
+    """One request's reader may serve another request, so the path must outlive the request that came first."""
+    (tmp_path / "a.mp4").write_bytes(b"old")
+    (tmp_path / "b.mp4").hardlink_to(tmp_path / "a.mp4")
+    made = sources(store, uploads, folders=[tmp_path])
+    files = len(os.listdir("/proc/self/fd"))
+    first, second = (made.fetch([Address(f"file://{tmp_path}/{name}")]) for name in ("a.mp4", "b.mp4"))
+    (tmp_path / "new").write_bytes(b"new")
+    (tmp_path / "new").rename(tmp_path / "a.mp4")
+    third = made.fetch([Address(f"file://{tmp_path}/a.mp4")])
+    first.close()
+    assert second.inputs() == first.inputs() != third.inputs()
+    assert [Path(fetched.inputs()[0]).read_bytes() for fetched in (second, third)] == [b"old", b"new"]
+    assert list(second.paths.values()) == [f"file://{tmp_path}/b.mp4"]
+    second.close()
+    third.close()
+    assert len(os.listdir("/proc/self/fd")) == files and not list((tmp_path / "store").glob("open-*"))
+
+
 def test_too_many_open_files_are_429(store, uploads, tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"x")
     made = sources(store, uploads, folders=[tmp_path])
