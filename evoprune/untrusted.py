@@ -144,15 +144,16 @@ def _rules(cls: type) -> dict[str, Rule]:
     return {name: rule for name, rule in annotated.items() if isinstance(rule, Rule)}
 
 
-def loads(text: str, once: bool = False) -> Any:
+def loads(text: str | bytes, once: bool = False, levels: int = MAX_LEVELS) -> Any:
     """Parse a JSON text strictly.
 
     Args:
         text: The JSON text.
         once: Whether to reject objects with duplicate names. If False, the last value is used, as in Python's own parser.
+        levels: The maximum nesting depth of lists and objects.
 
     Raises:
-        ValueError: If the text isn't valid JSON, is nested deeper than `MAX_LEVELS`, or contains NaN, infinity, or a number that is
+        ValueError: If the text isn't valid JSON, is nested deeper than `levels`, or contains NaN, infinity, or a number that is
             too large.
     """
 
@@ -171,14 +172,14 @@ def loads(text: str, once: bool = False) -> Any:
             raise ValueError(f"the field {twice[:40]} appears twice")
         return value
 
-    too_deep = ValueError(f"it is nested more than {MAX_LEVELS} levels deep")
+    too_deep = ValueError(f"it is nested more than {levels} levels deep")
     try:
         hook = unique if once else None
         value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
     except RecursionError:
         raise too_deep from None
     level = [[value]]
-    for _ in range(MAX_LEVELS + 1):
+    for _ in range(levels + 1):
         inside = chain.from_iterable(map(_values, level))
         level = [inner for inner in inside if isinstance(inner, dict | list)]
         if not level:

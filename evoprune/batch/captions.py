@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from evoprune.batch.output import RecordFile
+from evoprune.batch.output import RECORD_LEVELS, RecordFile
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.files import write_file
@@ -110,7 +110,7 @@ def _answered(path: str) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for line in file:
             try:
-                record = loads(line)
+                record = loads(line, levels=RECORD_LEVELS)
                 answered = isinstance(record["id"] + record["answer"], str) and record["batch"]["files"].keys()
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 
@@ -19,7 +19,7 @@ from evoprune.files import OPEN_FILES, append, create_unfinished, remove_unfinis
 from evoprune.methods import MethodText
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions
-from evoprune.untrusted import loads
+from evoprune.untrusted import MAX_LEVELS, loads
 from evoprune.util import differences, file_changes, record_of, shown
 from evoprune.video import input_state
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from evoprune.session import ModelDescription, Session
 
 STDOUT = "-"
+# Maximum nesting depth of a record, in which the fields of a row and the options are a few levels deeper than in their own files.
+RECORD_LEVELS = MAX_LEVELS + 10
+BOM = b"\xef\xbb\xbf"  # some editors write this at the start of a file
 OTHER_HINT = "name another file with -o, or remove this one"
 # Options that are always recorded. All other options are recorded only if they differ from their defaults.
 RECORDED = (
@@ -286,7 +289,7 @@ class RecordFile:
     def _is_own(self) -> bool:
         """Return True if the file begins with a complete or incomplete record of this schema."""
         head = self._head
-        beginning = os.pread(self._number, len(head), 0).rstrip(b"\0")
+        beginning = os.pread(self._number, 1024, 0).removeprefix(BOM).lstrip(b"\r\n")[: len(head)].rstrip(b"\0")
         return bool(beginning) and head.startswith(beginning)
 
     @property
@@ -381,7 +384,7 @@ class RecordFile:
                 raise
 
     def _read(self) -> list[EarlierRecord]:
-        """Read all complete records. An incomplete record in the last line is ignored.
+        """Read all complete records. Empty lines and an incomplete record in the last line are ignored.
 
         Raises:
             UsageError: If the file contains anything else.
@@ -391,24 +394,18 @@ class RecordFile:
         settings = None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
+                place = end, end + len(line)
+                end += len(line)
+                if not line.removeprefix(BOM).strip():
+                    continue
                 try:
-                    record = loads(line)
-                    if record["schema"] != self.schema:
-                        raise ValueError
-                    about = record["batch"]
-                    failed = record["error"] is not None
-                    stated = about["settings"]
-                    if stated != settings:  # records usually have the same settings, so they share a single dict
-                        settings = stated
-                    files = dict(about.get("files") or {})
-                    commit = dict(record.get("model") or {}).get("revision")
-                    place = end, end + len(line)
-                    below = None
-                    if not failed:
-                        below = dict(record.get("pruning") or {}).get("after_tower_below") or 0
-                    records.append(
-                        EarlierRecord(record["id"], about["row"], settings, failed, *place, files, commit, below)
-                    )
+                    record = self._record(line, place)
+                    if (
+                        record.settings == settings
+                    ):  # records usually have the same settings, so they share a single dict
+                        record = replace(record, settings=settings)
+                    settings = record.settings
+                    records.append(record)
                 except (ValueError, KeyError, TypeError) as problem:
                     if _is_torn(line, self._head, bool(records)):
                         break
@@ -416,8 +413,28 @@ class RecordFile:
                     if records:
                         hint = "if you do not need that line, delete it and repeat the command; or choose another -o"
                     raise UsageError(f"{self.name}, line {number} is not a record of a {self.noun}", hint) from problem
-                end += len(line)
         return records
+
+    def _record(self, line: bytes, place: tuple[int, int]) -> EarlierRecord:
+        """Parse a line. `place` is its byte range in the file.
+
+        Raises:
+            ValueError: If the line is not JSON, or not a record of this schema. This may also raise a KeyError or TypeError.
+        """
+        record = loads(line, levels=RECORD_LEVELS)
+        if record["schema"] != self.schema:
+            raise ValueError
+        about = record["batch"]
+        own = record["id"], about["row"], about["settings"]
+        if list(map(type, own)) != [str, dict, dict]:
+            raise TypeError
+        failed = record["error"] is not None
+        below = None
+        if not failed:
+            below = dict(record.get("pruning") or {}).get("after_tower_below") or 0
+        files = dict(about.get("files") or {})
+        commit = dict(record.get("model") or {}).get("revision")
+        return EarlierRecord(*own, failed, *place, files, commit, below)
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
         """Atomically replace the file with a locked copy containing only these records. Returns the copy's file descriptor."""
@@ -452,7 +469,7 @@ def _is_torn(line: bytes, head: bytes, follows: bool) -> bool:
     if line.endswith(b"\n") or not (content or follows):
         return False
     try:
-        loads(line)
+        loads(line, levels=RECORD_LEVELS)
     except ValueError:
         return content.startswith(head) or head.startswith(content)
     return False  # the line is a complete JSON object, such as a record written by `ask --json`

@@ -682,8 +682,10 @@ def _object(fields: Any) -> dict[str, Any] | ValueError:
 
 
 def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
-    head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    table = text.lstrip("\r\n")
+    before = text[: len(text) - len(table)].count("\n")  # number of empty lines before the header
+    head = table.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
         names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if twice := [name for name, count in Counter(names).items() if name and count > 1]:
@@ -703,7 +705,7 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                     cells[name] = [entry.strip() for entry in cells[name].split("|")]
             if None in row:
                 cells = ValueError("more cells than the header")
-            yield "line", reader.line_num, cells
+            yield "line", before + reader.line_num, cells
     except csv.Error as problem:
         # `line_num` counts only completely read lines.
-        yield "line", reader.line_num + 1, ValueError(str(problem))
+        yield "line", before + reader.line_num + 1, ValueError(str(problem))

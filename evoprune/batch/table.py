@@ -80,6 +80,9 @@ class TableFile(RecordFile):
 
     def _is_own(self) -> bool:
         """Return True if the file begins with the header of a batch's CSV table. Subsequent rows may be missing or incomplete."""
-        with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
-            head = next(csv.reader(file), [])
+        with open(self.path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            try:
+                head = next(csv.reader(file), [])
+            except csv.Error:  # for example, a cell is too large
+                return False
         return tuple(head[-len(COLUMNS) :]) == COLUMNS

@@ -58,7 +58,8 @@ class RunFolder:
         """Open an interrupted run's folder, dropping the samples of unfinished and failed videos.
 
         Raises:
-            UsageError: If `path` is not a run folder, or if the run used different settings or a different model.
+            UsageError: If `path` is not a run folder, if its samples are damaged, or if the run used different settings or a
+                different model.
         """
         before = stored_settings(path)
         file = path / SAMPLES
@@ -78,7 +79,7 @@ class RunFolder:
         with _writing(path):
             for name in (SETTINGS, SAMPLES, RESULTS):
                 remove_unfinished(str(path / name))
-        samples = _finished(text)
+        samples = _finished(text, file)
         folder = cls(path, samples, model, below)
         folder.check_model(here)
         kept = "".join(map(_line, samples))
@@ -141,17 +142,32 @@ def _line(sample: dict) -> str:
     return json.dumps(sample, separators=(",", ":")) + "\n"
 
 
-def _finished(text: bytes) -> list[dict]:
-    """Parse the samples from videos that finished without errors. Parsing stops at the first incomplete line."""
+def _finished(text: bytes, path: Path) -> list[dict]:
+    """Parse the samples from videos that finished without errors. Empty lines and an incomplete last line are ignored.
+
+    Args:
+        text: The contents of the samples file.
+        path: The file, for the error message.
+
+    Raises:
+        UsageError: If another line is not a sample.
+    """
     samples = []
     video = []
-    for line in text.splitlines():
+    lines = text.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip(b"\0 \t\r"):
+            continue
         try:
             sample = json.loads(line)
-        except ValueError:
-            break
-        if video and video[-1]["video"] != sample["video"]:
-            video = []
+            name = sample["video"]
+            if video and video[-1]["video"] != name:
+                video = []
+        except (ValueError, KeyError, TypeError, RecursionError) as problem:
+            if number == len(lines):
+                break
+            hint = "restore the line, or choose a new -o DIR"
+            raise UsageError(f"{path}, line {number} is not a sample of an evaluation", hint) from problem
         video.append(sample)
         if sample.get("last"):
             if "error" not in sample:

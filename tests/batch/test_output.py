@@ -1,6 +1,7 @@
 """Test that the output file of a batch always has complete lines and only one writer at a time."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evoprune.batch import RowReader, TableFile
 from evoprune.batch.output import RecordFile
 from evoprune.errors import UsageError
 from evoprune.report import SCHEMA, Report
@@ -139,6 +141,74 @@ def test_cut_off_anywhere_it_goes_on(tmp_path_factory, failures, data):
     assert [name.name for name in path.parent.iterdir()] == ["out.jsonl"]
 
 
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lines: lines + b"\n",
+        lambda lines: b"\n" + lines,
+        lambda lines: lines.replace(b"\n", b"\n \t\n\n"),
+        lambda lines: lines.replace(b"\n", b"\r\n") + b"\r\n",
+        lambda lines: BOM + lines,
+        lambda lines: BOM + b"\r\n" + lines,
+        lambda lines: lines[:-1],
+        lambda lines: lines + b"\n" + HEAD,  # cut off
+        lambda lines: lines + b"\n\0\0\0",
+    ],
+)
+@pytest.mark.parametrize("failed", [(), ("1",), ("3",)])
+def test_resuming_after_an_editor_saved_the_file(path, edit, failed):
+    write(path, *(record(name, failed=name in failed) for name in "123"))
+    path.write_bytes(edit(path.read_bytes()))
+    with pytest.raises(UsageError, match="already exists") as caught:
+        RecordFile(str(path))
+    assert "--resume" in caught.value.hint
+    with closing(RecordFile(str(path), resume=True)) as file:
+        assert [each.id for each in file.earlier_records] == ["1", "2", "3"]
+        file.begin(failed)
+        file.add(record("new"))
+    left = [json.loads(line)["id"] for line in path.read_bytes().removeprefix(BOM).split(b"\n") if line.strip()]
+    assert left == [*(name for name in "123" if name not in failed), "new"]
+
+
+def test_resuming_reads_a_row_with_the_deepest_answer(path, tmp_path):
+    line = '{"video":"samples/square.mp4","question":"What?","answer":%s}' % ("[" * 99 + "]" * 99)
+    (row,) = RowReader().read(io.BytesIO(line.encode()), "rows")
+    write(path, record(1, **row.asked, answer=row.answer))
+    with closing(RecordFile(str(path), resume=True)) as file:
+        assert file.earlier_records[0].row["answer"] == row.answer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 5},
+        {"id": ["1"]},
+        {"batch": []},
+        {"batch": {"row": [], "settings": {}}},
+        {"batch": {"row": {}, "settings": "x"}},
+    ],
+)
+def test_records_of_another_form_are_refused(path, change):
+    write(path, record(1))
+    path.write_text(path.read_text() + json.dumps(json.loads(record(2).to_json()) | change) + "\n")
+    with pytest.raises(UsageError, match="line 2 is not a record"):
+        RecordFile(str(path), resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"x" * 200_000, b'"' + b"x" * 200_000, b"a\0b\n", BOM + b"a,b\n", b'"a,b\n', b"\n"]
+)
+def test_a_table_that_is_not_a_batch_is_never_replaced(path, content):
+    path.write_bytes(content)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="contains no records"):
+            TableFile(str(path), [], resume=False, overwrite=overwrite)
+    assert path.read_bytes() == content
+
+
 def test_resuming_keeps_mode_and_link(path, tmp_path):
     write(path, record(1, failed=True), record(2))
     path.chmod(0o640)
@@ -160,7 +230,7 @@ GOOD = record(1).to_json()
         (Report().to_json() + "\n", 1),  # from `ask --json`
         (f"{GOOD}\nnotes", 2),
         (f"{GOOD}\n{GOOD[:100]}\n{GOOD}\n", 2),
-        (f"\n{GOOD}\n", 1),
+        (f"\n{GOOD}\nx\n", 3),
         (f"{GOOD}\n{Report(id='1').to_json()}", 2),
         ("\0" * 9, 1),
         ("[" * 10**5, 1),

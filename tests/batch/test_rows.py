@@ -52,6 +52,14 @@ def test_json_lines(tmp_path):
     )
 
 
+@pytest.mark.parametrize("before", ["\n", "\r\n\r\n", "\ufeff\n"])
+def test_empty_lines_before_the_header_of_a_table(before):
+    (row,) = RowReader(numbered=True).read(
+        io.BytesIO(f"{before}video;question\nsamples/square.mp4;What?".encode()), "rows"
+    )
+    assert row.id == str(2 + before.count("\n")) and row.question == "What?"
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("head", ["", "\ufeff"])
 def test_csv(delimiter, head):
