@@ -75,6 +75,11 @@ class LanguageModel:
         device = self.model.model.language_model.norm.weight.device
         return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
 
+    @property
+    def answer_window(self) -> int | None:
+        """Number of columns that an answer token attends to, including itself, or None for all columns."""
+        return self.model.config.text_config.sliding_window if self._hosted else None
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up the input embeddings, `[n, hidden]`, for token IDs, int64 `[n]`.
 
@@ -206,8 +211,10 @@ class PrefillState:
         positions = (arange_on(len(ids), "cpu") + self.next_position + len(self.answer)).expand(3, -1)
         embeds = self.language.embed(ids)
         Packing.of(self.language.model).begin_pass()
+        window = self.language.answer_window
+        given = {"window": window} if window is not None else {}
         with Quantization.decoding():
-            logits = self.language.logits(embeds, positions, self.cache, last=len(ids), ids=ids)
+            logits = self.language.logits(embeds, positions, self.cache, last=len(ids), ids=ids, **given)
         self.answer += ids.tolist()
         self.logits = logits[-1]
         return logits

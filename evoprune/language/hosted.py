@@ -95,6 +95,7 @@ def forward(
     last: int = 1,
     deepstack: torch.Tensor | None = None,
     ids: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
@@ -104,6 +105,7 @@ def forward(
     Args:
         ids: int64 `[columns]`, the token IDs of the columns, with placeholders for visual tokens. Required if `reads_ids` is True
             for the model.
+        window: Number of columns that each new column attends to, including itself, or None for all columns.
 
     Raises:
         ValueError: If there are no columns, `positions` doesn't match the columns, `last` is out of range, or an earlier forward
@@ -133,7 +135,18 @@ def forward(
     for start in range(0, columns, step):
         strip = slice(start, min(start + step, columns))
         hidden.append(
-            _read(model, inputs_embeds[strip], places[..., strip], cache, every, before + start, deepstack, strip, ids)
+            _read(
+                model,
+                inputs_embeds[strip],
+                places[..., strip],
+                cache,
+                every,
+                before + start,
+                deepstack,
+                strip,
+                ids,
+                window,
+            )
         )
     cache.length, cache.sizes = before + columns, every
     return torch.cat(hidden)[-last:] if len(hidden[-1]) < last else hidden[-1][-last:]
@@ -149,15 +162,19 @@ def _read(
     deepstack: torch.Tensor | None,
     strip: slice,
     ids: torch.Tensor | None,
+    window: int | None,
 ) -> torch.Tensor:
     """Run the model on a strip of columns and return their final hidden states, `[columns, hidden]`.
 
     `before` is the number of columns already in the cache.
     """
     given = {}
-    if sizes is not None or (before and len(embeds) > 1):
+    if sizes is not None or window is not None or (before and len(embeds) > 1):
         end = before + len(embeds)
-        mask = arange_on(end, embeds.device) <= arange_on(len(embeds), embeds.device)[:, None] + before
+        keys, queries = arange_on(end, embeds.device), arange_on(len(embeds), embeds.device)[:, None] + before
+        mask = keys <= queries
+        if window is not None:
+            mask &= keys > queries - window
         if sizes is not None:
             mask = torch.where(mask, sizes[:end].log().to(embeds.dtype), -torch.inf)
         given["attention_mask"] = mask[None, None]

@@ -100,7 +100,7 @@ class PrefixCache:
         rest = pruned[known:]
         given = {"sizes": rest.sizes, "deepstack": rest.deepstack, "ids": rest.ids}
         state = language.prefill(rest.embeds, rest.positions, rest.following, cache, **given)
-        if crops and goes_on:
+        if crops and goes_on and language.answer_window is None:
             self._cached = [CachedPrefix(state.cache, pruned.ids, state.answer)]
         elif crops:
             self._cached = [CachedPrefix(state.cache, pruned.ids[: ends[-1]])]

@@ -333,15 +333,16 @@ def can_step(model) -> bool:
     """Return True if all decoding steps of a model run the same operations, so they can be captured in a graph.
 
     Models with hooks are rejected, because a hook may run arbitrary code. Models that also read token IDs are rejected, because
-    only embeddings are available in a decoding step. Mixture-of-experts (MoE) models are accepted only with one of the two expert
-    implementations that never copy the choice of experts to the host.
+    only embeddings are available in a decoding step, and so are models whose answers attend to a sliding window.
+    Mixture-of-experts (MoE) models are accepted only with one of the two expert implementations that never copy the choice of
+    experts to the host.
     """
     modules = [model.lm_head, *model.model.language_model.layers.modules()]
     if not all(is_unhooked_linear(layer) for layer in modules if isinstance(layer, nn.Linear)):
         return False
     if not isinstance(model, HostedVL):
         return True
-    if hosted.reads_ids(model):
+    if hosted.reads_ids(model) or model.config.text_config.sliding_window is not None:
         return False
     text = model.model.language_model
     plain = (nn.Parameter, torch.Tensor)

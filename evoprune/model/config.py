@@ -7,6 +7,7 @@ differences between model families.
 """
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -34,6 +35,8 @@ LayerNumbers = Annotated[tuple[int, ...], Rule.list_of(Rule.whole(0, 1000))]
 # The two types of language model layers.
 FULL = "full_attention"
 LINEAR = "linear_attention"
+# Language model settings of transformers that apply to all families, and that evoprune does not compute.
+UNSUPPORTED = "kv_sharing_modes", "per_layer_config"
 TOKEN = Rule.whole(0, 2**31)
 MAX_ENDS = 64  # maximum number of tokens that end an answer
 EndIds = Annotated[  # IDs of the tokens that end an answer, possibly with repetitions
@@ -60,6 +63,7 @@ class Family:
     embed_dim: bool = False  # whether config files use the names from `Qwen2Sizes`
     head_norms: bool = False  # whether the language model normalizes queries and keys
     timestamps: bool = False  # whether prompts contain a timestamp and markers for each frame pair
+    answer_windows: bool = False  # whether transformers obeys `sliding_window` alone, and only while it generates
     native: bool = True  # whether `language/decoder.py` runs the language model, instead of transformers
 
 
@@ -94,6 +98,7 @@ _QWEN3 = Family(
     vision={"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16},
     head_norms=True,
     timestamps=True,
+    answer_windows=True,
 )
 _QWEN3_5_TEXT = {
     "rope_theta": 1e4,
@@ -121,6 +126,7 @@ _QWEN3_5 = replace(
     text=_QWEN3_5_TEXT,
     vision={"num_position_embeddings": 2304, "patch_size": 16},  # no DeepStack
     native=False,
+    answer_windows=False,
 )
 FAMILIES = {
     QWEN2_5: _QWEN2_5,
@@ -281,6 +287,9 @@ class TextConfig:
     rms_norm_eps: Annotated[float, Rule.number(1e-30, 1)] = 1e-5
     hidden_act: Annotated[str, TEXT] = "silu"
     use_sliding_window: Annotated[bool, YES_OR_NO] = False
+    # Number of columns that an answer token attends to, including itself, or None for all columns. Prompt tokens always attend to
+    # all columns before them, because transformers applies this setting only to the KV cache.
+    sliding_window: int | None = None
     eos_token_id: EndIds = None
     # The context length, which is the maximum total number of tokens in the prompt and the answer, or None if unknown.
     max_position_embeddings: Annotated[int | None, Rule.whole(1, 2**31)] = None
@@ -423,9 +432,13 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         name: value for name, value in rope.items() if value is not None
     }
     heads = content.get("num_key_value_heads") or content.get("num_attention_heads")
+    rope.pop("mrope_interleaved", None)  # transformers ignores it
     if traits.head_norms:
         rope["mrope_interleaved"] = True
         _check(not content.get("attention_bias"), "attention_bias is not supported", Unsupported)
+    for name in UNSUPPORTED:
+        _check(content.get(name) is None, f"{name} is not supported", Unsupported)
+    _check(content.get("is_causal", True) is True, "a language model that is not causal is not supported", Unsupported)
     if "shared_expert_intermediate_size" in traits.text:
         given.pop("intermediate_size", None)  # every layer has experts
     text = pick(TextConfig, given | {"rope_parameters": rope, "num_key_value_heads": heads}, "text_config")
@@ -439,22 +452,19 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         _check(not text.reads_ids or text.eos_token_id not in (None, ()), "text_config has no eos_token_id")
     every = all(map(text.has_experts, range(text.num_hidden_layers)))
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
-    attends_over_windows = text.use_sliding_window
-    if (
-        attends_over_windows and "layer_types" in given
-    ):  # same condition for sliding-window attention as in transformers
-        attends_over_windows = "sliding_attention" in Rule.list_of(TEXT).check(
-            given["layer_types"], "text_config.layer_types"
-        )
-    elif attends_over_windows:
-        full = Rule.whole(0, 2**31).check(given.get("max_window_layers", 80), "text_config.max_window_layers")
-        attends_over_windows = full < text.num_hidden_layers
-    attends_over_windows = attends_over_windows and content.get("sliding_window", True) is not None
     _check_rope(rope)
-    _check(not attends_over_windows, "sliding window attention is not supported", Unsupported)
+    if traits.answer_windows:
+        text = replace(text, sliding_window=_answer_window(content, text.max_position_embeddings))
+    elif text.delta_net is None:
+        windows = _attends_over_windows(content, text)
+        _check(not windows, "sliding window attention is not supported", Unsupported)
     act = text.hidden_act
     _check(act == "silu", f"activation {act} is not supported, only silu", Unsupported)
-    divides = text.head_dim is not None or text.hidden_size % (2 * text.num_attention_heads) == 0
+    divides = text.hidden_size % (2 * text.num_attention_heads) == 0
+    if traits.head_norms:
+        divides = divides or text.head_dim is not None
+    else:
+        divides = divides and text.head_dim in (None, text.hidden_size // text.num_attention_heads)
     _check(divides, "hidden_size does not fit the number of heads")
     _check(
         text.num_attention_heads % text.num_key_value_heads == 0,
@@ -471,6 +481,37 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         problem = text.qwen4.problem(linear, 2 * sum(sections))
         _check(problem is None, f"text_config: {problem}")
     return replace(text, head_norms=traits.head_norms, use_sliding_window=False)
+
+
+def _attends_over_windows(content: dict, text: TextConfig) -> bool:
+    """Return True if any layer of a Qwen2-VL or Qwen2.5-VL language model would use sliding-window attention in transformers."""
+    if not text.use_sliding_window or content.get("sliding_window", True) is None:
+        return False
+    if content.get("layer_types") is not None:
+        return "sliding_attention" in Rule.list_of(TEXT).check(content["layer_types"], "text_config.layer_types")
+    full = Rule.whole(0, 2**31).check(content.get("max_window_layers", 80), "text_config.max_window_layers")
+    return full < text.num_hidden_layers
+
+
+def _answer_window(content: dict, context: int | None) -> int | None:
+    """Return the `TextConfig.sliding_window` of a Qwen3-VL model. Raises the same errors as `Config.parse`.
+
+    The layers of these models have no windows, but transformers derives the type of the KV cache from these settings.
+
+    Args:
+        content: The language model settings.
+        context: The context length, or None if it is unknown.
+    """
+    if content.get("layer_types") is not None:
+        kinds = Rule.list_of(TEXT).check(content["layer_types"], "text_config.layer_types")
+        _check({*kinds} <= {FULL}, "layers without full attention are not supported", Unsupported)
+        return None
+    _check(content.get("attention_chunk_size") is None, "attention_chunk_size is not supported", Unsupported)
+    window = content.get("sliding_window")
+    if window is None:
+        return None
+    Rule.whole(2, 2**31).check(window, "text_config.sliding_window")
+    return window if context is None or window < context else None
 
 
 def _parse_delta_net(given: dict, depth: int) -> DeltaNet:
@@ -523,10 +564,12 @@ def _parse_experts(given: dict, known: Collection[str], family: str) -> Experts:
     return experts
 
 
-def _check_rope(rope: dict) -> None:
+def _check_rope(rope: dict, kinds: Collection[str] = ("default", "mrope")) -> None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    problem = f"rope_type {kind!r} is not supported, only Qwen's own"
-    _check(kind in ("default", "mrope"), problem, Unsupported)
+    problem = f"rope_type {reprlib.repr(kind)} is not supported, only Qwen's own"
+    _check(kind in kinds, problem, Unsupported)
+    nested = any(isinstance(value, dict) for value in rope.values())
+    _check(not nested, "rotary embeddings that differ between layers are not supported", Unsupported)
 
 
 def head_size(text) -> int:
@@ -550,15 +593,25 @@ def _parse_vision(content: dict, family: str) -> VisionConfig:
     given |= {
         name: None for name in ("num_position_embeddings", "deepstack_visual_indexes") if name not in traits.vision
     }
+    rope = section(given, "rope_parameters")
+    _check_rope(rope, ("default", "axial"))
+    speed = rope.get("rope_theta") or 10_000
+    _check(speed == 10_000, f"rope_theta {reprlib.repr(speed)} of the tower is not supported, only 10000", Unsupported)
     if traits.windows:
-        return replace(pick(VisionConfig, given, "vision_config"), family=family)
-    speed = section(given, "rope_parameters").get("rope_theta") or 10_000
-    _check(speed == 10_000, f"rope_theta {speed} of the tower is not supported, only 10000", Unsupported)
+        return _with_whole_heads(replace(pick(VisionConfig, given, "vision_config"), family=family), given)
     picked = pick(VisionConfig, given | {"fullatt_block_indexes": [], "window_size": None}, "vision_config")
     # No layer uses window attention, so any value works
     window = 4 * picked.patch_size * picked.spatial_merge_size
     every = tuple(range(picked.depth))
-    return replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
+    picked = replace(picked, fullatt_block_indexes=every, window_size=window, tokens_per_second=None, family=family)
+    return _with_whole_heads(picked, given)
+
+
+def _with_whole_heads(config: VisionConfig, given: dict) -> VisionConfig:
+    """Return the config, after checking that its rotary embedding covers whole heads."""
+    wide = given.get("head_dim", config.hidden_size // config.num_heads)
+    _check(wide == config.hidden_size // config.num_heads, "head_dim of the tower does not fit its number of heads")
+    return config
 
 
 def _check(holds: bool, problem: str, error: type[ValueError] = ValueError) -> None:

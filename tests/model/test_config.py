@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -300,6 +301,23 @@ REFUSED = (  # family, part, entry, value, and the message
     ("2.5", VISION, "window_size", 100, "not a whole number of units"),
     ("2.5", VISION, "num_heads", 7, "does not fit its number of heads"),
     ("3", VISION, "rope_parameters", {"rope_theta": 1e5}, "rope_theta 100000.0 of the tower"),
+    ("2.5", VISION, "rope_parameters", {"rope_theta": 1e5}, "rope_theta 100000.0 of the tower"),
+    ("2.5", VISION, "rope_parameters", {"rope_theta": [1] * 10**6}, "rope_theta .1, 1, 1, 1, 1, 1, ....* of the tower"),
+    ("2", VISION, "rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn'"),
+    ("3", VISION, "rope_parameters", {"rope_type": "linear"}, "rope_type 'linear'"),
+    ("3", VISION, "head_dim", 8, "head_dim of the tower"),
+    ("2.5", VISION, "head_dim", 8, "head_dim of the tower"),
+    ("2.5", TEXT, "head_dim", 64, "does not fit the number of heads"),
+    ("2.5", TEXT, "rope_parameters", {"full_attention": {"rope_theta": 1e6}}, "differ between layers"),
+    ("2.5", TEXT, "is_causal", False, "not causal"),
+    ("3.5", TEXT, "kv_sharing_modes", ["reuse"] * 6, "kv_sharing_modes"),
+    ("3", TEXT, "per_layer_config", {"0": {"head_dim": 64}}, "per_layer_config"),
+    ("3", TEXT, "sliding_window", 0, "sliding_window is 0"),
+    ("3", TEXT, "sliding_window", "8", "sliding_window is '8'"),
+    ("3", TEXT, "sliding_window", True, "sliding_window is True"),
+    ("3", TEXT, "attention_chunk_size", 8, "attention_chunk_size"),
+    ("3", TEXT, "layer_types", ["sliding_attention"] * 36, "layers without full attention"),
+    ("3 experts", TEXT, "layer_types", [FULL, "chunked_attention"] * 2, "layers without full attention"),
     ("3 experts", TEXT, "num_local_experts", 0, "num_experts is 0"),
     ("3 experts", TEXT, "num_experts_per_tok", 5, "num_experts_per_tok is 5, but there are 4 experts"),
     ("3 experts", TEXT, "mlp_only_layers", ["1"], "mlp_only_layers is"),
@@ -455,3 +473,36 @@ def test_a_sliding_window_counts_where_transformers_has_layers_with_one(given):
             Config.parse(content)
     else:
         assert not Config.parse(content).text_config.use_sliding_window
+
+
+# Settings that have no effect in transformers, by family.
+WITHOUT_EFFECT = [
+    ("2", {"sliding_window": 8, "use_sliding_window": False, "attention_chunk_size": 8}),
+    ("2.5", {"sliding_window": 8, "use_sliding_window": False, "attention_bias": True, "attention_dropout": 0.5}),
+    ("2.5", {"initializer_range": 9.0, "use_cache": False, "pad_token_id": 3, "router_aux_loss_coef": 9.0}),
+    ("2.5", {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "norm_topk_prob": False}),
+    ("3", {"use_sliding_window": True, "max_window_layers": 0, "attention_dropout": 0.5}),
+    ("3", {"sliding_window": 8, "layer_types": [FULL] * 36}),
+    ("3", {"sliding_window": 2**30, "use_sliding_window": False}),
+    ("3 experts", {"sliding_window": None, "use_sliding_window": True, "output_router_logits": True}),
+    ("3.5", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0, "attention_chunk_size": 8}),
+    ("3.5 experts", {"sliding_window": 8, "use_sliding_window": False, "router_aux_loss_coef": 9.0}),
+]
+
+
+@pytest.mark.parametrize(("family", "given"), WITHOUT_EFFECT)
+def test_settings_without_effect_are_ignored(family, given):
+    content = copy.deepcopy(CONTENTS[family])
+    known = Config.parse(content)
+    content.get(TEXT, content).update(given)
+    assert replace(Config.parse(content).text_config, use_sliding_window=False) == known.text_config
+
+
+def test_only_the_family_decides_on_interleaving():
+    """Files of other families may name it, but transformers interleaves nothing in them."""
+    content = copy.deepcopy(NEW)
+    content["text_config"]["rope_parameters"] = {"mrope_section": [16, 24, 24], "mrope_interleaved": True}
+    assert "mrope_interleaved" not in Config.parse(content).text_config.rope_parameters
+    content = copy.deepcopy(CONTENTS["3"])
+    content["text_config"]["rope_scaling"] = {"mrope_section": [24, 20, 20], "mrope_interleaved": False}
+    assert Config.parse(content).text_config.rope_parameters["mrope_interleaved"] is True

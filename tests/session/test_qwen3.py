@@ -1,5 +1,6 @@
 """Compare Qwen3-VL with transformers at full budget, and with a hand-written prompt at smaller budgets."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +72,37 @@ def test_full_budget_is_hugging_faces_generate(folder, loaded, host, path, tmp_p
     inputs = evoprune.processor_inputs(folder, path, QUESTION, max_visual_tokens=4096)
     theirs = [i for i in generated(host, inputs) if i not in loaded.eos_ids]
     assert answered(loaded, path, budget=1.0) == theirs
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
+def test_answers_attend_to_a_sliding_window_as_in_transformers(family, tmp_path):
+    """transformers obeys `sliding_window` in the KV cache only, so prompts have no window. Questions share a prefix."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = save_tiny(tmp_path, family=family)
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"] |= {"sliding_window": 8, "use_sliding_window": False}
+    (folder / "config.json").write_text(json.dumps(content))
+    how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    host = AutoModelForImageTextToText.from_pretrained(folder, **how).eval()
+    few = {"frames": 4, "max_visual_tokens": 64}
+    inputs = evoprune.processor_inputs(folder, CLIP, QUESTION, **few)
+    theirs = host.generate(
+        **inputs, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    ids = theirs.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    qa = VideoQA.load(str(folder), budget=1.0, method="none", dtype="fp32", device="cpu")
+    video = qa.encode(CLIP, **few)
+    for question in (QUESTION, "How many?", QUESTION):
+        answer = video.ask(question, max_new_tokens=12)
+        assert answer.text and (question != QUESTION or answer.ids in (ids, ids[:-1]))
+    chat = video.chat()
+    assert chat.ask(QUESTION, max_new_tokens=12).text
+    later = qa.encode(CLIP, **few).chat(None, chat.messages[:2])
+    assert chat.ask("Why?", max_new_tokens=12).text == later.ask("Why?", max_new_tokens=12).text
+    logits, _ = video.read_along(QUESTION, ids)
+    assert torch.allclose(logits, torch.cat(theirs.logits), atol=1e-3)
 
 
 def picture(folder):

@@ -120,6 +120,8 @@ def answer(subject: Subject) -> Outcome:
     errors. If evoprune's language model is itself a transformers module, both sides read features from evoprune's tower, so that
     smaller differences can be detected. In this case, the features are compared separately.
     """
+    if subject.loaded.language.answer_window is not None:
+        return Outcome(SKIPPED, "sliding_window: a pass over the whole answer in transformers has no window")
     inputs = subject.encode(1.0)
     answer = inputs.ask(QUESTION, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
     text = answer.text

@@ -157,7 +157,8 @@ class ModelDescription:
     @property
     def can_be_native(self) -> bool:
         """Whether evoprune's own code supports the language model, so transformers isn't needed."""
-        return self.config.vision_config.traits.native and self.quantization is None
+        traits = self.config.vision_config.traits
+        return traits.native and self.quantization is None and self.config.text_config.sliding_window is None
 
     @property
     def can_be_quantized(self) -> bool:

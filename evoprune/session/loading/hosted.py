@@ -272,6 +272,8 @@ def random_hosted(config: Config, dtype: torch.dtype, device: torch.device) -> H
 
 def _hosted_model(config: Config, host, *, experts: bool) -> HostedVL:
     host.eval().requires_grad_(False)
+    # The KV cache keeps all columns, and language/hosted.py masks the columns outside of a window.
+    host.model.language_model.config.sliding_window = None
     model = HostedVL(config, host.model.visual, host.model.language_model, host.lm_head)
     choose_functions(model, experts=experts)
     accept_biases(model)
