@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from evoprune.video.info import Video
 if TYPE_CHECKING:
     import numpy as np
 
-# Tolerance in seconds. A frame that begins up to this long after the requested time is considered to be on screen.
+# Maximum tolerance in seconds. A frame that begins up to this long after the requested time is considered to be on screen. The
+# tolerance is at most a tenth of the shortest frame.
 TOLERANCE_S = 1e-4
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
@@ -91,9 +93,14 @@ class HeldVideo(Video):
 
     __hash__ = object.__hash__
 
+    @cached_property
+    def _tolerance_s(self) -> float:
+        gaps = (later - earlier for earlier, later in pairwise(self.frames_s))
+        return min(TOLERANCE_S, min(gaps, default=math.inf) / 10)
+
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
         """Return the frames on screen at n times as C-contiguous uint8 `[n, H, W, 3]`, along with their start times in seconds."""
-        counts = [bisect_right(self.frames_s, time_s + TOLERANCE_S) for time_s in times_s]
+        counts = [bisect_right(self.frames_s, time_s + self._tolerance_s) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]
         if not frames.flags.c_contiguous:
@@ -116,7 +123,7 @@ def _as_video(array: "np.ndarray", frames_s: tuple[float, ...], rate: float, sta
         pix_fmt="rgb24",
         container="array",
         fps=rate,
-        variable_rate=any(abs(gap - 1 / rate) > TOLERANCE_S for gap in gaps),
+        variable_rate=any(abs(gap - 1 / rate) > min(TOLERANCE_S, 0.1 / rate) for gap in gaps),
         frames_total=len(array),
         start_s=start_s,
         held=array,

@@ -106,8 +106,9 @@ def encode_video(
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop
+        tick = 1 / Fraction(fps)
         if pts is not None or start:
-            stream.codec_context.time_base = CLOCK
+            stream.codec_context.time_base = tick = CLOCK
         if rotation or mirrored:
             # FFmpeg rotates counterclockwise and then flips, so the rotation must go in the opposite direction if there is a flip.
             stream.set_display_rotation(rotation if mirrored else -rotation, hflip=mirrored)
@@ -115,7 +116,7 @@ def encode_video(
         converter = VideoReformatter()  # shared by all frames, because creating it takes longer than converting a frame
         for rgb, time in zip(frames, times, strict=True):
             frame = converter.reformat(av.VideoFrame.from_ndarray(rgb, format="rgb24"), format=pix_fmt)
-            frame.pts, frame.time_base = round(time / CLOCK), CLOCK
+            frame.pts, frame.time_base = round(time / tick), tick
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
         if sound is not None:

@@ -172,7 +172,8 @@ def _cut(
             if exact:
                 video = _encoded(_encoder(out, info), _pictures(info, start_s, end_s), length_s)
             else:
-                video = _copied(_add_copied_stream(out, track.stream), info.path, packets, origin_s, length_s)
+                target = _add_copied_stream(out, track.stream)
+                video = _copied(target, info.path, packets, origin_s, length_s, track.tolerance_s)
             audible: TimedPackets = iter(())
             if sound is not None:
                 audible = _sound(out, info.path, sound, sound in copied, origin_s, length_s)
@@ -221,7 +222,7 @@ def _from_keyframe(track: Track, start_s: float) -> tuple[float, Iterator[Packet
             raise timeless
         return packet.pts * float(packet.time_base) - track.info.start_s
 
-    latest_s = start_s + ffmpeg.TOLERANCE_S
+    latest_s = start_s + track.tolerance_s
     try:
         keyframes = track.keyframes(start_s, start_s)
     except Unreachable:
@@ -308,7 +309,12 @@ def _ordered(packets: list[Packet]) -> TimedPackets:
 
 
 def _copied(
-    target: Stream, path: str, packets: Iterator[Packet | None], origin_s: float, length_s: float
+    target: Stream,
+    path: str,
+    packets: Iterator[Packet | None],
+    origin_s: float,
+    length_s: float,
+    tolerance_s: float = ffmpeg.TOLERANCE_S,
 ) -> TimedPackets:
     """Yield the packets to copy to a clip, with times relative to the start of the clip.
 
@@ -318,6 +324,7 @@ def _copied(
     Args:
         origin_s: Start time of the clip on the file's own clock, in seconds.
         length_s: Length of the clip in seconds.
+        tolerance_s: See `ffmpeg.tolerance_s`.
 
     Raises:
         VideoError: The file is damaged, because its packets add up to more bytes than the file itself.
@@ -340,12 +347,12 @@ def _copied(
             packet.dts = max(packet.dts, latest + 1)
         shown_s = float(packet.pts * packet.time_base)
         decoded_s = float(packet.dts * packet.time_base)
-        if decoded_s < length_s - ffmpeg.TOLERANCE_S:
+        if decoded_s < length_s - tolerance_s:
             until_s = max(until_s, shown_s)
-        elif decoded_s >= until_s - ffmpeg.TOLERANCE_S:
+        elif decoded_s >= until_s - tolerance_s:
             return
         # Frames displayed before the clip begins depend on packets outside the clip.
-        if not -ffmpeg.TOLERANCE_S <= shown_s <= until_s:
+        if not -tolerance_s <= shown_s <= until_s:
             continue
         latest = packet.dts
         left -= packet.size
@@ -409,13 +416,14 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown = None
     shown_s = -math.inf
     picture = Picture(info)
+    tolerance_s = ffmpeg.tolerance_s(info.fps)
     for time_s, frame in deinterlacing(_decoded(info, start_s)):
-        # A frame's timestamp is wrong unless it is later than the previous frame's timestamp.
-        if time_s < shown_s + ffmpeg.TOLERANCE_S:
+        # A frame's timestamp is wrong unless it is later than the previous frame's timestamp. No two frames share a tick.
+        if time_s < shown_s + max(tolerance_s, CLOCK):
             continue
-        if shown is not None and time_s >= end_s - ffmpeg.TOLERANCE_S:
+        if shown is not None and time_s >= end_s - tolerance_s:
             break
-        if shown is not None and time_s > start_s + ffmpeg.TOLERANCE_S:
+        if shown is not None and time_s > start_s + tolerance_s:
             yield held()
         shown = frame
         shown_s = time_s

@@ -98,7 +98,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     current = -1
     rgb = None
     for time in times_s:
-        wanted = int(min(max((time + ffmpeg.TOLERANCE_S) * info.fps, 0), last))
+        wanted = int(min(max((time + ffmpeg.tolerance_s(info.fps)) * info.fps, 0), last))
         candidates = list(range(wanted, done, -1))
         if rgb is None:
             candidates += range(wanted + 1, last + 1)

@@ -182,14 +182,14 @@ def planned(track: Track, times_s: Sequence[float], seek: str, part_s: float) ->
     interlaced = info.interlaced or track.stream.codec_context.field_order > 1
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
-    ends = [bisect_right(keyframes, time + ffmpeg.TOLERANCE_S, key=_time_of) for time in times_s]
+    ends = [bisect_right(keyframes, time + track.tolerance_s, key=_time_of) for time in times_s]
     places = [
         max(0, end - 1) for end in ends
     ]  # for each time, the index of the last keyframe displayed at or before it
     moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
-        near = [_nearest_keyframes(keyframes, time, part_s / 2) for time in times_s]
+        near = [_nearest_keyframes(keyframes, time, part_s / 2, track.tolerance_s) for time in times_s]
     if seek == "auto" and moves:
         frames = [
             (time - keyframes[place].time_s) * (info.fps or ffmpeg.FALLBACK_FPS)
@@ -214,14 +214,16 @@ def _time_of(keyframe: Keyframe) -> float:
     return keyframe.time_s
 
 
-def _nearest_keyframes(keyframes: Sequence[Keyframe], time_s: float, reach_s: float) -> tuple[Keyframe, ...]:
+def _nearest_keyframes(
+    keyframes: Sequence[Keyframe], time_s: float, reach_s: float, tolerance_s: float
+) -> tuple[Keyframe, ...]:
     """Return up to `MAX_NEAR` keyframes within `reach_s` seconds of a time, nearest first.
 
     A keyframe exactly at the start of this interval is included, whereas a keyframe exactly at its end belongs to the next
     interval.
     """
-    first = bisect_left(keyframes, time_s - reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
-    last = bisect_left(keyframes, time_s + reach_s - ffmpeg.TOLERANCE_S, key=_time_of)
+    first = bisect_left(keyframes, time_s - reach_s - tolerance_s, key=_time_of)
+    last = bisect_left(keyframes, time_s + reach_s - tolerance_s, key=_time_of)
     return tuple(sorted(keyframes[first:last], key=lambda keyframe: abs(keyframe.time_s - time_s))[:MAX_NEAR])
 
 
@@ -230,7 +232,7 @@ def _frames(track: Track, run: Run, part_s: float, damaged: ffmpeg.Damage) -> It
     for keyframe in run.near:
         frame = track.alone(keyframe)
         # The index may contain decoding times, which are a few frames early, so check the frame's own timestamp.
-        if frame and -ffmpeg.TOLERANCE_S <= frame[0] - run.times_s[0] + part_s / 2 < part_s - ffmpeg.TOLERANCE_S:
+        if frame and -track.tolerance_s <= frame[0] - run.times_s[0] + part_s / 2 < part_s - track.tolerance_s:
             yield frame[0], deinterlaced(frame[1]), True
             return
     done = 0
@@ -281,7 +283,7 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
     if upcoming is None:
         raise ffmpeg.nothing_decoded(track.info.path)
     for time in run.times_s:
-        while upcoming and (current is None or upcoming[0] <= time + ffmpeg.TOLERANCE_S):
+        while upcoming and (current is None or upcoming[0] <= time + track.tolerance_s):
             before, current, shown = current, upcoming, None
             upcoming = next(frames, None)
             if sparing and (damage or current[1].interlaced_frame or (upcoming and upcoming[0] <= current[0])):

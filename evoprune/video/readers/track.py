@@ -48,10 +48,14 @@ class Track:
 
     Args:
         threads: Number of decoder threads.
+
+    Attributes:
+        tolerance_s: See `ffmpeg.tolerance_s`.
     """
 
     def __init__(self, info: Video, threads: int = 1):
         self.info = info
+        self.tolerance_s = ffmpeg.tolerance_s(info.fps)
         self._threads = threads
         self._files = ExitStack()
         self._open()
@@ -123,7 +127,7 @@ class Track:
         tick = float(self._stream.time_base)
         times = sorted(stamp * tick - self.info.start_s for stamp in stamps)
         # Omit frames before the first decodable frame, because they depend on missing frames.
-        return times[bisect_left(times, -ffmpeg.TOLERANCE_S) :]
+        return times[bisect_left(times, -self.tolerance_s) :]
 
     def from_beginning(
         self, times_s: Sequence[float], damaged: ffmpeg.Damage, *, sparing: bool = False
@@ -162,7 +166,7 @@ class Track:
             packets = self._spared(packets, times_s)
         frames = self._decoded(packets, note)
         for time, frame in frames:
-            if time > times_s[0] + ffmpeg.TOLERANCE_S:
+            if time > times_s[0] + self.tolerance_s:
                 break
             # Frames before the first real keyframe may depend on missing frames.
             if _is_whole(frame):
@@ -250,7 +254,7 @@ class Track:
     def _from(self, keyframe: Keyframe, damaged: ffmpeg.Damage) -> Iterator[Packet | None]:
         """Seek to a keyframe and return the packets from there onward. Raises `Unreachable` if seeking fails."""
         for back_s in BACK_S:
-            self._seek(keyframe.time_s + ffmpeg.TOLERANCE_S - back_s)
+            self._seek(keyframe.time_s + self.tolerance_s - back_s)
             packets = self._packets(damaged)
             for packet in packets:
                 stamp = None if packet is None else self._stamp(packet)
@@ -297,7 +301,7 @@ class Track:
                 packet = ahead.popleft()
                 held -= bytes_of(packet)
                 time = time_of(packet)
-                needed = count < FIRST or time is None or _is_wanted(time - begin_s, shown, times_s)
+                needed = count < FIRST or time is None or _is_wanted(time - begin_s, shown, times_s, self.tolerance_s)
                 context.skip_frame = "DEFAULT" if needed else "NONREF"
                 yield packet
                 count += 1
@@ -334,14 +338,15 @@ def _is_whole(frame: VideoFrame) -> bool:
     return bool(frame.key_frame) and frame.pict_type == PictureType.I and not frame.is_corrupt
 
 
-def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]) -> bool:
+def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float], tolerance_s: float) -> bool:
     """Return True if the frame that appears at `time_s` is on screen at any of the requested times.
 
     Args:
         shown_s: Display times of nearby frames, in ascending order.
         times_s: Requested times, in ascending order.
+        tolerance_s: See `ffmpeg.tolerance_s`.
     """
     following = bisect_right(shown_s, time_s)
     ends_s = shown_s[following] if following < len(shown_s) else math.inf
-    first = bisect_left(times_s, time_s - ffmpeg.TOLERANCE_S)
-    return first < len(times_s) and times_s[first] + ffmpeg.TOLERANCE_S < ends_s
+    first = bisect_left(times_s, time_s - tolerance_s)
+    return first < len(times_s) and times_s[first] + tolerance_s < ends_s
