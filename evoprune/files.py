@@ -1,12 +1,18 @@
-"""Helpers for writing files atomically, reading files with a size limit, and sorting file names. Does not import torch."""
+"""Helpers for writing files atomically, noticing changed files, reading files with a size limit, and sorting file names.
+
+Does not import torch.
+"""
 
 import glob
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from typing import BinaryIO, Generic, NamedTuple, Self, TypeVar
 
 from evoprune.errors import UsageError
 
@@ -16,6 +22,86 @@ OPEN_FILES = ("/dev/", "/proc/self/fd/")
 # Name of a file while it is being written. The placeholders are the final name and eight random hexadecimal digits.
 UNFINISHED = "{}.evoprune-{}.tmp"
 MAX_BYTES = 2**28  # maximum size, in bytes, of a file to read into memory
+# Resolution of file times in nanoseconds. Linux sets them from a clock that advances up to 10 ms at a time. Some file systems store
+# only whole or even seconds.
+TICK_NS = 20 * 10**6
+COARSE_TICK_NS = 2 * 10**9
+
+Value = TypeVar("Value")
+
+
+class FileIdentity(NamedTuple):
+    """Values that change whenever a file is modified or replaced, or an entry of a folder is added, removed, or renamed.
+
+    The ctime changes even if a replaced or modified file has the previous file's size and mtime, as after `cp -p` or `rsync -t`.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int  # mtime
+    changed_ns: int  # ctime
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the current identity of a file or folder. Raises OSError if it does not exist."""
+        status = os.stat(path)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def is_settled(self, read_ns: int) -> bool:
+        """Return True if any later change is certain to change the identity, because the file was last changed long enough before.
+
+        Args:
+            read_ns: Time just before the identity was read, in nanoseconds since 1970.
+        """
+        return read_ns - self.changed_ns > (TICK_NS if self.changed_ns % 10**9 else COARSE_TICK_NS)
+
+
+class FileMemo(Generic[Value]):
+    """A thread-safe store of values that were computed from files or folders. A value is used until its file changes.
+
+    Args:
+        most: Maximum number of values. The least recently used values are dropped first.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._values: OrderedDict[tuple[str, FileIdentity], Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return FileMemo, (self._most,)  # copies start empty, because a lock cannot be copied
+
+    def get(
+        self,
+        path: str | os.PathLike[str],
+        compute: Callable[[], Value],
+        is_kept: Callable[[Value], bool] = lambda value: True,
+    ) -> Value:
+        """Return the stored value for a file, or compute and store it.
+
+        The value is not stored if `is_kept` returns False, if the file changes during the computation, or if the file was modified
+        so recently that another change might go unnoticed.
+
+        Raises:
+            OSError: The file does not exist.
+            Exception: Any exception raised by `compute`.
+        """
+        read_ns = time.time_ns()
+        identity = FileIdentity.of(path)
+        settled = identity.is_settled(read_ns)
+        key = os.fspath(path), identity
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = compute()
+        if settled and is_kept(value) and FileIdentity.of(path) == identity:
+            with self._lock:
+                self._values[key] = value
+                if len(self._values) > self._most:
+                    self._values.popitem(last=False)
+        return value
 
 
 def read_all(file: BinaryIO, name: str, hint: str) -> bytes:

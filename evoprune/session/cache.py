@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
@@ -24,7 +24,7 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.files import replacing, unfinished_pattern
+from evoprune.files import FileMemo, replacing, unfinished_pattern
 from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
@@ -32,6 +32,7 @@ from evoprune.vision import Encoded
 SUFFIX = ".safetensors"  # file suffix of complete entries
 WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
+MOST_HASHES = 4096  # maximum number of files whose content hashes are kept in memory
 OPTIONAL = ("size", "deepstack")  # optional fields of `Encoded`, which may be missing from an entry
 
 
@@ -170,13 +171,21 @@ class Cache(Entries):
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
 
+    _hashes: FileMemo[str] = field(
+        default_factory=partial(FileMemo, MOST_HASHES), init=False, repr=False, compare=False
+    )
+
     def content_hash(self, path: str | os.PathLike[str]) -> str:
         """Return a hash of a file's contents, or of the names and contents of all files in a folder.
+
+        A file is hashed again only if it has changed. A folder is always hashed again.
 
         Raises:
             OSError: If a file cannot be read.
         """
-        return content_hash(path)
+        if os.path.isdir(path):
+            return content_hash(path)
+        return self._hashes.get(path, lambda: content_hash(path))
 
     def load(self, key: str, device: torch.device) -> Entry | None:
         """Load an encoded video from the cache onto a device.
@@ -225,7 +234,9 @@ class Cache(Entries):
     @property
     def of_segments(self) -> "SegmentCache":
         """A cache for encoded segments of long videos, stored in a subfolder with its own size limit."""
-        return SegmentCache(self.folder / "segments")
+        segments = SegmentCache(self.folder / "segments")
+        object.__setattr__(segments, "_hashes", self._hashes)  # each file is hashed only once for both caches
+        return segments
 
     @property
     def of_speech(self) -> Entries:
@@ -268,8 +279,7 @@ class SegmentCache(Cache):
     """A disk cache of encoded video segments.
 
     Because a long video has hundreds of segments, `store` doesn't evict any entries. Instead, the caller stores all segments and
-    then calls `make_room` once. To save further work, each video file is hashed only once, unless its size or modification time
-    changes.
+    then calls `make_room` once.
     """
 
     makes_room: ClassVar[bool] = False
@@ -279,15 +289,6 @@ class SegmentCache(Cache):
         return Cache(self.folder.parent).of_speech
 
     limit_bytes: int = 4 * 2**30
-    _known: dict[tuple, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def content_hash(self, path: str | os.PathLike[str]) -> str:
-        path = Path(path)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        state = (path, *file_stats(files))
-        if state not in self._known:
-            self._known[state] = content_hash(path)
-        return self._known[state]
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

@@ -33,7 +33,7 @@ from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
 from evoprune.session.speech import STAGE, with_speech
 from evoprune.util import brief
-from evoprune.video import FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
+from evoprune.video import Folder, FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
@@ -317,7 +317,11 @@ class OpenInput:
             key = self._patch_key
             self._reading = self._patch_key = None
         if key is not None:
-            self.session.loaded.patches.close(key, reading)
+            keep = True
+            if self.plan.info.is_folder and reading.complete:
+                # A damaged image is replaced with a neighbor that may not be part of the key.
+                keep = not any(chunk.damaged for chunk in reading.chunks())
+            self.session.loaded.patches.close(key, reading, keep)
         elif reading:
             reading.close()
 
@@ -346,7 +350,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
     """Return the cache key for an encoded input. Inputs with equal keys have identical encodings.
 
     Args:
-        hashed: A function that hashes the input file, such as `Cache.content_hash`.
+        hashed: A function that hashes a file, such as `Cache.content_hash`.
 
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
@@ -357,11 +361,12 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
     if loaded.fingerprint is None or not plan.info.is_file:
         return None
     try:
-        content = hashed(plan.info.path)
-    except OSError:
+        # A damaged image may be replaced with an image that is not hashed here, but then nothing is stored.
+        content = [hashed(path) for path in Folder.files_read(plan.info, plan.sampling.times_s)]
+    except (OSError, ValueError):
         return None
     facts = {
-        "video": content,
+        "files": content,
         "decoder": plan.decoder,
         "seek": plan.seek,
         "times": plan.sampling.times_s,

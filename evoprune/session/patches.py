@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from evoprune.backend import Device, empty_cache
-from evoprune.session.reading import Reading, state_of
-from evoprune.video import InputLimits, Plan
+from evoprune.session.reading import Reading, states_of
+from evoprune.video import Folder, InputLimits, Plan
 
 LIMIT_BYTES = 2**29  # maximum size in bytes, for each input and for all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
@@ -77,16 +77,17 @@ class PatchStore:
             reading.users += 1
             return reading
 
-    def close(self, key: Hashable, reading: Reading[PatchChunk]) -> None:
+    def close(self, key: Hashable, reading: Reading[PatchChunk], keep: bool = True) -> None:
         """Release a `Reading` returned by `open`, which may have failed and been replaced in the meantime.
 
-        When the last user releases a `Reading`, its patches stay in the store if it is complete; otherwise, it is stopped.
+        When the last user releases a `Reading`, its patches stay in the store if it is complete and `keep` is True; otherwise, it
+        is stopped.
         """
         with self._lock:
             reading.users -= 1
             if reading.users:
                 return
-            if reading.complete:
+            if reading.complete and keep:
                 self._entries.move_to_end(key)
                 self._drop_unused(self.limit_bytes)
                 return
@@ -124,15 +125,16 @@ def patch_bytes(plan: Plan, limits: InputLimits) -> int:
 def content_key(plan: Plan, limits: InputLimits, device: torch.device) -> Hashable | None:
     """Return the patch store key for an input. Inputs with equal keys have identical patches.
 
-    The key contains the state of the input files, and all plan fields that affect the pixels.
+    The key contains the state of the files that are read, and all plan fields that affect the pixels.
 
     Returns:
-        The key, or None if the input wasn't read from a file.
+        The key, or None if the input wasn't read from a file, or a file is missing.
     """
-    state = None
-    if plan.info.is_file:
-        state = state_of(plan.info.path)
-    if state is None:
+    if not plan.info.is_file:
+        return None
+    try:
+        state = states_of(Folder.files_read(plan.info, plan.sampling.times_s))
+    except (OSError, ValueError):
         return None
     sizes = limits.patch_size, limits.temporal_patch_size, limits.merge_size
     return repr((state, plan.of_pixels, sizes, str(device)))

@@ -11,12 +11,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from contextvars import Context, copy_context
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
+from evoprune.files import FileIdentity
 from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
@@ -310,18 +311,19 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
 def state_of(path: str) -> tuple | None:
     """Return a value that changes whenever a file, or an image in a folder of frames, is modified or replaced.
 
-    The value includes the ctime, which changes even if a modified file's size and mtime are restored. Returns None if the file
-    doesn't exist.
+    Returns None if the file doesn't exist.
     """
     try:
-        if not os.path.isdir(path):
-            return _facts("", os.stat(path))
-        with os.scandir(path) as entries:
-            images = [entry for entry in entries if entry.name.lower().endswith(Folder.IMAGES)]
-        return tuple(sorted(_facts(entry.name, entry.stat()) for entry in images))
+        return states_of(Folder.images_in(path) if os.path.isdir(path) else [path])
     except (OSError, ValueError):
         return None
 
 
-def _facts(name: str, status: os.stat_result) -> tuple:
-    return name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def states_of(paths: Iterable[str]) -> tuple:
+    """Return the identity of each file (see `FileIdentity`).
+
+    Raises:
+        OSError: If a file is missing.
+        ValueError: If a path contains a null byte.
+    """
+    return tuple(map(FileIdentity.of, paths))

@@ -21,6 +21,9 @@ ANIMATIONS = {"WEBP": "webp", "AVIF": "avif"}
 Kind = Literal["video", "picture"]  # input types that models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
 FOLDER_FPS = 2.0
+ROUNDED_S = 0.000501  # slightly more than the rounding error of timestamps in Matroska, which rounds to milliseconds
+TOLERANCE_S = 0.0006  # maximum tolerance (see `tolerance_s`)
+FOLDER = "folder"  # value of `Video.container` for a folder of images
 AUDIO_RATE = 16_000  # samples per second of the audio for speech recognition
 # HDR formats: two transfer curves, and Dolby Vision's proprietary format (profile 5), which is not supported.
 PQ = "PQ"
@@ -104,6 +107,11 @@ class Video:
         return self.container == "picture"
 
     @property
+    def is_folder(self) -> bool:
+        """True for a folder of images treated as a video."""
+        return self.container == FOLDER
+
+    @property
     def is_animation(self) -> bool:
         """True for an animation that has to be read with Pillow. All other animations are read with FFmpeg as ordinary videos."""
         return self.container in ANIMATIONS.values()
@@ -136,7 +144,21 @@ class Video:
         """Return the number of frames that fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
-    def fitted(self, width: int, height: int) -> tuple[int, int]:
+    def tolerance_s(fps: float | None) -> float:
+    """Return how long after a requested time a frame may start and still be considered to be on screen, in seconds.
+
+    The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
+    frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
+
+    Args:
+        fps: The video's average frame rate in frames per second, or None if unknown.
+    """
+    if not fps:
+        return TOLERANCE_S
+    return min(TOLERANCE_S, max(0.5 / fps - ROUNDED_S, 0.01 / fps))
+
+
+def fitted(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) to which a frame of a different size must be scaled to fit inside this video's frames."""
         return fitted((width, height), (self.width, self.height))
 

@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from evoprune.files import in_natural_order
+from evoprune.files import FileMemo, in_natural_order
 from evoprune.util import file_state
+from evoprune.video.info import Video, tolerance_s
 
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # subtitle file extensions, in order of preference
 # Matches a language tag before a subtitle file extension, such as .en or .pt-BR.
@@ -22,6 +23,7 @@ class Folder:
     Attributes:
         files: Paths of all videos, images, and photos, in natural order (clip2 before clip10), including the folder. Photos are
             images in formats that are not supported as video frames (`PHOTOS`).
+        has_links: Whether any of these files is a symbolic link, whose target may change without changing the folder.
 
     Raises:
         OSError: The folder does not exist or cannot be read. Callers convert this error to a user-facing `VideoError` or
@@ -44,6 +46,7 @@ class Folder:
                 if e.name.lower().endswith(self.VIDEOS + self.IMAGES + self.PHOTOS) and e.name[0] != "."
             ]
             names = [e.name for e in seen if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)]
+            self.has_links = any(e.is_symlink() for e in seen)
         self.files = [os.path.join(path, name) for name in in_natural_order(names)]
 
     @property
@@ -55,6 +58,35 @@ class Folder:
     def videos(self) -> list[str]:
         """The paths in `files` that have a video extension (`VIDEOS`), in the same order."""
         return [path for path in self.files if path.lower().endswith(self.VIDEOS)]
+
+    @classmethod
+    def images_in(cls, path: str) -> list[str]:
+        """Return the `images` of a folder. The folder is listed again only if its entries have changed. Raises the same errors."""
+
+        def listed() -> tuple[list[str], bool]:
+            inside = cls(path)
+            return inside.images, inside.has_links
+
+        return _images.get(path, listed, lambda found: not found[1])[0]
+
+    @classmethod
+    def files_read(cls, info: Video, times_s: Sequence[float]) -> list[str]:
+        """Return the paths of the files that determine an input's frames at the given times, unless images are damaged.
+
+        For a folder of images, these are the first image, which determines the frame size, and all images from the first time to
+        the last. A damaged image is replaced with a neighbor, which may be missing from the list.
+
+        Args:
+            times_s: Times in seconds, in ascending order.
+
+        Raises:
+            OSError, ValueError: See `Folder`.
+        """
+        if not info.is_folder:
+            return [info.path]
+        images = cls.images_in(info.path)
+        first, last = (image_number(info, time_s, len(images)) for time_s in (times_s[0], times_s[-1]))
+        return [*images[:1], *images[max(0, first) : last + 1]]
 
     @staticmethod
     def subtitles_beside(path: str, listdir: Callable[[str], list[str]]) -> tuple[list[str], list[str]]:
@@ -84,6 +116,14 @@ class Folder:
             elif LANGUAGE.fullmatch(front[len(stem) :]):
                 others.append(os.path.join(folder, file))
         return [exact[ending] for ending in SUBTITLES if ending in exact], others
+
+
+_images: FileMemo[tuple[list[str], bool]] = FileMemo(4)  # a folder's `images` and `has_links`
+
+
+def image_number(info: Video, time_s: float, count: int) -> int:
+    """Return the index of the image on screen at a given time in a folder of `count` images."""
+    return int(min(max((time_s + tolerance_s(info.fps)) * info.fps, 0), count - 1))
 
 
 def input_state(

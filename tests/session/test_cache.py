@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from evoprune.contrib.evs import Evs
+from evoprune.session import cache as cache_module
 from evoprune.session import encoding
 from evoprune.session.cache import Cache, Entry, SegmentCache, content_hash
 from evoprune.session.encoding import open_inputs
@@ -23,7 +25,7 @@ from evoprune.vision import Encoded
 from tests.decoders import DECODERS
 from tests.loading import delete_when_mapped, described
 from tests.threads import one_thread  # noqa: F401
-from tests.video.files import numbered_frames, spoil
+from tests.video.files import numbered_frame, numbered_frames, spoil, write_image
 
 CLIP = "samples/square.mp4"
 
@@ -157,6 +159,42 @@ def test_other_bytes_under_the_same_name_size_and_time(loaded, cache, clip):
         os.replace(shutil.copy("samples/pan.mp4", f"{clip}.new"), clip)
         opened.encode()
     assert cache.size() == (0, 0)
+
+
+def test_one_hash_serves_many_spans(loaded, cache, clip, monkeypatch):
+    time.sleep(0.05)  # until the ctime is in the past
+    hashed = []
+    monkeypatch.setattr(cache_module, "content_hash", lambda path: hashed.append(path) or content_hash(path))
+    qa = VideoQA(loaded, budget=0.25)
+
+    def states():
+        return [qa.encode(clip, frames=2, start_s=start_s, cache=cache).report.cache for start_s in (0, 1, 2)]
+
+    assert states() == ["miss"] * 3 and len(hashed) == 1
+    shutil.copy("samples/pan.mp4", clip)
+    assert states() == ["miss"] * 3 and states() == ["hit"] * 3
+    time.sleep(0.05)
+    assert states() == ["hit"] * 3 and states() == ["hit"] * 3
+    assert len(hashed) <= 9
+
+
+def test_an_entry_of_a_span_of_a_folder_depends_on_its_images(loaded, cache, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(12):
+        write_image(folder / f"{number}.png", numbered_frame(number))
+
+    def state():
+        loaded.patches.clear()
+        return VideoQA(loaded, budget=0.25).encode(folder, frames=2, end_s=2.0, cache=cache).report.cache
+
+    assert [state(), state()] == ["miss", "hit"]
+    write_image(folder / "9.png", numbered_frame(77))
+    assert state() == "hit"
+    write_image(folder / "1.png", numbered_frame(77))
+    assert state() == "miss"
+    (folder / "00.png").write_bytes((folder / "5.png").read_bytes())  # all others come later
+    assert state() == "miss"
 
 
 def test_hash_of_a_folder_of_frames(tmp_path):

@@ -19,7 +19,7 @@ from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.patches import PatchChunk, PatchStore
 from evoprune.video import SamplingOptions, read_chunks
 from evoprune.video_qa import VideoQA
-from tests.video.files import spoil
+from tests.video.files import numbered_frame, spoil, write_image
 
 CLIP = "samples/square.mp4"
 CPU = torch.device("cpu")
@@ -100,6 +100,33 @@ def test_another_file_in_its_place_is_read(loaded, read, clip):
     os.utime(clip, ns=(status.st_atime_ns, status.st_mtime_ns))
     qa.encode(clip, frames=4)
     assert len(read) == 2
+
+
+def test_another_image_in_a_folder_is_read_only_with_its_span(loaded, read, tmp_path):
+    for number in range(12):
+        write_image(tmp_path / f"{number}.png", numbered_frame(number))
+    qa = VideoQA(loaded, budget=0.5)
+
+    def early():
+        return qa.encode(tmp_path, frames=2, end_s=2.0).encoded.features
+
+    first = early()
+    write_image(tmp_path / "9.png", numbered_frame(77))
+    assert torch.equal(early(), first) and len(read) == 1
+    write_image(tmp_path / "1.png", numbered_frame(77))
+    assert not torch.equal(early(), first) and len(read) == 2
+
+
+def test_a_folder_with_damaged_images_is_read_again(loaded, read, tmp_path):
+    for number in range(12):
+        write_image(tmp_path / f"{number}.png", numbered_frame(number))
+    (tmp_path / "8.png").write_text("damaged")
+    (tmp_path / "9.png").write_text("damaged")
+    qa = VideoQA(loaded, budget=0.5)
+    first = qa.encode(tmp_path, frames=2, start_s=4.0, end_s=5.0)
+    write_image(tmp_path / "7.png", numbered_frame(77))  # shown instead of both damaged images
+    second = qa.encode(tmp_path, frames=2, start_s=4.0, end_s=5.0)
+    assert len(read) == 2 and not torch.equal(first.encoded.features, second.encoded.features)
 
 
 def test_damage_is_told_each_time(loaded, read, monkeypatch, tmp_path):

@@ -3,6 +3,8 @@ import os
 import pickle
 import random
 import struct
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +50,48 @@ def test_files_of_a_folder(tmp_path):
     assert found.images == [str(tmp_path / "frame0.png")] and set(found.files) == {*found.videos, *found.images}
     with pytest.raises(FileNotFoundError):
         Folder(str(tmp_path / "missing"))
+
+
+def test_a_folder_is_listed_once_until_its_entries_change(tmp_path, monkeypatch):
+    info = probe(write_images(tmp_path, 4))
+    time.sleep(0.05)  # until the folder's ctime is in the past
+    listed, list_folder = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or list_folder(path))
+
+    def seen(time_s):
+        return [number_of(shown.rgb) for shown in backend.read(info, [time_s], pytest.fail)]
+
+    assert [seen(number / 2) for number in range(4)] == [[0], [1], [2], [3]] and len(listed) == 1
+    write_image(tmp_path / "frame2.png", numbered_frame(7))  # the same entry with another content
+    assert seen(1.0) == [7] and len(listed) == 1
+    write_image(tmp_path / "frame00.png", numbered_frame(9))
+    assert seen(1.0) == [1] and len(listed) == 2
+    (tmp_path / "frame1.png").unlink()
+    assert seen(1.0) == [7] and len(listed) == 3
+
+
+def test_a_folder_with_links_is_always_listed_again(tmp_path):
+    for number, name in enumerate("ab"):
+        write_image(tmp_path / f"{name}.png", numbered_frame(number))
+    (tmp_path / "links").mkdir()
+    for name in "ab":
+        (tmp_path / "links" / f"{name}.png").symlink_to(f"../{name}.png")
+    time.sleep(0.05)
+    assert len(list_images(str(tmp_path / "links"))) == 2
+    (tmp_path / "a.png").unlink()
+    assert list_images(str(tmp_path / "links")) == Folder.images_in(str(tmp_path / "links"))
+    assert len(list_images(str(tmp_path / "links"))) == 1
+
+
+def test_files_that_are_read(tmp_path):
+    info = probe(write_images(tmp_path, 12))
+
+    def numbers_read(*times_s):
+        return [int(os.path.basename(path)[5:-4]) for path in Folder.files_read(info, times_s)]
+
+    assert numbers_read(2.0, 2.9, 3.5) == [0, 4, 5, 6, 7]
+    assert numbers_read(-1.0) == [0, 0] and numbers_read(5.4, 99.0) == [0, 10, 11]
+    assert Folder.files_read(replace(info, container="mp4"), [1.0]) == [str(tmp_path)]
 
 
 def test_a_rate_of_ones_own(tmp_path):

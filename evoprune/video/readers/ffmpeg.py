@@ -27,7 +27,9 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, shorten, shown
+from evoprune.video.info import TOLERANCE_S as TOLERANCE_S  # readers use it as `ffmpeg.TOLERANCE_S`
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
+from evoprune.video.info import tolerance_s as tolerance_s
 from evoprune.video.readers import colour
 
 # A callback for damaged data. It is called for each damaged packet or image with a mark that identifies the damage. The same damage
@@ -71,8 +73,6 @@ STILLS = ("mjpeg", "png", "bmp", "webp")  # codecs of cover images without a cov
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # decoders for streams with transparency
 CROPPING = re.compile(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)")  # left, right, top, bottom
 SAMPLE_AES = "/ 0x00DB)"  # appears in the `stream_log` of an H.264 stream in MPEG-TS that was encrypted for HLS
-ROUNDED_S = 0.000501  # slightly more than the rounding error of timestamps in Matroska, which rounds to milliseconds
-TOLERANCE_S = 0.0006  # maximum tolerance (see `tolerance_s`)
 FORMATS = (
     "supported formats: MP4, MOV, MKV, WebM, AVI, GIF, most others that FFmpeg reads, images, and folders of images"
 )
@@ -563,20 +563,6 @@ def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:
     rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
     rate = next((rate for rate in rates if rate < LEAST_CLOCK_HZ or rate * stream.time_base != 1), None)
     return rate and float(rate), False
-
-
-def tolerance_s(fps: float | None) -> float:
-    """Return how long after a requested time a frame may start and still be considered to be on screen, in seconds.
-
-    The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
-    frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
-
-    Args:
-        fps: The video's average frame rate in frames per second, or None if unknown.
-    """
-    if not fps:
-        return TOLERANCE_S
-    return min(TOLERANCE_S, max(0.5 / fps - ROUNDED_S, 0.01 / fps))
 
 
 def stated_frames(container: InputContainer, stream: VideoStream) -> int:

@@ -5,18 +5,21 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import av
 from av.video.frame import VideoFrame
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
-from evoprune.video.info import Video
-from evoprune.video.input_files import Folder
+from evoprune.files import FileMemo
+from evoprune.video.info import FOLDER, Video
+from evoprune.video.input_files import Folder, image_number
 from evoprune.video.readers import colour, ffmpeg
 
-CONTAINER = "folder"
 FRACTION = re.compile(r"[0-9]\.([0-9]+)")
 MAX_BYTES = 2**29  # larger image files are treated as damaged
+
+_listed: FileMemo[tuple[list[str], bool]] = FileMemo(1)  # the result of `_list` for the folder read most recently
 
 
 def list_images(folder: str) -> list[str]:
@@ -28,9 +31,15 @@ def list_images(folder: str) -> list[str]:
             before 1.10).
     """
     try:
-        images = Folder(folder).images
+        return _listed.get(folder, lambda: _list(folder), lambda found: not found[1])[0]
     except (OSError, ValueError) as error:
         raise VideoError(f"cannot read the folder {folder}: {ffmpeg.reason(error)}", "check the path") from error
+
+
+def _list(folder: str) -> tuple[list[str], bool]:
+    """Return a folder's images, and whether it contains symbolic links. For errors, see `list_images`."""
+    inside = Folder(folder)
+    images = inside.images
     if not images:
         hint = f"files that count as images: {', '.join(Folder.IMAGES)}; evoprune batch takes folders of videos"
         raise VideoError(f"no images in the folder {folder}", hint)
@@ -38,7 +47,7 @@ def list_images(folder: str) -> list[str]:
     if len({len(fraction) for name in names for fraction in FRACTION.findall(name)}) > 1:
         hint = "use the same number of decimals in all names, such as 0.25 and 0.50, or whole numbers"
         raise VideoError(f"the numbers in the file names in {folder} have no clear order", hint)
-    return images
+    return images, inside.has_links
 
 
 def probe(folder: str, fps: float) -> Video:
@@ -75,7 +84,7 @@ def probe(folder: str, fps: float) -> Video:
         rotation_deg=0,  # each image is rotated according to its own EXIF data
         codec=codec,
         pix_fmt=frame.format.name,
-        container=CONTAINER,
+        container=FOLDER,
         fps=fps,
         variable_rate=False,
         frames_total=len(images),
@@ -92,17 +101,14 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
     """
     images = list_images(info.path)
     converter = colour.Converter(info.path)
-    last = len(images) - 1
     # `done` is the index of the last opened image, and `current` is the index of the image on screen.
     done = -1
     current = -1
     rgb = None
     for time in times_s:
-        wanted = int(min(max((time + ffmpeg.tolerance_s(info.fps)) * info.fps, 0), last))
-        candidates = list(range(wanted, done, -1))
-        if rgb is None:
-            candidates += range(wanted + 1, last + 1)
-        for i in candidates:
+        wanted = image_number(info, time, len(images))
+        later = range(wanted + 1, len(images)) if rgb is None else ()
+        for i in chain(range(wanted, done, -1), later):
             if decoded := decode_image(images[i]):
                 _, frame, turn = decoded
                 width, height = ffmpeg.turned_size((frame.width, frame.height), turn[0])

@@ -128,7 +128,7 @@ def scan(path: str, folder_fps: float) -> ScanResult:
 
 
 def _reader(info: Video) -> ModuleType:
-    if info.container == folder.CONTAINER:
+    if info.is_folder:
         return folder
     if info.is_picture or info.is_animation:
         # Imported here, because importing Pillow would delay every video.
