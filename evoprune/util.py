@@ -304,6 +304,27 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def install_hint(extra: str) -> str:
+    """Return the command that installs an extra of this package, such as "speech".
+
+    If evoprune was installed from a local checkout, pip has recorded its folder (PEP 610, direct_url.json).
+    """
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        record = json.loads(distribution("evoprune").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        record = {}
+    url = urlsplit(record.get("url", ""))
+    folder = url2pathname(url.path)
+    if url.scheme == "file" and os.path.isdir(folder):
+        return f"pip install '{folder}[{extra}]'"
+    return f"in a checkout of evoprune: pip install '.[{extra}]'"
+
+
 def generator_seed(seed: int) -> int:
     """Return a seed for torch's CPU generator, which uses only 32 bits. Larger seeds are replaced by their hash."""
     digest = hashlib.blake2b(str(seed).encode(), digest_size=4).digest()

@@ -19,6 +19,7 @@ from evoprune.files import OPEN_FILES, write_file
 from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
 from evoprune.session import PipelineOptions
+from evoprune.util import install_hint
 from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def check_chart(path: str | None, beside: str | None = None, inputs: Iterable[st
     if path is not None and not path.startswith(OPEN_FILES) and not path.lower().endswith(".svg"):
         raise UsageError(f"--chart {path}: charts are SVG files", "use a name that ends in .svg")
     if path is not None and find_spec("matplotlib") is None:
-        raise UsageError("charts need matplotlib, which is not installed", "pip install 'evoprune[plot]'")
+        raise UsageError("charts need matplotlib, which is not installed", install_hint("plot"))
     check_writable(path, beside, inputs)
 
 

@@ -1,9 +1,12 @@
 """Test the formatting of time estimates, and the parsing of times that users type."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.util import near_file, parse_time, roughly
+from evoprune.util import install_hint, near_file, parse_time, roughly
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,17 @@ def test_a_path_that_was_probably_meant(tmp_path, name, near):
     for each in ("holiday.mp4", "note.md", "frames"):
         (tmp_path / each).touch()
     assert near_file(str(tmp_path / name)) == (near and str(tmp_path / near))
+
+
+@pytest.mark.parametrize(
+    "recorded", [None, "", '{"url": "https://host/x.whl"}', '{"url": "file:///no/such"}', "folder"]
+)
+def test_hints_install_extras_from_where_evoprune_came_from(monkeypatch, tmp_path, recorded):
+    """No package index has evoprune, so a hint must not name one."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    record = json.dumps({"url": folder.as_uri()}) if recorded == "folder" else recorded
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: SimpleNamespace(read_text=lambda name: record))
+    hint = install_hint("speech")
+    usual = "in a checkout of evoprune: pip install '.[speech]'"
+    assert hint == (f"pip install '{folder}[speech]'" if recorded == "folder" else usual)

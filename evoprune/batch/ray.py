@@ -22,8 +22,8 @@ from evoprune.batch.run import answers, failure_report
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
 from evoprune.language import Turn
 from evoprune.report import Report
+from evoprune.util import install_hint
 
-INSTALL = "pip install 'evoprune[ray]'"
 TRIES = 3  # maximum number of attempts per span
 
 
@@ -169,7 +169,7 @@ def _cluster(address: str | None):
         import ray
         import ray.data
     except ImportError as problem:
-        raise UsageError(f"--on ray needs Ray: {first_line(problem)}", INSTALL) from problem
+        raise UsageError(f"--on ray needs Ray: {first_line(problem)}", install_hint("ray")) from problem
     # Ray prints messages about dead workers to stdout, even while it shuts down.
     with redirect_stdout(sys.stderr):
         try:

@@ -16,6 +16,7 @@ from evoprune.errors import UsageError, first_line
 from evoprune.language.isolation import run_isolated
 from evoprune.language.schema import parts_of_schema
 from evoprune.language.validation import wrong_schema, wrong_value
+from evoprune.util import install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def _check_installed(kind: str) -> None:
     """Raise UsageError if a package required for this grammar type isn't installed."""
     _library()
     if kind == SCHEMA and find_spec("jsonschema") is None:
-        raise UsageError("a schema needs jsonschema, which is not installed", "pip install 'evoprune[schema]'")
+        raise UsageError("a schema needs jsonschema, which is not installed", install_hint("schema"))
 
 
 def _library() -> ModuleType:
@@ -58,7 +59,7 @@ def _library() -> ModuleType:
         import llguidance
     except ImportError as problem:
         message = "a schema or a regular expression needs llguidance, which is not installed"
-        raise UsageError(message, "pip install 'evoprune[schema]'") from problem
+        raise UsageError(message, install_hint("schema")) from problem
     return llguidance
 
 

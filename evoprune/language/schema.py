@@ -7,7 +7,7 @@ from typing import Any
 from evoprune.errors import UsageError, first_line
 from evoprune.language.validation import wrong_value
 from evoprune.untrusted import loads
-from evoprune.util import brief, missing_hint, shorten
+from evoprune.util import brief, install_hint, missing_hint, shorten
 
 MAX_BYTES = 2**20  # maximum schema size in bytes
 # Keywords whose values map field names to schemas, and keywords whose values are plain data instead of schemas.
@@ -84,7 +84,7 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
     try:
         from pydantic import TypeAdapter
     except ImportError as problem:
-        raise UsageError("the schema of a class needs pydantic", "pip install 'evoprune[schema]'") from problem
+        raise UsageError("the schema of a class needs pydantic", install_hint("schema")) from problem
     try:
         return TypeAdapter(kind).json_schema()
     except Exception as problem:  # raised by pydantic or by the class's own code

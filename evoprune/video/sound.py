@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
+from evoprune.util import install_hint
 from evoprune.video.info import AUDIO_RATE, Video
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_speech(speech: str) -> None:
         if missing:
             raise UsageError(f"{speech} is no speech model: it has no {missing[0]}", choices)
     if "faster_whisper" not in sys.modules and find_spec("faster_whisper") is None:
-        raise UsageError("speech needs faster-whisper, which is not installed", "pip install 'evoprune[speech]'")
+        raise UsageError("speech needs faster-whisper, which is not installed", install_hint("speech"))
 
 
 @dataclass(frozen=True)

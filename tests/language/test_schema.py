@@ -10,6 +10,7 @@ import pytest
 from evoprune.errors import UsageError
 from evoprune.language.schema import MAX_BYTES, read_schema, schema_of, value_of
 from evoprune.language.settings import GenerationOptions
+from evoprune.util import install_hint
 
 SHOWN = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
 
@@ -104,7 +105,7 @@ def test_without_llguidance_the_extra_is_named(monkeypatch):
         GenerationOptions(schema={"type": "integer", "minimum": 20261127})
     assert str(caught.value).splitlines() == [
         "a schema or a regular expression needs llguidance, which is not installed",
-        "hint: pip install 'evoprune[schema]'",
+        f"hint: {install_hint('schema')}",
     ]
     assert GenerationOptions(max_new_tokens=3).grammar is None
 

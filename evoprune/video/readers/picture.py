@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
+from evoprune.util import install_hint
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
@@ -62,7 +63,7 @@ def _opened(path: str, name: str | None) -> Image.Image:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         raise VideoError(
-            f"{path} is in HEIC, which needs pillow-heif", "pip install 'evoprune[heic]', or " + CONVERT_HINT
+            f"{path} is in HEIC, which needs pillow-heif", f"{install_hint('heic')}, or {CONVERT_HINT}"
         ) from error
     return HeifImageFile(path)  # don't register it with Pillow, because evoprune may be running inside another program
 
