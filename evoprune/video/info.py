@@ -144,21 +144,7 @@ class Video:
         """Return the number of frames that fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)
 
-    def tolerance_s(fps: float | None) -> float:
-    """Return how long after a requested time a frame may start and still be considered to be on screen, in seconds.
-
-    The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
-    frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
-
-    Args:
-        fps: The video's average frame rate in frames per second, or None if unknown.
-    """
-    if not fps:
-        return TOLERANCE_S
-    return min(TOLERANCE_S, max(0.5 / fps - ROUNDED_S, 0.01 / fps))
-
-
-def fitted(self, width: int, height: int) -> tuple[int, int]:
+    def fitted(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) to which a frame of a different size must be scaled to fit inside this video's frames."""
         return fitted((width, height), (self.width, self.height))
 
@@ -197,6 +183,20 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
         hint = "choose an end after the start; negative times count from the video's end"
         raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
     return start, end
+
+
+def tolerance_s(fps: float | None) -> float:
+    """Return how long after a requested time a frame may start and still be considered to be on screen, in seconds.
+
+    The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
+    frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
+
+    Args:
+        fps: The video's average frame rate in frames per second, or None if unknown.
+    """
+    if not fps:
+        return TOLERANCE_S
+    return min(TOLERANCE_S, max(0.5 / fps - ROUNDED_S, 0.01 / fps))
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
