@@ -40,7 +40,7 @@ def mcp(
 
     \b
     evoprune mcp --allow-dir ~/Videos
-    evoprune mcp --allow-dir ~/Videos -m Qwen/Qwen3.5-4B
+    evoprune mcp --allow-dir ~/Videos -m Qwen/Qwen2.5-VL-3B-Instruct
     """
     pipeline = options()
     if not allow_dir:

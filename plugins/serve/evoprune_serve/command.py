@@ -114,7 +114,7 @@ def serve(
 
     \b
     evoprune serve
-    evoprune serve -m Qwen/Qwen3.5-4B --allow-dir ~/videos
+    evoprune serve -m Qwen/Qwen2.5-VL-3B-Instruct --allow-dir ~/videos
     EVOPRUNE_API_KEY=secret evoprune serve --host 0.0.0.0 --allow-urls
     """
     pipeline = options()
