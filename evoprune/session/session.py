@@ -13,6 +13,7 @@ from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.language import GenerationOptions, Prompt, Turn
 from evoprune.methods import Budget, PruneConfig
 from evoprune.model import Cost
+from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.memory import TEXT, piece_needs
@@ -65,6 +66,8 @@ class Session:
         if isinstance(model, str | os.PathLike):
             model = ModelOptions(model)
         if isinstance(model, ModelOptions):
+            if streams and model.model in BUNDLED_CONFIGS:  # reject the model before anything is downloaded
+                describe(model, local=True).check_streams(config.method)
             model = describe(model)
         if not isinstance(model, ModelDescription):
             raise TypeError(f"model is {brief(model)}, not a name, a ModelOptions or a ModelDescription")

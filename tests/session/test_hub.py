@@ -2,7 +2,10 @@
 
 import pytest
 
+from evoprune.errors import UsageError
 from evoprune.session.hub import nearest_id
+from evoprune.session.options import PruneOptions
+from evoprune.session.session import Session
 
 
 @pytest.mark.parametrize(
@@ -28,3 +31,10 @@ from evoprune.session.hub import nearest_id
 )
 def test_a_misspelt_id_is_recognized(name, meant):
     assert nearest_id(name) == meant
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-0.8B"])
+def test_a_model_that_cannot_watch_is_refused_before_a_download_is_suggested(name):
+    with pytest.raises(UsageError, match="cannot forget the oldest tokens") as caught:
+        Session.load(name, PruneOptions(), streams=True)
+    assert "download" not in str(caught.value)

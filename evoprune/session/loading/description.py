@@ -152,7 +152,7 @@ class ModelDescription:
         """Error message hint explaining how to run the language model in evoprune instead of transformers."""
         if self.can_be_native:
             return "leave the engine out"
-        return "use a checkpoint that evoprune runs itself, such as Qwen/Qwen3-VL-4B-Instruct"
+        return "use a checkpoint that evoprune runs itself, such as Qwen/Qwen2.5-VL-3B-Instruct"
 
     @property
     def can_be_native(self) -> bool:
