@@ -159,20 +159,6 @@ class Video:
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
 
 
-def tolerance_s(fps: float | None) -> float:
-    """Return how long after a requested time a frame may start and still be considered to be on screen, in seconds.
-
-    The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
-    frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
-
-    Args:
-        fps: The video's average frame rate in frames per second, or None if unknown.
-    """
-    if not fps:
-        return TOLERANCE_S
-    return min(TOLERANCE_S, max(0.5 / fps - ROUNDED_S, 0.01 / fps))
-
-
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
     """Resolve a user-specified time span to start and end times in seconds from the first frame.
 
