@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
 from evoprune.util import brief, counted, size
-from evoprune.video.frames import probe, read_chunks
-from evoprune.video.info import FOLDER_FPS, Decoder, Seek, Video
+from evoprune.video.frames import checked_times, probe, read_chunks
+from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Seek, Video
 from evoprune.video.plan import SamplingOptions, SamplingPlan, check_no_span
 
 
@@ -38,7 +38,7 @@ def read_frames(
     first frame, and times after its end yield the last frame.
 
     Args:
-        times_s: Timestamps in seconds from the first frame, in ascending order. Duplicates are allowed.
+        times_s: Up to 2,097,152 timestamps in seconds from the first frame, in ascending order. Duplicates are allowed.
         frames, fps: Number of frames or frames per second, as an alternative to `times_s`. The span from `start_s` to `end_s` is
             divided into equal parts, and the frame in the middle of each part is read. The result contains at least one frame, or
             exactly one for a still image.
@@ -110,7 +110,7 @@ def _check_path(path: object) -> None:
 
 def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
     try:
-        return tuple(float(time) for time in times_s)
+        return checked_times(times_s)
     except (TypeError, ValueError, OverflowError):
         message = f"times_s is {brief(times_s)}, not numbers"
         raise UsageError(message, "give a list of times in seconds from the first frame") from None
@@ -124,5 +124,8 @@ def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], f
     start, end = info.span(sampling.start_s, sampling.end_s)
     count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
     check_room(info, count)  # before the plan is made, because even the list of times may not fit in memory
+    if count > MAX_TIMES:
+        hint = "read fewer at a time, for example with start_s and end_s"
+        raise UsageError(f"{count:,} frames are requested at once, but {MAX_TIMES:,} is the maximum", hint)
     plan = SamplingPlan.even(start, end, count)
     return plan.times_s, plan.seconds_per_frame

@@ -8,17 +8,26 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import is_url
 from evoprune.video.held import HeldVideo
-from evoprune.video.info import FOLDER_FPS, Decoder, FrameTimes, ScanResult, Subtitles, Video, check_seek
+from evoprune.video.info import (
+    FOLDER_FPS,
+    MAX_TIMES,
+    Decoder,
+    FrameTimes,
+    ScanResult,
+    Subtitles,
+    Video,
+    check_seek,
+)
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 from evoprune.video.temporary import temporary_file
 
@@ -168,13 +177,11 @@ def read_chunks(
             far.
 
     Raises:
-        UsageError: The times are not in ascending order, `seek` is unknown, or `choose_decoder` raised UsageError.
+        UsageError: `checked_times` rejected the times, `seek` is unknown, or `choose_decoder` raised UsageError.
         VideoError: `choose_decoder` raised VideoError; or, during iteration, the file becomes unreadable or no frame can be
             decoded. See also `isolation.run_task`.
     """
-    times = tuple(float(t) for t in times_s)
-    if not all(map(math.isfinite, times)) or any(b < a for a, b in pairwise(times)):
-        raise UsageError("frame times must be finite numbers in ascending order")
+    times = checked_times(times_s)
     check_seek(seek)
     decoder = choose_decoder(decoder, info)
     per_chunk = info.frames_at_once(chunk_bytes)
@@ -188,6 +195,22 @@ def read_chunks(
         FrameChunk(first, frames, **facts | {"times_s": tuple(facts["times_s"])})
         for first, (frames, facts) in zip(firsts, filled, strict=True)
     )
+
+
+def checked_times(times_s: Iterable[float]) -> tuple[float, ...]:
+    """Return the times of the frames to read as floats.
+
+    Raises:
+        UsageError: The times are not finite, not in ascending order, or more than `MAX_TIMES`.
+    """
+    times = tuple(float(time) for time in islice(times_s, MAX_TIMES + 1))
+    if len(times) > MAX_TIMES:
+        raise UsageError(f"more than {MAX_TIMES:,} frames are requested at once", "read them in several parts")
+    if not all(map(math.isfinite, times)) or any(later < earlier for earlier, later in pairwise(times)):
+        raise UsageError(
+            "frame times must be finite numbers in ascending order", "sort them, and leave out nan and inf"
+        )
+    return times
 
 
 def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Iterator[FrameChunk]:

@@ -24,6 +24,7 @@ FOLDER_FPS = 2.0
 ROUNDED_S = 0.000501  # slightly more than the rounding error of timestamps in Matroska, which rounds to milliseconds
 TOLERANCE_S = 0.0006  # maximum tolerance (see `tolerance_s`)
 FOLDER = "folder"  # value of `Video.container` for a folder of images
+MAX_TIMES = 2**21  # maximum number of times in a single request for frames; as text, they take at most 54 MB
 AUDIO_RATE = 16_000  # samples per second of the audio for speech recognition
 # HDR formats: two transfer curves, and Dolby Vision's proprietary format (profile 5), which is not supported.
 PQ = "PQ"
@@ -170,7 +171,8 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
         VideoError: The span is empty, or the duration is not finite and positive.
     """
     if not 0 < duration_s < math.inf:
-        raise VideoError(f"the video has no usable duration ({duration_s} s)")
+        hint = "check the frame rate, or re-encode it, e.g. with ffmpeg -i IN OUT.mp4"
+        raise VideoError(f"the video has no usable duration ({duration_s} s)", hint)
     start = start_s if start_s >= 0 else max(0.0, duration_s + start_s)
     end = duration_s if end_s is None else end_s
     if end < 0:

@@ -16,7 +16,7 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
 from evoprune.util import check_types, option, parse_time
-from evoprune.video.info import FOLDER_FPS, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
+from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.sound import check_speech
 
 # Maximum number of units in a single frame, for models that limit only the total over all frames. Without this limit, a video with
@@ -347,7 +347,7 @@ class Plan:
             sample = partial(plan_sampling, info.length_s, options, fps=limits.fps, min_frames=limits.min_frames)
             frame_limit = limits.max_frames if options.max_frames is None else options.max_frames
             # Sample at most one frame pair per allowed token, so that `times_s` stays short even if `frame_limit` is huge.
-            sampling = sample(max_frames=min(frame_limit, pair * max_tokens))
+            sampling = sample(max_frames=min(frame_limit, pair * max_tokens, MAX_TIMES))
             wanted = min(sampling.wanted, frame_limit - frame_limit % pair)
             pairs = sampling.frames // pair
             limits = limits.of_each(sampling.frames)

@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evoprune
 from evoprune.errors import OutOfMemory, UsageError, VideoError
@@ -102,6 +104,7 @@ def test_a_folder_and_a_picture(tmp_path):
         ({"times_s": [1], "seek": "auto"}, "times cannot be combined"),
         ({"times_s": [2, 1]}, "ascend"),
         ({"times_s": [float("nan")]}, "ascend"),
+        ({"times_s": [0, float("inf")]}, "ascend"),
         ({"times_s": 0.5}, "times_s is 0.5, not"),
         ({"times_s": ["soon"]}, "not numbers"),
         ({"times_s": [10**400]}, "not numbers"),
@@ -124,7 +127,29 @@ def test_what_makes_no_sense_is_refused(monkeypatch, tmp_path, clip, how, says):
         write_image(tmp_path / "0.png", numbered_frames(1)[0])
     with pytest.raises(UsageError, match=says) as caught:
         evoprune.read_frames("." if folder else clip, **how)
-    assert caught.value.hint or says == "ascend"
+    assert caught.value.hint
+
+
+def test_more_times_than_a_request_can_hold_are_refused_before_anything_is_read(tmp_path):
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(tmp_path / "0.png")
+    with pytest.raises(UsageError, match="more than 2,097,152 frames") as caught:
+        evoprune.read_frames(tmp_path / "missing", (number * 1e-9 for number in count()))
+    assert caught.value.hint
+    for how in ({"frames": 4_000_000}, {"fps": 1e7}):
+        with pytest.raises(UsageError, match="000,000 frames are requested at once") as caught:
+            evoprune.read_frames(tmp_path, **how)
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("rate", [1e308, 1e300, 1e-300])
+def test_extreme_times_and_rates_of_a_folder(rate, tmp_path):
+    for number in range(2):
+        write_image(tmp_path / f"{number}.png", numbered_frames(2)[number])
+    frames, times_s = evoprune.read_frames(tmp_path, [-1e308, -1.0, 0.0, 0.0, 1e308], frame_rate=rate)
+    assert [number_of(rgb) for rgb in frames] == [0, 0, 0, 0, 1] and times_s.tolist() == [0, 0, 0, 0, 1 / rate]
+    with pytest.raises(VideoError, match="no usable duration") as caught:
+        evoprune.read_frames(tmp_path, frames=2, frame_rate=1e-308)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("path", [None, b"clip.mp4", 3, ["clip.mp4"]])

@@ -466,3 +466,18 @@ def test_it_ends_with_the_process_that_started_it(how, code, named, good):
         assert parent.wait(60) == code
         assert b"Traceback" not in parent.stderr.read()
     assert gone(pid)
+
+
+def test_requests_and_answers_that_are_too_long_are_errors(good, monkeypatch):
+    with monkeypatch.context() as changed:
+        changed.setattr(channel, "LARGEST", 1000)
+        with pytest.raises(VideoError, match="a message of") as caught:
+            probe("x" * 2000)
+        assert caught.value.hint and not any(worker.busy for worker in isolation._idle)
+    isolation.end_all()
+    limit = "from evoprune.video.sandbox import channel; channel.LARGEST = 350; main("
+    monkeypatch.setattr(isolation, "PROGRAM", isolation.PROGRAM.replace("main(", limit))
+    with pytest.raises(VideoError, match="a message of") as caught:
+        probe(good)
+    assert caught.value.hint
+    isolation.end_all()

@@ -191,3 +191,10 @@ def test_frames_of_qwen3_have_the_size_that_its_processor_gives_them(size, frame
     plan = Plan.of(info, limits, SamplingOptions(frames=frames, max_visual_tokens=10**6))
     each = min(768 * 32 * 32, limits.max_pixels // frames)
     assert (plan.height, plan.width) == resized(frames, *size, 2, 32, limits.min_pixels, each * frames)
+
+
+def test_a_plan_has_no_more_frames_than_can_be_read_at_once():
+    video = Video("a.mp4", 10.0, 28, 28, 0, "h264", "yuv420p", "mp4", fps=30.0)
+    options = SamplingOptions(frames=10**12, max_frames=10**12, max_visual_tokens=10**12)
+    plan = Plan.of(video, InputLimits(min_pixels=1), options)
+    assert plan.sampling.frames == 2**21 and plan.limited

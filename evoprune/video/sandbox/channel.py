@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from evoprune.errors import VideoError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -39,6 +41,8 @@ class Heartbeat:
 class Channel:
     """One end of a connected pair of Unix sockets. Sending and receiving may raise OSError.
 
+    `send` raises VideoError if a message is larger than `LARGEST`. Nothing is sent in this case.
+
     Args:
         descriptors: Maximum number of file descriptors in a received message.
 
@@ -55,7 +59,9 @@ class Channel:
     def send(self, message: dict, descriptor: int | None = None) -> None:
         content = json.dumps(message).encode()
         if len(content) > LARGEST:
-            raise ValueError(f"a message of {len(content):,} bytes")
+            # For example, the request contains a very long path, or the answer lists the times of millions of frames.
+            problem = f"reading takes a message of {len(content):,} bytes, but {LARGEST:,} is the maximum"
+            raise VideoError(problem, "read fewer frames at a time, or a shorter video; and check the path")
         head = _LENGTH.pack(len(content))
         if descriptor is not None:
             socket.send_fds(self._socket, [head], [descriptor])

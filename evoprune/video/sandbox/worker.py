@@ -315,7 +315,7 @@ def _serve(channel: Channel) -> None:
             array = pieces[piece][: prod(shape)].reshape(shape) if shape else None
             answer = {"result": server.result(message, array)}
         except EvopruneError as problem:
-            answer = {"error": {name: getattr(problem, name) for name in ("type", "message", "hint", "stage")}}
+            answer = _error(problem)
         except MemoryError:
             answer = {"memory": resource.getrlimit(resource.RLIMIT_DATA)[0]}
         except Exception:
@@ -324,7 +324,14 @@ def _serve(channel: Channel) -> None:
         pieces.pop(None, None)  # this piece is used only once
         if last or "result" not in answer:
             pieces.clear()
-        channel.send(answer)
+        try:
+            channel.send(answer)
+        except VideoError as problem:  # the answer is too long
+            channel.send(_error(problem))
+
+
+def _error(problem: EvopruneError) -> dict[str, Any]:
+    return {"error": {name: getattr(problem, name) for name in ("type", "message", "hint", "stage")}}
 
 
 def _enter(folder: str | None) -> None:
