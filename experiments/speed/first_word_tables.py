@@ -10,7 +10,7 @@ from evoprune.util import counted
 from experiments import svg
 from experiments.speed.first_word_asks import TRANSFORMERS
 from experiments.speed.first_word_readers import READERS
-from experiments.tables import table
+from experiments.tables import fill, table
 
 BEGIN = "<!-- first word: python -m experiments.speed.first_word -o DIR --readme -->"
 END = "<!-- end of first word -->"
@@ -364,16 +364,6 @@ def write_documents(records: Sequence[Row], root: Path) -> None:
 
     Raises ValueError if a marker is missing.
     """
-    fill(root / "README.md", f"![{chart_title(records)}](results/{CHART})")
-    fill(root / "results" / PAGE, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
+    fill(root / "README.md", BEGIN, END, f"![{chart_title(records)}](results/{CHART})")
+    fill(root / "results" / PAGE, BEGIN, END, f"![{chart_title(records)}]({CHART})\n\n{document(records)}")
     (root / "results" / CHART).write_text(chart(records), encoding="utf-8")
-
-
-def fill(page: Path, words: str) -> None:
-    """Replace the text between the markers in a page. Raises ValueError if the page has no markers."""
-    text = page.read_text(encoding="utf-8")
-    begin = text.find(BEGIN)
-    end = text.find(END)
-    if not 0 <= begin < end:
-        raise ValueError(f"{page.name} has no place between {BEGIN} and {END}")
-    page.write_text(f"{text[: begin + len(BEGIN)]}\n\n{words.strip()}\n\n{text[end:]}", encoding="utf-8")

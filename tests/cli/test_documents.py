@@ -107,7 +107,6 @@ def test_what_the_documents_ask_is_answered_right(cli):
 @pytest.mark.parametrize(
     ("page", "answers"),
     [
-        ("README.md", ["green"]),
         ("docs/guide.md", ["0.0", "6.0", "green", "7", "cyan", "green", "green", "green", "0.0", "6.0"]),
     ],
 )
