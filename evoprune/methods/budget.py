@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.methods.plans import Grid
-from evoprune.util import did_you_mean
+from evoprune.util import did_you_mean, shorten
 
 PresetName = Literal["full", "high", "balanced", "fast"]
 # "auto:inflection" derives the number of tokens from the curve of a method's scores (methods/selecting.py).
@@ -119,4 +119,5 @@ def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
     if autos:
         names += f", or {' or '.join(autos)}"
     hint = f"{likely}give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {names}"
-    return UsageError(f"budget {given!r} is not a share of tokens to keep", hint)
+    text = shorten(given, 80) if isinstance(given, str) else given
+    return UsageError(f"budget {text!r} is not a share of tokens to keep", hint)

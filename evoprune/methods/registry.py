@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 from warnings import warn
 
 from evoprune.errors import EvopruneError, PluginWarning, UsageError, first_line
-from evoprune.util import did_you_mean
+from evoprune.util import did_you_mean, shorten
 
 if TYPE_CHECKING:
     from evoprune.methods.base import Method
@@ -40,6 +40,10 @@ PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjace
 RESIZING = ("downscale", "subsample")  # this project's input methods (class `InputMethod`)
 REUSE = "reuse"  # the prefix for selectors, as in reuse+divprune
 OWN = "evoprune"  # the distribution that provides this project's entry points
+SHOWN = 200  # maximum number of characters of a method in an error message
+LONGEST_TEXT = (
+    8192  # maximum number of characters of a method with its settings, one of which may be a path of 4096 characters
+)
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # matches a numeric value of a setting
 
 
@@ -61,7 +65,14 @@ class MethodText:
 
     @property
     def parts(self) -> list[Named]:
-        """The methods in the text, split at plus signs. A plus sign inside a number such as 1e+1 is not a separator."""
+        """The methods in the text, split at plus signs. A plus sign inside a number such as 1e+1 is not a separator.
+
+        Raises:
+            UsageError: If the text is longer than `LONGEST_TEXT`.
+        """
+        if len(self.text) > LONGEST_TEXT:
+            problem = f"the method {shorten(self.text, SHOWN)!r} has {len(self.text):,} characters"
+            raise UsageError(problem, f"use at most {LONGEST_TEXT:,}; evoprune methods lists the methods")
         hidden = _NUMBER.sub(lambda match: match[0].replace("+", "\0"), self.text)
         found = []
         for part in hidden.split("+"):
@@ -82,6 +93,7 @@ class MethodText:
         text = self.text
         names = [each.name for each in self.parts]
         if _is_list(text):
+            text = shorten(text, SHOWN)
             hint = f"to compare several: evoprune eval --method {text}; --compare shows one next to the unpruned model"
             raise UsageError(f"{text!r} is a list, but only one method can be used here", hint)
         if names == [REUSE]:
@@ -167,7 +179,7 @@ def _unknown(name: str) -> UsageError:
         near = f"{PAPER_NAMES[letters]} is based on it; "
     if len(available(plugins=False)) == len(CORE):  # the checkout was installed before these entry points were added
         near = "the methods of evoprune.contrib are not installed: reinstall evoprune with pip; "
-    return UsageError(f"unknown pruning method {name!r}", f"{near}evoprune methods lists them all")
+    return UsageError(f"unknown pruning method {shorten(name, SHOWN)!r}", f"{near}evoprune methods lists them all")
 
 
 def _letters(name: str) -> str:
@@ -178,7 +190,9 @@ def _letters(name: str) -> str:
 def impossible(text: str) -> UsageError:
     """Return the error for methods that cannot be combined in the order given in `text`."""
     kinds = "NAME is a method that selects, or NAME+INNER, where INNER acts inside the language model"
-    return UsageError(f"methods cannot be combined as {text!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}")
+    return UsageError(
+        f"methods cannot be combined as {shorten(text, SHOWN)!r}", f"use {REUSE}+NAME or ipcv+NAME, where {kinds}"
+    )
 
 
 def get(text: str) -> "Method":

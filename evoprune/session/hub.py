@@ -32,6 +32,7 @@ MODEL_HINT = (
     "and its demos"
 )
 HUB_SECONDS = 5.0
+LONGEST_NAME = 200  # maximum number of characters of a name to correct; comparing longer ones would take seconds
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
 _ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)(-instruct|-thinking)?", re.IGNORECASE)
@@ -45,11 +46,11 @@ def is_id(name: str) -> bool:
 def nearest_id(name: str) -> str | None:
     """Suggest the published Qwen ID most similar to a hub ID that is misspelled or lacks an organization.
 
-    Returns None if no published ID is similar enough, if the hub ID belongs to another organization, or if it starts with a
-    published ID, such as `...-AWQ`.
+    Returns None if no published ID is similar enough, if the name is longer than `LONGEST_NAME`, if the hub ID belongs to another
+    organization, or if it starts with a published ID, such as `...-AWQ`.
     """
     organization, _, word = name.lower().rpartition("/")
-    if organization not in ("", "qwen") or not word:
+    if organization not in ("", "qwen") or not 0 < len(word) <= LONGEST_NAME:
         return None
     known = {each.lower().removeprefix("qwen/"): each for each in PUBLISHED}
     if any(name.startswith(each) for each in PUBLISHED):  # also true for variants, such as -AWQ

@@ -24,6 +24,7 @@ from evoprune.util import (
     missing_hint,
     option,
     parse_time,
+    shown,
 )
 from evoprune.video import SamplingOptions, Video
 
@@ -194,7 +195,7 @@ class ModelOptions:
         if not is_id(name):
             meant = near_hint(name) or did_you_mean(name, DEMOS)
             hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
-            raise ModelError(f"{name!r} is neither a folder here nor a hub id", hint)
+            raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None
 
     @property

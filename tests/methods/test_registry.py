@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -364,3 +365,24 @@ def test_methods_that_make_inputs_smaller_are_known_before_they_are_loaded():
         and methods.MethodText("downscale+fastv").may_resize
     )
     assert methods.MethodText("mixed").may_resize  # a method of another package may resize
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "+".join(["a"] * 100_000), "evoprune" + ":depth=1" * 100_000, "a" * 100_000, ",".join(["evoprune"] * 100_000),
+        "evoprune:depth=" + "1" * 100_000, "+" * 100_000, ":" * 8192, "reuse" + "+divprune" * 900, ",".join(["a"] * 4000),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_long_text_is_refused_at_once(text):
+    begun = time.process_time()
+    for use in (
+        lambda: methods.MethodText(text).check(),
+        lambda: methods.MethodText(text).members(),
+        lambda: PruneOptions(0.5, text).config(),
+    ):
+        with pytest.raises(UsageError) as caught:
+            use()
+        assert len(caught.value.message) < 400 and len(caught.value.hint) < 600
+    assert time.process_time() - begun < 2
