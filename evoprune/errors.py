@@ -35,6 +35,11 @@ LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or dow
 T = TypeVar("T")
 
 
+def hide_passwords(text: str) -> str:
+    """Remove the user names and passwords from all URLs in a text, for example from a URL of a camera."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
 class EvopruneError(Exception):
     """Base class for all expected failures. `str()` returns the message, followed by the hint on a separate line.
 
@@ -52,9 +57,10 @@ class EvopruneError(Exception):
     stage: str | None = None
 
     def __init__(self, message: str, hint: str | None = None, *, stage: str | None = None):
+        message = hide_passwords(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint and hide_passwords(hint)
         self.stage = stage or self.stage
 
     def __str__(self) -> str:

@@ -9,10 +9,15 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError
 from evoprune.methods import Budget
 from evoprune.model import Config, Cost
-from evoprune.util import installed_version
+from evoprune.util import installed_version, without_password
 from evoprune.video import Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
+# Environment variables whose values are printed. Values of all others, such as EVOPRUNE_API_KEY, may be secret.
+SHOWN_VARIABLES = (
+    "EVOPRUNE_BUDGET", "EVOPRUNE_CACHE_DIR", "EVOPRUNE_DEBUG", "EVOPRUNE_MODEL", "EVOPRUNE_PLAIN", "EVOPRUNE_THREADS",
+)  # fmt: skip
+HIDDEN = "(set)"
 
 
 def environment_facts(stdout: TextIO) -> dict:
@@ -68,7 +73,11 @@ def environment_facts(stdout: TextIO) -> dict:
         },
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": stdout.encoding,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("EVOPRUNE_")},
+        "environment": {
+            name: without_password(value) if name in SHOWN_VARIABLES else HIDDEN
+            for name, value in sorted(os.environ.items())
+            if name.startswith("EVOPRUNE_")
+        },
     }
 
 

@@ -1,11 +1,12 @@
 """How errors look in Python, and which attributes survive pickling to another process."""
 
+import json
 import pickle
 import traceback
 
 import pytest
 
-from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError
+from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
 
 
 @pytest.mark.parametrize("kind", [UsageError, VideoError, ModelError, OutOfMemory])
@@ -24,3 +25,18 @@ def test_a_changed_message_is_the_one_that_is_shown():
     problem = VideoError("/tmp/x is no video")
     problem.message = "standard input is no video"
     assert str(problem) == "standard input is no video"
+
+
+@pytest.mark.parametrize(
+    "url", ["rtsp://user:secret@camera/live", "HTTP://secret@host:80/a@b.mp4", "https://user:p@secret@host/a"]
+)
+def test_errors_never_show_passwords_in_urls(url):
+    problem = VideoError(f"cannot read {url}: it is not there, and neither is {url!r}", f"try {url}")
+    for shown in (
+        str(problem),
+        repr(problem),
+        json.dumps(error_record(problem)),
+        json.dumps(error_record(OSError(url))),
+    ):
+        assert "secret" not in shown and "://" in shown
+    assert VideoError("a@b.mp4 and https://host/c@d.mp4").message == "a@b.mp4 and https://host/c@d.mp4"

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 
 import av
 import numpy as np
@@ -14,6 +15,7 @@ from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune_cli.inspect import TITLE, lines
+from evoprune_cli.inspection import environment_facts
 from tests.compiled import use
 from tests.decoders import needs_decord
 from tests.quantized import KINDS
@@ -234,3 +236,19 @@ def test_a_file_may_call_its_tags_anything(cli, tmp_path):
     lines = [line.split(maxsplit=1) for line in result.out.splitlines()]
     assert all([name, text] in lines for name, text in tags.items()), result.out
     assert tags.items() <= cli("inspect", str(path), "--json").record["video"]["tags"].items()
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--debug",)])
+def test_variables_that_may_be_secret_have_no_value(cli, monkeypatch, options):
+    monkeypatch.setenv("EVOPRUNE_API_KEY", "sk-secret")
+    monkeypatch.setenv("EVOPRUNE_OF_A_PLUGIN", "secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
+    result = cli("inspect", *options)
+    assert result.code == 0 and "secret" not in result.out + result.err
+    assert all(name in result.out for name in ("EVOPRUNE_API_KEY", "EVOPRUNE_OF_A_PLUGIN"))
+    if "--json" in options:
+        assert result.record["environment"]["EVOPRUNE_BUDGET"] == "fast"
+        assert result.record["environment"]["EVOPRUNE_API_KEY"] == "(set)"
+        monkeypatch.setenv("EVOPRUNE_MODEL", "https://user:secret@host/model")
+        assert environment_facts(sys.stdout)["environment"]["EVOPRUNE_MODEL"] == "https://host/model"
