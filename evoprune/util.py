@@ -18,9 +18,14 @@ from evoprune.errors import UsageError, is_out_of_memory
 # Matches characters that change the text direction, and control characters interpreted by terminals (except tab and newline).
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+# Matches the beginning of a cell that a spreadsheet would run as a formula, even after apostrophes, so that `from_cell` is exact.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+_SIGNED_NUMBER = re.compile(r"[+-]\d+([.,]\d+)*([eE][+-]?\d+)?%?")
+
 FILE_URL = "file://"
 WEB = re.compile("https?://", re.IGNORECASE)  # matches the scheme of a web address
-ADDRESS = re.compile(r"([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)  # matches a URL, even with a leading folder
+# Matches a URL, even with a leading folder. The lookbehind keeps the time for a long text linear.
+ADDRESS = re.compile(r"(?<![a-z\d+.-])([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # matches a web address without a scheme
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which can't be read as a file
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
@@ -75,7 +80,7 @@ def parse_time(text: str) -> float:
     hint = (
         "write seconds (90.5 or 90.5s), minutes (1:30 or 1m30s) or hours (1:02:03 or 1h2m3s); from the end: -5 or -5s"
     )
-    raise UsageError(f"{text!r} is not a time", hint)
+    raise UsageError(f"{shorten(text, 80)!r} is not a time", hint)
 
 
 def roughly(seconds: float) -> str:
@@ -99,10 +104,10 @@ def shorten(text: str, width: int) -> str:
 
 
 def shown(path: str) -> str:
-    """Format a path for a message. Long paths and data: URLs are shortened to their beginning and end."""
+    """Format a path for a message, without passwords. Long paths and data: URLs are shortened to their beginning and end."""
     if path.startswith("data:"):
         return shorten(path, 40)
-    return shorten(path, LONGEST)
+    return shorten(without_password(path), LONGEST)
 
 
 def size(count: int | None) -> str:
@@ -217,6 +222,21 @@ def one_line(text: str) -> str:
 def harmless(text: str) -> str:
     """Replace terminal control characters in text with visible escape sequences."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def to_cell(value: Any) -> Any:
+    """Return a value for a cell of a CSV file. Text that a spreadsheet would run as a formula gets a leading apostrophe.
+
+    Numbers stay numbers, even if they are text such as "-3".
+    """
+    if isinstance(value, str) and _FORMULA.match(value) and not _SIGNED_NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
+def from_cell(text: str) -> str:
+    """Return the text of a cell without the apostrophe added by `to_cell`."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def is_text(value: str) -> bool:

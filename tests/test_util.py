@@ -1,12 +1,15 @@
 """Test the formatting of time estimates, and the parsing of times that users type."""
 
 import json
+import time
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.util import install_hint, near_file, parse_time, roughly
+from evoprune.util import did_you_mean, from_cell, install_hint, missing_hint, near_file, parse_time, roughly, to_cell
 
 
 @pytest.mark.parametrize(
@@ -78,3 +81,47 @@ def test_hints_install_extras_from_where_evoprune_came_from(monkeypatch, tmp_pat
     hint = install_hint("speech")
     usual = "in a checkout of evoprune: pip install '.[speech]'"
     assert hint == (f"pip install '{folder}[speech]'" if recorded == "folder" else usual)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "=1+1",
+        "+1+1",
+        "-",
+        "- a dog\n- a cat",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        "'=1",
+        "''@",
+        "＝1",
+        "-1+1",
+        "-3 dogs",
+    ],
+)
+def test_text_never_becomes_a_formula(text):
+    assert to_cell(text) == f"'{text}" and from_cell(to_cell(text)) == text
+
+
+@pytest.mark.parametrize(
+    "value", ["-3", "+3", "-1.5", "-1e-05", "-1,000", "-5%", "", "'", "'tis", "a=b", "1-2", -3, -0.5, None, True]
+)
+def test_numbers_and_other_text_stay(value):
+    assert to_cell(value) is value
+    if isinstance(value, str):
+        assert from_cell(value) == value
+
+
+@pytest.mark.parametrize(
+    "call",
+    [partial(missing_hint, usual=""), partial(did_you_mean, known=["a" * 99]), parse_time],
+    ids=["path", "word", "time"],
+)
+@pytest.mark.parametrize("word", ["a", "a.", "1:", "a://", "/a"])
+def test_long_words_take_no_time(call, word):
+    begun = time.process_time()
+    with suppress(UsageError):
+        call(word * 100_000)
+    assert time.process_time() - begun < 2

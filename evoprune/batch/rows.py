@@ -27,6 +27,7 @@ from evoprune.util import (
     check_type,
     counted,
     did_you_mean,
+    from_cell,
     is_text,
     is_url,
     missing_hint,
@@ -34,6 +35,7 @@ from evoprune.util import (
     shorten,
     shown,
     some,
+    without_password,
 )
 from evoprune.video import Folder, SamplingOptions
 
@@ -103,10 +105,10 @@ class Row:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """Fields that affect the model's answer, as JSON values."""
-        about = {"video": self.video}
+        """Fields that affect the model's answer, as JSON values. URLs have no passwords."""
+        about = {"video": without_password(self.video)}
         if len(self.inputs) > 1:
-            about = {"inputs": list(self.inputs)}
+            about = {"inputs": list(map(without_password, self.inputs))}
         facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
         names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
         own = {name: getattr(self, name) for name in names}
@@ -305,6 +307,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         raise fields
     fields = {name: value for name, value in fields.items() if value is not None}
     cells = tuple((name, _cell(value)) for name, value in fields.items())
+    cells = tuple((name, without_password(cell) if name in ("video", "inputs") else cell) for name, cell in cells)
     for theirs, own in ALIASES.items():
         _must(theirs not in fields or own not in fields, f"{own} and {theirs} cannot be combined")
     fields = {ALIASES.get(name, name): value for name, value in fields.items()}
@@ -687,7 +690,7 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
     head = table.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     try:
-        names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        names = reader.fieldnames = [from_cell(name.strip()).lower() for name in reader.fieldnames or ()]
         if twice := [name for name, count in Counter(names).items() if name and count > 1]:
             hint = "rename or remove one of them; upper and lower case are the same"
             raise UsageError(f"{file}: the first line names the column {shorten(twice[0], 40)} twice", hint)
@@ -699,7 +702,7 @@ def _csv_lines(text: str, file: str, hint: str) -> Iterator[Line]:
                 needed = f"the first line must name the columns, unless the lines are JSON; `{required[0]}` is missing"
                 raise UsageError(f"{file}: {needed} (found: {shorten(', '.join(names), 80)})", hint)
         for row in reader:
-            cells = {name: cell for name, cell in row.items() if cell}
+            cells = {name: from_cell(cell) if isinstance(cell, str) else cell for name, cell in row.items() if cell}
             for name in LIST_COLUMNS:
                 if name in cells:
                     cells[name] = [entry.strip() for entry in cells[name].split("|")]

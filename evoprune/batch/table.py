@@ -10,7 +10,7 @@ from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.files import OPEN_FILES
 from evoprune.report import Report
-from evoprune.util import harmless
+from evoprune.util import harmless, to_cell
 
 ENDING = ".csv"
 COLUMNS = ("answer", "error", "finish_reason", "visual_tokens", "new_tokens", "total_ms")
@@ -20,7 +20,8 @@ class TableFile(RecordFile):
     """A CSV output file (RFC 4180, UTF-8, comma-separated). Rows are appended and synced to disk one at a time.
 
     The table contains the input's columns in order of first appearance, followed by `COLUMNS`. If an input column has the same name
-    as one of `COLUMNS`, it is prefixed with `row_`. A table cannot be resumed, because it does not contain the batch's settings.
+    as one of `COLUMNS`, it is prefixed with `row_`. Cells that a spreadsheet would run as formulas begin with an apostrophe
+    (`to_cell`). A table cannot be resumed, because it does not contain the batch's settings.
 
     Raises:
         UsageError: If `resume` is True. For other errors, see `RecordFile`.
@@ -73,7 +74,7 @@ class TableFile(RecordFile):
 
     def _append(self, cells: Sequence) -> None:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
+        csv.writer(text, lineterminator="\n").writerow(map(to_cell, cells))
         # Invalid Unicode characters in a path are written as escape sequences.
         self._writer.submit(self._write, text.getvalue().encode("utf-8", "backslashreplace")).result()
         self.written -= 1  # undo the increment in `_write`, because records should be counted only by `add`

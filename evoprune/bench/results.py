@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from evoprune.report import precision
-from evoprune.util import one_line
+from evoprune.util import one_line, to_cell
 
 MIN_NAME = 8  # minimum width of a table's first column, in characters, for the other columns to keep their widths
 T = TypeVar("T")
@@ -133,7 +133,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     if rows:
         writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: to_cell(value) for name, value in row.items()} for row in rows)
     return out.getvalue()
 
 

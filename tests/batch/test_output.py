@@ -1,5 +1,6 @@
 """Test that the output file of a batch always has complete lines and only one writer at a time."""
 
+import csv
 import errno
 import io
 import json
@@ -207,6 +208,41 @@ def test_a_table_that_is_not_a_batch_is_never_replaced(path, content):
         with pytest.raises(UsageError, match="contains no records"):
             TableFile(str(path), [], resume=False, overwrite=overwrite)
     assert path.read_bytes() == content
+
+
+@pytest.mark.filterwarnings("ignore:rows. fields that are only copied")
+def test_a_table_never_has_formulas_and_can_be_read_again(tmp_path):
+    fields = {
+        "id": "-a",
+        "video": "samples/square.mp4",
+        "question": "=1+1",
+        "note": "@x",
+        "=title": "-3",
+        "plain": "a=b",
+    }
+    rows = RowReader(passes_on=True).read(io.BytesIO(json.dumps([fields]).encode()), "rows")
+    path = tmp_path / "out.csv"
+    answer = Report(id="-a", answer="- a dog\n- a cat", batch={})
+    for overwrite in (False, True):
+        with closing(TableFile(str(path), rows, resume=False, overwrite=overwrite)) as file:
+            file.begin()
+            file.add(answer)
+    with open(path, encoding="utf-8", newline="") as file:
+        titles, cells = csv.reader(file)
+    assert titles[:6] == ["id", "video", "question", "note", "'=title", "plain"]
+    assert cells[:7] == ["'-a", "samples/square.mp4", "'=1+1", "'@x", "-3", "a=b", "'- a dog\n- a cat"]
+    (again,) = RowReader(passes_on=True).read(io.BytesIO(path.read_bytes()), "rows")
+    assert (again.id, again.question, dict(again.cells)["note"]) == ("-a", "=1+1", "@x")
+    assert dict(again.cells)["answer"] == answer.answer and dict(again.cells)["=title"] == "-3"
+
+
+def test_records_and_tables_have_no_passwords():
+    url = "http://user:secret@localhost/a@b.mp4"
+    for fields in ({"video": url}, {"inputs": [url, "samples/square.mp4"]}):
+        line = json.dumps(fields | {"question": "What?"}).encode()
+        (row,) = RowReader().read(io.BytesIO(line), "rows")
+        assert row.paths[0] == url and "secret" not in json.dumps([row.asked, row.cells])
+        assert "http://localhost/a@b.mp4" in json.dumps([row.asked, row.cells])
 
 
 def test_resuming_keeps_mode_and_link(path, tmp_path):

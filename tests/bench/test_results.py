@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from evoprune.bench.results import Column, fitting, grid
+from evoprune.bench.results import Column, as_csv, fitting, grid
 from evoprune.bench.tune_operations import OperationResults
 
 NAMES = [f"evoprune:alpha={alpha}:reuse=0 -b 0.25" for alpha in (1, 2, 3)]
@@ -55,3 +55,8 @@ def test_words_of_a_text_are_wrapped_and_not_cut():
     columns = [lines[0].index(title) for title in ("name", "acts", "source")] + [30]
     whole = ["".join("".join(line[a:b] for line in lines[1:]).split()) for a, b in pairwise(columns)]
     assert whole == ["evoprune-merge", "intheencoder", "arXiv2603.03681,"]
+
+
+def test_csv_never_has_formulas():
+    text = as_csv([{"name": "=1+1", "difference": -0.5, "method": "-3", "note": "@x", "none": None}])
+    assert text == "name,difference,method,note,none\n'=1+1,-0.5,-3,'@x,\n"
