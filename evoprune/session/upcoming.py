@@ -78,11 +78,13 @@ def in_flight(
         raised later, by `OpenInputs.encode`.
 
     Raises:
-        Exception: Any exception raised while iterating over `items`.
+        Exception: Any exception raised while iterating over `items`, after the earlier items have been yielded.
+            KeyboardInterrupt and the like are raised at once.
     """
     count = readers(loaded)
     share = max(1, loaded.idle_cores // count)
     coming = iter(items)
+    problem: Exception | None = None  # raised by `items`
     flying: deque[tuple[T, Reading[OpenInputs]]] = deque()
 
     def opening(item: T, cores: int | None, reading: Reading) -> Iterator[OpenInputs]:
@@ -96,24 +98,38 @@ def in_flight(
         try:
             while True:
                 start = time.perf_counter()
-                for item in coming:
+                while problem is None and len(flying) <= count:
+                    try:
+                        item = next(coming)
+                    except StopIteration:
+                        break
+                    except Exception as error:
+                        problem = error
+                        break
                     cores = share
                     if count == 1 or not group.unfinished:
                         cores = loaded.cores
                     flying.append(
                         (item, Reading(partial(opening, item, cores), group, drop=lambda inputs: inputs.close()))
                     )
-                    if len(flying) > count:
-                        break
                 if not flying:
+                    if problem is not None:
+                        raise problem
                     return
-                item, reading = flying.popleft()
+                item, reading = flying[0]  # stays in the queue while waiting, so that an interrupt closes it
                 try:
                     inputs: OpenInputs | Exception = next(reading.chunks())
-                except Exception as problem:
-                    inputs = problem
-                on_wait(time.perf_counter() - start)
+                except Exception as error:
+                    inputs = error
+                flying.popleft()
+                try:
+                    on_wait(time.perf_counter() - start)
+                except BaseException:
+                    if isinstance(inputs, OpenInputs):
+                        inputs.close()
+                    raise
                 yield item, inputs
                 del inputs, reading  # let the caller free them before the next item is ready
         finally:
             stop_all([reading for _, reading in flying])
+            del problem  # breaks a reference cycle with the traceback

@@ -147,6 +147,56 @@ def test_what_ends_the_program_is_raised(ahead_of, problem):
     ahead.close()
 
 
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("good", [0, 1, 5])
+@pytest.mark.parametrize("problem", [ValueError("a"), VideoError("a"), RuntimeError("a")])
+def test_what_the_items_raise_is_raised_after_the_items_before(ahead_of, problem, good, count):
+    """So the number of cores has no influence on what the caller gets."""
+    events, taken = [], []
+
+    def items():
+        yield from range(good)
+        raise problem
+
+    ahead = ahead_of(items(), lambda item, cores: Inputs(events, item), count)
+    with pytest.raises(type(problem)) as caught:
+        for item, inputs in ahead:
+            inputs.close()
+            taken.append(item)
+    assert caught.value is problem and taken == list(range(good)) and list(ahead) == []
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_interrupt_while_the_next_item_is_made_closes_everything(ahead_of, count):
+    events, gate, problem = [], threading.Event(), KeyboardInterrupt()
+
+    def items():
+        yield from range(count)
+        wait_for(lambda: len(events) == 2 * count - 1)
+        raise problem
+
+    ahead = ahead_of(items(), lambda item, cores: Inputs(events, item, gate if item == 0 else None), count)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        next(ahead)
+    assert caught.value is problem
+    wait_for(lambda: {("close", item) for item in range(count)} <= set(events))
+
+
+def test_if_the_callback_raises_the_inputs_are_closed(ahead_of):
+    events, problem = [], ValueError("a")
+
+    def raises(seconds):
+        raise problem
+
+    ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item), 2, on_wait=raises)
+    with pytest.raises(ValueError) as caught:
+        next(ahead)
+    assert caught.value is problem
+    wait_for(
+        lambda: {item for what, item in events if what == "close"} == {item for what, item in events if what == "open"}
+    )
+
+
 def test_reading_that_fails_stops_nothing(ahead_of):
     """The error is raised again when the inputs are encoded."""
 
