@@ -5,8 +5,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from traceback import walk_tb
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 # Hint on reducing memory usage, both on the command line and in Python.
 USE_LESS = (
@@ -33,6 +34,7 @@ LFS = b"version https://git-lfs.github.com/spec/"  # first bytes of a git-lfs po
 LFS_HINT = "the file itself is missing: run `git lfs pull` in its folder, or download it"
 
 T = TypeVar("T")
+Callback = TypeVar("Callback", bound=Callable[..., Any] | None)
 
 
 def hide_passwords(text: str) -> str:
@@ -206,6 +208,55 @@ class memory_guard:  # noqa: N801 (called as a function)
         if match and match[2]:
             message += f", {match[2]} free"
         raise OutOfMemory(message, USE_LESS, stage=self.stage) from problem
+
+
+class callback_errors:  # noqa: N801 (used like a function)
+    """Context manager that lets the exceptions of a caller's callbacks leave the block unchanged.
+
+    Code inside the block may handle exceptions of its own, for example by retrying with less memory or by recording that a row of a
+    batch has failed. It must not do so if a callback raises an exception, because that exception is the caller's business:
+
+        with callback_errors() as passing:
+            encode(passing(progress))
+
+    This is a class for the same reason as `memory_guard`.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, callback: Callback) -> Callback:
+        """Return a wrapper of a callback for use inside the block. None stays None."""
+        if callback is None:
+            return callback
+
+        @wraps(callback)
+        def wrapper(*args, **kwargs):
+            try:
+                return callback(*args, **kwargs)
+            except Exception as problem:
+                raise _CallbackError(self, problem) from None
+
+        return wrapper
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, traceback: object) -> None:
+        if not isinstance(problem, _CallbackError) or problem.block is not self:
+            return
+        own = problem.own
+        context = own.__context__
+        try:
+            raise own
+        finally:
+            own.__context__ = context
+            del own, problem, traceback  # breaks a reference cycle, which would keep tensors in memory
+
+
+class _CallbackError(BaseException):
+    """Carries an exception of a callback to the end of a `callback_errors` block, past all code that handles `Exception`."""
+
+    def __init__(self, block: callback_errors, own: Exception):
+        self.block = block
+        self.own = own
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from evoprune.backend import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
-from evoprune.errors import OutOfMemory, error_record
+from evoprune.errors import OutOfMemory, callback_errors, error_record
 from evoprune.language import Turn
 from evoprune.report import Report, name_inputs
 from evoprune.session import Cache, EncodedInputs, OpenInputs, ReadAhead, Session, in_flight, open_inputs
@@ -49,9 +49,10 @@ def answers(
         inputs.begin()
         return inputs
 
-    with closing(in_flight(spans, opened, session.loaded, on_wait)) as prepared:
+    with callback_errors() as passing, closing(in_flight(spans, opened, session.loaded, on_wait)) as prepared:
+        callbacks = on_failure, passing(progress), passing(on_wait)
         for span, inputs in prepared:
-            yield from _answer_span(span, inputs, settings, on_failure, progress, on_wait)
+            yield from _answer_span(span, inputs, settings, *callbacks)
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:

@@ -34,7 +34,7 @@ from evoprune.bench.shared import (
     model_and_machine,
     swept,
 )
-from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, error_record
+from evoprune.errors import ModelError, OutOfMemory, UsageError, VideoError, callback_errors, error_record
 from evoprune.methods import MethodChain, TowerShape
 from evoprune.model import Cost
 from evoprune.report import Report
@@ -259,6 +259,12 @@ class Evaluation:
             opened: The prefetched video, the exception raised while opening it, or None if it was not prefetched. Its
                 patches stay in memory until all variants have been evaluated.
         """
+        with callback_errors() as passing:
+            return self._evaluated(video, passing(progress), opened)
+
+    def _evaluated(
+        self, video: VideoQuestions, progress: Progress, opened: OpenInputs | Exception | None
+    ) -> list[dict]:
         samples: list[dict] = []
         files = _state(video)
         try:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from evoprune.backend import Device, Packing, Quantization, to_device
-from evoprune.errors import EvopruneError, ModelError, call, not_a_number_error
+from evoprune.errors import ModelError, call, callback_errors, not_a_number_error
 from evoprune.language import decoder, hosted, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
@@ -235,17 +235,16 @@ class PrefillState:
         """
         token = None
         last = len(ids) - 1
-        try:
-            if self._steps is None and len(self.answer) == last:
-                self._steps = static.begin(
-                    self.language.model, self._holder, self.cache, self.next_position + last, len(ids), left
-                )
-            if self._steps is not None:
-                token = self._steps.following(self.language.model, self._holder, ids[-1], pick)
-        except EvopruneError:  # raised by `pick`, not by the graph
-            raise
-        except Exception as problem:  # graph capture and the captured modules can raise anything
-            static.give_up(self.language.model, problem)
+        with callback_errors() as passing:
+            try:
+                if self._steps is None and len(self.answer) == last:
+                    self._steps = static.begin(
+                        self.language.model, self._holder, self.cache, self.next_position + last, len(ids), left
+                    )
+                if self._steps is not None:
+                    token = self._steps.following(self.language.model, self._holder, ids[-1], passing(pick))
+            except Exception as problem:  # graph capture and the captured modules can raise anything
+                static.give_up(self.language.model, problem)
         if token is None:
             self._steps = None
             if lookup is not None:

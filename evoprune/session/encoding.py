@@ -18,7 +18,7 @@ import torch
 
 import evoprune
 from evoprune.backend import Device, empty_cache
-from evoprune.errors import OutOfMemory, UsageError, memory_guard, named
+from evoprune.errors import OutOfMemory, UsageError, callback_errors, memory_guard, named
 from evoprune.methods import MethodText
 from evoprune.model import Clock
 from evoprune.report import INPUT_STAGES, OVERLAP
@@ -168,14 +168,15 @@ class OpenInput:
         plan = self.plan
         clock = Clock(self.session.device)
         pruning = self.session.pruning
-        self._progress = progress
         start = clock.now()
         before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
         heard_before = before[STAGE] - before[OVERLAP]  # time the caller waited for transcription, in seconds
         read_before = 0.0 if self.read_early else before["read"]  # time the caller waited for reading, in seconds
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
-        result, cache = self._result(clock, progress, pieces, warnings)
+        with callback_errors() as passing:
+            self._progress = passing(progress)
+            result, cache = self._result(clock, self._progress, pieces, warnings)
         wall = before["plan"] + heard_before + read_before + clock.now() - start
         rows = None
         tokens = result

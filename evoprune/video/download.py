@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 import httpx2
 
 import evoprune
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import UsageError, VideoError, callback_errors
 from evoprune.util import DOWNLOAD_HINT, size, without_password
 from evoprune.video.temporary import temporary_file
 
@@ -57,7 +57,11 @@ def downloaded(
     if offline:
         hint = "leave out --offline (offline=True), or download it first and give the path of the file"
         raise UsageError(f"cannot download {name}: the network may not be used (offline)", hint)
-    with closing(_chunks(url, name, progress, transport)) as chunks, temporary_file(chunks, name) as path:
+    with (
+        callback_errors() as passing,
+        closing(_chunks(url, name, passing(progress), transport)) as chunks,
+        temporary_file(chunks, name) as path,
+    ):
         yield path
 
 

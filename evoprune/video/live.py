@@ -10,7 +10,7 @@ from contextlib import closing
 from math import prod
 from typing import TYPE_CHECKING
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import UsageError, VideoError, callback_errors
 from evoprune.util import FILE_URL, missing_hint, shown, without_password
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import borrow
@@ -98,6 +98,10 @@ class LiveSource:
         Raises:
             VideoError: The source cannot be read, was interrupted, or cannot be reopened.
         """
+        with callback_errors() as passing:
+            yield from self._frames(passing(due))
+
+    def _frames(self, due: Due) -> Iterator[TimedFrame]:
         tries = 0
         base = 0.0
         last = None

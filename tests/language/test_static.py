@@ -68,6 +68,27 @@ def plainly(model, *args, **options) -> list[int]:
         return list(stream(model, *args, **options))
 
 
+@pytest.mark.parametrize("problem", [ValueError("a"), RuntimeError("out of memory")])
+def test_what_a_constraint_raises_is_no_failure_of_a_graph(model, graphs, problem):
+    class Constraint:
+        complete, calls = False, 0
+
+        def mask(self, size):
+            self.calls += 1
+            if self.calls == 4:
+                raise problem
+
+        def advance(self, token):
+            pass
+
+    constraint = Constraint()
+    answer = TokenStream(state_of(model), GenerationOptions(max_new_tokens=NEW), (), 0, constraint)
+    with pytest.raises(type(problem)) as caught:
+        list(answer)
+    assert caught.value is problem and constraint.calls == 4
+    assert graphs.captured == 1 and len(list(answer)) == NEW - 3  # a later token continues with the same graph
+
+
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("family", NATIVE)
 def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):

@@ -31,6 +31,7 @@ from evoprune.errors import (
     ModelWarning,
     OutOfMemory,
     UsageError,
+    callback_errors,
     is_out_of_memory,
 )
 from evoprune.language import (
@@ -315,7 +316,8 @@ def load_model(
     seconds = {"tokenizer": time.perf_counter() - start}
     work = partial(_warm_up, stored.config, DTYPES[model.dtype], stored.device, model.native)
     ready = Device(stored.device).run_beside(work)
-    weights, packing, quantized_file = _loaded(stored, pack, progress, seconds)
+    with callback_errors() as passing:
+        weights, packing, quantized_file = _loaded(stored, pack, passing(progress), seconds)
     return LoadedModel(
         description=model,
         model=weights,

@@ -18,6 +18,7 @@ import torch
 
 import evoprune
 from evoprune.backend import Quantization
+from evoprune.errors import callback_errors
 from evoprune.language import LanguageModel
 from evoprune.methods import EncoderPlan, TowerShape, arange_on
 from evoprune.model import PATCHES, Model
@@ -77,22 +78,16 @@ def quantize_once(
         quantization.restore(model, read, progress)
         return None
     stream = _Stream(key)
-    problem = None
 
     def write(file: BinaryIO) -> None:
-        nonlocal problem
         stream.file = file
-        try:
-            quantization.apply(model, calibrate, progress, stream.add)
-        except OSError as error:  # from `progress`, because the stream keeps its own errors until the end
-            problem = error
-            raise
+        quantization.apply(model, calibrate, passing(progress), stream.add)
         stream.end()
 
-    if entries.write(name, write):
+    with callback_errors() as passing:  # an OSError of `progress` does not mean that the file cannot be written
+        written = entries.write(name, write)
+    if written:
         return entries.path(name)
-    if problem:
-        raise problem
     if not stream.file:  # the cache folder couldn't be created
         quantization.apply(model, calibrate, progress)
     return None
