@@ -42,6 +42,7 @@ OVERLAP = "overlap"
 INPUT_STAGES = ("plan", "speech", "read", "preprocess", "compile", "encode", "store", OVERLAP)
 BRIEF_STAGES = ("speech", "compile", "store")  # stages printed only if they take at least 1 ms
 WIDTH = 80
+UNREAD = "not read yet; answer.text reads it"
 BAR = 12
 INDENT = " " * 11
 DEMO_KNOWLEDGE = (
@@ -374,7 +375,13 @@ class Report:
         stats = stats_block(self)
         if not stats:
             return repr(self)
-        return "\n".join([*stats, *warning_lines(self)])
+        unread = [f"{'answer':<11}{UNREAD}"] if self.is_unread else []
+        return "\n".join([*unread, *stats, *warning_lines(self)])
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether nothing of the answer has been generated yet. It is generated while the caller reads it."""
+        return self.question is not None and (self.answer or self.finish_reason or self.error) is None
 
     def __repr__(self) -> str:
         pruning = self.pruning
@@ -382,6 +389,8 @@ class Report:
         facts = [
             f"{name} {getattr(self, name)!r}" for name in ("question", "answer") if getattr(self, name) is not None
         ]
+        if self.is_unread:
+            facts.append(UNREAD)
         if self.error:
             facts.append(f"error {self.error['message']!r}")
         if pruning.visual_tokens_kept is not None:

@@ -146,6 +146,10 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
             self._pieces.close()
             self.report.finish_reason = self.report.finish_reason or "interrupt"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the answer in Jupyter and IPython, which call this method instead of `__repr__`."""
+        printer.text(self.text)
+
     def __repr__(self) -> str:
         if self.report.answer is None and self.report.finish_reason is None:
             return "<Answer, not read yet; .text reads it>"

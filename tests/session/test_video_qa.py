@@ -480,6 +480,12 @@ def test_they_say_in_a_line_what_they_are(loaded):
     assert "2 frames, 1 frame pair of 4x6 units" in repr(qa.encode(CLIP, frames=2))
     assert repr(video.encoded).startswith("<Encoded: 14 of 144 visual tokens, ")
     assert repr(video.ask("What happens?")) == "<Answer, not read yet; .text reads it>"
+    unread = video.ask("What happens?", max_new_tokens=2)
+    assert str(unread.report).splitlines()[0] == "answer     not read yet; answer.text reads it"
+    assert "not read yet" in repr(unread.report)
+    shown = []
+    unread._repr_pretty_(SimpleNamespace(text=shown.append), False)  # what IPython calls
+    assert shown == [unread.text] and "not read yet" not in str(unread.report) + repr(unread.report)
     made = asked(video, n=1)
     assert repr(made) == f"<Answer {made.text!r}, length>"
     assert made.report.tokens.new == 1 and made.report.rate.generate_tok_s is None
