@@ -98,8 +98,8 @@ def find(
     cache: opt.option(
         bool,
         "--cache/--no-cache",
-        "Keep encoded segments on disk (at most 4 GiB), so that other queries need not read or encode them again.  "
-        "[env var: EVOPRUNE_CACHE_DIR]",
+        "Keep encoded segments on disk (at most 4 GiB, in the folder EVOPRUNE_CACHE_DIR), so that other queries need not read or "
+        "encode them again.",
         opt.OUTPUT,
     ) = False,
     quiet: opt.Quiet = False,

@@ -11,12 +11,12 @@ from evoprune.methods import Budget
 from evoprune.model import Config, Cost
 from evoprune.util import installed_version, without_password
 from evoprune.video import Plan
+from evoprune_cli.variables import SECRET, VARIABLES
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "decord", "typer", "rich", "numpy")
-# Environment variables whose values are printed. Values of all others, such as EVOPRUNE_API_KEY, may be secret.
-SHOWN_VARIABLES = (
-    "EVOPRUNE_BUDGET", "EVOPRUNE_CACHE_DIR", "EVOPRUNE_DEBUG", "EVOPRUNE_MODEL", "EVOPRUNE_PLAIN", "EVOPRUNE_THREADS",
-)  # fmt: skip
+SHOWN = VARIABLES.keys() - {
+    SECRET
+}  # environment variables whose values are printed; values of all others may be secret
 HIDDEN = "(set)"
 
 
@@ -74,7 +74,7 @@ def environment_facts(stdout: TextIO) -> dict:
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": stdout.encoding,
         "environment": {
-            name: without_password(value) if name in SHOWN_VARIABLES else HIDDEN
+            name: without_password(value) if name in SHOWN else HIDDEN
             for name, value in sorted(os.environ.items())
             if name.startswith("EVOPRUNE_")
         },

@@ -30,6 +30,7 @@ from evoprune_cli.methods import methods
 from evoprune_cli.options import Command
 from evoprune_cli.profile import profile
 from evoprune_cli.tune import tune
+from evoprune_cli.variables import warn_of_unknown
 from evoprune_cli.verify import verify
 from evoprune_cli.watch import watch
 
@@ -258,6 +259,8 @@ def _outcome() -> int:
         if _completes():
             # Otherwise, rich would wrap help text, and fish would offer each line as a completion.
             os.environ["COLUMNS"] = "1000"
+        else:
+            warn_of_unknown()
         try:
             code = app(standalone_mode=False, prog_name="evoprune", terminal_width=max(30, columns - 2)) or 0
         except typer.Abort as ended:  # raised by Typer for EOFError, and in some versions for Ctrl-C

@@ -243,7 +243,7 @@ Verbose = option(bool, "-v --verbose", "Also print layers' rows, settings and ve
 Cache = option(
     bool,
     "--cache/--no-cache",
-    "Keep encoded videos on disk (at most 2 GiB) and reuse them.  [env var: EVOPRUNE_CACHE_DIR]",
+    "Keep encoded videos on disk (at most 2 GiB, in the folder EVOPRUNE_CACHE_DIR) and reuse them.",
     OUTPUT,
 )
 

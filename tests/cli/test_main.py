@@ -812,3 +812,12 @@ def test_a_model_that_is_nowhere_is_an_error_before_torch_is_imported(args):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 4 and done.stdout == ""
     assert done.stderr.startswith("error: './nodir' is neither a folder here nor a hub id\nhint: ")
+
+
+def test_unknown_variables_are_named(cli, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_BUGDET", "fast")
+    monkeypatch.setenv("EVOPRUNE_API_KEY", "secret")
+    warning = "warning: EVOPRUNE_BUGDET is not a variable of evoprune (did you mean EVOPRUNE_BUDGET?)\n"
+    for command in ("--version", "methods"):
+        result = cli(command)
+        assert result.code == 0 and result.err == warning and "secret" not in result.out
