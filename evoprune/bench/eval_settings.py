@@ -53,6 +53,9 @@ class EvalSettings:
     def stored(cls, folder: Path, model: ModelOptions) -> "EvalSettings":
         """Read the settings of the run stored in a folder. The questions file may have changed since the run started.
 
+        Relative paths of the questions and the model refer to the current folder or, if they are not there, to the nearest parent
+        of the run's folder in which they are.
+
         Args:
             folder: The run's output folder.
             model: The source of options that do not affect answers, such as the device.
@@ -61,7 +64,12 @@ class EvalSettings:
             UsageError: If the folder does not contain a run.
         """
         try:
-            return cls.of_record(stored_settings(folder), model)
+            record = stored_settings(folder)
+            settings = cls.of_record(record, model)
+            used = settings.model
+            if record.get("files"):  # a folder, not a hub ID
+                used = replace(used, model=_nearest(used.model, folder, used.folder))
+            return replace(settings, model=used, data=_nearest(settings.data, folder, Path(settings.data)))
         except (KeyError, TypeError, ValueError) as problem:
             raise no_folder(folder) from problem
 
@@ -108,3 +116,20 @@ class EvalSettings:
         for video in of_groups(videos, self.groups)[: self.limit]:
             span, *_ = Span.group(video.rows)
             yield [video.path], self.sampling.with_overrides(**span.sampling)
+
+
+def _nearest(name: str, folder: Path, path: Path) -> str:
+    """Return the path of a file or folder named in a run's settings.
+
+    Args:
+        name: The name in the settings.
+        folder: The run's folder.
+        path: The path that the name refers to in the current folder.
+
+    Returns:
+        The name itself if `path` exists; otherwise, the path below the nearest parent of `folder` that contains the name. If there
+        is none, the name itself.
+    """
+    if path.exists() or path.is_absolute():
+        return name
+    return next((str(above / path) for above in folder.resolve().parents if (above / path).exists()), name)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -216,6 +217,29 @@ def test_a_folder_is_all_that_is_needed_to_go_on(run, cli, tmp_path, monkeypatch
     (place / "settings.json").write_text(json.dumps({"data": DATA}))
     assert f"{place} is not the folder of an evaluation" in cli("eval", "--resume", place).err
     assert "hint: give --data FILE, a JSONL or CSV file" in cli("eval", "-b", "0.5").err
+
+
+@pytest.mark.parametrize("again", ["resume", "all"])
+def test_a_run_goes_on_in_any_folder(cli, tmp_path, monkeypatch, tiny_folder, again):
+    data = tmp_path / "of the run/questions.jsonl"
+    data.parent.mkdir()
+    rows = [{"id": str(n), "video": f"{n}.mp4", "question": "What?", "answer": "A square."} for n in range(2)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row, name in zip(rows, ("square", "three"), strict=True):
+        shutil.copy(f"samples/{name}.mp4", data.parent / row["video"])
+    (data.parent / "model").symlink_to(tiny_folder.resolve())
+    quick = ("-b", "0.5", "--frames", "4", "-n", "2", "-q")
+    monkeypatch.chdir(data.parent)
+    with monkeypatch.context() as patch:
+        breaking(patch, 3, KeyboardInterrupt())  # in the second video
+        assert cli("eval", "--data", data.name, "-m", "model", "-o", "runs/a", *quick).code == 130
+    monkeypatch.chdir(tmp_path)
+    given = ("--data", data, "-m", data.parent / "model", *quick) if again == "all" else ()
+    result = cli("eval", "--resume", "of the run/runs/a", "--json", *given)
+    assert result.code == 0 and result.record["videos"] == {"wanted": 2, "evaluated": 2, "failed": 0}
+    data.write_text(data.read_text().replace("What?", "Who?"))
+    refused = cli("eval", "--resume", "of the run/runs/a", *given)
+    assert refused.code == 2 and "other settings: digest was" in refused.err
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
