@@ -83,13 +83,10 @@ def grammar_of(kind: str, given: dict[str, Any] | str) -> str:
     return _checked_grammar(kind, given if kind == REGEX else json.dumps(given))
 
 
-@lru_cache(16)
 def _checked_grammar(kind: str, text: str) -> str:
-    """Check a regular expression or a schema (as JSON text), and return its grammar. Results are cached."""
-    _check_installed(kind)
-    needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
+    """Check a regular expression or a schema (as JSON text), and return its grammar."""
     try:
-        wrong, path = run_isolated(find_fault, json.dumps([kind, text]), SECONDS, needs, STACK_BYTES)
+        wrong, path = _fault(kind, text)
     except ValueError as problem:
         wrong = str(problem)
         path = None
@@ -100,8 +97,22 @@ def _checked_grammar(kind: str, text: str) -> str:
     raise UsageError(f"the {what} cannot be used{where}: {wrong}", "fix this, or use a simpler one")
 
 
+@lru_cache(16)
+def _fault(kind: str, text: str) -> tuple[str, str | None]:
+    """Call `find_fault` in a separate process. Results are cached, except for a ValueError if the limits are exceeded."""
+    _check_installed(kind)
+    needs = "llguidance" if kind == REGEX else "llguidance, jsonschema"
+    wrong, path = run_isolated(find_fault, json.dumps([kind, text]), SECONDS, needs, STACK_BYTES)
+    return wrong, path
+
+
+@lru_cache(16)
 def _grammar(kind: str, text: str) -> str:
-    """Convert a schema or regular expression to a grammar without checking it. Raises ValueError if it is nested too deeply."""
+    """Convert a schema or regular expression to a grammar without checking it. Results are cached.
+
+    Raises:
+        ValueError: If it is nested too deeply.
+    """
     matcher = _library().LLMatcher
     if kind == REGEX:
         return matcher.grammar_from_regex(text)

@@ -193,6 +193,24 @@ def test_a_schema_is_checked_once(monkeypatch):
     assert GenerationOptions(schema=schema).grammar
 
 
+def test_a_wrong_schema_is_checked_once_unless_it_takes_too_long(monkeypatch):
+    checks = []
+
+    def check(work, request, *limits):
+        checks.append(request)
+        if "slow" in request:
+            raise ValueError("it does not finish")
+        return "it is wrong", "/a"
+
+    monkeypatch.setattr(guidance, "run_isolated", check)
+    for _ in range(2):
+        assert "cannot be used at /a: it is wrong" in refusal(GenerationOptions, schema={"const": "wrong 1128"})
+    assert len(checks) == 1
+    for _ in range(2):  # on another day, the machine may be faster
+        assert "does not finish" in refusal(GenerationOptions, schema={"const": "slow 1128"})
+    assert len(checks) == 3
+
+
 def test_a_schema_and_a_regular_expression_exclude_each_other():
     assert "cannot be combined" in refusal(GenerationOptions, schema={}, regex="a")
 
