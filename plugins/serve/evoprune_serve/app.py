@@ -10,16 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message
 
 from evoprune.errors import EvopruneError
 from evoprune.session import PipelineOptions
@@ -27,22 +26,27 @@ from evoprune.untrusted import loads
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
+from evoprune_serve.checks import Checks
 from evoprune_serve.errors import ApiError, plain, refused, told
-from evoprune_serve.guard import Access, Bodies, Framing, Guard
+from evoprune_serve.forms import UploadForm
+from evoprune_serve.guard import Access, Bodies, BodyRoom, Framing, Guard
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Handler, Page
-from evoprune_serve.question import Question, no_model
+from evoprune_serve.question import Question, has_schema, no_model
 from evoprune_serve.reply import Read, Reply, stream_event
 from evoprune_serve.responses import read_response
 from evoprune_serve.sources import Sources
-from evoprune_serve.store import Room, Store
+from evoprune_serve.store import Store
 from evoprune_serve.uploads import PURPOSES, Uploads
 from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
-MOST_COMMAS = 2**20  # maximum number per body, because parsed values may take 100 times as much memory as their text
+STRUCTURE = (b",", b"[", b"{")  # characters that begin a value in JSON, apart from the first one
+MOST_VALUES = 2**17  # maximum number of such characters in a body
+UPLOAD_THREADS = 4  # uploads whose data is parsed and written at the same time
+VALUE_BYTES = 512  # upper bound on the memory for a parsed value, in addition to the text of strings
 SENDING_S = 60.0  # extra time after the deadline, in seconds, for a slow client to receive the end of a stream
 AGEING_S = 60.0  # interval between checks for expired files, in seconds
 CLOSED = 499  # status in logs and metrics if the client has disconnected
@@ -86,14 +90,18 @@ class Server:
         self.settings = settings
         self.models = models
         self.store = Store(settings.folder, settings.files_bytes)
-        self.uploads = Uploads(self.store, settings.file_age_s)
+        self.uploads = Uploads(self.store, settings.file_age_s, settings.files_bytes // 2)
+        self.upload_threads = anyio.CapacityLimiter(UPLOAD_THREADS)
         limit = settings.access.upload_bytes
         self.sources = Sources(self.store, self.uploads, settings.urls, settings.folders, limit)
         self.work = Work(models, settings.most, settings.keep)
+        self.checks = Checks()
         self.metrics = Metrics(self.work)
         most = settings.access.bodies_bytes
         self.bodies = Bodies(most, share=max(most // 2, settings.access.body_bytes))
-        self.storing = asyncio.Lock()  # allows one copy at a time because no disk space is reserved for copies
+        self.parsing = (
+            asyncio.Lock()
+        )  # allows one body at a time, which limits the memory for texts that are being parsed
         self.started = int(time.time())
 
     # Questions.
@@ -140,11 +148,16 @@ class Server:
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
-                body = await read_json(request, room.add)
-                # Run in a thread because checking a schema may take a while.
-                question, sources, form = await run_in_threadpool(read, body, self.settings.usual, [*self.models])
-                del body
-                job = self.work.admit(client_of(request))
+                body = await read_json(request, room, self.parsing)
+                reading = partial(read, body, self.settings.usual, [*self.models])
+                if has_schema(body):  # checking it may take seconds, so the request waits in the queue
+                    job = self.work.admit(client_of(request))
+                    checking = self.checks.run(job.client, partial(if_wanted, job, reading))
+                    question, sources, form = await in_time(unless_gone(request, checking), deadline_s)
+                else:
+                    question, sources, form = await run_in_threadpool(reading)
+                    job = self.work.admit(client_of(request))
+                del body, reading
                 fetch = partial(self.sources.fetch, sources, job.check)
                 await in_time(unless_gone(request, self.work.fetch(job, fetch)), deadline_s)
                 del sources, fetch
@@ -201,32 +214,26 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         """Store the file from an upload form, and respond with its description."""
-        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "multipart/form-data":
             raise ApiError(415, "a file is sent as multipart/form-data", code="unsupported_media_type")
-        with self.store.room() as room:
-            return await self._take(request, room)
-
-    async def _take(self, request: Request, room: Room) -> Response:
-        """Read an upload form with a file and its purpose, and store the file. Disk space is reserved in `room` as data arrives."""
-
-        async def receive() -> Message:
-            message = await request.receive()
-            room.add(len(message.get("body", b"")))
-            return message
-
-        counted = Request(request.scope, receive)
-        async with counted.form(max_files=1, max_fields=8, max_part_size=1024) as form:
-            file = form.get("file")
-            if not isinstance(file, UploadFile):
-                raise refused("the form has no file", "file", "missing_required_parameter")
-            purpose = form.get("purpose", PURPOSES[0])
+        if "content-encoding" in request.headers:
+            raise ApiError(415, "send the body without a Content-Encoding", code="unsupported_media_type")
+        with self.uploads.incoming(client_of(request)) as incoming:
+            form = UploadForm(kind, incoming)
+            async for piece in request.stream():
+                incoming.reserve(len(piece))
+                await anyio.to_thread.run_sync(form.write, piece, limiter=self.upload_threads)
+            if not form.complete:
+                raise refused("the form breaks off before its end")
+            purpose = form.fields.pop("purpose", PURPOSES[0])
             if purpose not in PURPOSES:
                 raise refused(f"purpose is one of {', '.join(PURPOSES)}", "purpose")
-            for name in form:
-                if name not in ("file", "purpose"):
-                    raise refused(f"{name[:60]} is not supported here", name[:60], "unsupported_parameter")
-            async with self.storing:
-                upload = await run_in_threadpool(self.uploads.add, file.file, file.filename or "", purpose, room)
+            for name in form.fields:
+                raise refused(f"{name[:60]} is not supported here", name[:60], "unsupported_parameter")
+            if form.filename is None:
+                raise refused("the form has no file", "file", "missing_required_parameter")
+            upload = await run_in_threadpool(incoming.keep, form.filename, purpose)
         return JSONResponse(upload.record())
 
     async def file(self, request: Request) -> Response:
@@ -371,32 +378,54 @@ class JobStream(StreamingResponse):
             self._asked.server.work.cancel(self._asked.job)
 
 
-async def read_json(request: Request, count: Callable[[int], None]) -> Any:
-    """Read a request's JSON body. `count` is called with the size of each chunk as it arrives.
+async def read_json(request: Request, room: BodyRoom, parsing: asyncio.Lock) -> Any:
+    """Read a request's JSON body. Memory for the body is reserved in `room` as it arrives, and `parsing` is held to parse it.
+
+    The parser holds Python's global lock, so a body must not contain many values.
 
     Raises:
-        ApiError: If the body isn't valid JSON, or has an unsupported content type or encoding.
+        ApiError: If the body isn't valid JSON, has too many values, or has an unsupported content type or encoding.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
     if "content-encoding" in request.headers:
         raise ApiError(415, "send the body without a Content-Encoding", code="unsupported_media_type")
-    pieces = []
+    data = bytearray()
+    values = 0
     async for piece in request.stream():
-        count(len(piece))
-        pieces.append(piece)
-    data = b"".join(pieces)
-    if data.count(b",") > MOST_COMMAS:
-        raise refused(f"the body has more than {MOST_COMMAS:,} commas", code="invalid_json")
-    try:
-        return await run_in_threadpool(lambda: loads(data.decode()))  # parsing megabytes takes seconds
-    except (ValueError, RecursionError) as problem:
-        raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
+        values += sum(piece.count(each) for each in STRUCTURE if each in piece)  # `in` is faster if there are none
+        if values > MOST_VALUES:
+            message = f"the body has more than {MOST_VALUES:,} commas, opening brackets, and opening braces"
+            raise refused(message, code="invalid_json")
+        room.grow(max(len(data) + len(piece), values * VALUE_BYTES))
+        data += piece
+    async with parsing:
+        try:
+            return await run_in_threadpool(_parsed, data)
+        except (ValueError, RecursionError) as problem:
+            raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
+
+
+def _parsed(data: bytearray) -> Any:
+    """Parse a body and clear its bytes.
+
+    Raises:
+        ValueError, RecursionError: If it isn't valid JSON.
+    """
+    text = data.decode()
+    data.clear()
+    return loads(text)
 
 
 def client_of(request: Request) -> str:
     """Return a client's IP address, which the queue uses to distinguish clients."""
     return request.client.host if request.client else "unknown"
+
+
+def if_wanted(job: Job, function: Callable[[], T]) -> T:
+    """Call a function unless the job has been canceled in the meantime, which raises Gone."""
+    job.check()
+    return function()
 
 
 async def in_time(waiting: Awaitable[T], deadline_s: float) -> T:

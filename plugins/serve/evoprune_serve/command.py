@@ -182,6 +182,7 @@ def serve(
         config = uvicorn.Config(
             app,
             http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

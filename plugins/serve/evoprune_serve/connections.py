@@ -1,14 +1,51 @@
-"""Limits the number of connections, and the time a connection may take to send a request head."""
+"""Limits the number of connections, the time to send a request head, and the work for a single read from a connection."""
 
 import asyncio
+import re
 from collections import Counter
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0  # time limit for receiving a request head, in seconds
+KEEP_ALIVE_S = (
+    65  # how long an idle connection stays open, in seconds; clients and proxies usually reuse one for a minute
+)
 MOST = 512  # maximum number of connections
+HEAD_BYTES = 2**15  # maximum size of a request head
+PIECE_BYTES = 2**14  # chunked bodies are parsed in pieces of this size
+MOST_CHUNKS = 256  # small chunks allowed in a body, in addition to one chunk for every `CHUNK_BYTES` bytes
+CHUNK_BYTES = 64
+END_OF_HEAD = re.compile(rb"\n\r?\n")
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 19\r\n\r\nService Unavailable"
+
+
+class Parser(h11.Connection):
+    """A parser that rejects requests that would block the event loop: large heads, and bodies that consist of tiny chunks.
+
+    asyncio reads up to 256 KiB at once. That is enough for 60,000 headers or 40,000 chunks, which take h11 half a second.
+    """
+
+    chunked = False  # whether the body being received is chunked
+    _chunks = 0
+    _bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE:
+            received, _ = self.trailing_data
+            if len(received) > HEAD_BYTES and not END_OF_HEAD.search(received, 0, HEAD_BYTES):
+                raise h11.RemoteProtocolError("the request head is too large", error_status_hint=431)
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data) and self.chunked:
+            self._chunks += event.chunk_start
+            self._bytes += len(event.data)
+            if self._chunks > MOST_CHUNKS + self._bytes // CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the body has too many small chunks")
+        return event
 
 
 class Connection(H11Protocol):
@@ -20,8 +57,8 @@ class Connection(H11Protocol):
     connection is idle, the new connection is rejected.
 
     For the first request, the time limit starts when the connection opens. For later requests, it starts with the first byte. If no
-    further request arrives, uvicorn closes the connection after 5 s. The time limits for bodies and answers are set in guard.py and
-    by `--timeout`, respectively.
+    further request arrives, uvicorn closes the connection after `KEEP_ALIVE_S` seconds. The time limits for bodies and answers are
+    set in guard.py and by `--timeout`, respectively.
     """
 
     head_s = HEAD_S
@@ -30,6 +67,11 @@ class Connection(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _idle_since_s = 0.0
 
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self.conn = Parser(h11.SERVER)
+        self.timeout_keep_alive = KEEP_ALIVE_S
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._idle_since_s = self.loop.time()
@@ -37,8 +79,21 @@ class Connection(H11Protocol):
         self._limit_connections()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        size = (
+            PIECE_BYTES if self.conn.chunked else len(data)
+        )  # the parser limits the size of a trailer before each piece
+        for start in range(0, len(data), size):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + size])
         self._limit_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Reject an invalid request. If the response has already started, only close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         self._idle_since_s = self.loop.time()

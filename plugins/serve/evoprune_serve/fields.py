@@ -13,11 +13,22 @@ MOST_CHARACTERS = 60  # maximum length of a value in an error message
 
 def json_text(value: Any) -> str:
     """Format a value for an error message: as JSON if it is short; otherwise, as a description of its type."""
-    if not (isinstance(value, str | list | dict) and len(value) > MOST_CHARACTERS):
+    if characters(value) <= MOST_CHARACTERS:
         text = json.dumps(value, ensure_ascii=False)
         if len(text) <= MOST_CHARACTERS:
             return text
     return KINDS[type(value)]
+
+
+def characters(value: Any) -> int:
+    """Return a lower bound on the length of a value as JSON, without writing it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(map(characters, value), start=len(value))
+    if isinstance(value, dict):
+        return sum(map(len, value), start=sum(map(characters, value.values()), start=len(value)))
+    return 1
 
 
 class Fields:

@@ -86,14 +86,15 @@ class BodyRoom:
         self._bodies = bodies
         self._client = client
 
-    def add(self, count: int) -> None:
-        """Reserve `count` more bytes of memory.
+    def grow(self, size: int) -> None:
+        """Reserve more memory, so that `size` bytes are reserved in total.
 
         Raises:
             ApiError: If one of the limits of `Bodies` is exceeded.
         """
-        self._bodies._add(self._client, count)
-        self.bytes += count
+        if size > self.bytes:
+            self._bodies._add(self._client, size - self.bytes)
+            self.bytes = size
 
 
 class Framing:

@@ -1,5 +1,6 @@
 """Reads the messages of a conversation, supporting the video and image formats of various client programs."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ MOST_PARTS = 1000  # maximum number of parts in all messages combined
 MOST_CHARACTERS = 2**22  # maximum text length in all messages combined
 MOST_SOURCES = 64
 MOST_FRAMES = 256  # maximum length of a list of frames
+FORMAT = re.compile(r"[\w.+-]{1,60}")
 # Fields that clients may send back as part of earlier answers. They aren't part of the conversation and must be empty, except for
 # the fields in `UNREAD`, which are ignored.
 UNREAD = ("reasoning_content", "parsed")
@@ -152,6 +154,8 @@ def _input_video(fields: Fields) -> Source:
     inner = Fields(fields.need("input_video", dict), fields.name_of("input_video"))
     data = inner.need("data", str)
     container = inner.take("format", str, "mp4")
+    if not FORMAT.fullmatch(container):
+        inner.refuse("format", "is not the name of a format, such as mp4")
     inner.end()
     if data[:5].lower() == "data:":
         return Address(data)

@@ -15,7 +15,7 @@ from evoprune.session import PipelineOptions, PruneOptions
 from evoprune.util import parse_time
 from evoprune.video import SamplingOptions
 from evoprune_serve.errors import ApiError, refused
-from evoprune_serve.fields import NUMBER, Fields, json_text
+from evoprune_serve.fields import NUMBER, Fields, characters, json_text
 from evoprune_serve.messages import read_messages
 from evoprune_serve.sources import Source
 
@@ -39,6 +39,7 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
 }
 # Request field names, for options with a different name.
 NAMES = {"start_s": "start", "end_s": "end", "logprobs": "top_logprobs"}
+SCHEMA = "schema"  # the option whose value takes long to check
 T = TypeVar("T")
 
 
@@ -66,12 +67,15 @@ def read_options(body: Any, messages: str) -> Fields:
     """
     fields = Fields(body)
     options = {name: value for name, value in body.items() if name != messages}
+    too_large = refused(f"the options have more than {MOST_BYTES >> 20} MiB")
+    if characters(options) > MOST_BYTES:  # checked first because the JSON takes more memory
+        raise too_large
     try:
         size = len(json.dumps(options, ensure_ascii=False).encode())
     except UnicodeEncodeError as problem:
         raise refused("a string in the options is not valid Unicode: it contains a lone surrogate") from problem
     if size > MOST_BYTES:
-        raise refused(f"the options have more than {MOST_BYTES >> 20} MiB")
+        raise too_large
     return fields
 
 
@@ -165,13 +169,26 @@ def _changed(options: T, given: dict[str, Any], names: Mapping[str, str]) -> T:
     try:
         return replace(options, **given) if given else options
     except UsageError as problem:
-        for name, value in given.items():
-            field = names.get(name, name)
-            with _naming(field, name):
+        alone = {name: value for name, value in given.items() if name != SCHEMA}
+        for name, value in alone.items():
+            with _naming(names.get(name, name), name):
                 replace(options, **{name: value})
+        if SCHEMA in given and _is_valid(
+            options, alone
+        ):  # the schema is not checked again, because this may take seconds
+            with _naming(names.get(SCHEMA, SCHEMA), SCHEMA):
+                raise
         raise refused(
             f"{problem.message} ({problem.hint})"
         ) from problem  # each value is valid, but their combination isn't
+
+
+def _is_valid(options: Any, given: dict[str, Any]) -> bool:
+    try:
+        replace(options, **given)
+    except UsageError:
+        return False
+    return True
 
 
 @contextmanager
@@ -208,6 +225,15 @@ def read_schema(fields: Fields, inner: str | None = None) -> dict[str, Any] | No
         fields.refuse("type", f"is {json_text(kind)}: text, json_object and json_schema are known")
     fields.end()
     return schema
+
+
+def has_schema(body: Any) -> bool:
+    """Return True if a request's answer follows a schema, which has to be checked."""
+    if not isinstance(body, dict):
+        return False
+    text = body.get("text")  # in the Responses API
+    stated = body.get("response_format"), text.get("format") if isinstance(text, dict) else None
+    return any(isinstance(each, dict) and each.get("type") == "json_schema" for each in stated)
 
 
 def read_effort(fields: Fields, name: str) -> dict[str, str]:

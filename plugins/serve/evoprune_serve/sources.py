@@ -34,6 +34,17 @@ SHARE = 4  # a list of frames may take up to 1/SHARE of the available memory, be
 MOST_ESCAPES = 2**16  # percent-encoded characters in a short data: URL; decoding each takes about 70 bytes of memory
 LONGEST_S = 3600.0  # maximum duration of a download, in seconds
 FILE_HINT = "upload the file instead"
+WHITESPACE = b" \t\n\f\r"
+HEAD_CHARACTERS = 2000  # maximum length of the part of a data: URL before the data
+# The part of a data: URL before the data. Without base64, it ends at the first comma that is not in a quoted parameter. Otherwise,
+# it ends after `;base64,`, and the values of parameters may contain commas.
+DATA_HEAD = re.compile(
+    r"""\s*data:
+    (?: [^,;"]* (?: ; (?: "(?:\\.|[^"\\])*" | [^;"] )* )*? ;\s* (?P<base64>base64) \s*,
+    | (?: "(?:\\.|[^"\\])*" | [^,"] )*, )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]{0,20}):", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -180,6 +191,7 @@ class Sources:
         self._limit_bytes = limit_bytes
         self._downloads: dict[str, tuple[Content, float]] = {}  # for each URL, a recent download and its timestamp
         self._lock = Lock()
+        self._decoding = Lock()  # held to decode a data: URL, because this temporarily takes three times its memory
 
     def fetch(self, sources: Sequence[Source], check: Callable[[], None] = lambda: None) -> Fetched:
         """Fetch a request's videos and images as local files.
@@ -211,9 +223,10 @@ class Sources:
             upload = self._uploads.get(source.file_id)
             content = stack.enter_context(self._store.using(upload.content))
             return LocalFile(content.path, content.digest, upload.name)
-        scheme = source.url.partition(":")[0].lower()
+        scheme = found[1].lower() if (found := SCHEME.match(source.url)) else ""
         if scheme == "data":
-            content = self._store.add(decoded(source.url))
+            with self._decoding:
+                content = self._store.add(decoded(source.url))
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, name)
         if scheme not in ("http", "https", "file"):
@@ -332,24 +345,40 @@ def opened_below(folder: Path, path: Path) -> BinaryIO:
 
 
 def decoded(url: str) -> bytes:
-    """Decode the base64 data in a `data:` URL.
+    """Decode the data in a `data:` URL as browsers do (WHATWG, Fetch and Infra).
+
+    Unlike in browsers, a parameter may contain a comma, as in `data:video/webm;codecs=vp8,opus;base64,...`, because that is how
+    browsers write the URL of a recording.
 
     Raises:
         ApiError: If the data is empty or isn't base64.
     """
-    head, comma, text = url.partition(",")
-    if not comma or not re.search(r"; *base64 *$", head, re.IGNORECASE):
+    head = DATA_HEAD.match(url, 0, HEAD_CHARACTERS)
+    if head is None:
         raise refused("a data: address is not data:TYPE;base64,...")
+    end = url.find("#", head.end())
+    text = url[head.end() : end if end >= 0 else len(url)]
+    # base64 has only three characters that are ever escaped
+    if text.count("%") > MOST_ESCAPES + len(text) // 16:
+        raise refused("a data: address is not base64: too many characters are percent-encoded")
     try:
-        # Like browsers, accept percent-encoding, whitespace, and missing padding (WHATWG, Infra and Fetch).
-        if text.count("%") > MOST_ESCAPES + len(text) // 16:  # base64 has three characters that are ever escaped
-            raise refused("a data: address is not base64: too many characters are percent-encoded")
-        data = unquote_to_bytes(text).translate(None, b" \t\n\f\r")
-        if b"=" not in data[-2:]:
-            data += b"=" * (-len(data) % 4)
-        content = binascii.a2b_base64(data, strict_mode=True)
+        data = text.encode()
+        del text
+        if b"%" in data:
+            data = unquote_to_bytes(data)
+        if head["base64"]:
+            data = _from_base64(data)
     except ValueError as problem:
         raise refused(f"a data: address is not base64: {problem}") from problem
-    if not content:
+    if not data:
         raise refused("a data: address is empty")
-    return content
+    return data
+
+
+def _from_base64(data: bytes) -> bytes:
+    """Decode base64, which may contain whitespace and lack padding. Raises ValueError if it contains anything else."""
+    if any(each in data for each in WHITESPACE):
+        data = data.translate(None, WHITESPACE)
+    if b"=" not in data[-2:] and len(data) % 4:
+        data += b"=" * (-len(data) % 4)
+    return binascii.a2b_base64(data, strict_mode=True)

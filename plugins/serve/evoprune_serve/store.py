@@ -1,5 +1,6 @@
 """Stores files from clients in a private folder. Identical files are stored only once, and unused files are evicted."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -112,19 +113,26 @@ class Store:
         with self._stored():
             return self._keep(digest, path, room)
 
+    @contextmanager
+    def incoming(self, room: "Room") -> "Iterator[Incoming]":
+        """Yield a file to write to. Unless it is kept, it is deleted when the context ends. For `room`, see `add_file`.
+
+        Raises:
+            ApiError: If the store is full.
+        """
+        with self._new_file() as file:
+            yield Incoming(self, file, room)
+
     def copy(self, file: BinaryIO, room: "Room") -> Content:
         """Store and return a copy of an open file. The caller becomes a user of the copy. For `room`, see `add_file`.
 
         Raises:
             ApiError: If the store is full.
         """
-        digest = hashlib.sha256()
-        with self._new_file() as copied:
+        with self.incoming(room) as incoming:
             while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                copied.write(chunk)
-            copied.close()
-            return self._keep(digest.hexdigest(), copied.name, room)
+                incoming.write(chunk)
+            return incoming.keep()
 
     @contextmanager
     def link(self, file: BinaryIO) -> Iterator[str]:
@@ -245,7 +253,9 @@ class Store:
         try:
             yield
         except OSError as problem:
-            raise ApiError(507, "the server cannot store a file", code="storage_full") from problem
+            full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
+            message = "the server's disk is full" if full else "the server cannot store a file"
+            raise ApiError(507, message, code="storage_full") from problem
 
     # Callers of these methods must hold the lock.
 
@@ -281,6 +291,31 @@ class Store:
         self._bytes -= content.disk_bytes
         with suppress(FileNotFoundError):
             os.unlink(content.path)
+
+
+class Incoming:
+    """A file that is being received."""
+
+    def __init__(self, store: Store, file: BinaryIO, room: "Room"):
+        self.bytes = 0
+        self._store = store
+        self._file = file
+        self._room = room
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self.bytes += len(data)
+
+    def keep(self) -> Content:
+        """Store and return the file. The caller becomes a user of it.
+
+        Raises:
+            ApiError: If the store is full.
+        """
+        self._file.close()
+        return self._store._keep(self._digest.hexdigest(), self._file.name, self._room)
 
 
 class Room:

@@ -4,15 +4,19 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
-from evoprune.util import one_line
+from evoprune.util import one_line, size
 from evoprune_serve.errors import ApiError
 from evoprune_serve.fields import json_text
-from evoprune_serve.store import Content, Room, Store
+from evoprune_serve.store import Content, Incoming, Room, Store
 
-MOST = 1000  # maximum number of uploaded files
+MOST = 4000  # maximum number of uploaded files
+MOST_OF_CLIENT = 1000  # maximum number of files from one client
 NAME_CHARACTERS = 200
 PURPOSES = ("user_data", "vision", "assistants")
 
@@ -27,6 +31,7 @@ class Upload:
     purpose: str
     created: int
     expires: int
+    client: str
 
     def record(self) -> dict[str, Any]:
         """Return a description of the uploaded file in OpenAI's format."""
@@ -43,33 +48,72 @@ class Upload:
 
 
 class Uploads:
-    """A thread-safe collection of uploaded files. Each file is kept for `age_s` seconds."""
+    """A thread-safe collection of uploaded files.
 
-    def __init__(self, store: Store, age_s: float):
+    Args:
+        age_s: How long each file is kept, in seconds.
+        client_bytes: Maximum disk space for the files of one client, in bytes.
+    """
+
+    def __init__(self, store: Store, age_s: float, client_bytes: int):
         self._store = store
         self._age_s = age_s
+        self._client_bytes = client_bytes
         self._uploads: dict[str, Upload] = {}
+        # The number and the bytes of each client's files, including files that are being received.
+        self._files: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def add(self, file: BinaryIO, name: str, purpose: str, room: Room) -> Upload:
-        """Store a file, using the disk space already reserved in `room`.
+    @contextmanager
+    def incoming(self, client: str) -> "Iterator[IncomingUpload]":
+        """Yield an upload that is being received. Unless it is kept, it is deleted when the context ends.
 
         Raises:
-            ApiError: If there are too many files, the store is full, or the file is empty.
+            ApiError: If there are too many files, or the file can't be stored.
         """
         self.drop_old()
-        if len(self._uploads) >= MOST:
-            raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
-        content = self._store.copy(file, room)
-        if not content.size:
-            self._store.release(content, stays=False)
-            raise ApiError(400, "the file is empty", param="file", code="invalid_value")
+        with self._lock:
+            if self._files[client] >= MOST_OF_CLIENT:
+                raise _too_much(f"your client has uploaded {MOST_OF_CLIENT} files already")
+            if self._files.total() >= MOST:
+                raise ApiError(507, f"there are {MOST} files already: delete some", code="storage_full")
+            self._files[client] += 1
+        upload = None
+        try:
+            with self._store.room() as room, self._store.incoming(room) as file:
+                upload = IncomingUpload(self, client, file, room)
+                yield upload
+        finally:
+            if upload is None or not upload.kept:
+                self._leave(client, upload.bytes if upload else 0)
+
+    def _reserve(self, client: str, count: int) -> None:
+        with self._lock:
+            if self._bytes[client] + count > self._client_bytes:
+                raise _too_much(f"the files of one client may take at most {size(self._client_bytes)}")
+            self._bytes[client] += count
+
+    def _keep(self, incoming: "IncomingUpload", content: Content, name: str, purpose: str) -> Upload:
         name = one_line(os.path.basename(name.replace("\\", "/")))[:NAME_CHARACTERS] or "file"
         now = int(time.time())
-        upload = Upload(f"file-{secrets.token_hex(16)}", content, name, purpose, now, now + int(self._age_s))
+        identity = f"file-{secrets.token_hex(16)}"
+        upload = Upload(identity, content, name, purpose, now, now + int(self._age_s), incoming.client)
         with self._lock:
             self._uploads[upload.id] = upload
+            self._bytes[upload.client] += content.disk_bytes - incoming.bytes
         return upload
+
+    def _leave(self, client: str, count: int) -> None:
+        """Subtract a file of `count` bytes from a client's files."""
+        with self._lock:
+            self._files -= Counter({client: 1})  # entries of 0 are removed
+            self._bytes -= Counter({client: count})
+
+    def _remove(self, upload: Upload) -> None:
+        """Release the content of an upload that is no longer in the collection."""
+        self._leave(upload.client, upload.content.disk_bytes)
+        self._store.release(upload.content, stays=False)
 
     def get(self, file_id: str) -> Upload:
         """Return the uploaded file with the given ID.
@@ -90,11 +134,11 @@ class Uploads:
         Raises:
             ApiError: If no file with this ID exists.
         """
-        upload = self.get(file_id)
+        self.get(file_id)
         with self._lock:
             gone = self._uploads.pop(file_id, None)
         if gone:
-            self._store.release(upload.content, stays=False)
+            self._remove(gone)
 
     def drop_old(self) -> None:
         """Delete all expired uploads."""
@@ -104,4 +148,46 @@ class Uploads:
             for upload in old:
                 del self._uploads[upload.id]
         for upload in old:
-            self._store.release(upload.content, stays=False)
+            self._remove(upload)
+
+
+class IncomingUpload:
+    """A file that a client is uploading."""
+
+    def __init__(self, uploads: Uploads, client: str, file: Incoming, room: Room):
+        self.client = client
+        self.bytes = 0  # reserved for it
+        self.kept = False
+        self._uploads = uploads
+        self._file = file
+        self._room = room
+
+    def reserve(self, count: int) -> None:
+        """Reserve disk space for `count` more bytes.
+
+        Raises:
+            ApiError: If the client's files or all files would take too much space.
+        """
+        self._uploads._reserve(self.client, count)
+        self.bytes += count
+        self._room.add(count)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write to the file. Raises OSError if the disk is full."""
+        self._file.write(data)
+
+    def keep(self, name: str, purpose: str) -> Upload:
+        """Store the file.
+
+        Raises:
+            ApiError: If the file is empty, or can't be stored.
+        """
+        if not self._file.bytes:
+            raise ApiError(400, "the file is empty", param="file", code="invalid_value")
+        upload = self._uploads._keep(self, self._file.keep(), name, purpose)
+        self.kept = True
+        return upload
+
+
+def _too_much(message: str) -> ApiError:
+    return ApiError(413, f"{message}: delete some", code="storage_full")

@@ -66,7 +66,9 @@ def serving(
 
     lines: list[str] = []
     app = make_app({"demo": qa} | (others or {}), Settings(folder=folder, log=lines.append, **settings))
-    config = uvicorn.Config(app, port=0, http=Connection, log_config=None, timeout_graceful_shutdown=CLOSING_S)
+    config = uvicorn.Config(
+        app, port=0, http=Connection, ws="none", log_config=None, timeout_graceful_shutdown=CLOSING_S
+    )
     server = EndingServer(config, app.state.server.work)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -6,7 +6,9 @@ import io
 import itertools
 import json
 import math
+import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +40,8 @@ from tests.plugins.serve.serving import (
 from tests.speech import write_sounding
 
 pytest.importorskip("starlette", reason=REASON)
-pytest.importorskip("httpx", reason=REASON)
+httpx = pytest.importorskip("httpx", reason=REASON)
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def answer(server, **given) -> dict:
@@ -162,6 +165,81 @@ def test_an_answer_follows_a_schema(server):
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     reply = answer(server, response_format=wanted, max_tokens=40)
     assert json.loads(text_of(reply))["x"] in (True, False)
+
+
+def test_few_schemas_are_checked_at_once_and_each_once(qa, tmp_path, monkeypatch):
+    """The requests of a client wait for each other in the queue, and other clients do not wait for them."""
+    from evoprune.language import guidance
+
+    running, most = [], []
+    checked = SimpleQueue()
+    going = threading.Event()
+
+    def check(work, request, *limits):
+        running.append(request)
+        most.append(len(running))
+        checked.put(request)
+        going.wait(20)
+        running.remove(request)
+        raise ValueError("it does not finish")
+
+    def ask(name: str, address: str) -> None:
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": name}}}
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=60) as client:
+            answers.put(client.post(f"{server.url}{CHAT}", json=body(response_format=schema, max_tokens=9)))
+
+    monkeypatch.setattr(guidance, "run_isolated", check)
+    answers = SimpleQueue()
+    with serving(qa, tmp_path, most=4) as server, ExitStack() as stack:
+        stack.callback(going.set)
+
+        def start(name: str, address: str) -> None:
+            asking = threading.Thread(target=ask, args=(name, address))
+            asking.start()
+            stack.callback(asking.join)
+
+        for name in ("a", "b", "c"):
+            start(name, "127.0.0.2")
+        wait(lambda: server.state.work.waiting == 3)
+        start("d", "127.0.0.3")
+        assert {"const" in checked.get(timeout=20) for _ in range(2)} == {True}
+        wait(lambda: server.state.work.waiting == 4)
+        start("e", "127.0.0.2")
+        assert answers.get(timeout=20).status_code == 429  # the queue is full
+        assert server.client.get("/health").status_code == 200
+        going.set()
+        for _ in range(4):
+            answer = answers.get(timeout=20)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == "response_format"
+            assert "the response_format cannot be used: it does not finish" in answer.json()["error"]["message"]
+        wait(lambda: server.state.work.waiting == 0)
+    assert max(most) == 2 and len(most) == 4
+
+
+def test_a_schema_is_not_checked_for_a_client_that_has_gone(qa, tmp_path, monkeypatch):
+    from evoprune.language import guidance
+
+    checked = SimpleQueue()
+    going = threading.Event()
+
+    def check(work, request, *limits):
+        checked.put(request)
+        going.wait(20)
+        return "", None
+
+    monkeypatch.setattr(guidance, "run_isolated", check)
+    with serving(qa, tmp_path) as server:
+        for name in ("first", "second"):
+            schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": name}}}
+            data = json.dumps(body(response_format=schema)).encode()
+            with connected(server) as connection:
+                connection.sendall(json_head(len(data)) + data)
+                wait(lambda: server.state.work.waiting == 1)
+                if name == "first":
+                    assert name in checked.get(timeout=20)
+            wait(lambda: server.state.work.waiting == 0)
+        going.set()
+    assert checked.empty()
 
 
 def test_several_models_answer_by_their_names(qa, tmp_path):
@@ -319,28 +397,123 @@ def test_uploads_take_room_while_they_come(qa, tmp_path):
     head += '--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     with serving(qa, tmp_path, files_bytes=3 * size + 2**16) as server:
         store = server.state.store
-        with connected(server) as first, connected(server) as second, connected(server) as third:
-            for connection in (first, second, third):
+        with ExitStack() as stack:
+            for number in (2, 3, 4):
+                connection = stack.enter_context(connected(server, f"127.0.0.{number}"))
                 connection.sendall(head.encode() + bytes(size))
             wait(lambda: store._bytes > 3 * size)
             refused = server.client.post("/v1/files", files={"file": bytes(size)})
             assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_full"
             assert error(server, 507)["code"] == "storage_full"
         wait(lambda: not store._bytes)
-        made = server.client.post("/v1/files", files={"file": bytes(2 * size)})
-        assert made.status_code == 200 and store._bytes == 2 * size
+        made = server.client.post("/v1/files", files={"file": bytes(size)})
+        assert made.status_code == 200 and store._bytes == size
 
 
-@pytest.mark.parametrize(
-    ("form", "param"), [({}, "file"), ({"purpose": "batch"}, "purpose"), ({"purpose": "vision", "x": "1"}, "x")]
-)
-def test_wrong_uploads_are_refused(server, form, param):
-    files = {} if param == "file" else {"file": b"abc"}
-    response = server.client.post("/v1/files", files=files or {"other": b"x"}, data=form)
-    assert response.status_code == 400 and response.json()["error"]["param"] in (param, "other")
-    assert server.client.post("/v1/files", json={}).status_code == 415
-    broken = server.client.post("/v1/files", content=b"x", headers={"Content-Type": "multipart/form-data; boundary=a"})
-    assert broken.status_code == 400 and broken.json()["error"]["code"] == "invalid_value"
+def test_one_client_leaves_room_for_the_uploads_of_others(qa, tmp_path, monkeypatch):
+    """A client's share is free again after its files are deleted, and refused uploads don't use it up."""
+    from evoprune_serve import uploads
+
+    monkeypatch.setattr(uploads, "MOST_OF_CLIENT", 3)
+    size = 2**20
+
+    def posted(content: bytes, address: str = "127.0.0.1") -> httpx.Response:
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=address)) as client:
+            return client.post(f"{server.url}/v1/files", files={"file": content})
+
+    with serving(qa, tmp_path, files_bytes=4 * size) as server:
+        kept = [posted(b"a").json()["id"] for _ in range(3)]
+        refused = posted(b"a")
+        assert refused.status_code == 413 and "already: delete some" in refused.json()["error"]["message"]
+        assert posted(b"a", "127.0.0.2").status_code == 200
+        server.client.delete(f"/v1/files/{kept.pop()}")
+        for _ in range(4):
+            refused = posted(bytes(2 * size))
+            assert refused.status_code == 413 and refused.json()["error"]["code"] == "storage_full"
+        assert posted(b"a").status_code == 200
+        assert posted(bytes(size), "127.0.0.2").status_code == 200
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("count", [1, 3 * 2**20])
+def test_an_upload_to_a_full_disk_is_507_and_leaves_nothing(qa, tmp_path, monkeypatch, count):
+    """A small file is written when it is closed, a large one as it arrives."""
+    from evoprune_serve import store
+
+    create = tempfile.NamedTemporaryFile
+
+    def on_full_disk(*given, **options):
+        file = create(*given, **options)
+        with open("/dev/full", "wb") as full:
+            os.dup2(full.fileno(), file.fileno())
+        return file
+
+    with serving(qa, tmp_path) as server:
+        monkeypatch.setattr(store.tempfile, "NamedTemporaryFile", on_full_disk)
+        failed = server.client.post("/v1/files", files={"file": bytes(count)})
+        assert failed.status_code == 507 and failed.json()["error"]["message"] == "the server's disk is full"
+        assert error(server, 507)["message"] == "the server's disk is full"  # the video in a request
+        assert not list(tmp_path.iterdir())
+        monkeypatch.undo()
+        assert server.client.post("/v1/files", files={"file": bytes(count)}).status_code == 200
+
+
+PART = 'Content-Disposition: form-data; name="file"; filename="a"\r\n'
+
+
+def form(*parts: str, boundary: str = "b", end: str = "--b--\r\n") -> bytes:
+    return ("".join(f"--{boundary}\r\n{part}\r\n" for part in parts) + end).encode("latin-1")
+
+
+def text_part(name: str, text: str = "x", more: str = "") -> str:
+    return f'Content-Disposition: form-data; name="{name}"\r\n{more}\r\n{text}'
+
+
+def test_forms_that_are_not_valid_are_400(server, tmp_path):
+    file = f"{PART}\r\nx"
+    idna = "Content-Type: text/plain; charset=idna\r\n"
+    for kind, content, says in (
+        *(
+            (f"boundary=b; charset={name}", form(file), "character set")
+            for name in ("idna", "undefined", "utf-7", "hex")
+        ),
+        ("boundary=b", form(file, text_part("purpose", "vision", idna)), "character set"),
+        ("boundary=" + "b" * 300, form(file), "not valid"),
+        ("boundary=", form(file), "no boundary"),
+        ("a=b", form(file), "no boundary"),
+        ("boundary=c", form(file), "not valid"),
+        ("boundary=b", form(file, end=""), "breaks off"),
+        ("boundary=b", form("\r\nx"), "Content-Disposition"),
+        ("boundary=b", form('Content-Disposition: attachment; name="file"\r\n\r\nx'), "Content-Disposition"),
+        ("boundary=b", form("Content-Disposition: form-data\r\n\r\nx"), "Content-Disposition"),
+        ("boundary=b", form("Content-Disposition\r\n\r\nx"), "not valid"),
+        ("boundary=b", form(file, file), "more than one file"),
+        ("boundary=b", form(text_part("a"), text_part("a")), "twice"),
+        ("boundary=b", form(*map(text_part, "abcdefghi")), "more than 8 fields"),
+        ("boundary=b", form(text_part("purpose", 2000 * "x")), "more than 1024 bytes"),
+        ("boundary=b", form(f"{PART}A: {5000 * 'a'}\r\n\r\nx"), "not valid"),
+        ("boundary=b", form(PART + 9 * "A: b\r\n" + "\r\nx"), "not valid"),
+    ):
+        head = {"Content-Type": f"multipart/form-data; {kind}"}
+        response = server.client.post("/v1/files", content=content, headers=head)
+        assert response.status_code == 400 and says in response.json()["error"]["message"], (kind, content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_uploads(server):
+    kind = {"Content-Type": "multipart/form-data; boundary=b; charset=UTF-8"}
+    for disposition, name in (
+        ('name="file"; filename="a b.mp4"', "a b.mp4"),
+        ("name=file; filename=a.mp4", "a.mp4"),
+        ("name=\"file\"; filename*=UTF-8''na%C3%AFve.mp4", "naïve.mp4"),
+        ('name="file"; filename="b"; filename*=utf-8\'en\'%F0%9F%98%80', "😀"),
+        ("name=\"file\"; filename*=idna''%ff", "file"),
+        ('name="file"; filename="\xff\xfe"', "��"),
+        ('name="file"', "file"),
+    ):
+        head = f"Content-Disposition: form-data; {disposition}\r\nContent-Type: video/mp4; charset=binary\r\n\r\n"
+        response = server.client.post("/v1/files", content=form(f"{head}x"), headers=kind)
+        assert response.json()["filename"] == name
 
 
 def test_a_list_of_frames_is_the_video(server, qa, tmp_path):
@@ -421,11 +594,75 @@ def test_bodies_that_are_no_request(server, content, says):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_body_of_a_million_values_is_refused(server):
+def test_a_body_of_many_values_is_refused(server):
     """Parsed, it would take a hundred times its size."""
-    content = b"[" + b"[]," * (2**20 + 1) + b"0]"
-    response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400 and "more than 1,048,576 commas" in response.json()["error"]["message"]
+    for path in (CHAT, "/v1/responses", "/page/units"):
+        for value in (b"1", b"[]", b"{}", b"[" * 90 + b"]" * 90, b'{"a":' * 90 + b"0" + b"}" * 90):
+            count = 200_000 // max(1, value.count(b"[") + value.count(b"{"))
+            content = b'{"messages": [' + b",".join([value] * count) + b"]}"
+            response = server.client.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert response.status_code == 400
+            assert "more than 131,072 commas" in response.json()["error"]["message"]
+
+
+def test_a_body_with_a_large_video_has_few_values(server):
+    content = [video(f"data:video/mp4;base64,{'AAAA' * 2**21}"), video(url_of("square.mp4"))]
+    response = server.client.post(CHAT, json={"messages": [message(COLOUR, *content)]})
+    assert response.json()["error"]["code"] == "invalid_video"
+
+
+def test_bodies_reserve_memory_for_their_values(qa, tmp_path):
+    """A small body may take much more memory once it is parsed."""
+    small = access(bodies_bytes=2**20)
+    with serving(qa, tmp_path, access=small) as server:
+        values = json.dumps({"messages": [0] * 5000}).encode()
+        head = {"Content-Type": "application/json"}
+        assert server.client.post(CHAT, content=values, headers=head).status_code == 429
+        text = json.dumps({"messages": "0" * 5000}).encode()
+        assert server.client.post(CHAT, content=text, headers=head).status_code == 400
+
+
+def json_head(size: int, more: str = "") -> bytes:
+    """Return the HTTP head of a question of `size` bytes."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
+    return f"{head}Content-Length: {size}\r\n\r\n".encode()
+
+
+def chunked(data: bytes, size: int) -> bytes:
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
+CHUNKED_HEAD = json_head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+
+def test_chunked_bodies_are_read(server):
+    for size in (100, 1000, 2**16):
+        with connected(server) as connection:
+            connection.sendall(CHUNKED_HEAD + chunked(json.dumps(body()).encode() + b" " * 150_000, size))
+            assert b'"green"' in received(connection, b"}}")
+
+
+def test_requests_that_take_much_work_for_their_size_are_refused(server):
+    for sent in (
+        CHUNKED_HEAD + chunked(b"[" * 200_000, 1),
+        CHUNKED_HEAD + chunked(b"[" * 200_000, 10),
+        CHUNKED_HEAD + b"1\r\n[\r\n0\r\n" + b"a: b\r\n" * 20_000,
+        HEALTH[:-2] + b"a: b\r\n" * 20_000 + b"\r\n",
+        HEALTH[:-2] + b"a: " + b"b" * 100_000,
+        HEALTH + HEALTH[:-2] + b"a: b\r\n" * 20_000 + b"\r\n",
+    ):
+        with connected(server) as connection:
+            with suppress(OSError):  # the server closes the connection before the end
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+            answered = b""
+            with suppress(ConnectionError):
+                while piece := connection.recv(2**16):
+                    answered += piece
+        assert b"HTTP/1.1 400 " in answered or not answered, sent[:300]
+        assert not any("Traceback" in line for line in server.lines)
+        assert server.client.get("/health").status_code == 200
 
 
 def test_errors_have_the_form_of_openai_and_no_path(server, tmp_path):
@@ -575,12 +812,6 @@ def test_bodies_have_limits(qa, tmp_path):
         assert server.state.bodies._bytes == 0
 
 
-def json_head(size: int, more: str = "") -> bytes:
-    """Return the HTTP head of a question of `size` bytes."""
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
-    return f"{head}Content-Length: {size}\r\n\r\n".encode()
-
-
 def test_a_client_has_half_of_the_room_for_bodies(qa, tmp_path, monkeypatch):
     from evoprune_serve import app
 
@@ -637,16 +868,15 @@ def raw(server, text: str) -> bytes:
         return connection.recv(4096)
 
 
-def connected(server) -> socket.socket:
+def connected(server, address: str = "127.0.0.1") -> socket.socket:
     host, _, port = server.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
+    return socket.create_connection((host, int(port)), 60, (address, 0))
 
 
 # How long a connection may stay open without a request.
 
 HEAD_S = 0.3  # the time limit for heads in these tests
-LONGER_S = (HEAD_S, 1.0, 3.0)  # below the 5 s for which uvicorn keeps an idle connection
-HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LONGER_S = (HEAD_S, 1.0, 3.0)
 HEALTHY = b'{"status":"ok"}'
 
 
@@ -723,6 +953,17 @@ def test_a_connection_is_kept_between_requests(server, monkeypatch):
             received(connection, HEALTHY)
 
     hold(monkeypatch, talk)
+
+
+def test_an_idle_connection_stays_open_for_a_minute(server):
+    """Clients such as http.client do not notice that a connection was closed until they use it."""
+    with connected(server) as connection:
+        connection.sendall(HEALTH)
+        received(connection, HEALTHY)
+        (known,) = (each for each in server.process.server_state.connections if each.client == connection.getsockname())
+        wait(lambda: known.timeout_keep_alive_task)
+        ends_s = known.timeout_keep_alive_task.when() - known.loop.time()
+        assert 60 < ends_s < 70
 
 
 def test_a_slow_body_has_its_own_limit(server, monkeypatch):

@@ -41,12 +41,14 @@ def store(tmp_path):
 
 @pytest.fixture
 def uploads(store):
-    return Uploads(store, 3600)
+    return Uploads(store, 3600, LIMIT)
 
 
-def uploaded(store: Store, uploads: Uploads, path: Path, name: str):
-    with store.room() as room, open(path, "rb") as file:
-        return uploads.add(file, name, "vision", room)
+def uploaded(uploads: Uploads, path: Path, name: str):
+    with uploads.incoming("client") as incoming:
+        incoming.reserve(path.stat().st_size)
+        incoming.write(path.read_bytes())
+        return incoming.keep(name, "vision")
 
 
 def sources(store, uploads, **how) -> Sources:
@@ -137,7 +139,6 @@ def test_what_cannot_be_written_leaves_nothing(store, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "url",
     [
-        "data:video/mp4,abc",
         "data:video/mp4;base64,@@",
         "data:;base64,",
         "ftp://a/b",
@@ -169,6 +170,38 @@ def test_base64_is_read_as_browsers_read_it():
     for wrong in (text[:-4] + "a", text + "-", "%zz" + text):
         with pytest.raises(ApiError, match="not base64"):
             decoded(f"data:;base64,{wrong}")
+
+
+def test_data_urls_are_read_as_browsers_write_them():
+    """A recorder's URL has an unquoted comma in `codecs`. Without base64, the data is percent-encoded."""
+    content = b"any bytes \xff"
+    text = base64.b64encode(content).decode()
+    for head in (
+        "data:video/webm;codecs=vp8,opus;base64,",
+        "data:video/x-matroska;codecs=avc1,opus;base64,",
+        'data:video/webm;codecs="vp8,opus";base64,',
+        'data:video/mp4; codecs="avc1.42E01E, mp4a.40.2"; base64,',
+        'data:video/webm;codecs="vp8;base64,opus";base64,',
+        "DATA:Video/WebM;CODECS=vp9;BASE64 ,",
+        " data:;base64,",
+        "data:video/mp4;name=a%2Cb;base64,",
+        "data:video/mp4;\nbase64,",
+    ):
+        assert decoded(head + text) == content, head
+    assert decoded(f"data:;base64,{text}#t=1,2") == content
+    for head in ("data:,", "data:text/plain,", "data:video/mp4;a=b,", 'data:video/mp4;a="b,c",', "data:base64,"):
+        assert decoded(head + quote(content)) == content, head
+    assert decoded("data:,a;base64,AAAA") == b"a;base64,AAAA"
+    for wrong in (
+        "data:",
+        "data:video/mp4;base64",
+        "data:video/mp4;base64;" + "a" * 5000 + ",AAAA",
+        "data:;base64,",
+        "data:,",
+    ):
+        with pytest.raises(ApiError) as caught:
+            decoded(wrong)
+        assert caught.value.status == 400
 
 
 def test_percent_signs_are_limited():
@@ -485,7 +518,7 @@ def test_which_addresses_are_public(address, public):
 
 def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
-    kept = uploaded(store, uploads, tmp_path / "a", "../../x/clip\n.mp4")
+    kept = uploaded(uploads, tmp_path / "a", "../../x/clip\n.mp4")
     assert kept.name == "clip?.mp4" and kept.record()["bytes"] == 7
     fetched = sources(store, uploads).fetch([Uploaded(kept.id)])
     assert fetched.paths == {kept.content.path: "clip?.mp4"}
@@ -496,7 +529,7 @@ def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monke
     assert os.path.exists(kept.content.path)  # while a question uses it
     fetched.close()
     assert not os.path.exists(kept.content.path)
-    old = uploaded(store, uploads, tmp_path / "a", "a")
+    old = uploaded(uploads, tmp_path / "a", "a")
     monkeypatch.setattr("evoprune_serve.uploads.time.time", lambda: old.expires + 1)
     with pytest.raises(ApiError, match="no file"):
         uploads.get(old.id)
