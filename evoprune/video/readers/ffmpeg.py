@@ -45,10 +45,6 @@ AVI = "avi"
 # Files in these containers are often concatenated byte by byte (`cat a.ts b.ts`, or the parts of a DVD), so their clock may restart
 # partway through.
 JOINED = ("mpegts", "mpeg")
-# A backward jump in the timestamps by more than this means that the clock has restarted. For the containers in `JOINED`, so does a
-# forward jump by more than `LONGEST_GAP_S`.
-BACK_S = 0.1
-LONGEST_GAP_S = 600.0
 NO_TIMESTAMPS = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS, a format flag
 # Frame rates of at least this value are ignored if they equal the frequency of the file's clock, such as Matroska's 1000 Hz.
 LEAST_CLOCK_HZ = 1000
@@ -543,11 +539,6 @@ def incomplete_joints(info: Video) -> int:
     if info.container not in JOINED:
         return 0
     return info.clock_restarts
-
-
-def restarts(passed_s: float, container: str) -> bool:
-    """Return True if a file's clock must have restarted between two frames whose timestamps differ by `passed_s` seconds."""
-    return passed_s < -BACK_S or (passed_s > LONGEST_GAP_S and container in JOINED)
 
 
 def frame_rate(stream: VideoStream) -> tuple[float | None, bool]:

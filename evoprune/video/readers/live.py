@@ -22,6 +22,7 @@ from av.video.frame import VideoFrame
 from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.readers import colour, ffmpeg
+from evoprune.video.readers.clock import FORWARD_S, Clock, longest_gap_s
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
 
@@ -33,9 +34,7 @@ FORMATS = (
     "mpegts,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,flv,avi,nut,ogg,asf,mpeg,mpegvideo,mjpeg,mpjpeg,h264,hevc,av1,ivf,gif"
     ",apng,yuv4mpegpipe,mxf"
 )
-# A forward jump of more than this in a stream's timestamps means that the source's clock has been reset. For files, see
-# `ffmpeg.restarts`.
-JUMP_S = 10.0
+HLS = "hls"  # FFmpeg's name for the format of a playlist, whose segments may have different clocks
 POLL_S = 0.05  # interval at which to check whether a file has grown
 
 
@@ -67,10 +66,8 @@ class LiveReader:
         self._scheme = None
         if source and "://" in source:
             self._scheme = source.partition("://")[0].lower()
-        self._live = source is None or not os.path.isfile(source)  # True if frames arrive as they are recorded
         self._open = ExitStack()
         self._held = None
-        self._gap_s = 0.0  # largest forward jump interpreted as a reset of the source's clock
         if descriptor is not None:
             self._open.callback(os.close, descriptor)
         try:
@@ -100,6 +97,8 @@ class LiveReader:
             # video.
             hdr = None
         self._converter = colour.Converter(name, hdr)
+        resets = container == HLS or (self._scheme and not known)
+        self._clock = Clock(FORWARD_S if resets else longest_gap_s(container), live=True)
         self._frames = deinterlacing(self._timed())
 
     def next(self, after_s: float) -> dict | None:
@@ -121,7 +120,7 @@ class LiveReader:
                     "height": height,
                     "width": width,
                     "hdr_format": hdr,
-                    "clock_gap_s": self._gap_s,
+                    "clock_gap_s": self._clock.gap_s,
                 }
         return None
 
@@ -184,31 +183,23 @@ class LiveReader:
             time.sleep(POLL_S)
 
     def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Yield frames with timestamps in seconds from the first frame, which keep increasing if the source's clock is reset."""
-        time_s = 0.0
-        before = None
-        arrived = time.monotonic()
+        """Yield frames with their timestamps in seconds from the first frame. The timestamps never decrease."""
         step = 1 / (self.facts["fps"] or ffmpeg.FALLBACK_FPS)
-        for number, frame in enumerate(self._decoded()):
-            stamp = ffmpeg.frame_time(frame, self._stream)
-            now = time.monotonic()
-            passed = step
-            if stamp is not None and before is not None:
-                passed = stamp - before
-            if self._scheme and not self.facts["finite"]:
-                ahead = passed > JUMP_S
-            else:
-                ahead = ffmpeg.restarts(passed, self.facts["container"])
-            if ahead and passed > 0:
-                self._gap_s = max(self._gap_s, passed)
-            if number and (ahead or passed < 0):  # the clock restarted
-                waited = now - arrived if self._live else 0.0  # a file is read faster than real time
-                time_s += max(step, waited)
-            elif number:
-                time_s += passed
-            before = stamp
-            arrived = now
-            yield time_s, frame
+        last_s = -step
+        origin_s = None  # corrected timestamp that corresponds to 0 s
+
+        def stamp_of(frame: VideoFrame) -> float | None:
+            return ffmpeg.frame_time(frame, self._stream)
+
+        for frame, shift_s in self._clock.corrections(self._decoded(), stamp_of, lambda _: step):
+            time_s = last_s + step
+            stamp = stamp_of(frame)
+            if stamp is not None:
+                if origin_s is None:
+                    origin_s = stamp + shift_s - time_s
+                time_s = stamp + shift_s - origin_s
+            last_s = max(last_s, time_s)
+            yield last_s, frame
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """Yield decoded frames, skipping damaged packets. Raises VideoError if no frame is decodable for `timeout_s` seconds."""

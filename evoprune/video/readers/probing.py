@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO
@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 from evoprune.errors import VideoError
 from evoprune.video.info import Video
 from evoprune.video.readers import colour, ffmpeg
+from evoprune.video.readers.clock import BACK_S, FORWARD_S, WITH_DECODING_TIMES, Clock, longest_gap_s
 
 # Frame intervals that differ by less than this are considered constant, because Matroska rounds timestamps to milliseconds.
 RATE_JITTER_S = 0.0025
@@ -33,6 +34,7 @@ STARTS = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"f
 # Number of bytes to compare in all other containers, in which all files begin with the same bytes. Fewer bytes would also match the
 # start of each partition in an MXF file.
 START_BYTES = 14
+SMALLEST_SPAN = 2**16  # number of bytes within which a jump in the timestamps is not searched for any further
 RATE_PACKETS = 100  # number of packets from which to measure an unspecified frame rate
 
 
@@ -165,7 +167,10 @@ def check_decodable(path: str, pixels: int, frames: int) -> None:
 
 @dataclass
 class _Times:
-    """Running totals of packet times, in seconds. A new part begins whenever the file's clock restarts."""
+    """Running totals of corrected packet times, in seconds.
+
+    If the times cannot be corrected, a new part begins whenever the file's clock restarts.
+    """
 
     first_s: float  # display time of the earliest frame in the current part
     last_s: float  # display time of the latest frame in the current part
@@ -182,7 +187,7 @@ class _Times:
         return self.last_s - self.first_s + step
 
 
-def _measured(packets: Iterable[Packet | None], container: str, step: float) -> _Times | None:
+def _measured(packets: Iterator[Packet | None], stream: VideoStream, step: float) -> _Times | None:
     """Summarize a file's packet times. Returns None if no packet has a timestamp.
 
     If an MP4 stores frames out of order, its packets have no real durations, and FFmpeg reports the differences between decoding
@@ -192,7 +197,12 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         step: Duration in seconds for packets without a specified duration.
     """
     times = None
-    for packet in packets:
+    container = stream.container.format.name
+    clock = Clock(longest_gap_s(container))
+    # In other containers, FFmpeg guesses the decoding times, so the display times of keyframes are compared instead. A keyframe is
+    # displayed after all frames stored before it.
+    by_keyframes = container not in WITH_DECODING_TIMES
+    for packet in clock.steady(packets, stream):
         if packet is None or packet.pts is None or packet.is_discard:
             continue
         time_base = packet.time_base
@@ -201,24 +211,21 @@ def _measured(packets: Iterable[Packet | None], container: str, step: float) -> 
         stamp = packet.pts if packet.dts is None else packet.dts
         decoded = stamp * tick / per
         length = (packet.duration or 0) * tick / per or step
-        # In containers outside `JOINED`, FFmpeg guesses the decoding times, so the display times of keyframes are compared instead.
-        # A keyframe is displayed after all frames stored before it.
-        stored = container in ffmpeg.JOINED
-        key = packet.is_keyframe
         if times is None:
             times = _Times(shown, shown, length, decoded, shown + length)
-        passed = decoded - times.decoded_s if stored else key * (shown - times.last_s)
-        if ffmpeg.restarts(passed, container):
+        if by_keyframes and packet.is_keyframe and shown - times.last_s < -BACK_S:
             times.parts_s += times.part_s(step)
             times.first_s = times.last_s = shown
             times.restarts += 1
-            times.gap_s = max(times.gap_s, passed)
         times.first_s = min(times.first_s, shown)
         times.last_s = max(times.last_s, shown)
         times.claimed_s = max(times.claimed_s, shown + length)
         times.length_s = length
         times.decoded_s = decoded
         times.end = max(times.end, (packet.pos or 0) + packet.size)
+    if times is not None:
+        times.restarts += clock.restarts
+        times.gap_s = clock.gap_s
     return times
 
 
@@ -250,9 +257,9 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
         return _lengths_in_avi(path, stream, start, step)
     if start is None:
         return _Lengths(step * sum(1 for _ in _all_packets(path)))
-    times = _measured(_tail_packets(path, container, stream), name, step)
+    times = _measured(_tail_packets(path, container, stream), stream, step)
     if times is None or times.restarts or (name in ffmpeg.JOINED and _seen_to_restart(container, stream, times)):
-        times = _measured(_all_packets(path), name, step)
+        times = _measured(_all_packets(path), stream, step)
     if times is None:
         return _Lengths(None)
     duration = times.last_s + times.length_s - start
@@ -268,7 +275,7 @@ def _lengths(path: str, stream: VideoStream, start: float | None, step: float) -
         # The header duration may be too long, because it may include an incorrect frame duration copied from an MP4 (see
         # `_measured`).
         if stated - duration > 0.5:
-            every = _measured(_all_packets(path), name, step)
+            every = _measured(_all_packets(path), stream, step)
             if every and every.claimed_s - start >= stated - 1e-2:
                 stated = duration
     return _Lengths(duration, stated, times.restarts, times.gap_s, times.end)
@@ -319,25 +326,45 @@ def _measured_rate(path: str) -> float | None:
 
 
 def _seen_to_restart(container: InputContainer, stream: VideoStream, tail: _Times) -> bool:
-    """Return True if the clock restarts in a file without an index, by checking timestamps at 64 positions throughout the file."""
-    beginning = []
-    places = []
-    for place in range(64):
-        try:
-            container.seek(container.size * place // 64, unsupported_byte_offset=True)
-        except av.error.FFmpegError:
-            return False
+    """Return True if the timestamps jump in a file without an index, by checking them at 64 positions throughout the file."""
+
+    def times_at(offset: int, count: int = 1) -> list[float]:
+        container.seek(offset, unsupported_byte_offset=True)
         packets = (p for p in ffmpeg.packets(container, stream) if p is not None and p.dts is not None)
-        count = 1 if place else 250
-        times = [float(p.dts * p.time_base) for p in islice(packets, count)]
-        if not times:  # there are no packets at this position or at later positions
-            break
-        beginning = beginning or times
-        places = places + times[:1]
-    places.append(tail.decoded_s)
-    steps = np.diff(places)
-    longest = ffmpeg.LONGEST_GAP_S + 10 * np.median(steps) if len(steps) else 0.0
-    return any(np.diff(beginning) < -ffmpeg.BACK_S) or any(steps < -ffmpeg.BACK_S) or any(steps > longest)
+        return [float(p.dts * p.time_base) for p in islice(packets, count)]
+
+    def jumps_between(start: int, end: int, start_s: float, end_s: float) -> bool:
+        """Return True if the timestamps jump ahead between two offsets, instead of ascending in many small steps."""
+        while end_s - start_s > longest_s and end - start > SMALLEST_SPAN:
+            middle = (start + end) // 2
+            middle_s = next(iter(times_at(middle)), end_s)
+            if not start_s - BACK_S <= middle_s <= end_s + BACK_S:
+                return True
+            if middle_s - start_s > end_s - middle_s:
+                end, end_s = middle, middle_s
+            else:
+                start, start_s = middle, middle_s
+        return end_s - start_s > longest_s
+
+    longest_s = longest_gap_s(container.format.name)
+    offsets = [container.size * place // 64 for place in range(65)]
+    try:
+        beginning = times_at(0, 250)
+        places = beginning[:1]
+        for offset in offsets[1:-1]:
+            if not (times := times_at(offset)):  # there are no packets at this position or at later positions
+                break
+            places += times
+        places.append(tail.decoded_s)
+        steps = np.diff(places)
+        first_steps = np.diff(beginning)
+        if any(first_steps < -BACK_S) or any(first_steps > FORWARD_S) or any(steps < -BACK_S):
+            return True
+        # The bit rate varies, so most of the long steps contain no jump.
+        long = np.flatnonzero(steps > longest_s + 2 * np.median(steps))
+        return any(jumps_between(*offsets[i : i + 2], *places[i : i + 2]) for i in long)
+    except av.error.FFmpegError:
+        return False
 
 
 def _tail_packets(path: str, container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:

@@ -18,6 +18,7 @@ from av.stream import Discard
 from evoprune.errors import VideoError
 from evoprune.video.info import AUDIO_RATE, Video
 from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.clock import BACK_S, longest_gap_s
 
 GAP_S = 0.1  # a larger jump in timestamps starts a new piece
 EARLIER_S = 0.5  # decoding starts this long before the requested start, because decoders need a few packets to settle
@@ -96,10 +97,12 @@ class SoundReader:
         begun_s = 0.0  # timestamp of the first sample in the current run
         made = 0  # number of samples in the current run so far
         given_s = 0.0  # end time of the last frame passed to the resampler
+        # If the video's clock never restarts, there may be no sound for any length of time.
+        longest_s = longest_gap_s(info.container) if info.clock_restarts else math.inf
         shift_s = 0.0  # offset to add to timestamps after the file's clock has restarted
         for frame, own_s in self._frames(stream, info, start_s):
             at_s = given_s if own_s is None else own_s + shift_s
-            if resampler and ffmpeg.restarts(at_s - given_s, info.container):
+            if resampler and not -BACK_S <= at_s - given_s <= longest_s:
                 shift_s += given_s - at_s
                 at_s = given_s
             pieces = []

@@ -15,6 +15,7 @@ from av.video.stream import VideoStream
 
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
+from evoprune.video.readers.clock import WITH_DECODING_TIMES, Clock, longest_gap_s
 
 TimedFrame = tuple[float, VideoFrame]  # timestamp in seconds from the first frame, and unrotated frame
 
@@ -226,6 +227,10 @@ class Track:
     def _has_times(self) -> bool:
         return self.info.container in SEEKABLE and not self.info.clock_restarts and self._stream.start_time is not None
 
+    def _new_clock(self) -> Clock:
+        """Return a clock for one pass. After a seek, it must not find more restarts than were found in the entire file."""
+        return Clock(longest_gap_s(self.info.container)) if self.info.clock_restarts else Clock()
+
     def _rewind(self) -> None:
         if not self._at_beginning:
             self.close()
@@ -234,7 +239,8 @@ class Track:
     def _packets(self, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> Iterator[Packet | None]:
         self._at_beginning = False
         in_order = self.info.container == ffmpeg.AVI and not self._stream.codec_context.has_b_frames
-        for packet in ffmpeg.packets(self._container, self._stream, damaged):
+        packets = ffmpeg.packets(self._container, self._stream, damaged)
+        for packet in self._new_clock().steady(packets, self._stream):
             if packet is not None and in_order:
                 packet.pts = packet.dts  # FFmpeg delays H.264 by a frame, unlike `ffmpeg.frame_time`
             yield packet
@@ -312,21 +318,26 @@ class Track:
     def _decoded(self, packets: Iterator[Packet | None], damaged: ffmpeg.Damage) -> Iterator[TimedFrame]:
         """Decode packets, and yield the frames with their timestamps in seconds from the first frame.
 
-        A frame without a timestamp is placed one frame interval after the previous frame. The same applies to the first frame after
-        the file's clock has restarted, and subsequent timestamps continue from there.
+        A frame without a timestamp is placed one frame interval after the previous frame.
         """
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
         time = -step
-        origin = info.start_s
-        for frame in ffmpeg.decoded_frames(self._stream, packets, damaged, info.crop):
-            stamp = ffmpeg.frame_time(frame, self._stream)
-            if stamp is not None and info.clock_restarts and ffmpeg.restarts(stamp - origin - time, info.container):
-                origin = stamp - time - step
+
+        def stamp_of(frame: VideoFrame) -> float | None:
+            return ffmpeg.frame_time(frame, self._stream)
+
+        frames = ffmpeg.decoded_frames(self._stream, packets, damaged, info.crop)
+        if info.clock_restarts and info.container not in WITH_DECODING_TIMES:
+            timed = self._new_clock().corrections(frames, stamp_of, lambda _: step)
+        else:
+            timed = ((frame, 0.0) for frame in frames)  # their packets were corrected
+        for frame, shift_s in timed:
+            stamp = stamp_of(frame)
             if stamp is None:
                 time += step
             else:
-                time = stamp - origin
+                time = stamp + shift_s - info.start_s
             yield time, frame
 
 
