@@ -1,4 +1,4 @@
-"""Reads untrusted JSON files: parses them strictly and checks each value against a rule.
+"""Reads untrusted JSON files: parses them strictly and checks each value against a rule. See also `worker_environment`.
 
 Model folders are trusted no more than videos. Each value used by evoprune has a rule, so an invalid value is reported as soon as it
 is read and can't cause a crash or an infinite loop later. The rules are annotations on dataclass fields, and `pick` creates such a
@@ -7,6 +7,7 @@ dataclass from a file's entries.
 
 import json
 import math
+import os
 import reprlib
 import stat
 from collections import Counter
@@ -21,9 +22,24 @@ from evoprune.errors import LFS, LFS_HINT, ModelError
 
 MAX_LEVELS = 100  # maximum nesting depth of lists and objects; Python itself fails at about 1,000
 MAX_BYTES = 2**26  # maximum size of a settings file, in bytes
+# Environment variables for processes that handle untrusted files: where the system's libraries are, the encoding of paths, the
+# time zone, temporary folders, and settings of libraries for computing, memory, and video. Names ending in `_` are prefixes.
+PASSED_ON = (
+    "PATH", "LD_", "DYLD_", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR",
+    "TEMP", "TMP", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NPY_", "MALLOC_", "GLIBC_TUNABLES", "DECORD_",
+)  # fmt: skip
 MAX_VALUES = 1000  # maximum number of values in a list, as many as the layers of a model
 
 T = TypeVar("T")
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment for a process that handles untrusted files: this process's variables that are in `PASSED_ON`.
+
+    All other variables are left out, because many contain passwords, keys, and tokens that the process has no use for.
+    """
+    prefixes = tuple(name for name in PASSED_ON if name.endswith("_"))
+    return {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(prefixes)}
 
 
 @dataclass(frozen=True)

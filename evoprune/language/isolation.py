@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import evoprune
+from evoprune.untrusted import worker_environment
 
 TIMEOUT_S = 60.0  # timeout for the entire process, which is the only limit on non-Unix systems
 MEMORY_BYTES = 2**29
@@ -54,6 +55,7 @@ def run_isolated(
             capture_output=True,
             timeout=TIMEOUT_S,
             check=False,
+            env=worker_environment(),
             start_new_session=True,  # so that Ctrl-C interrupts only the parent process
         )
     except subprocess.TimeoutExpired as problem:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PACES = ("source", "file")
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp")
 STDIN = "-"
+# Environment variables that FFmpeg reads for URLs. Only a process that opens a URL gets them, because proxies may have passwords.
+URL_VARIABLES = ("http_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR")
 LONGEST_S = 20.0  # maximum timeout; a worker that is silent for longer is considered to be hung
 TimedFrame = tuple[float, "np.ndarray"]  # seconds since the first frame; and uint8 [H, W, 3], RGB as displayed
 Due = Callable[[], float]
@@ -153,7 +155,10 @@ class LiveSource:
 
     def _connected(self, due: Due, fresh: bool) -> Iterator:
         """Start a `LiveReader` in a worker process. Yields its facts first, then its frames. The process is killed on exit."""
-        with borrow(self.name, fresh) as worker:
+        variables = {}
+        if self._source and "://" in self._source:
+            variables = {name: os.environ[name] for name in URL_VARIABLES if name in os.environ}
+        with borrow(self.name, fresh, variables) as worker:
             self._worker = worker
             if self._closing.is_set():
                 raise VideoError(f"{self.name} is closed")

@@ -260,6 +260,26 @@ def test_memory_is_limited(named, good, started):
     assert probe(good).frames_total == 20 and len(started) == 3
 
 
+SECRETS = {
+    "EVOPRUNE_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+    "GOOGLE_APPLICATION_CREDENTIALS", "GITHUB_TOKEN", "DATABASE_URL", "PGPASSWORD", "http_proxy", "HTTPS_PROXY", "ALL_PROXY",
+    "PIP_INDEX_URL", "SSH_AUTH_SOCK", "UNKNOWN",
+}  # fmt: skip
+
+
+def test_a_process_has_no_secrets(good, started, monkeypatch):
+    for name in SECRETS:
+        monkeypatch.setenv(name, "http://user:very-secret@host:1")
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("LC_TIME", "C")
+    for use in (probe, scan, lambda path: numbers(probe(path), TIMES), lambda path: isolation.warm_up()):
+        isolation.end_all()
+        use(good)
+        content = Path(f"/proc/{started[-1]}/environ").read_bytes()
+        assert lives(started[-1]) and b"secret" not in content and b"TZ=UTC" in content and b"LC_TIME=C" in content
+    assert len(started) == 4
+
+
 def test_nothing_is_written_and_a_bug_comes_with_its_traceback(named, good, started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named("write")

@@ -284,6 +284,18 @@ def test_closing_ends_whatever_it_waits_for(served):
     assert ended == [[]]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_only_the_process_that_opens_a_url_gets_the_proxy(served, clip, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for source, wanted in ((f"{served[0]}/live.ts", True), (str(clip), False)):
+        live = LiveSource(source, reconnects=0)
+        with closing(live.frames(lambda: 0.0)) as frames:
+            next(frames)
+            with open(f"/proc/{live._worker.pid}/environ", "rb") as file:
+                assert (b"user:secret" in file.read()) == wanted
+
+
 def test_a_decoder_that_crashes_is_another_end_of_a_connection(served):
     live, times = LiveSource(f"{served[0]}/live.ts", reconnects=1, tell=lambda text: None), []
     for time_s, _ in live.frames(lambda: times[-1] + 0.1 if times else 0.0):

@@ -15,18 +15,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import evoprune
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, VideoError, process_error
+from evoprune.untrusted import worker_environment
 from evoprune.video.info import Video
 from evoprune.video.sandbox.channel import Channel, FrameMemory, Heartbeat
 
@@ -59,13 +61,16 @@ class Stopped(Exception):
 class WorkerProcess:
     """A process that reads videos. It handles one request at a time.
 
+    Args:
+        variables: Environment variables in addition to `worker_environment`.
+
     Attributes:
         path: Path of the current video, used in error messages.
         busy: True while the process is working on a request or has read only part of a video.
         stopped: True after `stop` has been called.
     """
 
-    def __init__(self):
+    def __init__(self, variables: Mapping[str, str] = MappingProxyType({})):
         self.path = ""
         self.busy = False
         self._answered = False
@@ -86,7 +91,8 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,  # closed when this process exits, which causes the worker to exit
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # otherwise NumPy would start unneeded threads
+                # Without this limit, NumPy would start unneeded threads.
+                env={**worker_environment(), **variables, "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=[there.fileno()],
                 start_new_session=True,  # Ctrl-C must only reach this process
             )
@@ -385,11 +391,18 @@ def warm_up() -> None:
 
 
 @contextmanager
-def borrow(path: str, fresh: bool = False) -> Iterator[WorkerProcess | InProcess]:
-    """Yield a worker process for reading one video, reusing an idle process unless `fresh` is True.
+def borrow(
+    path: str, fresh: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator[WorkerProcess | InProcess]:
+    """Yield a worker process for reading one video, reusing an idle process if possible.
 
     On exit, the process becomes idle again. It is killed instead if a request is still pending, if the process was stopped, or if
     there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current process.
+
+    Args:
+        path: Path of the video, for error messages.
+        fresh: Whether to start a new process.
+        variables: Additional environment variables for a new process. The caller must leave this process busy.
     """
     if not POSSIBLE:
         with closing(InProcess()) as here:
@@ -398,11 +411,11 @@ def borrow(path: str, fresh: bool = False) -> Iterator[WorkerProcess | InProcess
     worker = None
     while worker is None:
         with _lock:
-            if _idle and not fresh:
+            if _idle and not (fresh or variables):
                 worker = _idle.pop()
         if worker is None:
             try:
-                worker = WorkerProcess()
+                worker = WorkerProcess(variables) if variables else WorkerProcess()
             except OSError as error:
                 raise process_error("start the process that reads videos", error, "read") from error
         elif worker._process.poll() is not None:  # the process exited while idle, so this video was not the cause
