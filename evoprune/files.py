@@ -1,4 +1,4 @@
-"""Helpers for writing files atomically, noticing changed files, reading files with a size limit, and sorting file names.
+"""Helpers for writing files atomically, noticing changed files, opening files below a folder, and sorting file names.
 
 Does not import torch.
 """
@@ -11,7 +11,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import BinaryIO, Generic, NamedTuple, Self, TypeVar
 
 from evoprune.errors import UsageError
@@ -118,6 +119,46 @@ def read_all(file: BinaryIO, name: str, hint: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise UsageError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", f"split it; {hint}")
     return content
+
+
+def open_below(folder: Path, path: Path, is_folder: bool = False) -> int:
+    """Open a regular file inside a folder for reading, without following symbolic links inside the folder.
+
+    Unlike a check of the path before it is opened, this cannot be defeated by replacing a part of the path in between.
+
+    Args:
+        folder: The folder, without symbolic links in its path.
+        path: The path of the file, which begins with `folder`.
+        is_folder: Whether `path` is a folder instead. In this case, it may also be `folder` itself.
+
+    Returns:
+        The file descriptor.
+
+    Raises:
+        OSError: If there is no such file or folder, or its path contains a symbolic link.
+        ValueError: If the path is not inside the folder.
+    """
+    parts = path.relative_to(folder).parts
+    if not (parts or is_folder):
+        raise ValueError(f"{path} is a folder")
+    if os.open not in os.supports_dir_fd:
+        if not is_folder and not path.is_file():
+            raise FileNotFoundError(path)
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    with ExitStack() as stack:
+
+        def opened(name: str | Path, flags: int, at: int | None = None) -> int:
+            found = os.open(name, flags | os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+            stack.callback(os.close, found)
+            return found
+
+        found = opened(folder, os.O_DIRECTORY)
+        for number, name in enumerate(parts, 1):
+            inner = is_folder or number < len(parts)
+            found = opened(name, os.O_DIRECTORY if inner else os.O_NONBLOCK, found)  # opening a pipe would block
+        if not is_folder and not stat.S_ISREG(os.fstat(found).st_mode):
+            raise FileNotFoundError(path)
+        return os.dup(found)
 
 
 def write_file(path: str, content: bytes) -> None:

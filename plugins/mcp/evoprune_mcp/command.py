@@ -6,7 +6,7 @@ from evoprune.session import FindOptions, ModelOptions, PruneOptions
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli import tell
-from evoprune_mcp.folders import Folders
+from evoprune_mcp.folders import Folders, allow_open_files
 from evoprune_mcp.videos import Videos
 from evoprune_mcp.wire import end_at_once, real_streams
 from evoprune_mcp.worker import Worker
@@ -51,6 +51,7 @@ def mcp(
     except ImportError as problem:
         message = f"the command needs {problem.name}, which is not installed"
         raise UsageError(message, "pip install evoprune-mcp") from problem
+    allow_open_files()
     with real_streams() as received:
         if not quiet:
             tell(

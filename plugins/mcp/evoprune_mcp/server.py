@@ -15,23 +15,44 @@ from mcp_types import Tool, ToolAnnotations
 from pydantic import Field, StrictFloat, ValidationError
 
 import evoprune
-from evoprune.errors import error_record
+from evoprune.errors import DoesNotFit, OutOfMemory, error_record
 from evoprune.util import listed
 from evoprune_cli import tell
+from evoprune_mcp.advice import for_agents
+from evoprune_mcp.folders import Listing
 from evoprune_mcp.videos import Answered, Moments, Videos
 from evoprune_mcp.worker import Report, Worker
 
 TICK_S = 0.2  # minimum time between progress notifications, in seconds
 
 # Tool arguments, with descriptions for the agents.
-Path = Annotated[str, Field(description="A file, or a folder of frames: absolute, or relative to an allowed folder.")]
-Paths = Annotated[list[Path], Field(description="Videos and images to ask about together.", min_length=1)]
-Time = Annotated[StrictFloat | str | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")]
+Path = Annotated[
+    str,
+    Field(
+        description="A file, or a folder of frames: absolute, or relative to an allowed folder. list_videos finds them.",
+        max_length=4096,
+    ),
+]
+Paths = Annotated[
+    list[Path], Field(description="Videos and images to ask about together. At most 32.", min_length=1, max_length=32)
+]
+Place = Annotated[
+    str | None,
+    Field(
+        description="List only files below this folder: absolute, or relative to an allowed folder.", max_length=4096
+    ),
+]
+Question = Annotated[str, Field(description="What to ask, in words.", max_length=100_000)]
+Word = Annotated[str, Field(max_length=64)]
+Time = Annotated[
+    StrictFloat | Word | None, Field(description="Seconds, or a text such as 1:30; below 0: from the end.")
+]
 Budget = Annotated[
-    StrictFloat | str | None,
+    StrictFloat | Word | None,
     Field(description="Share of visual tokens to keep: 0.25, or full, high, balanced, fast."),
 ]
-Query = Annotated[str, Field(description="What to look for, such as: a red car.")]
+Query = Annotated[str, Field(description="What to look for, such as: a red car.", max_length=10_000)]
+LESS = "ask about fewer files, a shorter span (start and end), or with a lower budget"
 
 
 class _Server(MCPServer):
@@ -91,16 +112,23 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
     reads = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
     @server.tool(annotations=reads)
+    async def list_videos(context: Context, folder: Place = None) -> Listing:
+        """List the videos, images, and folders of frames that the other tools can read, with their sizes."""
+        return await _result(context, prober, lambda report: videos.folders.listed(folder))
+
+    @server.tool(annotations=reads)
     async def ask_video(
         context: Context,
         paths: Paths,
-        question: str,
+        question: Question,
         start: Time = None,
         end: Time = None,
         budget: Budget = None,
     ) -> Answered:
         """Ask a vision-language model about what can be seen. Further questions about the same files and times are fast."""
-        return await _result(context, model, lambda report: videos.ask(report, paths, question, start, end, budget))
+        return await _result(
+            context, model, lambda report: videos.ask(report, paths, question, start, end, budget), LESS
+        )
 
     @server.tool(annotations=reads)
     async def find_moments(context: Context, path: Path, query: Query) -> Moments:
@@ -115,8 +143,11 @@ def make_server(videos: Videos, model: Worker, prober: Worker) -> MCPServer:
     return server
 
 
-async def _result(context: Context, worker: Worker, work: Callable[[Report], Any]) -> Any:
+async def _result(context: Context, worker: Worker, work: Callable[[Report], Any], less: str | None = None) -> Any:
     """Run a function in a worker thread while reporting its progress to the client. If the request is canceled, the job is too.
+
+    Args:
+        less: The hint if the inputs are too large for the memory or for the model.
 
     Raises:
         ToolError: If the function raises an exception.
@@ -137,14 +168,23 @@ async def _result(context: Context, worker: Worker, work: Callable[[Report], Any
         job.stop()
         raise
     except Exception as problem:
-        raise ToolError(_told(problem)) from problem
+        raise ToolError(_told(problem, less)) from problem
 
 
-def _told(problem: Exception) -> str:
-    """Format an error as a message and a hint for the agent. Unexpected errors are also printed to stderr."""
+def _told(problem: Exception, less: str | None) -> str:
+    """Format an error as a message and a hint for the agent. Unexpected errors are also printed to stderr.
+
+    Args:
+        less: See `_result`.
+    """
     record = error_record(problem)
     if record["type"] == "bug":
         tell(f"error: {record['message']}")
         if "--debug" in sys.argv or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
             traceback.print_exception(problem)
-    return "\nhint: ".join(filter(None, (record["message"], record["hint"])))
+    hint = record["hint"]
+    if less and isinstance(problem, OutOfMemory | DoesNotFit) and record["stage"] != "load":
+        hint = less
+    elif hint:
+        hint = for_agents(hint) or f"ask the person who runs this server: {hint}"
+    return "\nhint: ".join(filter(None, (record["message"], hint)))

@@ -15,7 +15,8 @@ from evoprune.session import PipelineOptions
 from evoprune.util import parse_time
 from evoprune.video import input_state, probe
 from evoprune_cli import load, tell
-from evoprune_mcp.folders import Folders
+from evoprune_mcp.advice import for_agents
+from evoprune_mcp.folders import Folders, real_paths
 from evoprune_mcp.worker import Report
 
 if TYPE_CHECKING:
@@ -110,23 +111,26 @@ class Videos:
         """
         if not question.strip():
             raise UsageError("the question is empty", "ask in words")
-        paths = [self.folders.find(path) for path in paths]
         span = {"start_s": start, "end_s": end}
         times = {name: parse_time(value) if isinstance(value, str) else value for name, value in span.items()}
         sampling = replace(self._options.sampling, **{name: time for name, time in times.items() if time is not None})
         pruning = self._options.pruning if budget is None else replace(self._options.pruning, budget=budget)
-        key = repr((paths, [input_state(path, sampling.subtitles_wanted) for path in paths], times, pruning))
-        reused = key in self._kept
-        encoded = None
-        try:
-            encoded = self._encoded(key, paths, sampling, pruning, report)
-        except OutOfMemory:
-            if not self._kept:
-                raise
-        if encoded is None:  # not in the `except` block, because the error still refers to partial results there
-            self._kept.clear()
-            encoded = self._encoded(key, paths, sampling, pruning, report)
+        with self.folders.opened(paths, self._beside) as files:
+            states = [(real_paths(file), input_state(file, sampling.subtitles_wanted)) for file in files]
+            key = repr((states, times, pruning))
+            reused = key in self._kept
+            encoded = None
+            try:
+                encoded = self._encoded(key, files, sampling, pruning, report)
+            except OutOfMemory:
+                if not self._kept:
+                    raise
+            if encoded is None:  # not in the `except` block, because the error still refers to partial results there
+                self._kept.clear()
+                encoded = self._encoded(key, files, sampling, pruning, report)
+            return self._answer(encoded, question, reused, report)
 
+    def _answer(self, encoded: "EncodedInputs", question: str, reused: bool, report: Report) -> Answered:
         def answering(_piece: str) -> None:
             report(1.0, "answering")
 
@@ -135,20 +139,21 @@ class Videos:
             for piece in answer:
                 answering(piece)
         made = answer.report
-        warnings = [warning_text(name, video) for name, video in warned(made)]
+        texts = [warning_text(name, video) for name, video in warned(made)]
+        warnings = [for_agents(text) or text for text in texts]
         return Answered(made.answer or "", made.finish_reason == "length", reused, warnings)
 
     def find(self, report: Report, path: str, query: str) -> Moments:
         """Return the moments in a video that match a query, best first. For the exceptions, see `ask`."""
         from evoprune.moments import Search
 
-        path = self.folders.find(path)
-        qa = self._model(report)
-        cache = self._cache()
-        segments = cache.of_segments if cache else None
-        with Search(qa.session, path, [query], self._options.find, self._options.sampling, segments) as search:
-            search.run(partial(_show, report, [1, 1]))
-            times = [(each.start_s, each.end_s, each.best_s, each.score) for each in search.moments()]
+        with self.folders.opened([path], self._beside) as (file,):
+            qa = self._model(report)
+            cache = self._cache()
+            segments = cache.of_segments if cache else None
+            with Search(qa.session, file, [query], self._options.find, self._options.sampling, segments) as search:
+                search.run(partial(_show, report, [1, 1]))
+                times = [(each.start_s, each.end_s, each.best_s, each.score) for each in search.moments()]
         return Moments([Found(*(round(number, 3) for number in each)) for each in times])
 
     def describe(self, path: str) -> dict[str, Any]:
@@ -157,8 +162,14 @@ class Videos:
         Raises:
             EvopruneError: If the file can't be read, or the agent isn't allowed to read it.
         """
-        video = probe(self.folders.find(path))
+        with self.folders.opened([path], subtitles=False) as (file,):
+            video = replace(probe(file), path=real_paths(file))
         return {"kind": video.kind} | {name: value for name, value in asdict(video).items() if value is not None}
+
+    @property
+    def _beside(self) -> bool:
+        """Whether subtitle files next to the videos are read."""
+        return self._options.sampling.subtitles_wanted == "auto"
 
     def _encoded(self, key: str, paths: list[str], sampling: Any, pruning: Any, report: Report) -> "EncodedInputs":
         """Return the cached encoding of the inputs, or encode them."""

@@ -5,7 +5,6 @@ import errno
 import math
 import os
 import re
-import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, VideoError
+from evoprune.files import open_below
 from evoprune.util import size, without_password
 from evoprune.video import HeldVideo, Input, downloaded, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
@@ -312,36 +312,8 @@ class Sources:
         real = Path(unquote(parts.path)).resolve()
         for folder in self._folders:
             if real.is_relative_to(folder):
-                return opened_below(folder, real)
+                return open(real, "rb", opener=lambda *_: open_below(folder, real))  # noqa: B023 (called at once)
         raise ValueError("not in an allowed folder")
-
-
-def opened_below(folder: Path, path: Path) -> BinaryIO:
-    """Open a regular file inside a folder, without following symbolic links inside it. The result's `name` is `path`.
-
-    Raises:
-        OSError: If the file doesn't exist, or its path contains a symbolic link.
-        ValueError: If the path is the folder itself.
-    """
-    *folders, name = path.relative_to(folder).parts
-    if os.open not in os.supports_dir_fd:
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        return open(path, "rb")
-    with ExitStack() as stack:
-
-        def opened(name: str | Path, flags: int, at: int | None = None) -> int:
-            found = os.open(name, flags | os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-            stack.callback(os.close, found)
-            return found
-
-        at = opened(folder, os.O_DIRECTORY)
-        for each in folders:
-            at = opened(each, os.O_DIRECTORY, at)
-        found = opened(name, os.O_NONBLOCK, at)  # so that opening a pipe doesn't block
-        if not stat.S_ISREG(os.fstat(found).st_mode):
-            raise FileNotFoundError(path)
-        return open(path, "rb", opener=lambda *_: os.dup(found))
 
 
 def decoded(url: str) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
+from evoprune_mcp.advice import for_agents
 from evoprune_mcp.folders import Folders
 from evoprune_mcp.videos import Videos
 from tests.plugins.mcp.serving import COLOUR, ENCODES, REASON, SAMPLES, STOPPED, command
@@ -102,9 +103,19 @@ def qa():
 
 def test_the_tools_and_where_files_are(server):
     listed = server.portal.call(server.client.list_tools).tools
-    assert [tool.name for tool in listed] == ["ask_video", "find_moments", "describe_file"]
+    assert [tool.name for tool in listed] == ["list_videos", "ask_video", "find_moments", "describe_file"]
     assert all(tool.annotations.read_only_hint and tool.description for tool in listed)
-    assert listed[0].input_schema["required"] == ["paths", "question"]
+    schemas = {tool.name: tool.input_schema for tool in listed}
+    assert schemas["ask_video"]["required"] == ["paths", "question"]
+    assert schemas["ask_video"]["properties"]["paths"]["maxItems"] == 32
+    texts = [
+        text
+        for schema in schemas.values()
+        for argument in schema["properties"].values()
+        for text in (argument, argument.get("items", {}), *argument.get("anyOf", []))
+        if text.get("type") == "string"
+    ]
+    assert len(texts) == 9 and all(text["maxLength"] <= 100_000 for text in texts)
     assert not any(tool.input_schema["additionalProperties"] for tool in listed)
     assert str(server.folder) in server.client.instructions
 
@@ -120,6 +131,10 @@ def test_the_tools_and_where_files_are(server):
         ({"budget": True}, "budget: Input should be a valid number\nhint: Share of visual tokens"),
         ({"start": False}, "start: Input should be a valid number\nhint: Seconds"),
         ({"question": " "}, "the question is empty\nhint: ask in words"),
+        ({"question": "x" * 100_001}, "question: String should have at most 100000 characters\nhint: What to ask"),
+        ({"paths": ["square.mp4"] * 33}, "paths: List should have at most 32 items"),
+        ({"paths": ["x" * 5000]}, "paths: String should have at most 4096 characters"),
+        ({"start": "1" * 1000}, "start: "),
     ],
 )
 def test_arguments_that_are_unknown_or_of_another_type_are_errors(server, wrong, problem):
@@ -151,7 +166,7 @@ def test_tools_are_listed_before_the_model_is_loaded(tmp_path):
     shutil.copy(SAMPLES / "square.mp4", folder)
     start = time.monotonic()
     with serving(folder, LOAD_S=str(LOAD_S)) as server:
-        assert len(server.portal.call(server.client.list_tools).tools) == 3
+        assert len(server.portal.call(server.client.list_tools).tools) == 4
         assert server.call("describe_file", path="square.mp4")[1]["duration_s"] == 6
     assert time.monotonic() - start < LOAD_S
 
@@ -214,6 +229,40 @@ def test_a_file_is_described(server):
     video = probe(SAMPLES / "vanish.webm")
     assert not failed and (facts["kind"], facts["has_sound"], facts["duration_s"]) == ("video", False, video.duration_s)
     assert (facts["width"], facts["height"], facts["fps"]) == (video.width, video.height, video.fps)
+
+
+def test_files_are_listed(server, own):
+    shutil.copy(SAMPLES / "square.mp4", own / "listed.mp4")
+    failed, listed = server.call("list_videos")
+    names = [file["path"] for file in listed["files"]]
+    assert not failed and not listed["more"] and {"square.mp4", f"{own.name}/listed.mp4"} <= set(names)
+    failed, listed = server.call("list_videos", folder=own.name)
+    size = (SAMPLES / "square.mp4").stat().st_size
+    assert not failed and listed["files"] == [{"path": f"{own.name}/listed.mp4", "kind": "video", "size_bytes": size}]
+    assert not server.call("describe_file", path=listed["files"][0]["path"])[0]
+    failed, text = server.call("list_videos", folder="..")
+    assert failed and "is no file below an allowed folder" in text
+
+
+def test_hints_and_warnings_are_about_arguments_of_tools(server, own):
+    """They don't advise the agent to use the command line."""
+    (own / "text").mkdir()
+    (own / "text" / "1.txt").write_text("no image")
+    failed, text = server.call("describe_file", path=f"{own.name}/text")
+    assert failed and "hint: files that count as images: .jpg" in text and "evoprune batch" not in text
+    failed, asked = server.call("ask_video", paths=["square.mp4"], question=COLOUR + " x" * 40_000)
+    assert failed and asked.endswith(
+        "\nhint: ask about fewer files, a shorter span (start and end), or with a lower budget"
+    )
+    for text, adapted in (
+        ("give a part of it: --start, --end", "give a part of it: start, end"),
+        ("re-encode it, e.g. with ffmpeg -i IN OUT.mp4", "re-encode it"),
+        ("it was cut: it reached the limit, -n (max_new_tokens)", "it was cut: it reached the limit"),
+        ("its answer is meaningless. For a real answer: --model=x", "its answer is meaningless."),
+        ("give a video file; - reads one from standard input", "give a video file"),
+        ("leave out --think", ""),
+    ):
+        assert for_agents(text) == adapted
 
 
 def test_files_outside_are_refused(server, own, tmp_path):
