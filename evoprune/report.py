@@ -257,6 +257,7 @@ class Times:
     The stages before `generate`, minus `overlap`, add up to the time to first token, `ttft_wall`.
     """
 
+    startup: float | None = None  # from the start of the process until the model is loaded
     load: float | None = None
     load_tokenizer: float | None = None
     load_weights: float | None = None
@@ -763,11 +764,14 @@ def _total_lines(report) -> list[str]:
         lines.append(f"{'first token':<11}  not reached")
     if times.total is not None:
         line = f"{'total':<11}{times.total:>8,.0f}"
-        if times.load is not None:
+        if times.load is not None and times.startup is None:
             line += f"  (loading the model, not counted: {times.load:,.0f})"
         elif not (report.video.path or report.question):
             line += "  (the whole call)"
         lines.append(line)
+    if times.startup is not None:
+        line = f"{'startup':<11}{times.startup:>8,.0f}  Python and imports"
+        lines.append(line + f"; loading the model: {times.load or 0:,.0f} (not in total)")
     return lines
 
 

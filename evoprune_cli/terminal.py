@@ -18,6 +18,8 @@ from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
+# When this process started, on the clock of `time.perf_counter`. Until here, it has been busy starting Python and importing.
+BEGAN_S = time.perf_counter() - time.process_time()
 LEAST_S = 1.0  # the progress line shows the estimated remaining time only after this many seconds
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # Options that can be set using environment variables.

@@ -65,6 +65,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
         report.subtitles = only.subtitles
     fill_pruning(report, session, encodings)
     report.time_ms.load = None if session.load_seconds is None else session.load_seconds * 1000
+    report.time_ms.startup = None if session.startup_seconds is None else session.startup_seconds * 1000
     for part, spent in loaded.load_seconds.items():
         setattr(report.time_ms, f"load_{part}", spent * 1000)
     report.time_ms.encode_prune = sum(encoding.encoded.prune_seconds for encoding in encodings) * 1000

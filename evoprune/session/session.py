@@ -34,6 +34,7 @@ class Session:
     loaded: LoadedModel
     pruning: PruneConfig
     load_seconds: float | None = None  # load time in seconds, for reports; None if unknown
+    startup_seconds: float | None = None  # time between the start of the process and loading; None if unknown
 
     def __post_init__(self):
         self.loaded.description.check_method(self.pruning.method)

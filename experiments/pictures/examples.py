@@ -40,7 +40,7 @@ JSON = {
 }  # fmt: skip
 WIDTH = 128  # maximum length of a line of JSON
 # Beginnings of lines that differ between runs, or that appear only if a step takes at least a millisecond.
-MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "memory", " " * 11)
+MEASURED = ("model", "compile", "store", "  overlap", "first token", "total", "startup", "memory", " " * 11)
 
 
 def run(*arguments: str) -> tuple[str, str]:
