@@ -337,7 +337,7 @@ class Asked:
                     yield self.reply.piece(event)
                 event = await self.next()
         except ApiError as problem:
-            self.log(problem.status, self.reply.identity)
+            self.log(problem.status, self.reply.identity, *problem.codes)
             yield self.reply.failed(problem)
             return
         self.count(event)
@@ -350,7 +350,7 @@ class Asked:
                 yield stream_event(event.facts)
                 event = await self.next()
         except ApiError as problem:
-            self.log(problem.status)
+            self.log(problem.status, *problem.codes)
             yield stream_event(problem.body)
             return
         yield stream_event(event.facts)
@@ -480,7 +480,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
         elif not isinstance(problem, ApiError):
             settings.log("".join(traceback.format_exception(problem)))
             problem = told(problem, {})
-        server.log(request, problem.status)
+        server.log(request, problem.status, *problem.codes)
         return JSONResponse(problem.body, problem.status, headers=problem.headers)
 
     @asynccontextmanager

@@ -43,6 +43,11 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
+    def codes(self) -> list[str]:
+        """The code for a log line, if there is one."""
+        return [self.code] if self.code else []
+
+    @property
     def body(self) -> dict[str, Any]:
         usual = "invalid_request_error" if self.status < 500 else "server_error"
         kind = TYPES.get(self.status, usual)
