@@ -40,10 +40,12 @@ ONLY_IF_SET = (
     "interlaced",
     "pixel_aspect",
     "other_tracks",
+    "cut_by",
 )  # printed only if set
 TITLES = {  # titles for facts with unclear or overly long names
     "resized_hw": "frame size",
     "capped": "cut by a limit",
+    "cut_by": "limit",
     "segments_bytes": "segments size",
     "demo_scenes_model_folder": "demo scenes folder",
 }

@@ -99,6 +99,7 @@ def plan_facts(plan: Plan, config: Config) -> dict:
         "grid": list(plan.grid),
         "visual_tokens": n,
         "capped": plan.capped,
+        "cut_by": plan.cut_by,
         "presets": {
             name: {
                 "budget": tokens / n,

@@ -24,13 +24,15 @@ class SchemaOfClass(dict[str, Any]):
 
 
 def read_schema(path: str | None) -> dict[str, Any] | None:
-    """Read a JSON Schema from a file. Return None if `path` is None.
+    """Read a JSON Schema from a file, or from `path` itself if it begins like a JSON object. Return None if `path` is None.
 
     Raises:
         UsageError: If the file cannot be read or doesn't contain a JSON object.
     """
     if path is None:
         return None
+    if path.lstrip().startswith("{"):
+        return _parsed(path.encode(errors="surrogatepass"), "the schema")
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -80,11 +80,11 @@ class GenerationOptions:
     )
     schema: Mapping[str, Any] | type[Any] | None = option(
         None,
-        "The answer is JSON that follows the JSON Schema in this file; with --json, also in the field parsed. "
+        "The answer is JSON that follows this JSON Schema, or the one in this file; with --json, also in the field parsed. "
         "Needs evoprune[schema].",
         in_python="A JSON Schema as a dict, a dataclass or a pydantic model: the answer is JSON that follows it, and "
         "`Answer.parsed` is its value, an instance of the class. Needs evoprune[schema].",
-        metavar="FILE",
+        metavar="FILE|JSON",
         typed=str,
         parse=read_schema,
     )

@@ -436,9 +436,19 @@ class Plan:
         return self.info.cut_short and self.sampling.end_s == self.info.duration_s
 
     @property
+    def cut_by(self) -> list[str]:
+        """The options whose limits resulted in smaller frames or fewer frames than requested, with the limits."""
+        limits = []
+        if self.sampling.wanted > self.frame_limit:
+            limits.append(f"--max-frames {self.frame_limit}")
+        if self.token_capped:
+            limits.append(f"--max-visual-tokens {self.token_limit}")
+        return limits
+
+    @property
     def capped(self) -> bool:
         """True if the token limit or the frame limit resulted in smaller frames or fewer frames than requested."""
-        return self.token_capped or self.sampling.wanted > self.frame_limit
+        return bool(self.cut_by)
 
     @property
     def visual_tokens(self) -> int:

@@ -145,6 +145,7 @@ def test_what_is_for_an_overlay_is_checked_without_one(cli):
 def test_frames_left_out_for_the_models_limit_are_a_cap(cli, tiny_folder):
     plans = [cli("inspect", CLIP, *rate, "-m", tiny_folder, "--json").record["plan"] for rate in ((), ("--fps", "12"))]
     assert [(plan["frames"], plan["capped"]) for plan in plans] == [(12, False), (32, True)]
+    assert [plan["cut_by"] for plan in plans] == [[], ["--max-frames 32"]]
 
 
 def test_video_from_stdin(cli):
