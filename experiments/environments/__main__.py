@@ -1,6 +1,7 @@
 """Create a virtual environment for tests that cannot run in the usual one, and run the tests there.
 
     python -m experiments.environments NAME [--into DIR] [-- OPTIONS OF PYTEST]
+    python -m experiments.environments all [--source DIR]
 
 | NAME | tests |
 |---|---|
@@ -14,6 +15,9 @@
 | device | the tests in tests/second_device, on a second device other than the CPU |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
+`all` runs all of these one after another, and prints a summary. It leaves out transformers unless `--source` is given. Each
+environment takes several gigabytes, and is deleted before the next one is created.
+
 The environment gets the same torch version as the current environment, because older builds are too large to test, and because
 other packages would install a newer version.
 """
@@ -24,6 +28,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +36,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ("-m", "experiments.environments")
 OPERATORS = "plugins/vllm/evoprune_vllm/operators.py"  # lets PyPI's torchvision be imported with a CPU build of torch
 
 
@@ -144,22 +150,50 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     own = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.environments",
-        usage="%(prog)s NAME [--into DIR] [-- OPTIONS OF PYTEST]",
+        usage="%(prog)s NAME|all [--into DIR] [--source DIR] [-- OPTIONS OF PYTEST]",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument("name", choices=RECIPES, metavar="NAME", help=", ".join(RECIPES))
+    parser.add_argument("name", choices=[*RECIPES, "all"], metavar="NAME", help=", ".join([*RECIPES, "or all"]))
     parser.add_argument(
         "--into", type=Path, metavar="DIR", help="keep the environment in this folder, which must be new"
     )
     parser.add_argument("--source", type=Path, metavar="DIR", help="a checkout of transformers, for its tests")
     options = parser.parse_args(argv[:own])
-    if (options.name == "transformers") != (options.source is not None):
+    if options.name != "all" and (options.name == "transformers") != (options.source is not None):
         parser.error("transformers needs --source DIR, and only transformers does")
+    if options.name == "all" and options.into:
+        parser.error("--into is for a single environment")
     return options, list(argv[own + 1 :])
+
+
+def run_all(source: Path | None, pytest: Sequence[str]) -> int:
+    """Run all recipes one after another, print a summary, and return 1 if any recipe failed, otherwise 0."""
+    summary = []
+    failed = False
+    for name in RECIPES:
+        command = [sys.executable, *SCRIPT, name]
+        if name == "transformers":
+            if source is None:
+                summary.append(f"{name}: not run, because it needs --source DIR")
+                continue
+            command += ["--source", str(source)]
+        start = time.monotonic()
+        with subprocess.Popen([*command, "--", *pytest], stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+            last = ""
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                last = line.strip() or last
+        failed = failed or process.returncode != 0
+        state = "passed" if not process.returncode else f"FAILED, exit status {process.returncode}"
+        summary.append(f"{name}: {state} after {(time.monotonic() - start) / 60:.0f} min: {last}")
+    print("", *summary, sep="\n")
+    return int(failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, pytest = parsed(sys.argv[1:] if argv is None else argv)
+    if options.name == "all":
+        return run_all(options.source, pytest)
     recipe = RECIPES[options.name]
     with TemporaryDirectory() as temporary:
         folder = (options.into or Path(temporary)).absolute()
