@@ -1,13 +1,16 @@
-"""Helpers for formatting messages, recording file states, deriving seeds, and declaring and checking options."""
+"""Helpers for formatting messages, file states, seeds, process-wide state, and declaring and checking options."""
 
 import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
@@ -507,6 +510,38 @@ def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
             if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
                 values[f.name] = value
     return values
+
+
+def overlapping(change: Callable[[], Iterator[None]]) -> Callable[[], AbstractContextManager[None]]:
+    """Decorator for a generator function that changes process-wide state, yields, and restores the state.
+
+    Returns a function like `contextlib.contextmanager`, but its blocks may overlap in several threads. The first block to begin
+    changes the state, and the last block to end restores it. If each block restored the state that it had found, the state could
+    remain changed.
+    """
+    manager = contextmanager(change)
+    lock = threading.RLock()
+    running = 0
+    shared: AbstractContextManager[None]
+
+    @contextmanager
+    @wraps(change)
+    def block() -> Iterator[None]:
+        nonlocal running, shared
+        with lock:
+            if not running:
+                shared = manager()
+                shared.__enter__()
+            running += 1
+        try:
+            yield
+        finally:
+            with lock:
+                running -= 1
+                if not running:
+                    shared.__exit__(None, None, None)
+
+    return block
 
 
 def check_question(question: Any) -> None:

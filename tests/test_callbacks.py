@@ -15,6 +15,8 @@ import pytest
 from evoprune.batch import RowReader, Settings, Span, answers
 from evoprune.bench import EvalSettings, Evaluation, VideoQuestions
 from evoprune.errors import OutOfMemory, VideoError, callback_errors, memory_guard
+from evoprune.report import Report
+from evoprune.session import Answer
 from evoprune.video import LiveSource, downloaded
 from evoprune.video_qa import VideoQA
 from tests.threads import check_ended, one_thread  # noqa: F401
@@ -171,3 +173,25 @@ def test_progress_of_an_evaluation(qa, problem):
     evaluation.loaded = qa.loaded
     check_raised(lambda: evaluation.run(callback), callback)
     assert not evaluation.samples
+
+
+def test_an_exception_that_cannot_be_copied():
+    """Pydantic's are an example. Reading the answer again raises the same error."""
+
+    class Odd(Exception):
+        def __new__(cls, *, needed):
+            return super().__new__(cls)
+
+        def __init__(self, *, needed):
+            pass
+
+    def pieces():
+        yield "a"
+        raise problem
+
+    problem = Odd(needed=1)
+    answer = Answer(Report(), pieces())
+    for _ in range(2):
+        with pytest.raises(Odd) as caught:
+            list(answer)
+        assert caught.value is problem

@@ -9,7 +9,17 @@ from types import SimpleNamespace
 import pytest
 
 from evoprune.errors import UsageError
-from evoprune.util import did_you_mean, from_cell, install_hint, missing_hint, near_file, parse_time, roughly, to_cell
+from evoprune.util import (
+    did_you_mean,
+    from_cell,
+    install_hint,
+    missing_hint,
+    near_file,
+    overlapping,
+    parse_time,
+    roughly,
+    to_cell,
+)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +135,30 @@ def test_long_words_take_no_time(call, word):
     with suppress(UsageError):
         call(word * 100_000)
     assert time.process_time() - begun < 2
+
+
+def test_blocks_that_overlap_restore_the_state_once():
+    state = ["usual"]
+
+    @overlapping
+    def changed():
+        before = state[0]
+        state[0] = "changed"
+        try:
+            yield
+        finally:
+            state[0] = before
+
+    first, second = changed(), changed()
+    with first:
+        second.__enter__()
+    assert state == ["changed"]
+    with changed():
+        pass
+    assert state == ["changed"]
+    second.__exit__(None, None, None)
+    assert state == ["usual"]
+    with suppress(KeyError), changed():
+        assert state == ["changed"]
+        raise KeyError
+    assert state == ["usual"]

@@ -4,9 +4,7 @@ The cuDNN backend is never used on CUDA because it can spend seconds planning fo
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Self, TypeVar
 
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend.devices import as_current, is_host, uses_kernels
+from evoprune.util import overlapping
 
 T = TypeVar("T")
 
@@ -21,31 +20,19 @@ T = TypeVar("T")
 # products. On a 2688x2688 image (36,864 patches), it takes a third of the time.
 LONG = 4096
 
-_lock = threading.Lock()
-_active = 0  # number of active `without_cudnn` contexts
-_setting_before = False
 
-
-@contextmanager
+@overlapping
 def without_cudnn() -> Iterator[None]:
     """Prevent `scaled_dot_product_attention` from choosing cuDNN. Works as a context manager and as a decorator.
 
-    Torch's setting applies to the whole process. The first thread to enter the context saves the setting, and the last thread to
-    leave restores it.
+    Torch's setting applies to the whole process.
     """
-    global _active, _setting_before
-    with _lock:
-        if not _active:
-            _setting_before = torch.backends.cuda.cudnn_sdp_enabled()
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        _active += 1
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        with _lock:
-            _active -= 1
-            if not _active:
-                torch.backends.cuda.enable_cudnn_sdp(_setting_before)
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Attention:

@@ -294,7 +294,8 @@ def pick_device(name: str, *, auto: bool = False) -> torch.device:
             f"device {name!r} is unknown", "use auto, cpu, or cuda (cuda:1 is the second GPU)"
         ) from problem
     try:
-        with warnings.catch_warnings(record=True) as caught:  # if torch finds no GPU, its warning gives the reason
+        # If torch finds no GPU, its warning gives the reason. The lock is needed because this changes process-wide state.
+        with _warnings_lock, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.zeros(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch builds without CUDA raise AssertionError
@@ -404,6 +405,7 @@ def empty_cache() -> None:
 
 # Kernels and their fallbacks.
 
+_warnings_lock = threading.Lock()
 _failed: set[str] = set()
 _plain_pytorch: list[bool] = []
 

@@ -157,8 +157,14 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
 
 def _without_traceback(problem: Exception) -> Exception:
-    """Return a copy of an exception without its traceback, because the traceback frames would keep tensors in memory."""
-    again = type(problem).__new__(type(problem), *problem.args)
+    """Return a copy of an exception without its traceback, because the traceback frames would keep tensors in memory.
+
+    If a callback raised an exception that cannot be copied, the exception itself is returned.
+    """
+    try:
+        again = type(problem).__new__(type(problem), *problem.args)
+    except TypeError:
+        return problem
     vars(again).update(vars(problem))
     return again
 

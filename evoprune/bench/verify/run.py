@@ -21,7 +21,7 @@ from evoprune.bench.verify.subject import DIFFERS, HELD, SKIPPED, Check, Outcome
 from evoprune.bundled import DEMOS
 from evoprune.errors import EvopruneError, UsageError, first_line, is_out_of_memory
 from evoprune.session import BUNDLED_CONFIGS, LoadedModel, ModelOptions, load_model
-from evoprune.util import counted
+from evoprune.util import counted, overlapping
 from evoprune.video import probe, temporary_folder
 
 SCHEMA = "evoprune/verify@1"
@@ -238,7 +238,7 @@ def verify(
         yield results
 
 
-@contextmanager
+@overlapping
 def _exact_convolutions() -> Iterator[None]:
     """Disable TF32 for float32 convolutions on CUDA within the context, because it rounds their inputs to 10 bits."""
     before = torch.backends.cudnn.allow_tf32

@@ -34,7 +34,7 @@ from evoprune.session.loading.weights import (
     weight_files,
 )
 from evoprune.untrusted import read_object
-from evoprune.util import counted, listed
+from evoprune.util import counted, listed, overlapping
 from evoprune.video import temporary_folder
 
 # Config entries that list unquantized modules.
@@ -105,7 +105,7 @@ def load_hosted(
     return model
 
 
-@contextmanager
+@overlapping
 def _environment_kept() -> Iterator[None]:
     """Return a context manager that restores the environment variables and `sys.path` on exit.
 
@@ -313,7 +313,7 @@ def hugging_face_config(config: Config):
     return AutoConfig.for_model(**content)
 
 
-@contextmanager
+@overlapping
 def quiet_transformers() -> Iterator[None]:
     """Return a context manager that limits transformers to logging errors and disables its progress bars."""
     from transformers.utils import logging as log

@@ -26,7 +26,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
-from evoprune.util import LONGEST, missing_hint, shorten, shown
+from evoprune.util import LONGEST, missing_hint, overlapping, shorten, shown
 from evoprune.video.info import TOLERANCE_S as TOLERANCE_S  # readers use it as `ffmpeg.TOLERANCE_S`
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.info import tolerance_s as tolerance_s
@@ -415,14 +415,20 @@ def shown_otherwise(
 
 def stream_log(stream: Stream) -> str:
     """Return FFmpeg's textual description of a stream, which includes properties not available as PyAV attributes."""
+    with _logging_info():
+        log = stream.container.dumps_format()
+    parts = re.split(r"^  Stream #0:(\d+)", log, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
+
+
+@overlapping
+def _logging_info() -> Iterator[None]:
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
     try:
-        log = stream.container.dumps_format()
+        yield
     finally:
         av.logging.set_level(level)
-    parts = re.split(r"^  Stream #0:(\d+)", log, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(stream.index), "")
 
 
 def check_encryption(stream: VideoStream, log: str, path: str) -> None:

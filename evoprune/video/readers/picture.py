@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
-from evoprune.util import install_hint
+from evoprune.util import install_hint, overlapping
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 
@@ -45,10 +45,16 @@ def is_picture(path: str) -> bool:
         return name != "GIF"
 
 
+@overlapping
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
 @contextmanager
 def _header(path: str, name: str | None) -> Iterator[Image.Image]:
     try:
-        with warnings.catch_warnings(action="ignore"), _opened(path, name) as image:
+        with _without_warnings(), _opened(path, name) as image:
             if image.width * image.height > ffmpeg.MAX_PIXELS:
                 raise too_large(path)
             yield image

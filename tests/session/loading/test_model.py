@@ -24,7 +24,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import DeviceWarning, EvopruneWarning, ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import LanguageModel
 from evoprune.model import FAMILIES, Config, Cost
-from evoprune.session.loading import model
+from evoprune.session.loading import hosted, model
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import InputLimits
 from evoprune.session.loading.weights import DTYPES
@@ -481,3 +481,23 @@ def test_a_family_that_differs_in_values_is_one_entry(saved, tmp_path, monkeypat
     assert other.loaded.limits["picture"].max_pixels == 56 * 56
     texts = [qa.encode("samples/square.mp4").ask("What?", max_new_tokens=6).text for qa in (one, other)]
     assert texts[0] == texts[1]
+
+
+def test_models_that_load_at_the_same_time_restore_the_state_of_the_process():
+    """The blocks end in the order in which they began, as in two threads."""
+    from transformers.utils import logging as log
+
+    def state():
+        return log.get_verbosity(), log.is_progress_bar_enabled(), dict(os.environ), [*sys.path]
+
+    before = state()
+    blocks = []
+    for _ in range(2):
+        blocks += [hosted.quiet_transformers(), hosted._environment_kept()]
+        for block in blocks[-2:]:
+            block.__enter__()
+        os.environ["EVOPRUNE_SET_BY_A_PACKAGE"] = "a"
+        sys.path.append("added by a package")
+    for block in blocks:
+        block.__exit__(None, None, None)
+    assert state() == before
