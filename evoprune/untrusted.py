@@ -134,7 +134,7 @@ def checked(cls: type, content: Mapping[str, Any], where: str) -> dict[str, Any]
     prefix = f"{where}." if where else ""
     return {
         name: rule.check(content[name], f"{prefix}{name}")
-        for name, rule in _rules(cls).items()
+        for name, rule in rules_of(cls).items()
         if content.get(name) is not None
     }
 
@@ -153,7 +153,7 @@ def pick(cls: type[T], content: Mapping[str, Any], where: str) -> T:
 
 
 @cache
-def _rules(cls: type) -> dict[str, Rule]:
+def rules_of(cls: type) -> dict[str, Rule]:
     """Return the rules in a dataclass's field annotations, by field name."""
     hints = get_type_hints(cls, include_extras=True)
     annotated = {name: getattr(hint, "__metadata__", (None,))[0] for name, hint in hints.items()}

@@ -488,7 +488,7 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not MIN_INTEGER <= value <= MAX_INTEGER:
-        raise UsageError(f"{name} is {value}, which does not fit into 64 bits", "give a smaller number")
+        raise UsageError(f"{name} is {brief(value)}, which does not fit into 64 bits", "give a smaller number")
     if isinstance(value, Real) and not isinstance(value, int | float):
         if isinstance(value, Integral):
             return int(value)

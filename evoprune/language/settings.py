@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.language.schema import SchemaOfClass, checked_value, instance_of, read_schema, schema_of
+from evoprune.model import GenerationSettings
+from evoprune.untrusted import rules_of
 from evoprune.util import brief, check_types, is_text, option, shown
 
 if TYPE_CHECKING:
@@ -16,6 +18,13 @@ THINK = get_args(Think)
 ChoiceScore = Literal["sum", "mean"]
 CHOICE_SCORES = get_args(ChoiceScore)
 ROW_OPTIONS = "options"  # value of `choices` that means each batch row has its own choices
+# Options that a model's generation_config.json may contain, too. Both have the same limits.
+SAMPLING_HINTS = {
+    "temperature": "0 is greedy, 1 samples from the model's own probabilities",
+    "top_p": "give a probability above 0; 1 keeps every token",
+    "top_k": "give 0 or more; 0 keeps every token",
+    "repetition_penalty": "1 is off, 1.05 is a common value",
+}
 MOST_LOGPROBS = 20  # same limit as other inference servers
 
 
@@ -112,16 +121,15 @@ class GenerationOptions:
         check_types(self)
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "ask for at least one token")
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(
-                f"temperature is {self.temperature}", "0 is greedy, 1 samples from the model's own probabilities"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}", "give a probability above 0; 1 keeps every token")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}", "give 0 or more; 0 keeps every token")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", "1 is off, 1.05 is a common value")
+        for name, hint in SAMPLING_HINTS.items():
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    rules_of(GenerationSettings)[name].check(value, name)
+                except ValueError as problem:
+                    raise UsageError(str(problem), hint) from None
+        if not self.top_p:
+            raise UsageError(f"top_p is {self.top_p}", SAMPLING_HINTS["top_p"])
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
         object.__setattr__(self, "stop", _checked_stops(self.stop))
