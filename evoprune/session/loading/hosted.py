@@ -29,6 +29,7 @@ from evoprune.session.loading.weights import (
     MISMATCH_HINT,
     PACKAGES,
     PLAIN,
+    check_no_copies,
     name_in_memory,
     stored_tensors,
     weight_files,
@@ -63,6 +64,7 @@ def load_hosted(
     Raises:
         ModelError: If transformers cannot read the model, a tensor is missing, or a tensor has the wrong shape or dtype.
     """
+    check_no_copies(weight_files(folder))
     if config.text_config.experts and not quantization:
         _check_experts(folder, config.text_config.experts.num_experts)
     kwargs = {}

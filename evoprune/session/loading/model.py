@@ -58,6 +58,7 @@ from evoprune.session.loading.weights import (
     HEAD,
     MISMATCH_HINT,
     ModelWeights,
+    WeightFiles,
     name_in_memory,
     stored_tensors,
     weights_of,
@@ -458,7 +459,7 @@ def _no_tokenizer(name: str) -> ModelError:
 
 
 def load_weights(
-    config: Config, files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none"
+    config: Config, files: WeightFiles, dtype: torch.dtype, device: torch.device, quantize: str = "none"
 ) -> QwenVL:
     """Read the weights of a natively supported model, and warn about unused tensors.
 
@@ -469,6 +470,7 @@ def load_weights(
     Raises:
         ModelError: If tensors are missing, have the wrong shape, or are stored twice with different values.
     """
+    folder = next(iter(files)).parent
     model = QwenVL.empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
@@ -477,6 +479,7 @@ def load_weights(
     # Buffers that are recomputed from the config, even though older checkpoints include them
     computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")
     tensors = {}
+    homes = {}
     unused = []
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
@@ -494,18 +497,20 @@ def load_weights(
             weight = weight.to(device, dtype)
         if name in tensors and not torch.equal(weight, tensors[name]):
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
-            raise ModelError(problem, MISMATCH_HINT)
+            places = listed(sorted({homes[name].name, file.name}))
+            raise ModelError(problem, f"delete the wrong one ({places}); or download the model again")
         tensors[name] = weight
+        homes[name] = file
     if config.tie_word_embeddings:  # `separate_head` has checked that they don't differ
         if HEAD in tensors:
             tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
     if missing := sorted(wanted.keys() - tensors.keys()):
-        problem = f"the weights in {files[0].parent} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
+        problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
         raise ModelError(problem, "download the model again")
     if unused:
         are = "is" if len(unused) == 1 else "are"
-        message = f"{counted(len(unused), 'tensor')} of the weights in {files[0].parent} {are} not used: {', '.join(unused[:3])}"
+        message = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
         if len(unused) > 3:
             message += ", ..."
         warnings.warn(message, ModelWarning, stacklevel=2)

@@ -5,7 +5,7 @@ Only safetensors files are read, and code shipped with a model is never executed
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescr
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
 from evoprune.untrusted import Rule, check_fetched, section
-from evoprune.util import file_stats, listed, open_safetensors, size
+from evoprune.util import file_stats, listed, open_safetensors, size, some
 from evoprune.video import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,6 +37,8 @@ PACKAGES = {  # packages that transformers requires for each quantization method
 }
 # Safetensors dtypes of plain floating-point weights. Weights in any other dtype have separate scales.
 PLAIN = ("BF16", "F16", "F32", "F64")
+WeightFiles = Mapping[Path, Collection[str]]  # weight files, with the names of the tensors to read from each file
+INDEX = "model.safetensors.index.json"  # says which file contains a tensor
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 MISMATCH_HINT = "config.json and the weights must match; download the model again"
@@ -67,14 +69,14 @@ class ModelWeights:
         self.description.download(*SMALL_FILES, "*.safetensors")
 
     @cached_property
-    def files(self) -> list[Path]:
-        """The weight files, or an empty list for random weights. An adapter in the same folder is ignored with a warning.
+    def files(self) -> WeightFiles:
+        """The weight files, or an empty dict for random weights. An adapter in the same folder is ignored with a warning.
 
         Raises:
             ModelError: If files are missing or damaged, or don't contain the last layer described by config.json.
         """
         if self.description.random:
-            return []
+            return {}
         files = weight_files(self.description.folder)
         names = {name_in_memory(stored) for _, _, stored in stored_tensors(files)}
         for layers, count in (
@@ -96,12 +98,12 @@ class ModelWeights:
         return files
 
     @cached_property
-    def files_here(self) -> list[Path]:
-        """The weight files on this machine, or an empty list if they are missing or incomplete."""
+    def files_here(self) -> WeightFiles:
+        """The weight files on this machine, or an empty dict if they are missing or incomplete."""
         try:
-            return weight_files(self.description.folder) if self.description.folder else []
+            return weight_files(self.description.folder) if self.description.folder else {}
         except ModelError:
-            return []
+            return {}
 
     @cached_property
     def config(self) -> Config:
@@ -265,7 +267,10 @@ class ModelWeights:
         model = self.description
         if model.commit is not None and self.files:
             return f"{model.id}@{model.commit}"
-        stats = file_stats(file.resolve() for file in self.files)
+        files = list(self.files)
+        if files and (model.folder / INDEX).is_file():
+            files.append(model.folder / INDEX)
+        stats = file_stats(file.resolve() for file in files)
         config = BUNDLED_CONFIGS[model.id] if model.folder is None else model.folder / "config.json"
         return hashlib.sha256(config.read_bytes() + repr(stats).encode()).hexdigest()
 
@@ -303,8 +308,11 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> WeightFiles:
     """Find a model's safetensors files, and read their headers to detect truncated files.
+
+    If an index says which file contains a tensor, other copies of this tensor don't count, because a program that replaced the
+    tensor may have left old copies in other files.
 
     Raises:
         ModelError: If there are no safetensors files, or a file is missing, damaged, or incomplete.
@@ -316,7 +324,8 @@ def weight_files(folder: Path) -> list[Path]:
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
     )
     files = [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
+    named = {}
     if not files[0].is_file() and index.is_file():
         with valid(f"{index} is damaged"):
             named = section(read_json(index), "weight_map")
@@ -331,20 +340,41 @@ def weight_files(folder: Path) -> list[Path]:
         name = cached_id(folder.parents[1])
         broken = False
         again = f"hf download {name}"
+    if not files and not broken and (found := sorted(file.name for file in folder.glob("model*.safetensors"))):
+        problem = (
+            f"{folder} contains {some(found)}, but no {index.name}, which says which tensors to read from each file"
+        )
+        hint = "download it; or, if one file has all tensors, rename it to model.safetensors and delete the others"
+        raise ModelError(problem, hint)
     if not files and not broken:
         hint = "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not supported"
         if name != str(folder):
             hint += f"; if the download was interrupted: {again}"
         raise ModelError(f"{folder} contains no safetensors weights", hint)
+    stored = {}
     for file in files or [folder / "model.safetensors"]:
         if not file.is_file():
             if broken or name != str(folder):
                 raise ModelError(f"the download of {name} is incomplete: {file.name} is missing", f"to resume: {again}")
             raise ModelError(f"weights file {file} is missing", "download the file again")
         check_fetched(file)
-        with _opened(file):
-            pass
-    return files
+        with _opened(file) as content:
+            stored[file] = set(content.keys())
+    return _indexed(stored, {name: folder / file for name, file in named.items()})
+
+
+def _indexed(stored: WeightFiles, index: Mapping[str, Path]) -> WeightFiles:
+    """Return the names of the tensors to read from each file.
+
+    Args:
+        stored: The names of the tensors in each file.
+        index: The file of each tensor according to the index, or an empty dict if there is no index.
+    """
+    chosen = {name_in_memory(name) for name, file in index.items() if name in stored[file]}
+    return {
+        file: {name for name in names if index.get(name) == file or name_in_memory(name) not in chosen}
+        for file, names in stored.items()
+    }
 
 
 def _opened(file: Path) -> Any:
@@ -352,12 +382,27 @@ def _opened(file: Path) -> Any:
         return open_safetensors(file)
 
 
-def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[Path, Any, str]]:
-    """Yield a tuple for each tensor in a list of safetensors files: the file path, the opened file, and the tensor name."""
-    for file in files:
+def stored_tensors(files: WeightFiles) -> Iterator[tuple[Path, Any, str]]:
+    """Yield a tuple for each tensor of a model: the file path, the opened file, and the tensor name."""
+    for file, names in files.items():
         with _opened(file) as content:
-            for stored in content.keys():  # noqa: SIM118 (not a dict)
-                yield file, content, stored
+            yield from ((file, content, stored) for stored in content.keys() if stored in names)  # noqa: SIM118
+
+
+def check_no_copies(files: WeightFiles) -> None:
+    """Check that no file contains a different copy of a tensor that another file has according to the index.
+
+    Raises:
+        ModelError: If there is such a copy. transformers would read the copy in the last file, regardless of the index.
+    """
+    homes = {stored: file for file, names in files.items() for stored in names}
+    for file, names in files.items():
+        with _opened(file) as content:
+            for stored in sorted(set(content.keys()) & homes.keys() - names):
+                with _opened(homes[stored]) as home:
+                    if not torch.equal(content.get_tensor(stored), home.get_tensor(stored)):
+                        problem = f"{file} contains a different copy of {stored} than {homes[stored].name}"
+                        raise ModelError(problem, f"remove it from {file.name}; the index names {homes[stored].name}")
 
 
 def name_in_memory(name: str) -> str:
@@ -372,7 +417,7 @@ def name_in_memory(name: str) -> str:
     return name
 
 
-def separate_head(files: Iterable[Path]) -> bool:
+def separate_head(files: WeightFiles) -> bool:
     """Return True if the weight files contain an output layer that differs from the input embeddings.
 
     If so, transformers doesn't tie them, regardless of the config.
@@ -401,7 +446,8 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
     return wide
 
 
-def stay_mapped(files: list[Path], dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
+def stay_mapped(files: WeightFiles, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:
     """Return True if the weights stay in memory-mapped files, from which they are used or quantized directly."""
-    stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(files[:1])}
+    first = dict(list(files.items())[:1])
+    stored = {content.get_slice(name).get_dtype() for _, content, name in stored_tensors(first)}
     return bool(files) and Device(device).maps_weights(stored, dtype, quantize)

@@ -36,7 +36,7 @@ from evoprune.video import probe
 from evoprune.video.readers import subtitles
 from evoprune.video_qa import VideoQA
 from tests.loading import edit, error_of, load_model, no_network
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -429,6 +429,53 @@ def test_a_tensor_under_two_names_is_refused_where_they_differ(folder):
     assert_as_transformers(folder)
     change(folder, lambda weights: weights.update({new: weights[old] + 1}))
     assert f"{new} is stored twice" in error_of(folder)
+
+
+def in_shards(folder, family):
+    """Split a tiny model's weights into two indexed files. Returns the weights and the two paths."""
+    save_tiny(folder, family=family)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, files = list(weights), [folder / f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    for part, file in enumerate(files):
+        save_file({name: weights[name] for name in names[part::2]}, file, {"format": "pt"})
+    index = {name: files[place % 2].name for place, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return weights, files
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_index_says_which_copy_of_a_tensor_counts(tmp_path, place, renamed):
+    """A shard has an old copy of a tensor, perhaps under an older name, and another file is not in the index at all."""
+    weights, files = in_shards(tmp_path, "qwen2_5_vl")
+    shard = load_file(files[place])
+    name = next(name for name in weights if "visual.blocks" in name and name not in shard)
+    other = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
+    save_file(shard | {other if renamed else name: weights[name] + 1}, files[place])
+    save_file({name: weight + 1 for name, weight in weights.items()}, tmp_path / "model-old.safetensors")
+    read = dict(load_model(str(tmp_path), dtype="fp32").model.named_parameters())
+    assert torch.equal(read[f"model.{name.removeprefix('model.')}"], weights[name])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_transformers_would_ignore_the_index(tmp_path, same):
+    weights, files = in_shards(tmp_path, "qwen3_5")
+    shard = load_file(files[1])
+    name = next(name for name in weights if name not in shard)
+    save_file(shard | {name: weights[name] if same else weights[name] + 1}, files[1])
+    if same:
+        assert load_model(str(tmp_path)).model
+    else:
+        assert f"{files[1]} contains a different copy of {name} than {files[0].name}" in error_of(tmp_path)
+
+
+def test_shards_without_an_index_are_named(tmp_path):
+    _, files = in_shards(tmp_path, "qwen2_5_vl")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert f"{tmp_path} contains {files[0].name}, {files[1].name}, but no model.safetensors.index.json" in error_of(
+        tmp_path
+    )
 
 
 def test_an_adapter_beside_the_weights_is_said(folder):
