@@ -8,7 +8,7 @@ from textwrap import fill
 
 from typer.main import get_command
 
-from evoprune_cli.main import app
+from evoprune_cli import main
 from evoprune_cli.options import full_help
 from evoprune_cli.terminal import WIDTH
 from evoprune_cli.variables import VARIABLES
@@ -29,7 +29,7 @@ Options override them. A command warns about variables whose names begin with `E
 
 
 def reference() -> str:
-    group = get_command(app)
+    group = get_command(main.app)
     above = group.make_context("evoprune", [], resilient_parsing=True, terminal_width=WIDTH - 2)
     help_all = {}
     for name in sorted(group.commands):
@@ -67,4 +67,5 @@ def _section(title: str, text: str) -> str:
 
 
 if __name__ == "__main__":
+    main.plugged = dict  # installed commands of other packages, such as the server, are not on this page
     print(reference(), end="")
