@@ -24,6 +24,7 @@ from evoprune import methods
 from evoprune.errors import UsageError
 from evoprune.methods import Budget, available
 from evoprune_cli.main import COMMANDS, ParserError, app, plugged_command
+from experiments import python_docs
 from experiments.demo.scenes_batches import ScenesRecipe
 from experiments.pictures.examples import MADE_BY, counts
 
@@ -340,3 +341,17 @@ def test_a_wrong_command_is_found(line, says):
     ((*given,),) = commands(f"$ ls | xargs .venv/bin/evoprune {line}  # a comment", "evoprune")
     found = problem(given)
     assert found is None if says is None else says in found
+
+
+def test_the_page_about_python_has_every_public_name():
+    """The page is generated from the signatures and docstrings, which don't mention files inside the package."""
+    page = python_docs.page()
+    assert (ROOT / "docs/python.md").read_text(encoding="utf-8") == page, (
+        "python -m experiments.python_docs > docs/python.md"
+    )
+    assert re.findall(r"^## (\w+)$", page, re.M) == list(python_docs.EXAMPLES)
+    assert sorted(python_docs.EXAMPLES) == sorted(evoprune.__all__)
+    body = page.partition("\n## ")[2]
+    assert not re.search(r"\w\.py\b", body)
+    for example in python_docs.EXAMPLES.values():
+        compile(example, "example", "exec")
