@@ -105,7 +105,7 @@ def running(folder: Path):
     (folder / "out").mkdir()
     env = {name: value for name, value in os.environ.items() if not UNSET.match(name)}
     env |= {"COLUMNS": "80", "TERM": "xterm", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env |= {"EVOPRUNE_CONFIG_DIR": str(folder / "config"), "XDG_CACHE_HOME": str(folder / "cache")}
+    env |= {"XDG_CACHE_HOME": str(folder / "cache")}
     threads, hook = torch.get_num_threads(), sys.excepthook
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
