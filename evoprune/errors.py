@@ -39,7 +39,8 @@ Callback = TypeVar("Callback", bound=Callable[..., Any] | None)
 
 def hide_passwords(text: str) -> str:
     """Remove the user names and passwords from all URLs in a text, for example from a URL of a camera."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+    # The second case is a URL that was normalized like a path.
+    return re.sub(r"(?<=://)[^/\s]*@|(?<=[a-z]:/)[^/\s:]+:[^/\s]*@", "", text)
 
 
 class EvopruneError(Exception):

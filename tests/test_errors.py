@@ -28,7 +28,13 @@ def test_a_changed_message_is_the_one_that_is_shown():
 
 
 @pytest.mark.parametrize(
-    "url", ["rtsp://user:secret@camera/live", "HTTP://secret@host:80/a@b.mp4", "https://user:p@secret@host/a"]
+    "url",
+    [
+        "rtsp://user:secret@camera/live",
+        "HTTP://secret@host:80/a@b.mp4",
+        "https://user:p@secret@host/a",
+        "/tmp/http:/user:secret@host/a",
+    ],
 )
 def test_errors_never_show_passwords_in_urls(url):
     problem = VideoError(f"cannot read {url}: it is not there, and neither is {url!r}", f"try {url}")
@@ -38,5 +44,5 @@ def test_errors_never_show_passwords_in_urls(url):
         json.dumps(error_record(problem)),
         json.dumps(error_record(OSError(url))),
     ):
-        assert "secret" not in shown and "://" in shown
+        assert "secret" not in shown and ":/" in shown
     assert VideoError("a@b.mp4 and https://host/c@d.mp4").message == "a@b.mp4 and https://host/c@d.mp4"
