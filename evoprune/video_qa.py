@@ -63,14 +63,14 @@ class VideoQA(Uncopied):
 
     `VideoQA` always computes in the dtype of the loaded model, even inside a torch autocast region.
 
-    To process many videos, use `evoprune.batch.answers`, or write your own loop with `evoprune.session.in_flight`. Both read
+    To process many videos, use `evoprune.batch.answers`, or write your own loop with `in_flight` from evoprune.session. Both read
     the next videos while the current one is being answered.
 
     Attributes:
         session: The loaded model with its pruning settings. Pass this to the functions in `evoprune.session`.
 
     Args:
-        loaded: A model from `evoprune.session.load_model`, or a `Session`. A session already has a load time and pruning
+        loaded: A model from `load_model` from evoprune.session, or a `Session`. A session already has a load time and pruning
             options, so `load_seconds` and `options` are ignored in that case.
         load_seconds: The load time in seconds, which is included in reports.
         options: `budget`, `method` and `seed`; see `load`.

@@ -167,7 +167,7 @@ def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Un
             qa = evoprune.VideoQA.load("Qwen/Qwen2.5-VL-3B-Instruct", ahead=ahead)
             video = qa.encode("clip.mp4", fps=2)
 
-    This saves time only until the model has been loaded. To read ahead with a loaded model, use `evoprune.session.in_flight`.
+    This saves time only until the model has been loaded. To read ahead with a loaded model, use `in_flight` from evoprune.session.
     Missing or unreadable inputs don't raise an error until they are encoded.
 
     Args:

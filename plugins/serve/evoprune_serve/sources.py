@@ -319,7 +319,7 @@ class Sources:
 def decoded(url: str) -> bytes:
     """Decode the data in a `data:` URL as browsers do (WHATWG, Fetch and Infra).
 
-    Unlike in browsers, a parameter may contain a comma, as in `data:video/webm;codecs=vp8,opus;base64,...`, because that is how
+    Unlike in browsers, a parameter may contain a comma, as in data:video/webm;codecs=vp8,opus;base64,..., because that is how
     browsers write the URL of a recording.
 
     Raises:
