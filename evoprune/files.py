@@ -49,13 +49,19 @@ class FileIdentity(NamedTuple):
         status = os.stat(path)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
-    def is_settled(self, read_ns: int) -> bool:
-        """Return True if any later change is certain to change the identity, because the file was last changed long enough before.
+    @classmethod
+    def settled(cls, path: str | os.PathLike[str]) -> Self | None:
+        """Return the current identity if any later change is certain to change it.
 
-        Args:
-            read_ns: Time just before the identity was read, in nanoseconds since 1970.
+        Returns None if the file does not exist, or was changed so recently that another change might not advance its times.
         """
-        return read_ns - self.changed_ns > (TICK_NS if self.changed_ns % 10**9 else COARSE_TICK_NS)
+        now_ns = time.time_ns()
+        try:
+            identity = cls.of(path)
+        except (OSError, ValueError):
+            return None
+        tick_ns = TICK_NS if identity.changed_ns % 10**9 else COARSE_TICK_NS
+        return identity if now_ns - identity.changed_ns > tick_ns else None
 
 
 class FileMemo(Generic[Value]):
@@ -85,19 +91,19 @@ class FileMemo(Generic[Value]):
         so recently that another change might go unnoticed.
 
         Raises:
-            OSError: The file does not exist.
+            OSError: The file was deleted during the computation.
             Exception: Any exception raised by `compute`.
         """
-        read_ns = time.time_ns()
-        identity = FileIdentity.of(path)
-        settled = identity.is_settled(read_ns)
+        identity = FileIdentity.settled(path)
+        if identity is None:
+            return compute()
         key = os.fspath(path), identity
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key]
         value = compute()
-        if settled and is_kept(value) and FileIdentity.of(path) == identity:
+        if is_kept(value) and FileIdentity.of(path) == identity:
             with self._lock:
                 self._values[key] = value
                 if len(self._values) > self._most:

@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_a_value_is_computed_once_for_each_state_of_a_file(settled):
     settled.unlink()
     with pytest.raises(FileNotFoundError):
         memo.get(settled, value)
+    assert FileIdentity.settled(settled) is None
 
 
 def test_what_may_be_stale_is_not_kept(settled):
@@ -54,9 +56,15 @@ def test_what_may_be_stale_is_not_kept(settled):
     memo.get(settled, lambda: computed.append(1), lambda value: False)
     memo.get(settled, lambda: computed.append(1))
     assert len(computed) == 4
-    second_ns = 10**9
-    assert not FileIdentity(0, 0, 0, 0, 5 * second_ns).is_settled(5 * second_ns + COARSE_TICK_NS)
-    assert FileIdentity(0, 0, 0, 0, 5 * second_ns).is_settled(5 * second_ns + COARSE_TICK_NS + 1)
+
+
+def test_whole_seconds_need_more_time(settled, monkeypatch):
+    whole_ns = 5 * 10**9  # a file system without fractions of a second
+    times = SimpleNamespace(st_dev=1, st_ino=2, st_size=3, st_mtime_ns=whole_ns, st_ctime_ns=whole_ns)
+    monkeypatch.setattr(os, "stat", lambda path: times)
+    for wait_ns, is_settled in ((2 * TICK_NS, False), (COARSE_TICK_NS, False), (COARSE_TICK_NS + 1, True)):
+        monkeypatch.setattr(time, "time_ns", lambda wait_ns=wait_ns: whole_ns + wait_ns)
+        assert (FileIdentity.settled(settled) is not None) == is_settled
 
 
 def test_only_the_latest_values_are_kept(settled):

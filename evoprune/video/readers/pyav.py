@@ -5,6 +5,7 @@ decode the runs in parallel, each with its own decoder. Because the runs depend 
 independent of the number of threads. `intervals` decodes all frames of a file.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,19 +19,24 @@ from evoprune.backend import Host
 from evoprune.video.info import FrameTimes, Video
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlaced
-from evoprune.video.readers.track import Keyframe, TimedFrame, Track, Unreachable
+from evoprune.video.readers.opened import open_tracks
+from evoprune.video.readers.track import (
+    BACK_S,
+    DECODER_BYTES,
+    MAX_ENTRIES,
+    Keyframe,
+    TimedFrame,
+    Track,
+    Unreachable,
+)
 from evoprune.video.readers.workers import in_order
 
-# Maximum number of keyframes at which to try to start decoding, because an index may also list non-keyframes.
-MAX_ENTRIES = 3
 BEGINNING_S = 1.0  # runs with a keyframe before this time are decoded from the start of the file
 MAX_NEAR = 3  # number of keyframes to try when moving a time, nearest first
 # With seek "auto", times are moved to keyframes only if the parts of the video last at least `LEAST_PART_S` seconds and if this
 # avoids decoding at least this many pixels, which would take two to three seconds on a single core.
 SAVED_PIXELS = 10**9
 LEAST_PART_S = 1.0
-# Memory per decoder and frame pixel: 16 reference frames and a few others, at up to 3 bytes per pixel.
-DECODER_BYTES = 64
 ROOM_BYTES = 2**29  # memory for decoded frames waiting to be yielded
 
 
@@ -111,18 +117,16 @@ def _in_parallel(
     Raises:
         Unreachable: See `_on_screen`.
     """
-    with closing(Track(info)) as first:
-        runs = planned(first, times_s, seek, part_s)
+    with open_tracks(info) as tracks:
+        with tracks.borrow() as track:
+            runs = planned(track, times_s, seek, part_s)
         pixels = info.width * info.height
         threads = min(cores, len(runs), _most_decoders(pixels))
         ffmpeg.picture_size(pixels, threads)
-        # Opening a video takes as long as decoding a few frames, so one thread takes this track. `next` gives it to only one.
-        opened = iter([first])
 
         @contextmanager
         def tools() -> Iterator[Callable[[Run], Iterator[tuple[ffmpeg.Shown, list[object]]]]]:
-            with closing(next(opened, None) or Track(info)) as track:
-                track.use_threads(ffmpeg.thread_count(cores // threads))
+            with tracks.borrow(ffmpeg.thread_count(cores // threads)) as track:
                 picture = Picture(info)
 
                 def work(run: Run) -> Iterator[tuple[ffmpeg.Shown, list[object]]]:
@@ -175,10 +179,9 @@ def planned(track: Track, times_s: Sequence[float], seek: str, part_s: float) ->
         seek, part_s: See `frames.read_chunks`.
     """
     info = track.info
-    try:
-        keyframes = track.keyframes(times_s[0], times_s[-1] + part_s)
-    except Unreachable:
-        keyframes = []
+    # The frames of an AVI have been counted from the beginning, so a frame that is decoded alone has no time.
+    moves = info.container != ffmpeg.AVI and (seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S))
+    keyframes = _keyframes(track, times_s, part_s if moves else 0.0)
     interlaced = info.interlaced or track.stream.codec_context.field_order > 1
     if len(keyframes) < 2:
         return [Run(tuple(times_s), (None,))]
@@ -186,7 +189,6 @@ def planned(track: Track, times_s: Sequence[float], seek: str, part_s: float) ->
     places = [
         max(0, end - 1) for end in ends
     ]  # for each time, the index of the last keyframe displayed at or before it
-    moves = seek == "keyframes" or (seek == "auto" and part_s >= LEAST_PART_S)
     near = [()] * len(times_s)
     if moves:
         near = [_nearest_keyframes(keyframes, time, part_s / 2, track.tolerance_s) for time in times_s]
@@ -208,6 +210,26 @@ def planned(track: Track, times_s: Sequence[float], seek: str, part_s: float) ->
                 starts = [*entries[1:], entries[0]]  # deinterlacing also requires the frame before the requested frame
             runs.append(Run(times, tuple(key if key.time_s > BEGINNING_S else None for key in starts), found))
     return runs
+
+
+def _keyframes(track: Track, times_s: Sequence[float], part_s: float) -> list[Keyframe]:
+    """Return the keyframes from which frames near the given times can be decoded, in ascending order.
+
+    If the times are far apart, the keyframes between them are left out.
+
+    Returns:
+        The keyframes, or an empty list if seeking fails. See `Track.keyframes`.
+    """
+    found: set[Keyframe] = set()
+    first_s = times_s[0] - part_s / 2
+    try:
+        for time_s, next_s in zip(times_s, [*times_s[1:], math.inf], strict=True):
+            if next_s - part_s / 2 > time_s + part_s + BACK_S[-1]:
+                found.update(track.keyframes(first_s, time_s + part_s))
+                first_s = next_s - part_s / 2
+    except Unreachable:
+        return []
+    return sorted(found)
 
 
 def _time_of(keyframe: Keyframe) -> float:
@@ -264,6 +286,61 @@ def start_decoding(
     return None, None
 
 
+class Playhead:
+    """The frame on screen at the latest requested time, its neighbors, and an iterator over the frames after them.
+
+    Attributes:
+        entry: The keyframe at which decoding started, or None for the beginning of the file.
+        time_s: The latest requested time in seconds.
+        damage: Marks of all damage so far.
+    """
+
+    def __init__(self):
+        self.entry: Keyframe | None = None
+        self.frames: Iterator[TimedFrame] = iter(())
+        self.before: TimedFrame | None = None
+        self.current: TimedFrame | None = None
+        self.upcoming: TimedFrame | None = None
+        self.time_s = -math.inf
+        self.damage: list[object] = []
+        self._shown: TimedFrame | None = None
+        self._listener = ffmpeg.ignore_damage
+
+    def listen(self, damaged: ffmpeg.Damage) -> None:
+        """Report all damage so far, and any further damage, to a callback instead of the previous callback."""
+        self._listener = damaged
+        for mark in self.damage:
+            damaged(mark)
+
+    def note(self, mark: object) -> None:
+        self.damage.append(mark)
+        self._listener(mark)
+
+    def has_next(self, time_s: float) -> bool:
+        """Return True if a later frame is on screen at a time, or if no frame is on screen yet."""
+        return self.upcoming is not None and (self.current is None or self.upcoming[0] <= time_s)
+
+    def advance(self) -> None:
+        self.before, self.current, self._shown = self.current, self.upcoming, None
+        self.upcoming = next(self.frames, None)
+
+    def goes_back(self, *, or_stays: bool = False) -> bool:
+        """Return True if the upcoming frame's timestamp is earlier than the current one's, or equal if `or_stays` is True."""
+        if self.upcoming is None:
+            return False
+        return self.upcoming[0] < self.current[0] or (or_stays and self.upcoming[0] == self.current[0])
+
+    def shown(self) -> TimedFrame:
+        """Return the current frame after deinterlacing."""
+        if self._shown is None:
+            time_s, frame = self.current
+            self._shown = (
+                time_s,
+                deinterlaced(frame, self.before and self.before[1], self.upcoming and self.upcoming[1]),
+            )
+        return self._shown
+
+
 def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool) -> Iterator[TimedFrame]:
     """Yield the deinterlaced frame on screen at each of a run's times, keeping only this frame and its neighbors in memory.
 
@@ -271,25 +348,32 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
     skipping frames becomes unsafe: if there is damage, because the preceding frame stays on screen; if a frame is interlaced; or if
     frames are out of order, because the required frames are identified by their timestamps.
     """
-    damage: list[object] = []
-    note = damage.append if sparing else damaged
-    entry, frames = start_decoding(track, run, note, sparing=sparing)
-    if frames is None and sparing:
-        return
-    if frames is None:
-        raise Unreachable
-    before = current = shown = None
-    upcoming = next(frames, None)
-    if upcoming is None:
-        raise ffmpeg.nothing_decoded(track.info.path)
+    head = None
+    if not sparing and run.entries == (None,):
+        head = track.playhead
+    if head is not None and head.time_s <= run.times_s[0]:
+        head.listen(damaged)
+    else:
+        head = Playhead()
+        if not sparing:
+            head.listen(damaged)
+        head.entry, frames = start_decoding(track, run, head.note, sparing=sparing)
+        if frames is None and sparing:
+            return
+        if frames is None:
+            raise Unreachable
+        head.frames = frames
+        head.upcoming = next(frames, None)
+        if head.upcoming is None:
+            raise ffmpeg.nothing_decoded(track.info.path)
+        if head.entry is None and not sparing:
+            track.playhead = head
     for time in run.times_s:
-        while upcoming and (current is None or upcoming[0] <= time + track.tolerance_s):
-            before, current, shown = current, upcoming, None
-            upcoming = next(frames, None)
-            if sparing and (damage or current[1].interlaced_frame or (upcoming and upcoming[0] <= current[0])):
+        while head.has_next(time + track.tolerance_s):
+            head.advance()
+            if sparing and (head.damage or head.current[1].interlaced_frame or head.goes_back(or_stays=True)):
                 return
-            if upcoming and upcoming[0] < current[0] and entry:
+            if head.entry and head.goes_back():
                 raise Unreachable  # the timestamps are wrong, so the frame and keyframe order is unknown
-        if shown is None:
-            shown = current[0], deinterlaced(current[1], before and before[1], upcoming and upcoming[1])
-        yield shown
+        head.time_s = time
+        yield head.shown()

@@ -6,13 +6,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
+from operator import attrgetter
+from typing import Any
 
 import av
+from av.index import IndexEntries
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from evoprune.files import FileIdentity
 from evoprune.video.info import Video
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.clock import WITH_DECODING_TIMES, Clock, longest_gap_s
@@ -30,6 +34,14 @@ LOOK_AHEAD_BYTES = 2**25
 FIRST = 8  # number of initial frames that are never skipped, to check that frames arrive in timestamp order
 # A seek may land after the keyframe, because MPEG-TS has no index. The seek is then retried this many seconds earlier.
 BACK_S = (0.0, 4.0, 16.0)
+# Memory per decoder and frame pixel: 16 reference frames and a few others, at up to 3 bytes per pixel.
+DECODER_BYTES = 64
+ENTRY_BYTES = 64  # FFmpeg's memory per packet listed in an index
+# Maximum number of keyframes at which to try to start decoding, because an index may also list non-keyframes.
+MAX_ENTRIES = 3
+MOST_CHECKED = 64  # maximum number of files in `_ascending`
+
+_ascending: dict[FileIdentity, bool] = {}  # whether the timestamps in each file's index are ascending
 
 
 class Unreachable(Exception):
@@ -44,6 +56,22 @@ class Keyframe:
     stamp: int  # timestamp that identifies the packet (see `Track._stamp`), in ticks of the stream's clock
 
 
+class _Stamps(Sequence[int]):
+    """The timestamps in an index. Reading an entry takes a microsecond, so a long file's index is not read as a whole."""
+
+    def __init__(self, entries: IndexEntries):
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, place: int) -> int:
+        return self._entries[place].timestamp
+
+    def is_keyframe(self, place: int) -> bool:
+        return self._entries[place].is_keyframe
+
+
 class Track:
     """An open video file with its own decoder, for use by a single thread. Callers must close it.
 
@@ -52,6 +80,8 @@ class Track:
 
     Attributes:
         tolerance_s: See `ffmpeg.tolerance_s`.
+        identity: The file's identity, or None if a later change of the file might go unnoticed.
+        playhead: Set and used by the caller. It is reset to None if decoding starts elsewhere.
     """
 
     def __init__(self, info: Video, threads: int = 1):
@@ -62,6 +92,7 @@ class Track:
         self._open()
 
     def _open(self) -> None:
+        identity = FileIdentity.settled(self.info.path)
         self._container = self._files.enter_context(ffmpeg.open_video(self.info.path))
         try:
             self._stream = ffmpeg.video_stream(self._container, self.info.path, threads=self._threads)
@@ -69,19 +100,49 @@ class Track:
             self.close()
             raise
         self._at_beginning = True
+        self._has_decoded = False
+        self._is_damaged = False
+        self._indexed: list[int] | None = None  # see `_indexed_in_matroska`
+        self.playhead: Any = None
+        if identity is not None and FileIdentity.settled(self.info.path) != identity:
+            identity = None  # the file was replaced in the meantime
+        self.identity = identity
+
+    def can_use(self, threads: int) -> bool:
+        """Return True if `use_threads` can be called with this number of threads."""
+        return threads == self._threads or not self._has_decoded
 
     def use_threads(self, threads: int) -> None:
-        """Change the number of decoder threads. Must be called before anything is decoded."""
-        self._threads = threads
-        ffmpeg.use_threads(self._stream, threads)
+        """Change the number of decoder threads. The number cannot be changed once anything has been decoded."""
+        if threads != self._threads:
+            self._threads = threads
+            ffmpeg.use_threads(self._stream, threads)
+
+    def stop_skipping(self) -> None:
+        """Decode all frames again, even if an iterator from `from_keyframe` or `from_beginning` was abandoned."""
+        self._stream.codec_context.skip_frame = "DEFAULT"
 
     def close(self) -> None:
+        self.playhead = None
         self._files.close()
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """True if reading other frames from this track later is faster than opening the file again, with the same result."""
+        if self._has_index and self._is_seekable:
+            return not self._is_damaged  # a decoder may treat later frames differently after damage
+        return self.playhead is not None and not self._is_seekable
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated memory usage."""
+        return DECODER_BYTES * self.info.width * self.info.height + ENTRY_BYTES * len(self._stream.index_entries)
 
     def keyframes(self, start_s: float, end_s: float) -> list[Keyframe]:
         """List the keyframes between two times, plus at least one keyframe before the start time.
 
-        The keyframes are taken from the file's index if it is complete. Otherwise, the packets have to be read.
+        The keyframes are taken from the file's index if it is complete, along with the next keyframe after the end time and the
+        last `MAX_ENTRIES` keyframes at or before the start time. Otherwise, the packets have to be read.
 
         Returns:
             The keyframes in ascending order. The list is empty if the container is not seekable, the file's clock restarts, packets
@@ -90,21 +151,20 @@ class Track:
         Raises:
             Unreachable: Seeking failed.
         """
-        if not self._has_times:
+        if not self._is_seekable:
             return []
         tick = float(self._stream.time_base)
         if self.info.container == ffmpeg.MATROSKA:
-            self._seek(end_s)  # makes FFmpeg read the index
-        entries = self._stream.index_entries
-        listed = self.info.container == ffmpeg.MATROSKA and len(entries)
-        if listed or (self.info.container == ffmpeg.MOV and len(entries) == self._stream.frames > 0):
-            first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
-            # In an MP4, this is the first frame's decoding time. Nearly all frames are displayed with the same delay.
-            begin_s = first * tick if self.info.container == ffmpeg.MOV else self.info.start_s
-            stamps = [entry.timestamp for entry in entries]
-            if any(later <= earlier for earlier, later in pairwise(stamps)):
+            stamps = self._indexed_in_matroska(end_s)
+            if stamps:
+                return self._around(stamps, start_s, end_s, self.info.start_s)
+        elif self._has_index:
+            entries = self._stream.index_entries
+            if not self._is_ascending():
                 return []  # the index is wrong, so the frame order is unknown
-            return [Keyframe(e.timestamp * tick - begin_s, e.timestamp) for e in entries if e.is_keyframe]
+            first = next((entry.timestamp for entry in entries if not entry.is_discard), entries[0].timestamp)
+            # This is the first frame's decoding time. Nearly all frames are displayed with the same delay.
+            return self._around(_Stamps(entries), start_s, end_s, first * tick)
         if start_s > BACK_S[-1]:
             self._seek(start_s - BACK_S[-1])
         found = []
@@ -116,6 +176,58 @@ class Track:
             if packet.is_keyframe and packet.size:
                 found.append(Keyframe(packet.pts * tick - self.info.start_s, self._stamp(packet)))
         return sorted(found)
+
+    def _indexed_in_matroska(self, end_s: float) -> list[int]:
+        """Return the timestamps in a Matroska file's index, followed by all later keyframes up to a time.
+
+        FFmpeg adds every keyframe that it reads to its own index. These keyframes are left out unless they are after the file's
+        index, so that the result does not depend on what has been read before.
+        """
+        entries = self._stream.index_entries
+        if self._indexed is None:
+            self._seek(0.0)  # makes FFmpeg read the index
+            self._indexed = [entry.timestamp for entry in entries]
+        if self._indexed and self._indexed[-1] * float(self._stream.time_base) - self.info.start_s <= end_s:
+            self._seek(end_s)  # reads the keyframes up to this time
+            place = bisect_right(entries, self._indexed[-1], key=attrgetter("timestamp"))
+            self._indexed += [entry.timestamp for entry in entries[place:]]
+        return self._indexed
+
+    def _around(
+        self, stamps: "Sequence[int] | _Stamps", start_s: float, end_s: float, begin_s: float
+    ) -> list[Keyframe]:
+        """Return the keyframes to list (see `keyframes`) from an index.
+
+        Args:
+            stamps: All timestamps in the index in ascending order, in ticks.
+            begin_s: Time to subtract from the timestamps, in seconds.
+        """
+        tick = float(self._stream.time_base)
+
+        def keyframe(place: int) -> Keyframe:
+            return Keyframe(stamps[place] * tick - begin_s, stamps[place])
+
+        is_keyframe = stamps.is_keyframe if isinstance(stamps, _Stamps) else lambda place: True
+        middle = bisect_right(stamps, start_s + self.tolerance_s, key=lambda stamp: stamp * tick - begin_s)
+        before = islice(filter(is_keyframe, reversed(range(middle))), MAX_ENTRIES)
+        found = [keyframe(place) for place in before][::-1]
+        for place in filter(is_keyframe, range(middle, len(stamps))):
+            found.append(keyframe(place))
+            if found[-1].time_s > end_s + self.tolerance_s:
+                break
+        return found
+
+    def _is_ascending(self) -> bool:
+        """Return True if each timestamp in the index is later than the one before it. Checked only once for each file."""
+        if (known := _ascending.get(self.identity)) is not None:
+            return known
+        stamps = (entry.timestamp for entry in self._stream.index_entries)
+        ascending = all(earlier < later for earlier, later in pairwise(stamps))
+        if self.identity is not None:
+            if len(_ascending) == MOST_CHECKED:
+                _ascending.clear()
+            _ascending[self.identity] = ascending
+        return ascending
 
     def times(self) -> list[float] | None:
         """Return all frame timestamps in ascending order, without decoding, or None if timestamps are missing or duplicated."""
@@ -165,7 +277,7 @@ class Track:
         packets = self._from(keyframe, note)
         if sparing:
             packets = self._spared(packets, times_s)
-        frames = self._decoded(packets, note)
+        frames = self._in_order(self._decoded(packets, note))
         for time, frame in frames:
             if time > times_s[0] + self.tolerance_s:
                 break
@@ -178,6 +290,13 @@ class Track:
             latest = max(latest, time)
         return None
 
+    def _in_order(self, frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
+        """Yield frames unchanged. Raises `Unreachable` if the frames of an AVI turn out to be reordered."""
+        for found in frames:
+            if self.info.container == ffmpeg.AVI and self._reorders:
+                raise Unreachable
+            yield found
+
     def packets(self, keyframe: Keyframe | None) -> Iterator[Packet | None]:
         """Return the packets from a keyframe onward, or all packets if None is given. Raises `Unreachable` if seeking fails."""
         if keyframe is not None:
@@ -189,6 +308,7 @@ class Track:
         """Decode a single keyframe without reading any other packets. Returns None if this fails."""
         decode = ffmpeg.decoder(self._stream, self.info.crop)
         frames: list[VideoFrame] = []
+        self._has_decoded = True
         try:
             for packet in self._from(keyframe, ffmpeg.ignore_damage):
                 frames = decode(packet)
@@ -196,9 +316,13 @@ class Track:
                     break
             frames = frames or decode(None)
         except (av.error.FFmpegError, Unreachable):
+            self._is_damaged = True
             return None
         if not frames:
+            self._is_damaged = True
             return None
+        if frames[0].is_corrupt:
+            self._is_damaged = True
         stamp = ffmpeg.frame_time(frames[0], self._stream)
         if stamp is None or not _is_whole(frames[0]):
             return None
@@ -224,6 +348,28 @@ class Track:
         return self._stream
 
     @property
+    def _has_index(self) -> bool:
+        """True if the index lists all packets or, in Matroska, if there is one."""
+        listed = len(self._stream.index_entries)
+        if self.info.container == ffmpeg.MATROSKA:
+            return listed > 0
+        return self.info.container in (ffmpeg.MOV, ffmpeg.AVI) and listed == self._stream.frames > 0
+
+    @property
+    def _is_seekable(self) -> bool:
+        """True if frames decoded after a seek have the same timestamps as frames decoded from the beginning.
+
+        An AVI counts its frames. After a seek, they have the same numbers if the index lists them all and none is reordered.
+        """
+        if self.info.container == ffmpeg.AVI:
+            return self._has_index and self._stream.start_time is not None and not self._reorders
+        return self._has_times
+
+    @property
+    def _reorders(self) -> bool:
+        return bool(self._stream.codec_context.has_b_frames)
+
+    @property
     def _has_times(self) -> bool:
         return self.info.container in SEEKABLE and not self.info.clock_restarts and self._stream.start_time is not None
 
@@ -238,12 +384,22 @@ class Track:
 
     def _packets(self, damaged: ffmpeg.Damage = ffmpeg.ignore_damage) -> Iterator[Packet | None]:
         self._at_beginning = False
-        in_order = self.info.container == ffmpeg.AVI and not self._stream.codec_context.has_b_frames
-        packets = ffmpeg.packets(self._container, self._stream, damaged)
+        self.playhead = None
+        in_order = self.info.container == ffmpeg.AVI and not self._reorders
+        packets = ffmpeg.packets(self._container, self._stream, self._noting(damaged))
         for packet in self._new_clock().steady(packets, self._stream):
             if packet is not None and in_order:
                 packet.pts = packet.dts  # FFmpeg delays H.264 by a frame, unlike `ffmpeg.frame_time`
             yield packet
+
+    def _noting(self, damaged: ffmpeg.Damage) -> ffmpeg.Damage:
+        """Return a callback that notes the damage and then calls the given callback."""
+
+        def note(mark: object) -> None:
+            self._is_damaged = True
+            damaged(mark)
+
+        return note
 
     def _stamp(self, packet: Packet) -> int | None:
         """Return a packet's identifying timestamp, which is its decoding time or, in Matroska, its display time."""
@@ -252,6 +408,7 @@ class Track:
     def _seek(self, time_s: float) -> None:
         """Seek to a time in seconds from the first frame. Raises `Unreachable` if seeking fails."""
         self._at_beginning = False
+        self.playhead = None
         try:
             self._container.seek(math.floor((time_s + self.info.start_s) / self._stream.time_base), stream=self._stream)
         except (av.error.FFmpegError, OverflowError) as error:
@@ -320,6 +477,7 @@ class Track:
 
         A frame without a timestamp is placed one frame interval after the previous frame.
         """
+        self._has_decoded = True
         info = self.info
         step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
         time = -step
@@ -327,7 +485,7 @@ class Track:
         def stamp_of(frame: VideoFrame) -> float | None:
             return ffmpeg.frame_time(frame, self._stream)
 
-        frames = ffmpeg.decoded_frames(self._stream, packets, damaged, info.crop)
+        frames = ffmpeg.decoded_frames(self._stream, packets, self._noting(damaged), info.crop)
         if info.clock_restarts and info.container not in WITH_DECODING_TIMES:
             timed = self._new_clock().corrections(frames, stamp_of, lambda _: step)
         else:

@@ -7,6 +7,7 @@ worker, and unpickling the worker's messages would then allow it to run code in 
 import json
 import mmap
 import os
+import select
 import socket
 import struct
 import time
@@ -75,6 +76,12 @@ class Channel:
         if now - self._reported > ALIVE_EVERY_S:
             self._reported = now
             self._socket.sendall(_ALIVE + _LENGTH.pack(min(self.done, LARGEST)))
+
+    def has_message(self, patience_s: float) -> bool:
+        """Return True if `receive` would not block. Waits up to `patience_s` seconds for a message."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(1000 * patience_s))
 
     def receive(self, patience_s: float | None = None) -> tuple[dict | Heartbeat, int | None]:
         """Wait for the next message or heartbeat.

@@ -42,6 +42,7 @@ from evoprune.video.info import FrameTimes, ScanResult, Video
 from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
 from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
+from evoprune.video.readers.opened import OpenTracks, keep_open
 from evoprune.video.readers.sound import SoundReader
 from evoprune.video.sandbox.channel import Channel
 
@@ -55,6 +56,7 @@ BASE_BYTES = 2**30
 # frames, at up to 3 bytes per pixel (10 bits, 4:2:0). Each additional decoder has one thread and needs half as much memory
 # (`pyav.DECODER_BYTES`).
 BYTES_PER_PIXEL = 128
+KEEP_OPEN_S = 10.0  # an idle process closes its video after this time
 
 
 def counted(done: int) -> None:
@@ -235,7 +237,7 @@ def main(descriptor: int) -> None:
     global counted
     counted = partial(setattr, channel, "done")
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end was closed
-        _serve(channel)
+        _serve(channel, keep_open())
 
 
 def _end_with(pipe: int) -> None:
@@ -295,15 +297,20 @@ class Server:
         self._reader = None
 
 
-def _serve(channel: Channel) -> None:
+def _serve(channel: Channel, tracks: OpenTracks) -> None:
     server = Server()
     pieces = {}
     while True:
+        if not channel.has_message(KEEP_OPEN_S):
+            tracks.close()
         message, memory = channel.receive()
         shape, piece, last = (message.pop(name, None) for name in ("shape", "piece", "last"))
         try:
             task = message.get("task")
             if task and task != "next":
+                server.close()
+                if task != "frames":
+                    tracks.close()
                 pieces.clear()
                 _limit(BASE_BYTES)
                 _enter(message["folder"])
@@ -328,6 +335,8 @@ def _serve(channel: Channel) -> None:
             channel.send(answer)
         except VideoError as problem:  # the answer is too long
             channel.send(_error(problem))
+        if last:
+            server.close()
 
 
 def _error(problem: EvopruneError) -> dict[str, Any]:
