@@ -10,7 +10,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Generic, NamedTuple, Self, TypeVar
@@ -73,7 +73,7 @@ class FileMemo(Generic[Value]):
 
     def __init__(self, most: int):
         self._most = most
-        self._values: OrderedDict[tuple[str, FileIdentity], Value] = OrderedDict()
+        self._values: OrderedDict[tuple[str, FileIdentity, Hashable], Value] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
@@ -84,8 +84,12 @@ class FileMemo(Generic[Value]):
         path: str | os.PathLike[str],
         compute: Callable[[], Value],
         is_kept: Callable[[Value], bool] = lambda value: True,
+        also: Hashable = None,
     ) -> Value:
         """Return the stored value for a file, or compute and store it.
+
+        Args:
+            also: Anything else on which the value depends.
 
         The value is not stored if `is_kept` returns False, if the file changes during the computation, or if the file was modified
         so recently that another change might go unnoticed.
@@ -97,7 +101,7 @@ class FileMemo(Generic[Value]):
         identity = FileIdentity.settled(path)
         if identity is None:
             return compute()
-        key = os.fspath(path), identity
+        key = os.fspath(path), identity, also
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)

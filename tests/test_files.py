@@ -27,6 +27,7 @@ def test_a_value_is_computed_once_for_each_state_of_a_file(settled):
         return settled.read_text()
 
     assert [memo.get(settled, value) for _ in range(3)] == ["old"] * 3 and len(computed) == 1
+    assert memo.get(settled, lambda: "other", also="option") == "other"
     assert copy.deepcopy(memo).get(settled, value) == "old" and len(computed) == 2
     status = os.stat(settled)
     settled.write_text("new")  # in place, with the same size and date

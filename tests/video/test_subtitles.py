@@ -69,6 +69,24 @@ def test_a_file_beside_a_stream_that_begins_late_as_a_whole(tmp_path):
     assert [line[:2] for line in read_subtitles(probe(path), "auto").lines] == [(1.0, 2.0), (3.5, 4.0)]
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_spans_of_a_video_read_its_subtitles_once(tmp_path, monkeypatch, beside):
+    path = write_subtitled(tmp_path / "clip.mkv", [] if beside else [SRT])
+    if beside:
+        (tmp_path / "clip.srt").write_text(SRT)
+    time.sleep(0.05)  # until the ctimes are in the past
+    opened, open_video = [], reader.ffmpeg.open_video
+    monkeypatch.setattr(reader.ffmpeg, "open_video", lambda file: opened.append(file) or open_video(file))
+    spans = [(0.0, 1.5), (1.5, 9.0), (0.0, 9.0), (5.0, 9.0)]
+
+    def lines():
+        return [reader.read(str(path), 0.0, "auto", *span).lines for span in spans]
+
+    assert lines() == [[WHO], [WHO, SIZE], [WHO, SIZE], []] and len(opened) == 1
+    (tmp_path / "clip.srt").write_text(srt([(5, 6, "new")]))
+    assert lines() == [[], [(5.0, 6.0, "new")]] + [[(5.0, 6.0, "new")]] * 2
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings(video, tmp_path, encoding, newline):

@@ -19,6 +19,7 @@ from av.stream import Discard, Disposition
 from av.subtitles.stream import SubtitleStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
+from evoprune.files import FileMemo
 from evoprune.util import missing_hint, shorten, shown
 from evoprune.video.info import SubtitleLine, Subtitles
 from evoprune.video.input_files import Folder
@@ -55,6 +56,11 @@ SRT_TIMES = re.compile(rf"[ \t]*+{CLOCK}[,.][0-9]{{3}}[ \t]*+-->[ \t]*+{CLOCK}[,
 EXAMPLES = {"ass": "0:00:01.50", "srt": "00:00:01,500 --> 00:00:02,000", "webvtt": "00:00:01.500 --> 00:00:02.000"}
 HINT = "give a file in SRT, WebVTT or ASS, saved as UTF-8, or a video with a text track; or leave subtitles out"
 
+# Each span of a video needs the same subtitles, so they are kept until a file changes.
+_parsed: FileMemo[Subtitles] = FileMemo(2)
+_clock_starts: FileMemo[float] = FileMemo(2)
+_names: FileMemo[list[str]] = FileMemo(1)  # names in the folder of the latest video
+
 
 def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) -> Subtitles:
     """Read a video's subtitles. See `evoprune.video.frames.read_subtitles`.
@@ -72,14 +78,14 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
     try:
         if file is not None:
             if os.path.realpath(file) != os.path.realpath(path):
-                origin_s -= _clock_start(path)
-            subtitles = _from_file(file, origin_s)
+                origin_s -= _clock_starts.get(path, lambda: _clock_start(path))
+            subtitles = _parsed.get(file, lambda: _from_file(file, origin_s), also=(origin_s, file))
             if subtitles.source is None:
                 raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
         elif os.path.isdir(path):
             subtitles = Subtitles(note=why or "no file next to the folder")
         else:
-            subtitles = _from_container(path, origin_s, "")
+            subtitles = _parsed.get(path, lambda: _from_container(path, origin_s, ""), also=(origin_s, None))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         hint = missing_hint(file, HINT) if file else HINT
         problem = f"cannot read subtitles from {shown(file or path)}: {ffmpeg.reason(error)}"
@@ -99,7 +105,7 @@ def _beside(path: str) -> tuple[str | None, str | None]:
     Returns:
         (path, None) if a file was found, (None, reason) if the choice is ambiguous, or (None, None) if there is no subtitle file.
     """
-    exact, others = Folder.subtitles_beside(path, os.listdir)
+    exact, others = Folder.subtitles_beside(path, lambda folder: _names.get(folder, lambda: os.listdir(folder)))
     if exact:
         return exact[0], None
     if len(others) == 1:

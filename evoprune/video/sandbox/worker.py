@@ -309,7 +309,7 @@ def _serve(channel: Channel, tracks: OpenTracks) -> None:
             task = message.get("task")
             if task and task != "next":
                 server.close()
-                if task != "frames":
+                if task not in ("frames", "subtitles"):  # a batch alternates between them
                     tracks.close()
                 pieces.clear()
                 _limit(BASE_BYTES)
