@@ -15,9 +15,7 @@ from evoprune.video.info import Video
 if TYPE_CHECKING:
     import numpy as np
 
-# Maximum tolerance in seconds. A frame that begins up to this long after the requested time is considered to be on screen. The
-# tolerance is at most a tenth of the shortest frame.
-TOLERANCE_S = 1e-4
+TOLERANCE_S = 1e-4  # maximum tolerance, which is less than for files, because timestamps are not rounded
 RATE_HINT = "give frame_rate=30 (frames per second) or times_s=[...] (seconds)"
 
 
@@ -94,13 +92,14 @@ class HeldVideo(Video):
     __hash__ = object.__hash__
 
     @cached_property
-    def _tolerance_s(self) -> float:
+    def tolerance_s(self) -> float:
+        """See `Video.tolerance_s`. At most a tenth of the shortest frame."""
         gaps = (later - earlier for earlier, later in pairwise(self.frames_s))
         return min(TOLERANCE_S, min(gaps, default=math.inf) / 10)
 
     def on_screen(self, times_s: Sequence[float]) -> "tuple[np.ndarray, tuple[float, ...]]":
         """Return the frames on screen at n times as C-contiguous uint8 `[n, H, W, 3]`, along with their start times in seconds."""
-        counts = [bisect_right(self.frames_s, time_s + self._tolerance_s) for time_s in times_s]
+        counts = [bisect_right(self.frames_s, time_s + self.tolerance_s) for time_s in times_s]
         numbers = [max(count - 1, 0) for count in counts]
         frames = self.held[numbers]
         if not frames.flags.c_contiguous:

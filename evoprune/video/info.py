@@ -22,7 +22,7 @@ Kind = Literal["video", "picture"]  # input types that models treat differently
 # Default frame rate for a folder of images, because frames for Qwen2.5-VL are usually extracted at this rate.
 FOLDER_FPS = 2.0
 ROUNDED_S = 0.000501  # slightly more than the rounding error of timestamps in Matroska, which rounds to milliseconds
-TOLERANCE_S = 0.0006  # maximum tolerance (see `tolerance_s`)
+TOLERANCE_S = 0.0006  # maximum tolerance (see `Video.tolerance_s`)
 FOLDER = "folder"  # value of `Video.container` for a folder of images
 MAX_TIMES = 2**21  # maximum number of times in a single request for frames; as text, they take at most 54 MB
 AUDIO_RATE = 16_000  # samples per second of the audio for speech recognition
@@ -129,6 +129,17 @@ class Video:
             raise VideoError(f"the duration of {self.path} is unknown", "re-encode it, e.g. with ffmpeg -i IN OUT.mp4")
         return self.duration_s
 
+    @property
+    def tolerance_s(self) -> float:
+        """How long after a requested time a frame may start and still be considered to be on screen, in seconds.
+
+        The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
+        frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
+        """
+        if not self.fps:
+            return TOLERANCE_S
+        return min(TOLERANCE_S, max(0.5 / self.fps - ROUNDED_S, 0.01 / self.fps))
+
     def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
         """Resolve a user-specified time span to start and end times in seconds from the first frame.
 
@@ -185,20 +196,6 @@ def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None)
         hint = "choose an end after the start; negative times count from the video's end"
         raise VideoError(f"nothing between start {start_s:g} s and end {end_s:g} s of {video}", hint)
     return start, end
-
-
-def tolerance_s(fps: float | None) -> float:
-    """Return how long after a requested time a frame may start and still be considered to be on screen, in seconds.
-
-    The tolerance makes up for rounded timestamps. It shrinks at more than 450 frames per second: a request for the middle of a
-    frame must not return the next frame, which starts half a frame later, or earlier if its timestamp was rounded down.
-
-    Args:
-        fps: The video's average frame rate in frames per second, or None if unknown.
-    """
-    if not fps:
-        return TOLERANCE_S
-    return min(TOLERANCE_S, max(0.5 / fps - ROUNDED_S, 0.01 / fps))
 
 
 def fitted(size: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from evoprune.files import FileMemo, in_natural_order
 from evoprune.util import file_state
-from evoprune.video.info import Video, tolerance_s
+from evoprune.video.info import Video
 
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # subtitle file extensions, in order of preference
 # Matches a language tag before a subtitle file extension, such as .en or .pt-BR.
@@ -123,7 +123,7 @@ _images: FileMemo[tuple[list[str], bool]] = FileMemo(4)  # a folder's `images` a
 
 def image_number(info: Video, time_s: float, count: int) -> int:
     """Return the index of the image on screen at a given time in a folder of `count` images."""
-    return int(min(max((time_s + tolerance_s(info.fps)) * info.fps, 0), count - 1))
+    return int(min(max((time_s + info.tolerance_s) * info.fps, 0), count - 1))
 
 
 def input_state(

@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.video.frames import probe, read_chunks, scan
+from evoprune.video.info import TOLERANCE_S
 from evoprune.video.readers import ffmpeg, pyav
 from evoprune.video.readers.deinterlacing import deinterlacing
-from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from tests.decoders import DECODERS, EVERY
 from tests.video.files import (
     in_this_process,

@@ -8,10 +8,10 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.video.frames import probe, read_chunks
+from evoprune.video.info import TOLERANCE_S
 from evoprune.video.plan import SamplingPlan
 from evoprune.video.readers import pyav
 from evoprune.video.readers.deinterlacing import deinterlaced
-from evoprune.video.readers.ffmpeg import TOLERANCE_S
 from evoprune.video.readers.track import Track
 from tests.video.files import number_of, numbered_frames, pixels, write_video
 

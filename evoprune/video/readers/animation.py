@@ -81,7 +81,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         done = shown = -1  # if a frame is damaged, the previous frame stays on screen
         rgb = None
         for time in times_s:
-            wanted = max(0, bisect_right(begins, time + ffmpeg.tolerance_s(info.fps)) - 1)
+            wanted = max(0, bisect_right(begins, time + info.tolerance_s) - 1)
             while done < wanted or (rgb is None and done < len(begins) - 1):
                 done += 1
                 if (frame := _decoded(image, done, damaged)) is not None:

@@ -34,7 +34,7 @@ from av.video.stream import VideoStream
 
 from evoprune.backend import Host
 from evoprune.errors import VideoError
-from evoprune.video.info import CLIP_ENDINGS, Video
+from evoprune.video.info import CLIP_ENDINGS, TOLERANCE_S, Video
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.pyav import Picture, planned, start_decoding
@@ -314,7 +314,7 @@ def _copied(
     packets: Iterator[Packet | None],
     origin_s: float,
     length_s: float,
-    tolerance_s: float = ffmpeg.TOLERANCE_S,
+    tolerance_s: float = TOLERANCE_S,
 ) -> TimedPackets:
     """Yield the packets to copy to a clip, with times relative to the start of the clip.
 
@@ -324,7 +324,7 @@ def _copied(
     Args:
         origin_s: Start time of the clip on the file's own clock, in seconds.
         length_s: Length of the clip in seconds.
-        tolerance_s: See `ffmpeg.tolerance_s`.
+        tolerance_s: See `Video.tolerance_s`.
 
     Raises:
         VideoError: The file is damaged, because its packets add up to more bytes than the file itself.
@@ -416,7 +416,7 @@ def _pictures(info: Video, start_s: float, end_s: float) -> Pictures:
     shown = None
     shown_s = -math.inf
     picture = Picture(info)
-    tolerance_s = ffmpeg.tolerance_s(info.fps)
+    tolerance_s = info.tolerance_s
     for time_s, frame in deinterlacing(_decoded(info, start_s)):
         # A frame's timestamp is wrong unless it is later than the previous frame's timestamp. No two frames share a tick.
         if time_s < shown_s + max(tolerance_s, CLOCK):

@@ -80,7 +80,7 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         reader = decord.VideoReader(name, num_threads=ffmpeg.thread_count(Host().available_cores()))
         stamps = _stamps(info, reader)
         # Add one float32 step to the tolerance, because decord rounds its times to float32.
-        begins = stamps - np.spacing(stamps) - ffmpeg.tolerance_s(info.fps)
+        begins = stamps - np.spacing(stamps) - info.tolerance_s
         at = -1
         rgb = None
         for time in times_s:
@@ -120,7 +120,7 @@ def _stamps(info: Video, reader) -> np.ndarray:
         return np.zeros_like(stamps)
     # decord's first displayed frame has the timestamp 0, unless decord also lists frames that are never displayed. If the
     # timestamps are unknown, as in AVI and very short Matroska files, decord reports huge numbers.
-    if abs(stamps[0]) > ffmpeg.tolerance_s(info.fps) or np.any(np.diff(stamps) < 0):
+    if abs(stamps[0]) > info.tolerance_s or np.any(np.diff(stamps) < 0):
         raise _refusal(info, "it does not report the times of the frames")
     return stamps
 

@@ -27,9 +27,7 @@ from av.video.stream import VideoStream
 
 from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, overlapping, shorten, shown
-from evoprune.video.info import TOLERANCE_S as TOLERANCE_S  # readers use it as `ffmpeg.TOLERANCE_S`
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
-from evoprune.video.info import tolerance_s as tolerance_s
 from evoprune.video.readers import colour
 
 # A callback for damaged data. It is called for each damaged packet or image with a mark that identifies the damage. The same damage

@@ -21,6 +21,7 @@ from av.video.frame import VideoFrame
 
 from evoprune.backend import Host
 from evoprune.errors import VideoError
+from evoprune.video.info import TOLERANCE_S
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.clock import FORWARD_S, Clock, longest_gap_s
 from evoprune.video.readers.deinterlacing import deinterlacing
@@ -109,7 +110,7 @@ class LiveReader:
             `Video`; and "clock_gap_s", the largest forward jump so far interpreted as a reset of the source's clock.
         """
         for time_s, shown in self._frames:
-            if time_s >= after_s - ffmpeg.TOLERANCE_S:
+            if time_s >= after_s - TOLERANCE_S:
                 frame = shown()
                 turn = ffmpeg.orientation(frame)
                 width, height = ffmpeg.displayed_size(frame, self.facts["pixel_aspect"], turn[0])

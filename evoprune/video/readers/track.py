@@ -79,14 +79,14 @@ class Track:
         threads: Number of decoder threads.
 
     Attributes:
-        tolerance_s: See `ffmpeg.tolerance_s`.
+        tolerance_s: See `Video.tolerance_s`.
         identity: The file's identity, or None if a later change of the file might go unnoticed.
         playhead: Set and used by the caller. It is reset to None if decoding starts elsewhere.
     """
 
     def __init__(self, info: Video, threads: int = 1):
         self.info = info
-        self.tolerance_s = ffmpeg.tolerance_s(info.fps)
+        self.tolerance_s = info.tolerance_s
         self._threads = threads
         self._files = ExitStack()
         self._open()
@@ -513,7 +513,7 @@ def _is_wanted(time_s: float, shown_s: Sequence[float], times_s: Sequence[float]
     Args:
         shown_s: Display times of nearby frames, in ascending order.
         times_s: Requested times, in ascending order.
-        tolerance_s: See `ffmpeg.tolerance_s`.
+        tolerance_s: See `Video.tolerance_s`.
     """
     following = bisect_right(shown_s, time_s)
     ends_s = shown_s[following] if following < len(shown_s) else math.inf
