@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -191,6 +192,23 @@ def test_only_one_video_stays_open(folder, kept):
         open_files.append({name for name in names if name in {each.path for each in infos}})
     # MPEG-TS has no index that would make later reads faster.
     assert open_files == [{infos[0].path}, {infos[1].path}, set()]
+
+
+def test_a_video_that_is_closed_while_a_thread_takes_it(folder, kept, monkeypatch):
+    read(probe(made(folder, "plain.mp4")), [5.0])
+    assert kept.memory_bytes > 0
+    closing_thread = threading.Thread(target=kept.close)
+    can_use = Track.can_use
+
+    def interrupted(track, threads):
+        closing_thread.start()
+        closing_thread.join(0.1)
+        return can_use(track, threads)
+
+    monkeypatch.setattr(Track, "can_use", interrupted)
+    with closing(kept._take(1)) as track:
+        closing_thread.join()
+        assert track.keyframes(5.0, 6.0) and kept.memory_bytes == 0
 
 
 def test_keyframes_far_from_the_times_are_not_listed(hour):

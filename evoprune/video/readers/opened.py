@@ -44,9 +44,17 @@ class OpenTracks:
                 track.close()
         self._idle = kept
 
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated memory of the tracks that are open between requests."""
+        return sum(track.memory_bytes for track in self._idle)
+
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        """Close all tracks that no thread is using."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for track in idle:
+            track.close()
 
     @contextmanager
     def borrow(self, threads: int | None = None) -> Iterator[Track]:

@@ -224,7 +224,7 @@ class Track:
         stamps = (entry.timestamp for entry in self._stream.index_entries)
         ascending = all(earlier < later for earlier, later in pairwise(stamps))
         if self.identity is not None:
-            if len(_ascending) == MOST_CHECKED:
+            if len(_ascending) >= MOST_CHECKED:
                 _ascending.clear()
             _ascending[self.identity] = ascending
         return ascending

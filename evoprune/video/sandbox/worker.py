@@ -312,7 +312,7 @@ def _serve(channel: Channel, tracks: OpenTracks) -> None:
                 if task not in ("frames", "subtitles"):  # a batch alternates between them
                     tracks.close()
                 pieces.clear()
-                _limit(BASE_BYTES)
+                _limit(BASE_BYTES + tracks.memory_bytes)
                 _enter(message["folder"])
             if task == "live":
                 message["arguments"]["descriptor"] = memory
