@@ -254,7 +254,7 @@ def create_unfinished(path: str, mode: int = 0o666, flags: int = 0) -> tuple[int
     number = os.open(name, flags, 0o600)
     try:
         if hasattr(os, "chown"):  # not on Windows
-            with suppress(PermissionError):  # only root can give a file to another user
+            with suppress(OSError):  # only root can give a file to another user, and not every file system has owners
                 os.chown(name, before.st_uid, before.st_gid)
         os.chmod(name, stat.S_IMODE(before.st_mode))
     except BaseException:

@@ -1,5 +1,6 @@
 """Test which existing files are replaced by the output files of commands, and which never are."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -242,6 +243,20 @@ def test_a_replaced_file_keeps_its_owner(tmp_path):
     write_bytes(str(path), b"new")
     status = path.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 23456, 0o640)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no owners")
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL, errno.ENOTSUP])
+def test_a_file_whose_owner_cannot_be_kept_is_replaced(tmp_path, monkeypatch, number):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number))  # EINVAL if a container has no such user
+
+    monkeypatch.setattr(os, "chown", refused)
+    write_bytes(str(path), b"new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):
