@@ -257,7 +257,7 @@ class Times:
     The stages before `generate`, minus `overlap`, add up to the time to first token, `ttft_wall`.
     """
 
-    startup: float | None = None  # from the start of the process until the model is loaded
+    startup: float | None = None  # from the start of the process until loading the model begins
     load: float | None = None
     load_tokenizer: float | None = None
     load_weights: float | None = None

@@ -50,7 +50,7 @@ def mcp(
         from evoprune_mcp.server import make_server
     except ImportError as problem:
         message = f"the command needs {problem.name}, which is not installed"
-        raise UsageError(message, "pip install evoprune-mcp") from problem
+        raise UsageError(message, "install it in a checkout: pip install ./plugins/mcp") from problem
     allow_open_files()
     with real_streams() as received:
         if not quiet:
