@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_type_hints
 
 from evoprune.errors import LFS, LFS_HINT, ModelError
+from evoprune.util import shorten
 
 MAX_LEVELS = 100  # maximum nesting depth of lists and objects; Python itself fails at about 1,000
 MAX_BYTES = 2**26  # maximum size of a settings file, in bytes
@@ -60,7 +61,7 @@ class Rule:
             ValueError: If the value breaks the rule.
         """
         if not self.holds(value):
-            raise ValueError(f"{name} is {reprlib.repr(value)}, not {self.what}")
+            raise ValueError(f"{name} is {shorten(reprlib.repr(value), 120)}, not {self.what}")
         return tuple(value) if isinstance(value, list) else value
 
     def __or__(self, other: Self) -> Self:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from evoprune.errors import ModelError, UsageError, first_line, is_out_of_memory, process_error
+from evoprune.language.components import check_components
 from evoprune.language.template import render
 from evoprune.language.turns import ASSISTANT, USER, Placed, Turn
 from evoprune.methods import arange_on
@@ -38,9 +39,8 @@ _EARLIER = "\ue000question {0}\ue001", "\ue000answer {0}\ue001"  # for earlier t
 _PART = "\ue000part {0}\ue001"  # for the text before each input in a `Placed`
 _TEXT_PLACEHOLDER = re.compile("\ue000[a-z0-9 ]+\ue001")
 _ANY_PLACEHOLDER = re.compile("|".join([*map(re.escape, _PLACEHOLDERS), _TEXT_PLACEHOLDER.pattern]))
-MAX_BYTES = {"tokenizer.json": 2**28, "chat_template.jinja": 2**20}  # Qwen's files have 11 MB and 3 kB
-# The only supported components, which are used by Qwen tokenizers. Other components could expand a short string to gigabytes.
-COMPONENTS = {"model": ("BPE",), "normalizer": ("NFC", "NFKC", "NoneType"), "decoder": ("ByteLevel",)}
+# Qwen's files have up to 20 MB, 7 MB, 3 MB, and 3 kB.
+MAX_BYTES = {"tokenizer.json": 2**25, "vocab.json": 2**25, "merges.txt": 2**25, "chat_template.jinja": 2**20}
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -54,6 +54,7 @@ def _bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
+PANIC = "PanicException"  # raised if the tokenizers library panics; not a subclass of Exception
 _BYTES = _bytes_of_characters()
 
 
@@ -93,14 +94,11 @@ class Tokenizer:
             raise ModelError(f"{folder} contains no tokenizer", hint)
         try:
             backend = _backend(folder)
-            for name, kinds in COMPONENTS.items():
-                kind = type(getattr(backend, name)).__name__
-                if kind not in kinds:
-                    raise ValueError(f"its {name} is {kind}, not {' or '.join(kinds)}".replace("NoneType", "none"))
             settings = _settings(folder / "tokenizer_config.json")
             template, source = _template(folder, settings)
-        except Exception as problem:  # the Rust parser raises plain Exceptions
-            if isinstance(problem, ModelError) or is_out_of_memory(problem):
+        except BaseException as problem:  # the Rust parser raises plain Exceptions, and panics that are not Exceptions
+            expected = isinstance(problem, Exception) or type(problem).__name__ == PANIC
+            if not expected or isinstance(problem, ModelError) or is_out_of_memory(problem):
                 raise
             message = f"the tokenizer in {folder} cannot be loaded: {first_line(problem)}"
             raise ModelError(message, "download its files again") from problem
@@ -122,7 +120,7 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except BaseException as problem:  # panics in Rust are not subclasses of Exception
-            if type(problem).__name__ != "PanicException":
+            if type(problem).__name__ != PANIC:
                 raise
             message = f"the model's tokenizer crashed: {first_line(problem)}"
             raise ModelError(message, "use the tokenizer of the original model", stage="prefill") from problem
@@ -136,6 +134,8 @@ class Tokenizer:
         if token in (added := self._added):
             return added[token].encode()
         text = self.backend.id_to_token(token) or ""
+        if not _BYTES.keys() >= {*text}:  # not in the byte-level alphabet, so the decoder leaves it unchanged, too
+            return text.encode()
         return bytes(_BYTES[character] for character in text)
 
     @cached_property
@@ -214,11 +214,17 @@ def _backend(folder: Path):
         import tokenizers
 
         _check_size(folder / "tokenizer.json")
-        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        content = (folder / "tokenizer.json").read_bytes()
+        check_components(content)
+        return tokenizers.Tokenizer.from_buffer(content)
     # If only vocab.json and merges.txt exist, transformers provides the rest of Qwen's tokenizer.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+    for name in ("vocab.json", "merges.txt"):
+        _check_size(folder / name)
+    backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+    check_components(backend.to_str())
+    return backend
 
 
 def _check_size(file: Path) -> None:

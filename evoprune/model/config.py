@@ -431,7 +431,7 @@ def _parse_text(content: dict, family: str) -> TextConfig:
     rope = {name: given[name] for name in sorted(names)} | {
         name: value for name, value in rope.items() if value is not None
     }
-    heads = content.get("num_key_value_heads") or content.get("num_attention_heads")
+    heads = given.get("num_key_value_heads", given.get("num_attention_heads"))
     rope.pop("mrope_interleaved", None)  # transformers ignores it
     if traits.head_norms:
         rope["mrope_interleaved"] = True

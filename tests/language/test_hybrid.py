@@ -8,7 +8,7 @@ from evoprune.backend import devices
 from evoprune.errors import DeviceWarning
 from evoprune.language import hosted, hybrid
 from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
-from evoprune.model import HostedVL
+from evoprune.model import Config, HostedVL
 from tests import tiny
 from tests.tiny import tiny_model
 
@@ -21,7 +21,8 @@ def load(family="qwen3_5") -> HostedVL:
     for name, weight in host.named_parameters():
         if "norm" in name and name.endswith("weight"):
             weight.data += torch.randn(weight.shape, generator=random) / 4
-    return HostedVL(None, host.model.visual, host.model.language_model, host.lm_head).requires_grad_(False)
+    config = Config.parse(host.config.to_dict())
+    return HostedVL(config, host.model.visual, host.model.language_model, host.lm_head).requires_grad_(False)
 
 
 @pytest.fixture
