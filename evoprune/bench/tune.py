@@ -175,7 +175,7 @@ def search(
     alive = list(known)
     all_rounds = rungs(videos)
     for number, these in enumerate(all_rounds):
-        if number:
+        if any(known.values()):  # otherwise, the earlier videos took too long for all candidates
             alive = [candidate for candidate in promising(known, goal) if candidate in alive]
             rounds = len(all_rounds) - number
             alive = alive[: affordable(alive, known, len(these), videos - these.start, rounds, left())]

@@ -245,6 +245,7 @@ def test_settings_with_the_same_number_of_videos_were_tried_on_the_same_ones(cos
 
 def test_the_first_video_is_left_out_if_all_settings_fit_on_another():
     assert {tuple(trial.video for trial in trials) for trials in uneven([6, 1], 10, 2).values()} == {(1,)}
+    assert {tuple(trial.video for trial in trials) for trials in uneven([6, 6, 1], 10, 2).values()} == {(2,)}
     assert [len(trials) for trials in uneven([6, 6], 10, 2).values()] == [1, 0]
 
 
