@@ -127,7 +127,7 @@ class Folders:
                 sizes = {}
                 for name in names:
                     if name.lower().endswith(MEDIA) and name[0] != "." and is_text(name):
-                        with suppress(FileNotFoundError):
+                        with suppress(OSError):  # deleted, or in a folder without permission
                             place = {"dir_fd": descriptor[0]} if descriptor else {}
                             status = os.lstat(name if descriptor else os.path.join(folder, name), **place)
                             if stat.S_ISREG(status.st_mode):

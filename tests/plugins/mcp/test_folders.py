@@ -216,6 +216,16 @@ def test_a_list_of_files(inside, tmp_path, monkeypatch):
     for path in ("..", "away", "/", "none", str(tmp_path)):
         with pytest.raises(UsageError, match="below an allowed folder"):
             folders.listed(path)
+    lstat = os.lstat
+
+    def refused_lstat(path, **place):
+        if path == "2.MKV":
+            raise PermissionError(path)
+        return lstat(path, **place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "lstat", refused_lstat)
+        assert [file.path for file in folders.listed().files][:2] == ["1.mp4", "10.webm"]
     monkeypatch.setattr("evoprune_mcp.folders.MOST_LISTED", 3)
     listing = folders.listed()
     assert listing.more and [file.path for file in listing.files] == ["1.mp4", "2.MKV", "10.webm"]
