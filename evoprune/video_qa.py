@@ -70,7 +70,7 @@ class VideoQA(Uncopied):
         session: The loaded model with its pruning settings. Pass this to the functions in `evoprune.session`.
 
     Args:
-        loaded: A model from `load_model` from evoprune.session, or a `Session`. A session already has a load time and pruning
+        loaded: A model loaded by `load_model` from evoprune.session, or a `Session`. A session already has a load time and pruning
             options, so `load_seconds` and `options` are ignored in that case.
         load_seconds: The load time in seconds, which is included in reports.
         options: `budget`, `method` and `seed`; see `load`.
