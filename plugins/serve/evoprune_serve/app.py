@@ -400,21 +400,26 @@ async def read_json(request: Request, room: BodyRoom, parsing: asyncio.Lock) -> 
         room.grow(max(len(data) + len(piece), values * VALUE_BYTES))
         data += piece
     async with parsing:
-        try:
-            return await run_in_threadpool(_parsed, data)
-        except (ValueError, RecursionError) as problem:
-            raise refused(f"the body is not JSON in UTF-8: {problem}", code="invalid_json") from problem
+        return await run_in_threadpool(_parsed, data)
 
 
 def _parsed(data: bytearray) -> Any:
     """Parse a body and clear its bytes.
 
     Raises:
-        ValueError, RecursionError: If it isn't valid JSON.
+        ApiError: If it isn't valid JSON.
     """
-    text = data.decode()
+    text = ""
+    try:
+        text = data.decode()
+        data.clear()
+        return loads(text)
+    except (ValueError, RecursionError) as problem:
+        message = f"the body is not JSON in UTF-8: {problem}"
+    # The parser's exceptions, and the tracebacks of all exceptions, would keep the body in memory after its room is released.
     data.clear()
-    return loads(text)
+    del text
+    raise refused(message, code="invalid_json")
 
 
 def client_of(request: Request) -> str:

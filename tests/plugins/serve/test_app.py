@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import gc
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import socket
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from contextvars import Context
@@ -810,6 +812,23 @@ def test_bodies_have_limits(qa, tmp_path):
             announced = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**13}\r\n\r\n"
             assert raw(server, announced).startswith(b"HTTP/1.1 413")
         assert server.state.bodies._bytes == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"messages": 1%b}' % (b"1" * 2**23), b'{"messages": "%b' % (b"a" * 2**23), b"a" * 2**23 + b"\xff"]
+)
+def test_refused_bodies_leave_the_memory_at_once(server, content):
+    server.client.get("/health")
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        response = server.client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_json"
+        wait(lambda: tracemalloc.get_traced_memory()[0] < 2**22)
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_a_client_has_half_of_the_room_for_bodies(qa, tmp_path, monkeypatch):
