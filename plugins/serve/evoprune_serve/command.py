@@ -1,5 +1,6 @@
 """The `evoprune serve` command. Its dependencies are only imported when it runs."""
 
+import gc
 import logging
 import os
 import re
@@ -191,6 +192,9 @@ def serve(
         )
         for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
             logging.getLogger(library).setLevel(logging.ERROR)
+        # With torch and the models, a full garbage collection would block the event loop for more than 100 ms.
+        gc.collect()
+        gc.freeze()
         verb = "is" if len(models) == 1 else "are"
         page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
         tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")

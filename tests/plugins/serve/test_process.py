@@ -106,6 +106,17 @@ def test_the_commands_of_the_page(port):
         assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "green", text
 
 
+def test_collections_of_garbage_skip_what_was_loaded(tmp_path):
+    """Otherwise, each full collection would block the event loop for more than 100 ms."""
+    (python, flag, program, *options), environment = command("--port", "0")
+    ended = "EndingServer.run = lambda self, sockets: print('objects:', len(gc.get_objects()), file=sys.stderr)"
+    program = f"import gc\nimport sys\nfrom evoprune_serve.ending import EndingServer\n{ended}\n{program}"
+    line = [python, flag, program, *options]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.partition("objects: ")[2]) < 10_000
+
+
 def test_the_first_token_is_within_10_ms_of_video_qa(port, qa):
     """For an encoded video, asked from another process. The fastest of several runs counts, because the machine may be busy."""
     encoded = qa.encode(SAMPLES / "square.mp4")
