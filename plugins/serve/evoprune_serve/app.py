@@ -46,6 +46,7 @@ FILES = "/v1/files"
 STRUCTURE = (b",", b"[", b"{")  # characters that begin a value in JSON, apart from the first one
 MOST_VALUES = 2**17  # maximum number of such characters in a body
 UPLOAD_THREADS = 4  # uploads whose data is parsed and written at the same time
+PROBE_THREADS = 4  # complete uploads that are checked and stored at the same time
 VALUE_BYTES = 512  # upper bound on the memory for a parsed value, in addition to the text of strings
 SENDING_S = 60.0  # extra time after the deadline, in seconds, for a slow client to receive the end of a stream
 AGEING_S = 60.0  # interval between checks for expired files, in seconds
@@ -92,6 +93,7 @@ class Server:
         self.store = Store(settings.folder, settings.files_bytes)
         self.uploads = Uploads(self.store, settings.file_age_s, settings.files_bytes // 2)
         self.upload_threads = anyio.CapacityLimiter(UPLOAD_THREADS)
+        self.probe_threads = anyio.CapacityLimiter(PROBE_THREADS)
         limit = settings.access.upload_bytes
         self.sources = Sources(self.store, self.uploads, settings.urls, settings.folders, limit)
         self.work = Work(models, settings.most, settings.keep)
@@ -233,7 +235,8 @@ class Server:
                 raise refused(f"{name[:60]} is not supported here", name[:60], "unsupported_parameter")
             if form.filename is None:
                 raise refused("the form has no file", "file", "missing_required_parameter")
-            upload = await run_in_threadpool(incoming.keep, form.filename, purpose)
+            keep = partial(incoming.keep, form.filename, purpose)
+            upload = await anyio.to_thread.run_sync(keep, limiter=self.probe_threads)
         return JSONResponse(upload.record())
 
     async def file(self, request: Request) -> Response:

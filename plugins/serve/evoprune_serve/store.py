@@ -308,14 +308,18 @@ class Incoming:
         self._file.write(data)
         self.bytes += len(data)
 
+    def close(self) -> str:
+        """Write the rest of the file to the disk and return its path."""
+        self._file.close()
+        return self._file.name
+
     def keep(self) -> Content:
         """Store and return the file. The caller becomes a user of it.
 
         Raises:
             ApiError: If the store is full.
         """
-        self._file.close()
-        return self._store._keep(self._digest.hexdigest(), self._file.name, self._room)
+        return self._store._keep(self._digest.hexdigest(), self.close(), self._room)
 
 
 class Room:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from evoprune.errors import EvopruneError
 from evoprune.util import one_line, size
-from evoprune_serve.errors import ApiError
+from evoprune.video import probe
+from evoprune_serve.errors import ApiError, told
 from evoprune_serve.fields import json_text
 from evoprune_serve.store import Content, Incoming, Room, Store
 
@@ -95,7 +97,6 @@ class Uploads:
             self._bytes[client] += count
 
     def _keep(self, incoming: "IncomingUpload", content: Content, name: str, purpose: str) -> Upload:
-        name = one_line(os.path.basename(name.replace("\\", "/")))[:NAME_CHARACTERS] or "file"
         now = int(time.time())
         identity = f"file-{secrets.token_hex(16)}"
         upload = Upload(identity, content, name, purpose, now, now + int(self._age_s), incoming.client)
@@ -180,10 +181,18 @@ class IncomingUpload:
         """Store the file.
 
         Raises:
-            ApiError: If the file is empty, or can't be stored.
+            ApiError: If the file is empty, isn't a video or an image, or can't be stored.
         """
         if not self._file.bytes:
             raise ApiError(400, "the file is empty", param="file", code="invalid_value")
+        name = one_line(os.path.basename(name.replace("\\", "/")))[:NAME_CHARACTERS] or "file"
+        path = self._file.close()
+        try:
+            probe(path)
+        except EvopruneError as problem:
+            refusal = told(problem, {path: name})
+            refusal.param = "file"
+            raise refusal from problem
         upload = self._uploads._keep(self, self._file.keep(), name, purpose)
         self.kept = True
         return upload

@@ -1,6 +1,7 @@
 """A server in this process, at a free local port, and requests to it."""
 
 import base64
+import io
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from evoprune.errors import OutOfMemory
 from evoprune.session import OpenInput
@@ -37,6 +39,13 @@ def memory_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 def url_of(name: str) -> str:
     """Return a sample as the data URL that a client sends."""
     return "data:video/mp4;base64," + base64.b64encode((SAMPLES / name).read_bytes()).decode()
+
+
+def picture(size: int = 0) -> bytes:
+    """Return a PNG image that is padded to `size` bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (56, 56)).save(file, "PNG")
+    return file.getvalue().ljust(size, b"\0")
 
 
 def message(question: str, *shown: dict[str, Any]) -> dict[str, Any]:

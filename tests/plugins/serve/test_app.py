@@ -35,6 +35,7 @@ from tests.plugins.serve.serving import (
     body,
     memory_fails,
     message,
+    picture,
     serving,
     url_of,
     video,
@@ -364,13 +365,27 @@ def test_files_are_uploaded_asked_about_and_deleted(server):
         assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"#EXTM3U\n/etc/passwd\n", bytes(2**20), b"%PDF-1.7\n" + bytes(99)])
+def test_uploads_that_are_no_videos_are_400_and_leave_nothing(qa, tmp_path, content):
+    with serving(qa, tmp_path) as server:
+        for _ in range(2):
+            response = server.client.post("/v1/files", files={"file": ("notes.txt", content)})
+            problem = response.json()["error"]
+            assert (response.status_code, problem["code"], problem["param"]) == (400, "invalid_video", "file")
+            assert problem["message"].startswith("notes.txt is not a video") and str(tmp_path) not in problem["message"]
+        assert not list(tmp_path.iterdir()) and not server.state.store._bytes
+        uploads = server.state.uploads
+        assert not (uploads._uploads or uploads._files or uploads._bytes)
+        assert upload(server)["status"] == "processed"
+
+
 def test_old_uploads_leave_the_disk_while_nobody_asks(qa, tmp_path, monkeypatch):
     from evoprune_serve import app, uploads
 
     monkeypatch.setattr(app, "AGEING_S", 0.05)
     with serving(qa, tmp_path, file_age_s=3600.0) as server:
         before = set(tmp_path.iterdir())
-        made = server.client.post("/v1/files", files={"file": b"abc"}).json()
+        made = server.client.post("/v1/files", files={"file": picture()}).json()
         assert made["expires_at"] - made["created_at"] == 3600
         assert set(tmp_path.iterdir()) - before
         monkeypatch.setattr(uploads, "time", SimpleNamespace(time=lambda: made["expires_at"] - 1))
@@ -404,11 +419,11 @@ def test_uploads_take_room_while_they_come(qa, tmp_path):
                 connection = stack.enter_context(connected(server, f"127.0.0.{number}"))
                 connection.sendall(head.encode() + bytes(size))
             wait(lambda: store._bytes > 3 * size)
-            refused = server.client.post("/v1/files", files={"file": bytes(size)})
+            refused = server.client.post("/v1/files", files={"file": picture(size)})
             assert refused.status_code == 507 and refused.json()["error"]["code"] == "storage_full"
             assert error(server, 507)["code"] == "storage_full"
         wait(lambda: not store._bytes)
-        made = server.client.post("/v1/files", files={"file": bytes(size)})
+        made = server.client.post("/v1/files", files={"file": picture(size)})
         assert made.status_code == 200 and store._bytes == size
 
 
@@ -424,20 +439,20 @@ def test_one_client_leaves_room_for_the_uploads_of_others(qa, tmp_path, monkeypa
             return client.post(f"{server.url}/v1/files", files={"file": content})
 
     with serving(qa, tmp_path, files_bytes=4 * size) as server:
-        kept = [posted(b"a").json()["id"] for _ in range(3)]
-        refused = posted(b"a")
+        kept = [posted(picture()).json()["id"] for _ in range(3)]
+        refused = posted(picture())
         assert refused.status_code == 413 and "already: delete some" in refused.json()["error"]["message"]
-        assert posted(b"a", "127.0.0.2").status_code == 200
+        assert posted(picture(), "127.0.0.2").status_code == 200
         server.client.delete(f"/v1/files/{kept.pop()}")
         for _ in range(4):
-            refused = posted(bytes(2 * size))
+            refused = posted(picture(2 * size))
             assert refused.status_code == 413 and refused.json()["error"]["code"] == "storage_full"
-        assert posted(b"a").status_code == 200
-        assert posted(bytes(size), "127.0.0.2").status_code == 200
+        assert posted(picture()).status_code == 200
+        assert posted(picture(size), "127.0.0.2").status_code == 200
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("count", [1, 3 * 2**20])
+@pytest.mark.parametrize("count", [0, 3 * 2**20])
 def test_an_upload_to_a_full_disk_is_507_and_leaves_nothing(qa, tmp_path, monkeypatch, count):
     """A small file is written when it is closed, a large one as it arrives."""
     from evoprune_serve import store
@@ -452,12 +467,12 @@ def test_an_upload_to_a_full_disk_is_507_and_leaves_nothing(qa, tmp_path, monkey
 
     with serving(qa, tmp_path) as server:
         monkeypatch.setattr(store.tempfile, "NamedTemporaryFile", on_full_disk)
-        failed = server.client.post("/v1/files", files={"file": bytes(count)})
+        failed = server.client.post("/v1/files", files={"file": picture(count)})
         assert failed.status_code == 507 and failed.json()["error"]["message"] == "the server's disk is full"
         assert error(server, 507)["message"] == "the server's disk is full"  # the video in a request
         assert not list(tmp_path.iterdir())
         monkeypatch.undo()
-        assert server.client.post("/v1/files", files={"file": bytes(count)}).status_code == 200
+        assert server.client.post("/v1/files", files={"file": picture(count)}).status_code == 200
 
 
 PART = 'Content-Disposition: form-data; name="file"; filename="a"\r\n'
@@ -514,7 +529,7 @@ def test_names_of_uploads(server):
         ('name="file"', "file"),
     ):
         head = f"Content-Disposition: form-data; {disposition}\r\nContent-Type: video/mp4; charset=binary\r\n\r\n"
-        response = server.client.post("/v1/files", content=form(f"{head}x"), headers=kind)
+        response = server.client.post("/v1/files", content=form(head + picture().decode("latin-1")), headers=kind)
         assert response.json()["filename"] == name
 
 
@@ -704,11 +719,12 @@ def test_odd_values_are_answered_or_the_client_s_error(server, number):
 
 def test_pictures_that_unpack_to_gigabytes_are_refused(server, tmp_path):
     Image.new("1", (60_000, 60_000)).save(tmp_path / "bomb.png")
-    with open(tmp_path / "bomb.png", "rb") as file:
-        made = server.client.post("/v1/files", files={"file": file}).json()
-    part = {"type": "input_image", "file_id": made["id"]}
-    response = server.client.post(CHAT, json={"messages": [message("?", part)]})
-    assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_video"
+    data = (tmp_path / "bomb.png").read_bytes()
+    uploaded = server.client.post("/v1/files", files={"file": data})
+    part = {"type": "input_image", "image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
+    sent = server.client.post(CHAT, json={"messages": [message("?", part)]})
+    for response in (uploaded, sent):
+        assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_video"
 
 
 def test_models_health_and_metrics(server):

@@ -27,7 +27,7 @@ from evoprune_serve.public import is_public
 from evoprune_serve.sources import Address, FrameList, Sources, Uploaded, decoded
 from evoprune_serve.store import BLOCK_BYTES, PREFIX, Store, private_folder
 from evoprune_serve.uploads import Uploads
-from tests.plugins.serve.serving import SAMPLES, url_of
+from tests.plugins.serve.serving import SAMPLES, picture, url_of
 
 LIMIT = 2**20
 
@@ -517,9 +517,9 @@ def test_which_addresses_are_public(address, public):
 
 
 def test_uploads_go_when_they_are_deleted_or_old(store, uploads, tmp_path, monkeypatch):
-    (tmp_path / "a").write_bytes(b"content")
+    (tmp_path / "a").write_bytes(picture())
     kept = uploaded(uploads, tmp_path / "a", "../../x/clip\n.mp4")
-    assert kept.name == "clip?.mp4" and kept.record()["bytes"] == 7
+    assert kept.name == "clip?.mp4" and kept.record()["bytes"] == len(picture())
     fetched = sources(store, uploads).fetch([Uploaded(kept.id)])
     assert fetched.paths == {kept.content.path: "clip?.mp4"}
     uploads.delete(kept.id)
