@@ -1,6 +1,6 @@
 """Test that a batch on a local Ray cluster of two nodes gives the same records as without Ray, even if workers are killed.
 
-The tests are slow, and they are skipped unless Ray is installed (`pip install 'evoprune[ray]'`).
+The tests are slow, and they are skipped unless Ray is installed (`pip install '.[ray]'`).
 """
 
 import json
@@ -32,7 +32,7 @@ ROWS = [
     for start in (0.0, 1.0)
     for row in RowReader().pairs([*CLIPS, "gone.mp4"], QUESTIONS)
 ]
-REASON = "Ray is not installed: pip install 'evoprune[ray]'"
+REASON = "Ray is not installed: pip install '.[ray]'"
 SETTINGS = Settings.of(max_new_tokens=16)
 
 

@@ -1,5 +1,6 @@
 """Tests of reading sound for speech recognition: times, spans, gaps, damage, and files without sound."""
 
+import re
 import sys
 from types import ModuleType
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from evoprune.errors import UsageError
+from evoprune.util import install_hint
 from evoprune.video import SamplingOptions, probe, read_audio
 from evoprune.video.sandbox import isolation
 from tests.speech import loud_parts, write_sounding
@@ -114,5 +116,5 @@ def test_a_speech_model_is_checked_before_anything_is_loaded(tmp_path, monkeypat
             SamplingOptions(speech=wrong)
     monkeypatch.delitem(sys.modules, "faster_whisper")
     monkeypatch.setattr("evoprune.video.sound.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="not installed\nhint: pip install 'evoprune\\[speech\\]'"):
+    with pytest.raises(UsageError, match=re.escape(f"not installed\nhint: {install_hint('speech')}")):
         SamplingOptions(speech="tiny")
