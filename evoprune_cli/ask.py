@@ -6,7 +6,9 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load
 from evoprune_cli.terminal import (
+    BEGAN_S,
     check_output,
     columns,
     downloading,
@@ -135,8 +138,9 @@ def ask(
             asked = [] if cache else [(paths, sampling)]  # with the disk cache, inputs may not have to be read at all
             ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
+            startup_s = time.perf_counter() - BEGAN_S
             with progress(not quiet) as show:
-                session = load(pipeline, show, quiet, model=model)
+                session = replace(load(pipeline, show, quiet, model=model), startup_seconds=startup_s)
                 if history == opt.ON:
                     session.pruning.method.check_conversation()
                 encoded = encode(session, show, ahead=ahead)

@@ -6,10 +6,8 @@ Results are delivered at the end of a run, even if the run is interrupted and th
 import os
 import re
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +20,7 @@ from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
 from evoprune.session import PipelineOptions
 from evoprune.util import install_hint
-from evoprune_cli.terminal import BEGAN_S, encodable, failure, page_width, stdout, tell, write_whole
+from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:
     from evoprune.bench import Results
@@ -87,9 +85,7 @@ def load(
 
     show("loading model")
     report = partial(show, "quantizing")
-    startup_s = time.perf_counter() - BEGAN_S
     session = Session.load(model or options.model, options.pruning, progress=report, streams=streams)
-    session = replace(session, startup_seconds=startup_s)
     note_model(session, options.generation if samples else None, quiet)
     return session
 

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from evoprune.backend import empty_cache
 from evoprune.errors import EvopruneError
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import loads
@@ -44,6 +45,7 @@ CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
 STRUCTURE = (b",", b"[", b"{")  # characters that begin a value in JSON, apart from the first one
+LARGE_BODY = 2**22  # size of a body after which unused memory is returned to the system, in bytes
 MOST_VALUES = 2**17  # maximum number of such characters in a body
 UPLOAD_THREADS = 4  # uploads whose data is parsed and written at the same time
 PROBE_THREADS = 4  # complete uploads that are checked and stored at the same time
@@ -402,8 +404,13 @@ async def read_json(request: Request, room: BodyRoom, parsing: asyncio.Lock) -> 
             raise refused(message, code="invalid_json")
         room.grow(max(len(data) + len(piece), values * VALUE_BYTES))
         data += piece
+    large = len(data) > LARGE_BODY
     async with parsing:
-        return await run_in_threadpool(_parsed, data)
+        try:
+            return await run_in_threadpool(_parsed, data)
+        finally:
+            if large:  # glibc would otherwise keep the memory of this and earlier bodies
+                await run_in_threadpool(empty_cache)
 
 
 def _parsed(data: bytearray) -> Any:
