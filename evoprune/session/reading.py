@@ -295,6 +295,8 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
     """Return an input's metadata (see `frames.probe`), which is cached until the file changes."""
     if isinstance(path, HeldVideo):
         return path
+    if os.path.isdir(path):  # probed quickly unless it changed, whereas checking the state of every image takes long
+        return probe(path, folder_fps=folder_fps)
     key = os.fspath(path), folder_fps
     state = state_of(key[0])
     before, info = _probed.get(key, (None, None))

@@ -70,6 +70,21 @@ def test_a_folder_is_listed_once_until_its_entries_change(tmp_path, monkeypatch)
     assert seen(1.0) == [7] and len(listed) == 3
 
 
+def test_the_first_image_is_decoded_once_until_it_changes(tmp_path, monkeypatch):
+    write_images(tmp_path, 3)
+    time.sleep(0.05)
+    decoded = []
+    monkeypatch.setattr(backend, "decode_image", lambda path: decoded.append(path) or decode_image(path))
+    first = backend.probe(str(tmp_path), 2.0)
+    assert backend.probe(str(tmp_path), 2.0) == first and len(decoded) == 1
+    write_image(tmp_path / "frame0.png", numbered_frame(0, height=24))
+    assert backend.probe(str(tmp_path), 2.0).height == 24
+    (tmp_path / "frame0.png").write_text("damaged")
+    assert backend.probe(str(tmp_path), 2.0) == first
+    write_image(tmp_path / "frame1.png", numbered_frame(0, height=24))
+    assert backend.probe(str(tmp_path), 2.0).height == 24
+
+
 def test_a_folder_with_links_is_always_listed_again(tmp_path):
     for number, name in enumerate("ab"):
         write_image(tmp_path / f"{name}.png", numbered_frame(number))

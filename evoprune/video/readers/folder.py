@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import av
 from av.video.frame import VideoFrame
@@ -19,6 +20,18 @@ from evoprune.video.readers import colour, ffmpeg
 FRACTION = re.compile(r"[0-9]\.([0-9]+)")
 MAX_BYTES = 2**29  # larger image files are treated as damaged
 
+
+class _Image(NamedTuple):
+    """Properties of an image. The width and height are those after rotation."""
+
+    codec: str
+    pix_fmt: str
+    width: int
+    height: int
+    hdr_format: str | None
+
+
+_described: FileMemo[_Image | None] = FileMemo(64)  # the results of `_describe` for the first images of recent folders
 _listed: FileMemo[tuple[list[str], bool]] = FileMemo(1)  # the result of `_list` for the folder read most recently
 
 
@@ -63,8 +76,9 @@ def probe(folder: str, fps: float) -> Video:
     if not 0 < fps < math.inf:
         raise UsageError(f"{fps} images per second is not a valid frame rate", "give a number above 0")
     images = list_images(folder)
-    decoded = next(filter(None, map(decode_image, images)), None)
-    if decoded is None:
+    described = (_described.get(image, lambda image=image: _describe(image)) for image in images)
+    first = next(filter(None, described), None)
+    if first is None:
         from evoprune.video.readers.picture import check_size
 
         with open(images[0], "rb") as image:
@@ -73,24 +87,31 @@ def probe(folder: str, fps: float) -> Video:
         # Check the size, because FFmpeg reports the same error for oversized and damaged images.
         check_size(images[0])
         raise VideoError(f"no image in the folder {folder} can be decoded", "the files are damaged or not images")
-    codec, frame, (rotation, _) = decoded
-    width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
-    hdr = colour.hdr_format(frame)
     return Video(
         path=folder,
         duration_s=len(images) / fps,
-        width=width,
-        height=height,
+        width=first.width,
+        height=first.height,
         rotation_deg=0,  # each image is rotated according to its own EXIF data
-        codec=codec,
-        pix_fmt=frame.format.name,
+        codec=first.codec,
+        pix_fmt=first.pix_fmt,
         container=FOLDER,
         fps=fps,
         variable_rate=False,
         frames_total=len(images),
-        hdr=hdr is not None,
-        hdr_format=hdr,
+        hdr=first.hdr_format is not None,
+        hdr_format=first.hdr_format,
     )
+
+
+def _describe(path: str) -> _Image | None:
+    """Return an image's properties, or None if it is damaged or too large."""
+    decoded = decode_image(path)
+    if decoded is None:
+        return None
+    codec, frame, (rotation, _) = decoded
+    width, height = ffmpeg.turned_size((frame.width, frame.height), rotation)
+    return _Image(codec, frame.format.name, width, height, colour.hdr_format(frame))
 
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
