@@ -1,5 +1,6 @@
 """Reading part of a long video takes about as long as reading a short one, and keeping files open changes no frame."""
 
+import gc
 import os
 import random
 import shutil
@@ -108,6 +109,21 @@ def test_damage_is_the_same_in_a_file_that_stays_open(name, folder, tmp_path, mo
     with closing(OpenTracks()) as tracks:
         monkeypatch.setattr(opened, "_lasting", tracks)
         assert [read(info, *request) for request in requests(info, name, [1])] == fresh
+
+
+def test_no_frame_is_skipped_after_damage(folder, tmp_path, monkeypatch):
+    """Decoding starts again without skipping frames, even if the first attempt has not been garbage-collected."""
+    path = tmp_path / "clip.mp4"
+    spoil(made(folder, "open.mp4"), path, set(range(8, FRAMES, 12)))
+    info = probe(path)
+    times_s = [number / 10 for number in range(0, FRAMES, 3)]
+    gc.disable()
+    try:
+        found = read(info, times_s)
+    finally:
+        gc.enable()
+    monkeypatch.setattr(Track, "can_spare", lambda self: False)
+    assert found == read(info, times_s) and found[1]
 
 
 @pytest.fixture(scope="module")

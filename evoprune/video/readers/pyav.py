@@ -306,6 +306,11 @@ class Playhead:
         self._shown: TimedFrame | None = None
         self._listener = ffmpeg.ignore_damage
 
+    def close(self) -> None:
+        """Stop decoding. The iterator holds a reference to this object, so it would otherwise live on until garbage collection."""
+        self.frames = iter(())
+        self.before = self.current = self.upcoming = self._shown = None
+
     def listen(self, damaged: ffmpeg.Damage) -> None:
         """Report all damage so far, and any further damage, to a callback instead of the previous callback."""
         self._listener = damaged
@@ -368,12 +373,16 @@ def _on_screen(track: Track, run: Run, damaged: ffmpeg.Damage, *, sparing: bool)
             raise ffmpeg.nothing_decoded(track.info.path)
         if head.entry is None and not sparing:
             track.playhead = head
-    for time in run.times_s:
-        while head.has_next(time + track.tolerance_s):
-            head.advance()
-            if sparing and (head.damage or head.current[1].interlaced_frame or head.goes_back(or_stays=True)):
-                return
-            if head.entry and head.goes_back():
-                raise Unreachable  # the timestamps are wrong, so the frame and keyframe order is unknown
-        head.time_s = time
-        yield head.shown()
+    try:
+        for time in run.times_s:
+            while head.has_next(time + track.tolerance_s):
+                head.advance()
+                if sparing and (head.damage or head.current[1].interlaced_frame or head.goes_back(or_stays=True)):
+                    return
+                if head.entry and head.goes_back():
+                    raise Unreachable  # the timestamps are wrong, so the frame and keyframe order is unknown
+            head.time_s = time
+            yield head.shown()
+    finally:
+        if track.playhead is not head:
+            head.close()
