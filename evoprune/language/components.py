@@ -12,9 +12,7 @@ from evoprune.untrusted import OBJECT, TEXT, Rule
 MAX_PARTS = 16  # maximum number of components in a sequence
 MAX_CHARACTERS = 4096  # maximum length of a token or pattern; the longest of Qwen's has 256
 MAX_ADDED = 2**16  # maximum number of tokens outside the vocabulary; Qwen's tokenizers have about 30
-MAX_ADDED_CHARACTERS = (
-    2**20
-)  # maximum total length of these tokens; searching for them takes about 100 bytes per character
+MAX_ADDED_CHARACTERS = 2**20  # maximum total length of these tokens; a search for them takes 100 bytes per character
 MAX_VOCABULARY = 2**20  # maximum number of tokens in the vocabulary; Qwen3.5's has about 250,000
 KINDS = {
     "model": ("BPE",),

@@ -41,9 +41,7 @@ RESIZING = ("downscale", "subsample")  # this project's input methods (class `In
 REUSE = "reuse"  # the prefix for selectors, as in reuse+divprune
 OWN = "evoprune"  # the distribution that provides this project's entry points
 SHOWN = 200  # maximum number of characters of a method in an error message
-LONGEST_TEXT = (
-    8192  # maximum number of characters of a method with its settings, one of which may be a path of 4096 characters
-)
+LONGEST_TEXT = 8192  # maximum length of a method with its settings, one of which may be a path of 4096 characters
 _NUMBER = re.compile(r"=[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?(?=[:+]|$)")  # matches a numeric value of a setting
 
 

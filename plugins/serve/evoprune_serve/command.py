@@ -143,7 +143,8 @@ def serve(
         from evoprune_serve.store import private_folder
     except ImportError as problem:
         raise UsageError(
-            f"the server needs {problem.name}, which is not installed", "pip install evoprune-serve"
+            f"the server needs {problem.name}, which is not installed",
+            "in a checkout of evoprune: pip install ./plugins/serve",
         ) from problem
 
     def say(line: str) -> None:

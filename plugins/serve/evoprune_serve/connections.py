@@ -9,9 +9,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0  # time limit for receiving a request head, in seconds
-KEEP_ALIVE_S = (
-    65  # how long an idle connection stays open, in seconds; clients and proxies usually reuse one for a minute
-)
+KEEP_ALIVE_S = 65  # time limit of an idle connection, in seconds; clients and proxies usually reuse one for a minute
 MOST = 512  # maximum number of connections
 HEAD_BYTES = 2**15  # maximum size of a request head
 PIECE_BYTES = 2**14  # chunked bodies are parsed in pieces of this size
