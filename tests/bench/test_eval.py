@@ -345,7 +345,7 @@ def test_a_torn_file_is_mended(loaded, tmp_path, cut):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def three_videos(tmp_path):
     """A run with three videos of two samples each, in a folder of its own."""
     made = RunFolder.create(tmp_path / "run", {"seek": "auto"})
     for video in "abc":
@@ -359,28 +359,28 @@ def folder(tmp_path):
         (b"\n", b"\n\n"), (b"\n", b"\r\n"), (b"{", b"\n{"), (b"\n", b"\n \n"), (b"}\n", b"}\n\0\0"), (b"}\n", b"}"),
     ],
 )  # fmt: skip
-def test_empty_lines_are_no_damage(folder, old, new):
-    file = folder.path / "samples.jsonl"
+def test_empty_lines_are_no_damage(three_videos, old, new):
+    file = three_videos.path / "samples.jsonl"
     content = file.read_bytes()
     changed = content.replace(old, new)
     if new.startswith(b"}"):  # only at the end
         changed = content[: -len(old)] + new
     file.write_bytes(changed)
-    assert [each["id"] for each in RunFolder.resume(folder.path, {"seek": "auto"}).samples] == [
+    assert [each["id"] for each in RunFolder.resume(three_videos.path, {"seek": "auto"}).samples] == [
         "a0", "a1", "b0", "b1", "c0", "c1"
     ]  # fmt: skip
     assert file.read_bytes() == content
 
 
 @pytest.mark.parametrize("line", ["x", "[]", "5", '{"id":"b0"}', "[" * 10**5, '{"video":"b"'])
-def test_a_damaged_line_never_costs_the_samples_after_it(folder, line):
-    file = folder.path / "samples.jsonl"
+def test_a_damaged_line_never_costs_the_samples_after_it(three_videos, line):
+    file = three_videos.path / "samples.jsonl"
     lines = file.read_text().splitlines()
     lines[2] = line
     file.write_text("\n".join(lines) + "\n")
     before = file.read_bytes()
     with pytest.raises(UsageError, match=r"samples\.jsonl, line 3 is not a sample"):
-        RunFolder.resume(folder.path, {"seek": "auto"})
+        RunFolder.resume(three_videos.path, {"seek": "auto"})
     assert file.read_bytes() == before
 
 

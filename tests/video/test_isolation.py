@@ -106,9 +106,8 @@ def test_what_a_callback_raises_is_the_callers_own(problem, how, named, good, st
         raise problem
 
     info = probe(named("later_slow"))
-    if how == "scan":
-        isolation.end_all()  # a new process reports for the first time at once
-        started.clear()
+    isolation.end_all()  # a new process reports for the first time at once
+    started.clear()
     with pytest.raises(type(problem)) as caught:
         scan(good, on_frames=told) if how == "scan" else list(read_chunks(info, TIMES, on_frames=told))
     assert caught.value is problem and len(calls) == 1
