@@ -30,10 +30,10 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 # Environment variables that change the behaviour or output of commands.
 UNSET = re.compile(r"EVOPRUNE_|NO_COLOR$|FORCE_COLOR$|LINES$|_TYPER|TTY_")
-TIMES = r"(plan|read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|encode \+ prefill)"
+TIMES = r"(plan|read|preprocess|encode|  pruning|prefill|generate|pack|first token|total|startup|encode \+ prefill)"
 SHORT = r"(compile|store|  overlap) +-?\d"  # lines of the stats that appear only if they take a millisecond
 # Fields that were added after the recording. They are left out if they are null.
-LATER = ("stop_reason", "logprobs", "stop", "parsed", "schema", "regex", "choices")
+LATER = ("stop_reason", "logprobs", "stop", "parsed", "schema", "regex", "choices", "startup")
 MASKED_FIELDS = ("time_ms", "rate", "memory", "env", "available", "versions", "devices", "cache_folder")
 
 
@@ -205,7 +205,7 @@ def masked_record(record):
         if name == "created_utc" or (name == "id" and re.fullmatch("[0-9a-f]{16,32}", str(value))):
             made[name] = type(value).__name__
         elif name in MASKED_FIELDS and isinstance(value, dict):
-            made[name] = names_of(value)
+            made[name] = names_of({key: each for key, each in value.items() if key not in LATER or each is not None})
         elif name.endswith(("_ms", "seconds")) or name in ("python", "platform", "folder", "hub_cache"):
             made[name] = type(value).__name__
         else:
