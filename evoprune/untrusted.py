@@ -189,19 +189,28 @@ def loads(text: str | bytes, once: bool = False, levels: int = MAX_LEVELS) -> An
             raise ValueError(f"the field {twice[:40]} appears twice")
         return value
 
-    too_deep = ValueError(f"it is nested more than {levels} levels deep")
     try:
         hook = unique if once else None
         value = json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=hook)
     except RecursionError:
-        raise too_deep from None
+        raise _too_deep(levels) from None
+    check_levels(value, levels)
+    return value
+
+
+def check_levels(value: Any, levels: int = MAX_LEVELS) -> None:
+    """Raise ValueError if a parsed JSON value is nested more than `levels` levels deep."""
     level = [[value]]
     for _ in range(levels + 1):
         inside = chain.from_iterable(map(_values, level))
         level = [inner for inner in inside if isinstance(inner, dict | list)]
         if not level:
-            return value
-    raise too_deep
+            return
+    raise _too_deep(levels)
+
+
+def _too_deep(levels: int) -> ValueError:
+    return ValueError(f"it is nested more than {levels} levels deep")
 
 
 def _values(outer: dict | list) -> Iterable[Any]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+import orjson
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -23,7 +24,7 @@ from starlette.routing import Route
 from evoprune.backend import empty_cache
 from evoprune.errors import EvopruneError
 from evoprune.session import PipelineOptions
-from evoprune.untrusted import loads
+from evoprune.untrusted import check_levels
 from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
@@ -45,6 +46,7 @@ CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
 STRUCTURE = (b",", b"[", b"{")  # characters that begin a value in JSON, apart from the first one
+PART_BYTES = 2**16  # size of the arrays in which a body is collected
 LARGE_BODY = 2**22  # size of a body after which unused memory is returned to the system, in bytes
 MOST_VALUES = 2**17  # maximum number of such characters in a body
 UPLOAD_THREADS = 4  # uploads whose data is parsed and written at the same time
@@ -395,41 +397,64 @@ async def read_json(request: Request, room: BodyRoom, parsing: asyncio.Lock) -> 
         raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
     if "content-encoding" in request.headers:
         raise ApiError(415, "send the body without a Content-Encoding", code="unsupported_media_type")
-    data = bytearray()
-    values = 0
+    parts: list[bytearray] = []  # one growing array would leave holes in the heap that are as large as all bodies
+    read = values = 0
     async for piece in request.stream():
         values += sum(piece.count(each) for each in STRUCTURE if each in piece)  # `in` is faster if there are none
         if values > MOST_VALUES:
             message = f"the body has more than {MOST_VALUES:,} commas, opening brackets, and opening braces"
             raise refused(message, code="invalid_json")
-        room.grow(max(len(data) + len(piece), values * VALUE_BYTES))
-        data += piece
-    large = len(data) > LARGE_BODY
+        read += len(piece)
+        room.grow(max(read, values * VALUE_BYTES))
+        if not parts or len(parts[-1]) >= PART_BYTES:
+            parts.append(bytearray())
+        parts[-1] += piece
+    large = read > LARGE_BODY
     async with parsing:
         try:
-            return await run_in_threadpool(_parsed, data)
+            return await run_in_threadpool(_parsed, parts)
         finally:
             if large:  # glibc would otherwise keep the memory of this and earlier bodies
                 await run_in_threadpool(empty_cache)
 
 
-def _parsed(data: bytearray) -> Any:
-    """Parse a body and clear its bytes.
+def _parsed(parts: list[bytearray]) -> Any:
+    """Parse a body and clear its parts.
+
+    A single wide character makes a string take four times its memory. orjson, unlike Python's own parser, doesn't make such a
+    string of the whole body. A long string in the body that contains one is refused, because data is base64.
 
     Raises:
-        ApiError: If it isn't valid JSON.
+        ApiError: If it isn't valid JSON, or contains such a string.
     """
-    text = ""
+    data = b"".join(parts)
+    parts.clear()
     try:
-        text = data.decode()
-        data.clear()
-        return loads(text)
-    except (ValueError, RecursionError) as problem:
+        value = orjson.loads(data)
+        check_levels(value)
+        if not any(len(text) > LARGE_BODY // 4 and not text.isascii() for text in _texts(value)):
+            return value
+        message = f"a string of more than {LARGE_BODY // 4:,} characters has characters other than ASCII"
+    except ValueError as problem:
         message = f"the body is not JSON in UTF-8: {problem}"
-    # The parser's exceptions, and the tracebacks of all exceptions, would keep the body in memory after its room is released.
-    data.clear()
-    del text
+    # Raised here because the parser's exceptions, and the tracebacks of all exceptions, would keep the body in memory after its
+    # room is released.
+    value = data = None
     raise refused(message, code="invalid_json")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all strings in a parsed JSON value, including the names of fields."""
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
 def client_of(request: Request) -> str:

@@ -163,7 +163,7 @@ def serve(
             hosts=hosts,
             origins=origins,
             body_bytes=max_body * MIB,
-            bodies_bytes=max(256, 2 * max_body) * MIB,
+            bodies_bytes=max(192, 2 * max_body) * MIB,
             upload_bytes=max_upload * MIB,
         )
         settings = Settings(

@@ -847,6 +847,20 @@ def test_refused_bodies_leave_the_memory_at_once(server, content):
         gc.enable()
 
 
+def test_long_data_with_a_wide_character_is_refused_before_it_is_copied(server):
+    """The character makes Python store the whole string with four bytes a character."""
+    long = "data:;base64," + "A" * (2**20 + 1) + "\U0001f600"
+    reply = server.client.post(CHAT, json={"messages": [message(COLOUR, video(long))]})
+    assert reply.status_code == 400 and reply.json()["error"]["code"] == "invalid_json"
+    assert "other than ASCII" in reply.json()["error"]["message"]
+
+
+def test_a_long_body_may_have_wide_characters_in_its_question(server):
+    data = "data:;base64," + base64.b64encode(bytes(2**20)).decode()
+    reply = server.client.post(CHAT, json={"messages": [message("who \U0001f600?", video(data))]})
+    assert reply.json()["error"]["code"] == "invalid_video"  # the body was read
+
+
 def test_a_client_has_half_of_the_room_for_bodies(qa, tmp_path, monkeypatch):
     from evoprune_serve import app
 

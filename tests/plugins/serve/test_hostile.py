@@ -18,7 +18,7 @@ pytest.importorskip("starlette", reason=REASON)
 CLIENTS = 8
 SECONDS = 8.0  # how long the clients send
 HEALTH_S = 1.0  # maximum time to the answer of /health
-MEMORY_BYTES = 2**30  # maximum memory of the server
+MEMORY_BYTES = 10**9  # maximum memory of the server
 MIB = 2**20
 KEY = "secret"
 
@@ -120,24 +120,27 @@ def peak_bytes(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent_key", [None, KEY], ids=["without key", "with key"])
-@pytest.mark.parametrize("name", [*BODIES, "chunks", *HEADS])
-def test_health_answers_while_hostile_bodies_arrive(name, sent_key, tmp_path):
+def sent_as(name: str, key: str | None) -> list[bytes]:
     if name in BODIES:
         pieces = BODIES[name]()
         path = "/v1/files" if "upload" in name else CHAT
-        sent = [head(path, sent_key, f"Content-Length: {sum(map(len, pieces))}"), *pieces]
-    elif name == "chunks":
-        sent = [head(CHAT, sent_key, "Transfer-Encoding: chunked"), *[TINY] * 10, b"0\r\n\r\n"]
-    else:
-        sent = [HEADS[name]]
-    options = ("--api-key", KEY) if sent_key else ("--quiet",)
+        return [head(path, key, f"Content-Length: {sum(map(len, pieces))}"), *pieces]
+    if name == "chunks":
+        return [head(CHAT, key, "Transfer-Encoding: chunked"), *[TINY] * 10, b"0\r\n\r\n"]
+    return [HEADS[name]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [None, KEY], ids=["without key", "with key"])
+def test_health_answers_while_hostile_bodies_arrive(key, tmp_path):
+    """One server gets all kinds in turn, because memory that one kind leaves behind counts, too."""
+    options = ("--api-key", KEY) if key else ("--quiet",)
     with serving(tmp_path, *options) as (server, port):
-        before = peak_bytes(server.pid)
-        with sending(port, sent):
-            slowest = slowest_health(port, SECONDS)
-        after = peak_bytes(server.pid)
-        print(f"\n{name}: {slowest:.2f} s, {before / MIB:.0f} MiB before and {after / MIB:.0f} MiB after")
-        assert slowest < HEALTH_S
-        assert after < MEMORY_BYTES
+        for name in (*BODIES, "chunks", *HEADS):
+            sent = sent_as(name, key)
+            with sending(port, sent):
+                slowest = slowest_health(port, SECONDS)
+            peak = peak_bytes(server.pid)
+            print(f"\n{name}: /health within {slowest:.2f} s, peak so far {peak / MIB:.0f} MiB")
+            assert slowest < HEALTH_S
+            assert peak < MEMORY_BYTES
