@@ -24,7 +24,7 @@ def start() -> None:
     if not any(name in os.environ for name in CHOSEN):
         os.environ |= SPIN
     endings: list[int | str | None] = []
-    atexit.register(_stop_loops_too, endings)  # registered first, so that it is called last
+    atexit.register(_end_by_signal, endings)  # registered first, so that it is called last
     try:
         from evoprune_cli.main import run
 
@@ -44,19 +44,24 @@ def start() -> None:
         exec("")  # runs nothing  # noqa: S102
 
 
-def _stop_loops_too(endings: list[int | str | None]) -> None:
-    """Make an interrupted process kill itself with SIGINT so that a surrounding shell loop also stops.
+def _end_by_signal(endings: list[int | str | None]) -> None:
+    """End an interrupted or terminated process immediately, because Python's shutdown may crash while a thread imports torch.
 
-    If the process merely exited with code 130, the loop would continue.
+    An interrupted process kills itself with SIGINT so that a surrounding shell loop also stops. If the process merely exited with
+    code 130, the loop would continue.
     """
     import contextlib
     import signal
 
-    if INTERRUPTED not in endings or os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    if not {INTERRUPTED, TERMINATED} & {*endings}:
         return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # the reader has exited, or the stream is closed
             stream.flush()
+    if TERMINATED in endings:
+        os._exit(TERMINATED)
+    if os.name != "posix" or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        os._exit(INTERRUPTED)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
 

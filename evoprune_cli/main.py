@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
+from types import FrameType
 from typing import Any
 
 import typer
@@ -179,18 +180,27 @@ for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verif
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
 
 
-def _raise_for_signal(number: int, _frame: object) -> None:
-    """Handle a signal that ends the command: raise KeyboardInterrupt or `Terminated`, but not while torch is being imported.
+def _raise_for_signal(number: int, frame: FrameType | None) -> None:
+    """Handle a signal that ends the command: raise KeyboardInterrupt or `Terminated`, but not while this thread imports torch.
 
     Torch's C++ code drops such an exception, or aborts the process.
     """
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
-    if getattr(spec, "_initializing", False):
+    if getattr(spec, "_initializing", False) and _imports(frame):
         _send_later(number)
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
     else:
         raise terminal.Terminated
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Return True if a thread whose innermost frame is `frame` is importing a module."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def run() -> None:

@@ -6,9 +6,13 @@ Results are delivered at the end of a run, even if the run is interrupted and th
 import os
 import re
 import stat
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +54,11 @@ MP4_END = b"\0\0\0(\xa9cmt\0\0\0 data\0\0\0\1\0\0\0\0evoprune overlay"  # commen
 
 
 def prepare() -> None:
-    """Check that enough memory is available to import torch, and make the allocator reuse freed memory.
+    """Make the allocator reuse freed memory, and import torch if enough memory is available.
 
     Raises:
         OutOfMemory: If even the libraries don't fit in memory.
+        ImportError: If torch can't be imported.
     """
     available = Host().available_memory()
     if available is not None and available < LIBRARIES:  # the system would silently kill this process
@@ -61,6 +66,22 @@ def prepare() -> None:
         hint = "close other programs, or give the container more memory"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
     keep_freed_memory()
+    _import_torch()
+
+
+def _import_torch() -> None:
+    """Import torch in a thread, because an import in the main thread would delay Ctrl-C until torch is imported."""
+    imported: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            imported.set_result(import_module("torch"))
+        except BaseException as problem:
+            imported.set_exception(problem)
+
+    if "torch" not in sys.modules:
+        threading.Thread(target=run, name="evoprune-import", daemon=True).start()
+        imported.result()
 
 
 def load(

@@ -204,3 +204,18 @@ def test_ctrl_c_while_torch_is_imported_is_not_lost(tmp_path):
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     ended = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
     assert ended.stdout == "imported\n" and "KeyboardInterrupt" in ended.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", -signal.SIGINT), ("SIGTERM", 143)])
+def test_a_signal_does_not_wait_until_torch_is_imported(tmp_path, name, code):
+    (tmp_path / "torch.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\nfor _ in range(2000):\n    time.sleep(0.01)\n"
+    )
+    words = [sys.executable, "-m", "evoprune_cli", "ask", GOOD, "What happens?", "--json"]
+    start = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["code"] == {"SIGINT": 130, "SIGTERM": 143}[name]
+    assert time.monotonic() - start < 10
