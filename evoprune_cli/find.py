@@ -17,6 +17,7 @@ from evoprune_cli.running import SOME_FAILED, is_one_of, load, print_text
 from evoprune_cli.terminal import (
     check_output,
     failure,
+    page_width,
     print_document,
     print_error,
     print_traceback,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red circle"'
 FILES = "Files"  # panel title in the full help
-BAR = 20  # bar length, in characters, for a score of 1
+BAR = 20  # maximum length of a bar, in characters
 
 
 @opt.command(
@@ -339,7 +340,12 @@ def _record(moment: "Moment", name: str, clip: str | None, more: int) -> dict[st
 
 
 def line(moment: "Moment") -> str:
-    """Format a moment as a line with its start, end, best timestamp, score, and a bar that visualizes the score."""
-    bar = "#" * round(BAR * moment.score)
-    times = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}  best {clock(moment.best_s):<9}"
-    return f"{times}  {moment.score:.3f}  {bar}"
+    """Format a moment as a line with its start, end, best timestamp, score, and a bar that visualizes the score.
+
+    In a narrow terminal, the bar is shorter, and a line that would still be too long lacks the best timestamp.
+    """
+    span = f"{clock(moment.start_s):>9} - {clock(moment.end_s):<9}"
+    best, score = f"  best {clock(moment.best_s):<9}", f"  {moment.score:.3f}  "
+    width = page_width()
+    text = span + (best if len(span + best + score) < width else "") + score
+    return (text + "#" * round(min(BAR, max(0, width - len(text))) * moment.score)).rstrip()

@@ -22,6 +22,13 @@ def test_text_has_times_and_a_bar(cli):
     assert "1 segment of 6 s, 12 frames each" in result.err
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_lines_fit_into_the_terminal(cli, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, line = cli("find", SQUARE, GREEN).out.splitlines()
+    assert len(line) <= columns and "0:00.0 - 0:06.0" in line and "##" in line
+
+
 def test_json_has_a_line_a_moment(cli):
     result = cli("find", SQUARE, THREE, "-Q", GREEN, "-Q", "a purple cross", "--json", "-q")
     records = [json.loads(line) for line in result.out.splitlines()]
