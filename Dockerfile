@@ -17,5 +17,6 @@ USER evoprune
 WORKDIR /home/evoprune
 ENV PATH=/opt/evoprune/bin:$PATH
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=10s --start-period=2m CMD ["python", "-c", "from http.client import HTTPConnection as C; c = C('127.0.0.1', 8000, timeout=5); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
+# The start period ends with the first success, but the first start may download a model.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30m CMD ["python", "-c", "from http.client import HTTPConnection as C; c = C('127.0.0.1', 8000, timeout=5); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["evoprune", "serve", "--host", "0.0.0.0"]

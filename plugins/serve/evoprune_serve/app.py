@@ -15,8 +15,6 @@ import orjson
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -25,13 +23,12 @@ from evoprune.backend import empty_cache
 from evoprune.errors import EvopruneError
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import check_levels
-from evoprune.util import harmless
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
 from evoprune_serve.checks import Checks
 from evoprune_serve.errors import ApiError, plain, refused, told
 from evoprune_serve.forms import UploadForm
-from evoprune_serve.guard import Access, Bodies, BodyRoom, Framing, Guard
+from evoprune_serve.guard import Access, Bodies, BodyRoom, client_of, log_line, protection
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Handler, Page
 from evoprune_serve.question import Question, has_schema, no_model
@@ -199,8 +196,7 @@ class Server:
     def log(self, request: Request, status: int, *more: str) -> None:
         """Count a request in the metrics and write a log line for it, ending with the words in `more`."""
         self.count(request, status)
-        words = [client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more]
-        self.settings.log(" ".join(words))
+        self.settings.log(log_line(request, status, *more))
 
     # Models.
 
@@ -457,11 +453,6 @@ def _texts(value: Any) -> Iterator[str]:
             values += value
 
 
-def client_of(request: Request) -> str:
-    """Return a client's IP address, which the queue uses to distinguish clients."""
-    return request.client.host if request.client else "unknown"
-
-
 def if_wanted(job: Job, function: Callable[[], T]) -> T:
     """Call a function unless the job has been canceled in the meantime, which raises Gone."""
     job.check()
@@ -530,14 +521,6 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
         ageing.cancel()
         await run_in_threadpool(server.work.close)
 
-    middleware = [Middleware(Guard, access=settings.access, refuse=refuse)]
-    if settings.access.origins:
-        # OpenAI's browser client sends its own headers and reads `Retry-After`.
-        headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
-        cors = {"allow_origins": settings.access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
-        middleware.insert(0, Middleware(CORSMiddleware, **cors, **headers))
-    middleware.insert(0, Middleware(Framing, refuse=refuse))
-
     def gone(request: Request, problem: Exception) -> Response:
         server.log(request, CLOSED)
         return Response(status_code=CLOSED)
@@ -545,7 +528,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     handlers = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: gone, Exception: refuse}
     app = Starlette(
         routes=[*server.routes(), *Page(server).routes()],
-        middleware=middleware,
+        middleware=protection(settings.access, refuse),
         exception_handlers=handlers,
         lifespan=life,
     )

@@ -131,41 +131,44 @@ def serve(
     origins = tuple(map(_origin, cors or ()))
     warm_up()  # warms up while this process imports its dependencies
     try:
-        # Importing torch in the main thread would swallow exceptions raised by signal handlers.
-        in_a_thread(partial(import_module, "evoprune_serve.app"))
         import uvicorn
 
-        from evoprune_serve.app import Settings, make_app
         from evoprune_serve.connections import Connection
-        from evoprune_serve.ending import CLOSING_S, EndingServer
         from evoprune_serve.guard import LOOPBACK as NAMES
         from evoprune_serve.guard import Access
+        from evoprune_serve.loading import answering
         from evoprune_serve.store import private_folder
     except ImportError as problem:
-        raise UsageError(
-            f"the server needs {problem.name}, which is not installed",
-            "in a checkout of evoprune: pip install ./plugins/serve",
-        ) from problem
+        raise _missing(problem) from problem
 
     def say(line: str) -> None:
         if not quiet:
             tell(line)
 
+    hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
+    if host in ANY and key is not None and not allow_host:
+        hosts = ()  # this machine's names are unknown, and pages on other sites can't know the key
+    access = Access(
+        key=key,
+        hosts=hosts,
+        origins=origins,
+        body_bytes=max_body * MIB,
+        bodies_bytes=max(192, 2 * max_body) * MIB,
+        upload_bytes=max_upload * MIB,
+    )
+    for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
+        logging.getLogger(library).setLevel(logging.ERROR)
     listening = _listening(host, port)
     with listening, private_folder() as folder:
-        with progress(not quiet) as show:
+        with progress(not quiet) as show, answering(listening, access, say):
+            try:
+                # Importing torch in the main thread would swallow exceptions raised by signal handlers.
+                in_a_thread(partial(import_module, "evoprune_serve.app"))
+                from evoprune_serve.app import Settings, make_app
+                from evoprune_serve.ending import CLOSING_S, EndingServer
+            except ImportError as problem:
+                raise _missing(problem) from problem
             models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
-        hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
-        if host in ANY and key is not None and not allow_host:
-            hosts = ()  # this machine's names are unknown, and pages on other sites can't know the key
-        access = Access(
-            key=key,
-            hosts=hosts,
-            origins=origins,
-            body_bytes=max_body * MIB,
-            bodies_bytes=max(192, 2 * max_body) * MIB,
-            upload_bytes=max_upload * MIB,
-        )
         settings = Settings(
             folder=folder,
             usual=pipeline,
@@ -191,8 +194,6 @@ def serve(
             proxy_headers=False,  # otherwise, clients could impersonate each other
             timeout_graceful_shutdown=CLOSING_S,
         )
-        for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
-            logging.getLogger(library).setLevel(logging.ERROR)
         # With torch and the models, a full garbage collection would block the event loop for more than 100 ms.
         gc.collect()
         gc.freeze()
@@ -351,6 +352,14 @@ def _listening(host: str, port: int) -> socket.socket:
         reason = getattr(problem, "strerror", None) or problem
         raise UsageError(f"cannot listen at {host}:{port}: {reason}", "choose another --port or --host") from problem
     return listening
+
+
+def _missing(problem: ImportError) -> UsageError:
+    """Return the error for a package that the server needs."""
+    return UsageError(
+        f"the server needs {problem.name}, which is not installed",
+        "in a checkout of evoprune: pip install ./plugins/serve",
+    )
 
 
 def _in_url(host: str) -> str:

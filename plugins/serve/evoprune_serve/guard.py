@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evoprune.util import harmless
 from evoprune_serve.errors import ApiError, full, plain
 
 OPEN_PATHS = ("/", "/health")  # no key required
@@ -22,6 +25,16 @@ SLOW_BYTES_S = 2**15  # minimum rate in bytes per second; slower bodies use up `
 SLOW_S = 30.0  # time budget for a slow body, in seconds
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODIES_RETRY_S = 5
+
+
+def client_of(request: Request) -> str:
+    """Return a client's IP address, which is used to distinguish clients."""
+    return request.client.host if request.client else "unknown"
+
+
+def log_line(request: Request, status: int, *more: str) -> str:
+    """Return the log line for a request, ending with the words in `more`."""
+    return " ".join([client_of(request), request.method, harmless(request.url.path[:100]), str(status), *more])
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,17 @@ class Guard:
         if scheme.lower() != "bearer" or not right:
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def protection(access: Access, refuse: Callable[[Request, Exception], Response]) -> list[Middleware]:
+    """Return all middleware of an application, in order. `refuse` builds the response for an error."""
+    middleware = [Middleware(Framing, refuse=refuse)]
+    if access.origins:
+        # OpenAI's browser client sends its own headers and reads `Retry-After`.
+        headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+        cors = {"allow_origins": access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
+        middleware.append(Middleware(CORSMiddleware, **cors, **headers))
+    return [*middleware, Middleware(Guard, access=access, refuse=refuse)]
 
 
 def host_of(header: str) -> str:

@@ -7,13 +7,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
@@ -214,6 +218,130 @@ def test_a_second_ctrl_c_while_the_first_is_handled(monkeypatch):
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
     Interrupted(uvicorn.Config(None), None).handle_exit(signal.SIGINT, None)
     assert logging.getLogger("uvicorn.error").disabled
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that keeps every client waiting until `released` is set, and then has no such model."""
+
+    released: threading.Event
+
+    def do_GET(self) -> None:
+        self.released.wait(START_S)
+        self.send_error(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *given) -> None:
+        pass
+
+
+@contextmanager
+def loading(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int, threading.Event]]:
+    """Start a server whose model takes forever to load. Yields the process, its port, and an event that makes loading fail."""
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"released": threading.Event()}))
+    released = hub.RequestHandlerClass.released
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line, environment = command("--port", str(port), "-m", "some/model", *options)
+    environment |= {"TMPDIR": str(folder), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(folder)}
+    with (folder / "server.log").open("w") as out:
+        server = subprocess.Popen(line, stdout=out, stderr=out, env=environment, cwd=folder)
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end
+                time.sleep(0.02)
+        yield server, port, released
+    finally:
+        released.set()
+        server.kill()
+        server.wait()
+        hub.shutdown()
+        hub.server_close()
+
+
+def test_while_the_model_loads(tmp_path):
+    """Everything is answered with 503, and a model that cannot be loaded ends the process as ever."""
+    httpx = pytest.importorskip("httpx", reason=REASON)
+    log = tmp_path / "server.log"
+    with loading(tmp_path, "--api-key", "secret", "--cors", "https://example.org") as (server, port, released):
+        origin = {"Origin": "https://example.org"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            for _ in range(2):
+                health = client.get("/health")
+                assert (health.status_code, health.json()) == (503, {"status": "loading"})
+                assert int(health.headers["retry-after"]) > 0
+            page = client.get("/")
+            assert page.status_code == 503 and "loading" in page.text and page.headers["refresh"]
+            assert client.get("/v1/models").status_code == 401
+            assert client.get("/health", headers={"Host": "example.org"}).status_code == 403
+            key = {"Authorization": "Bearer secret"}
+            for send in (
+                partial(client.post, CHAT, json=body()),
+                partial(client.post, "/v1/files", files={"file": b"data"}),
+                partial(client.get, "/v1/models"),
+                partial(client.get, "/page/settings"),
+                partial(client.get, "/no/such/path"),
+            ):
+                reply = send(headers=key | origin)
+                assert reply.status_code == 503 and reply.json()["error"]["code"] == "loading"
+                assert int(reply.headers["retry-after"]) > 0
+                assert reply.headers["access-control-allow-origin"] == origin["Origin"]
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(b"no HTTP\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 400")
+        lines = log.read_text().splitlines()
+        assert f"127.0.0.1 POST {CHAT} 503 loading" in lines and not any("/health 503" in line for line in lines)
+        assert all(line.startswith("127.0.0.1 ") for line in lines), lines
+        taken = run("--port", str(port))
+        assert taken.returncode == 2 and "cannot listen" in taken.stderr
+        released.set()
+        assert server.wait(START_S) == 4
+        last = log.read_text().splitlines()[len(lines) :]
+        assert len(last) == 2 and "some/model" in last[0] and "served at" not in log.read_text(), last
+    assert not list(tmp_path.glob("evoprune-*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_signals_end_it_while_the_model_loads(tmp_path, number, code):
+    with loading(tmp_path) as (server, port, _):
+        with socket.create_connection(("127.0.0.1", port)):  # a client that has not sent its request
+            began = time.monotonic()
+            server.send_signal(number)
+            assert server.wait(30) == code and time.monotonic() - began < 3
+        assert (tmp_path / "server.log").read_text().strip() in ("", "Interrupted")
+    assert not list(tmp_path.glob("evoprune-*"))
+
+
+def test_clients_that_wait_are_answered_once_it_is_ready(tmp_path):
+    """Requests that keep coming while the model loads and after are all answered, first with 503 and then with 200."""
+    httpx = pytest.importorskip("httpx", reason=REASON)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line, environment = command("--port", str(port))
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as server:
+        try:
+            states = []
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+                end = time.monotonic() + START_S
+                while 200 not in states and time.monotonic() < end:
+                    try:
+                        states.append(client.get("/health").status_code)
+                    except httpx.ConnectError:  # it does not listen yet
+                        assert not states
+            assert states[0] == 503 and states.index(200) == len(states) - 1 and set(states) == {503, 200}
+            assert "served at" in server.stderr.readline()
+        finally:
+            server.terminate()
+        assert "Traceback" not in server.stderr.read()
 
 
 def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
