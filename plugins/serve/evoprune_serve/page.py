@@ -1,7 +1,7 @@
 """The web page at `/`, a self-contained file, and the routes it uses in addition to OpenAI's API.
 
-`/page/settings` returns the server's settings. Requests to `/page/units` and `/page/moments` have the same body as a chat
-completion request about one video.
+`/page/settings` returns the server's settings, and `/page/sample` a clip. Requests to `/page/units` and `/page/moments` have the
+same body as a chat completion request about one video.
 """
 
 import hashlib
@@ -32,7 +32,14 @@ PAGE = "/"
 SETTINGS = "/page/settings"
 UNITS = "/page/units"
 MOMENTS = "/page/moments"
-PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS)
+SAMPLE = "/page/sample"
+PAGE_PATHS = (PAGE, SETTINGS, UNITS, MOMENTS, SAMPLE)
+KNOWN = {
+    "shapes": "colored shapes and digits",
+    "scenes": "crowded scenes with signs",
+}  # what each kind of demo model knows
+REAL = "evoprune serve -m Qwen/Qwen2.5-VL-3B-Instruct"
+SAMPLE_TEXTS = {"name": "sample.mp4", "question": "What vanishes?", "query": "a red diamond"}
 SHARES = (0.05, 0.15, 0.6, 0.8)  # budgets offered on the page in addition to the presets
 # Warning text for visitors of the page. It differs from the command line's text because visitors can't set options and may not know
 # this project's documentation, and because the page doesn't have some of the times and numbers.
@@ -83,6 +90,7 @@ class Page:
     def __init__(self, server: Asking):
         self._server = server
         self._html = files("evoprune_serve").joinpath("page.html").read_text(encoding="utf-8")
+        self._sample = files("evoprune_serve").joinpath("sample.mp4").read_bytes()
         self._headers = {
             "Content-Security-Policy": policy(self._html, server.settings.urls),
             "Referrer-Policy": "no-referrer",
@@ -94,11 +102,16 @@ class Page:
         return Response(self._html, media_type="text/html", headers=self._headers)
 
     async def settings(self, request: Request) -> Response:
-        """Respond with the models, the available budgets, all warning text, and whether URLs are allowed."""
+        """Respond with the models, the available budgets, all warning text, and other facts for the page."""
         settings = self._server.settings
+        models = self._server.work.models
+        demos = {name: qa.loaded.demo.world for name, qa in models.items() if qa.loaded.demo}
         return JSONResponse(
             {
-                "models": [model_record(name, qa) for name, qa in self._server.work.models.items()],
+                "models": [model_record(name, qa) for name, qa in models.items()],
+                "demos": {name: KNOWN[world] for name, world in demos.items()},
+                "real": REAL,
+                "sample": SAMPLE_TEXTS | {"models": [name for name in models if demos.get(name) != "scenes"]},
                 "budgets": budgets(settings.usual),
                 "budget": settings.usual.pruning.budget,
                 "urls": settings.urls,
@@ -106,6 +119,10 @@ class Page:
                 "warnings": {name: sentence(name) for name in WARNINGS},
             }
         )
+
+    async def sample(self, request: Request) -> Response:
+        """Respond with a clip that visitors can try."""
+        return Response(self._sample, media_type="video/mp4", headers={"X-Content-Type-Options": "nosniff"})
 
     async def units(self, request: Request) -> Response:
         """Respond with the effect of pruning on each unit of a video, plus the encoding and prefill times."""
@@ -119,6 +136,7 @@ class Page:
         return [
             Route(PAGE, self._server.counted(self.page, logged=False), methods=["GET"]),
             Route(SETTINGS, self._server.counted(self.settings, logged=False), methods=["GET"]),
+            Route(SAMPLE, self._server.counted(self.sample, logged=False), methods=["GET"]),
             Route(UNITS, self.units, methods=["POST"]),
             Route(MOMENTS, self.moments, methods=["POST"]),
         ]

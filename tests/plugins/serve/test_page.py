@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +18,8 @@ import av
 import pytest
 
 from evoprune.bench import Fates, TracedVideo
+from evoprune.bundled import DEMOS
+from evoprune.report import VideoFacts, warning_text
 from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, memory_fails, message, serving, url_of, video
 
@@ -63,6 +66,30 @@ def test_settings(server):
     # Visitors set no options and do not read this project's documents.
     commands = r"(^|\W)--?[a-z]|docs/|samples/|ffmpeg|`|=True|max_"
     assert [text for text in settings["warnings"].values() if re.search(commands, text)] == []
+
+
+def test_what_demos_know_and_whom_the_sample_suits(qa, tmp_path):
+    copy = shutil.copytree(
+        DEMOS["demo"].folder, tmp_path / "copy"
+    )  # in another folder, it counts as a model of its own
+    others = {"scenes": VideoQA.load("demo-scenes"), "other": VideoQA.load(copy)}
+    with serving(qa, tmp_path / "files", others) as server:
+        settings = server.client.get("/page/settings").json()
+    assert settings["demos"] == {"demo": "colored shapes and digits", "scenes": "crowded scenes with signs"}
+    assert all(words in warning_text("demo_model", VideoFacts(), "it") for words in settings["demos"].values())
+    assert settings["sample"]["models"] == ["demo", "other"]
+
+
+def test_the_sample_is_a_part_of_the_package(server, qa, tmp_path):
+    reply = server.client.get("/page/sample")
+    assert reply.headers["content-type"] == "video/mp4" and len(reply.content) < 2**18
+    (tmp_path / "sample.mp4").write_bytes(reply.content)
+    sample = server.client.get("/page/settings").json()["sample"]
+    answer = qa.ask(tmp_path / "sample.mp4", sample["question"])
+    assert answer.text == "red diamond" and not answer.report.warnings
+    assert qa.find(tmp_path / "sample.mp4", sample["query"])
+    project = tomllib.loads((SAMPLES.parent / "plugins/serve/pyproject.toml").read_text("utf-8"))
+    assert {"page.html", "sample.mp4"} <= set(project["tool"]["setuptools"]["package-data"]["evoprune_serve"])
 
 
 def test_the_overlay_is_off_at_first_and_its_switch_is_beside_the_player(server):
@@ -343,6 +370,56 @@ def test_a_video_is_dropped_asked_about_and_looked_through(server, browser):
     assert not {url for url in browser.requests if not url.startswith(inside)}
     problems = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert problems == []
+
+
+@in_browser
+def test_the_first_minute(qa, tmp_path, browser):
+    """With the keyboard only, and with a key: the demo says what it is, and a sample is asked about."""
+    from evoprune_serve.guard import Access
+
+    with serving(qa, tmp_path, access=Access(key=KEY)) as server:
+        browser.open(server.url)
+        browser.look(width=360)
+        assert not browser.get("demo").is_displayed()
+        browser.get("key").send_keys(KEY, "\ue007")
+        browser.until(browser.get("watch").is_displayed)
+        for told in (
+            "This is a demo model",
+            "colored shapes and digits",
+            "evoprune serve -m Qwen/Qwen2.5-VL-3B-Instruct",
+        ):
+            assert told in browser.text("demo")
+        assert "too small for a speedup" in browser.text("too-small")
+        browser.check_access()
+        active = browser.driver.switch_to
+        assert active.active_element.get_attribute("id") == "pick"
+        active.active_element.send_keys("\t")
+        assert active.active_element.get_attribute("id") == "try"
+        active.active_element.send_keys("\ue007")
+        browser.until(lambda: active.active_element.get_attribute("id") == "question")
+        active.active_element.send_keys("\ue007")
+        browser.until(lambda: browser.all("#answers article details"))
+        assert browser.all("#answers .answer")[0].text == "red diamond"
+        browser.get("search").click()
+        browser.until(lambda: browser.all("#moments button"))
+        browser.check_access()
+        browser.get("another").click()
+        assert [browser.get(each).get_attribute("value") for each in ("question", "query")] == ["", ""]
+        problems = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        assert [each for each in problems if "401" not in each] == []
+
+
+@in_browser
+def test_a_real_model_is_no_demo(qa, tmp_path, browser):
+    real = VideoQA.load(shutil.copytree(DEMOS["demo"].folder, tmp_path / "copy"))
+    with serving(qa, tmp_path / "files", {"real": real, "scenes": VideoQA.load("demo-scenes")}) as server:
+        browser.open(server.url)
+        for place, demo, sample in ((1, False, True), (2, True, False), (0, True, True)):
+            browser.all("#models option")[place].click()
+            browser.until(lambda demo=demo: browser.get("demo").is_displayed() is demo)
+            assert browser.get("too-small").is_displayed() is demo
+            assert browser.get("try").is_displayed() is sample
+            assert not demo or "choose another model above" in browser.text("demo")
 
 
 @in_browser
