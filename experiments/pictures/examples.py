@@ -1,7 +1,8 @@
 """Regenerate the images and examples in README and docs: `python -m experiments.pictures.examples`.
 
 This covers the figure that explains the method with its counts, the overlay, the terminal transcript, and the JSON in docs/json.md
-and docs/cli.md. It takes a minute or two. The charts and tables in results/ are created by other commands.
+and docs/cli.md. It takes a minute or two. Other commands create the charts
+and tables in results/, and the picture of the server's page (page.py).
 """
 
 import argparse

@@ -92,6 +92,15 @@ def test_the_sample_is_a_part_of_the_package(server, qa, tmp_path):
     assert {"page.html", "sample.mp4"} <= set(project["tool"]["setuptools"]["package-data"]["evoprune_serve"])
 
 
+def test_the_picture_of_the_page_is_small_and_shown():
+    from PIL import Image
+
+    file = SAMPLES.parent / "docs/page.png"
+    assert file.stat().st_size <= 80 * 1024 and Image.open(file).width <= 1280
+    assert "(page.png)" in (SAMPLES.parent / "docs/server.md").read_text("utf-8")
+    assert "docs/page.png" in (SAMPLES.parent / "README.md").read_text("utf-8")
+
+
 def test_the_overlay_is_off_at_first_and_its_switch_is_beside_the_player(server):
     html = server.client.get("/").text
     player = html[html.index('id="player"') : html.index('id="upload"')]
