@@ -64,6 +64,11 @@ __all__ = [
     "remove",
 ]
 
+# Suggestions for names that other libraries use.
+_MEANT = dict.fromkeys(
+    ("load", "load_model", "from_pretrained", "pipeline", "Model", "LLM", "AutoModel"), "evoprune.VideoQA.load"
+) | {"ask": "evoprune.VideoQA.load(model).ask", "Video": "evoprune.VideoQA.load(model).encode"}
+
 
 if not TYPE_CHECKING:  # type checkers that see `__getattr__` would accept any module attribute
 
@@ -73,7 +78,9 @@ if not TYPE_CHECKING:  # type checkers that see `__getattr__` would accept any m
         for module, names in _SOURCES.items():
             if name in names:
                 return getattr(import_module(f"evoprune.{module}"), name)
-        raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
+        from evoprune.suggestions import unknown_attribute
+
+        raise unknown_attribute("module 'evoprune'", name, _MEANT, __all__)
 
 
 def __dir__() -> list[str]:

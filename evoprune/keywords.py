@@ -1,4 +1,4 @@
-"""Options of the Python functions, for type checkers and editors only. `help` shows them with their defaults.
+"""Options of the Python functions, for type checkers, editors, and error messages. `help` shows them with their defaults.
 
 Generated from the option classes by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
 """
@@ -190,3 +190,27 @@ class LoadKeywords(ModelKeywords, PruneKeywords, total=False):
 
 class ReadAheadKeywords(ModelKeywords, SamplingKeywords, total=False):
     """The options of both."""
+
+
+# The options of each method, for messages about options that are passed to another method.
+OPTIONS_OF = {
+    "VideoQA.load": (
+        "progress", "ahead", "revision", "device", "dtype", "quantize", "store_quantized", "load_format", "engine",
+        "offline", "threads", "budget", "method", "seed",
+    ),
+    "VideoQA.encode": (
+        "times_s", "name", "cache", "progress", "fps", "frames", "start_s", "end_s", "max_frames", "max_visual_tokens",
+        "frame_rate", "decoder", "seek", "subtitles", "max_subtitle_tokens", "speech",
+    ),
+    "VideoQA.ask": (
+        "seed", "on_thoughts", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "system",
+        "think", "stop", "logprobs", "schema", "regex", "choices", "choice_score",
+    ),
+    "VideoQA.stream": (
+        "fps", "max_visual_tokens", "system", "name", "window_s", "memory_s", "memory_tokens",
+    ),
+    "VideoQA.find": (
+        "fps", "start_s", "end_s", "speech", "progress", "cache", "top", "min_score", "segment_s", "total_tokens",
+        "prompt", "yes", "no",
+    ),
+}  # fmt: skip

@@ -434,19 +434,10 @@ def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
         TypeError: If a keyword doesn't match any dataclass field.
         UsageError: If a value is invalid.
     """
-    check_known(given, *declared)
-    return [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in declared]
-
-
-def check_known(given: Iterable[str], *declared: type) -> None:
-    """Check that each keyword is a field of one of the dataclasses in `declared`.
-
-    Raises:
-        TypeError: If a keyword is unknown. The message lists the known options.
-    """
     known = [f.name for group in declared for f in fields(group)]
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
+    return [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in declared]
 
 
 def check_types(options: Any) -> None:
@@ -550,6 +541,12 @@ def check_question(question: Any) -> None:
     Raises:
         UsageError: If the question is empty or not a string.
     """
+    if isinstance(question, list | tuple) and all(isinstance(each, str) for each in question):
+        hint = "ask one after another: video = qa.encode(path); [video.ask(question).text for question in questions]"
+        raise UsageError(f"the question is {brief(question)}, not a string", hint)
+    if isinstance(question, list | tuple) and all(isinstance(each, Mapping) for each in question):
+        hint = "a conversation is a chat: qa.encode(path).chat(messages=earlier).ask(question)"
+        raise UsageError(f"the question is {brief(question)}, not a string", hint)
     if not isinstance(question, str):
         raise UsageError(f"the question is {brief(question)}, not a string", 'for example "What happens?"')
     if not question.strip():

@@ -16,7 +16,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, Unpack, overload
 
 from evoprune.errors import OTHER_MODELS, UsageError
 from evoprune.language import GenerationOptions
@@ -36,6 +36,7 @@ from evoprune.session import (
     open_inputs,
 )
 from evoprune.signatures import takes
+from evoprune.suggestions import Suggesting, SuggestingClass
 from evoprune.util import Uncopied, brief, check_type, from_keywords
 from evoprune.video import GivenInput, Input, SamplingOptions
 
@@ -58,8 +59,11 @@ Path = str | os.PathLike[str]
 Shape = TypeVar("Shape")  # the class passed as `schema`
 
 
-class VideoQA(Uncopied):
+class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
     """A loaded model with a budget and a pruning method, ready to answer questions about videos. Create one with `VideoQA.load`.
+
+    It can be used in a `with` statement, whose end stops reading the inputs given to `load(ahead=)`. The object can still be used
+    afterwards, and the model's memory is freed once nothing refers to it.
 
     `VideoQA` always computes in the dtype of the loaded model, even inside a torch autocast region.
 
@@ -82,6 +86,18 @@ class VideoQA(Uncopied):
     """
 
     INSTEAD = "threads may share it; another process loads its own, with VideoQA.load"
+    MEANT: ClassVar = {
+        "from_pretrained": "VideoQA.load(model)",
+        "generate": "qa.ask(path, question)",
+        "answer": "qa.ask(path, question)",
+        "chat": "qa.encode(path).chat()",
+        "search": "qa.find(path, query)",
+        "report": "answer.report, or qa.encode(path).report",
+        "model": "qa.loaded.model",
+        "device": "qa.loaded.device",
+        "dtype": "qa.loaded.dtype",
+        "tokenizer": "qa.loaded.tokenizer",
+    }
 
     @takes(PruneOptions)
     def __init__(
@@ -142,6 +158,14 @@ class VideoQA(Uncopied):
     @property
     def loaded(self) -> LoadedModel:
         return self.session.loaded
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading ahead. If nothing is read ahead, there is nothing to close."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __repr__(self) -> str:
         return repr(self.session).replace("Session", "VideoQA", 1)

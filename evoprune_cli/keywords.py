@@ -1,21 +1,28 @@
-"""Generates typed dicts of the options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`."""
+"""Generates typed dicts of the options for type checkers: `python -m evoprune_cli.keywords > evoprune/keywords.py`.
+
+The generated file also lists the options of each method of `VideoQA`, for error messages.
+"""
 
 import textwrap
 from dataclasses import fields
+from inspect import Parameter, signature
 
 from evoprune.hf import EvoPrune
 from evoprune.language import GenerationOptions
 from evoprune.session import FindOptions, ModelOptions, PruneOptions, StreamOptions
 from evoprune.signatures import meaning, type_code
 from evoprune.video import SamplingOptions
+from evoprune.video_qa import VideoQA
 
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
 # Typed dicts for functions that accept the options of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
 # For each class, an additional typed dict without one option, for overloads whose return type depends on that option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
+# Methods of `VideoQA` in the order of their use. If several have an option, messages name the first.
+METHODS = ("load", "encode", "ask", "stream", "find")
 POSITIONAL = ("model",)  # model-loading functions have a separate parameter for it
-HEAD = '''"""Options of the Python functions, for type checkers and editors only. `help` shows them with their defaults.
+HEAD = '''"""Options of the Python functions, for type checkers, editors, and error messages. `help` shows them with their defaults.
 
 Generated from the option classes by `python -m evoprune_cli.keywords > evoprune/keywords.py`; do not edit.
 """
@@ -34,7 +41,9 @@ WIDTH = 120
 
 def module() -> str:
     """Generate the source code of evoprune/keywords.py."""
-    return "\n\n".join([HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items())])
+    return "\n\n".join(
+        [HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items()), _options()]
+    )
 
 
 def _name(kind: type) -> str:
@@ -67,6 +76,20 @@ def _class(name: str, base: str, title: str, kind: type, options: list[str]) -> 
 
 def _joined(name: str, kinds: tuple[type, ...]) -> str:
     return f'class {name}({", ".join(map(_name, kinds))}, total=False):\n    """The options of both."""\n'
+
+
+def _options() -> str:
+    """Generate `OPTIONS_OF`, the names of the keyword-only arguments of each method of `VideoQA`."""
+    lines = [
+        "# The options of each method, for messages about options that are passed to another method.",
+        "OPTIONS_OF = {",
+    ]
+    for method in METHODS:
+        parameters = signature(getattr(VideoQA, method)).parameters.values()
+        names = ", ".join(f'"{each.name}"' for each in parameters if each.kind is Parameter.KEYWORD_ONLY)
+        inside = textwrap.fill(names, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += [f'    "VideoQA.{method}": (', f"{inside},", "    ),"]
+    return "\n".join([*lines, "}  # fmt: skip", ""])
 
 
 if __name__ == "__main__":

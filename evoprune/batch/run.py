@@ -12,11 +12,13 @@ from evoprune.errors import OutOfMemory, callback_errors, error_record
 from evoprune.language import Turn
 from evoprune.report import Report, name_inputs
 from evoprune.session import Cache, EncodedInputs, OpenInputs, ReadAhead, Session, in_flight, open_inputs
+from evoprune.signatures import suggests
 from evoprune.util import without_password
 
 T = TypeVar("T")
 
 
+@suggests
 def answers(
     session: Session,
     spans: Iterable[Span],

@@ -43,8 +43,8 @@ from evoprune.methods import Budget, MethodText
 from evoprune.model import Clock
 from evoprune.report import EQUAL_SCORES, Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, pruning_facts
-from evoprune.signatures import explained, takes
-from evoprune.util import brief, budget_text, check_known, check_types, from_keywords, option
+from evoprune.signatures import explained, suggests, takes
+from evoprune.util import brief, budget_text, check_types, from_keywords, option
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ SWITCH = "this object only switches pruning on and off"
 
 def _checked_init(init: Callable) -> Callable:
     """Wrap `EvoPrune.__init__` to raise a clearer error for a model or an unknown setting."""
+    init = suggests(init)
 
     @functools.wraps(init)
     def checked(self, *args, **given) -> None:
@@ -66,7 +67,6 @@ def _checked_init(init: Callable) -> Callable:
             if isinstance(model, torch.nn.Module):
                 hint = "pass the settings first, then the model: EvoPrune(budget=0.1)(model)"
                 raise UsageError(f"an object of class {type(model).__name__} is not a setting", hint)
-        check_known(given, EvoPrune)
         init(self, *args, **given)
 
     return checked

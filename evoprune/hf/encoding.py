@@ -20,6 +20,7 @@ from evoprune.hf import interface
 from evoprune.methods import Budget, MethodText, PruneConfig, TowerShape
 from evoprune.model import VisionConfig, all_finite
 from evoprune.session import calibrate_tower
+from evoprune.signatures import suggests
 from evoprune.util import check_type
 from evoprune.video import InputLimits
 from evoprune.vision import Encoded, encode_rows
@@ -29,6 +30,7 @@ SAMPLES = 16  # number of values to compare per weight to detect changes
 PROCESSOR = "pass pixel_values_videos and video_grid_thw from one processor call (return_tensors='pt'), in this order"
 
 
+@suggests
 def encode(
     model: Any,
     pixel_values_videos: torch.Tensor,

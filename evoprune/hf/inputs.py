@@ -135,7 +135,7 @@ def _warn(plan: Plan, damaged: int, other_size: bool) -> None:
     video = VideoFacts(**known | {"path": plan.name, "damaged": damaged})
     for name in names:
         if warning_title(name) == "warning":
-            warnings.warn(warning_text(name, video), EvopruneWarning, stacklevel=4)
+            warnings.warn(warning_text(name, video), EvopruneWarning, stacklevel=5)
 
 
 def arguments(

@@ -1,6 +1,6 @@
 """Options for generating an answer. This module does not import torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -267,6 +267,10 @@ def _checked_choices(given: Any) -> str | list[str] | None:
     if given is None or given == ROW_OPTIONS:
         return given
     hint = "use two or more different texts"
+    if isinstance(given, str) and "," in given:
+        hint = f"did you mean choices={[text.strip() for text in given.split(',')]}?"
+    if isinstance(given, Set):
+        hint = "use a list, whose order is the order of the results"
     if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
         raise UsageError(f"choices is {brief(given)}, not a list of texts", hint)
     texts = list(given)

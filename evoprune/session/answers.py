@@ -13,6 +13,7 @@ from evoprune.language import GenerationOptions, Turn
 from evoprune.report import Report
 from evoprune.session.session import Session
 from evoprune.signatures import takes
+from evoprune.suggestions import Suggesting
 from evoprune.util import Uncopied, check_question, counted, from_keywords
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Shape = TypeVar("Shape")  # the class passed as `schema`
 Parsed = TypeVar("Parsed", default=Any)
 
 
-class Answer(Uncopied, Iterator[str], Generic[Parsed]):
+class Answer(Uncopied, Suggesting, Iterator[str], Generic[Parsed]):
     """An answer that is generated while the caller reads it, starting when the first piece is requested.
 
     Iterating over an answer yields pieces of text. A new iteration continues where the previous one stopped, or starts over if the
@@ -50,6 +51,18 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
     """
 
     INSTEAD = "use answer.text and answer.report"
+    MEANT: ClassVar = {
+        **{name: f"answer.text.{name}" for name in dir(str) if not name.startswith("_")},
+        **dict.fromkeys(("json", "to_json", "model_dump_json"), "answer.report.to_json()"),
+        **dict.fromkeys(("dict", "to_dict", "model_dump"), "json.loads(answer.report.to_json())"),
+        **dict.fromkeys(("content", "answer", "output_text"), "answer.text"),
+        "reasoning": "answer.thoughts",
+        "usage": "answer.report.tokens",
+        "finish_reason": "answer.report.finish_reason",
+        "probabilities": "answer.choices",
+        "times": "answer.report.time_ms",
+        "time_ms": "answer.report.time_ms",
+    }
 
     def __init__(
         self,
@@ -129,6 +142,9 @@ class Answer(Uncopied, Iterator[str], Generic[Parsed]):
 
     def __str__(self) -> str:
         return self.text
+
+    def __format__(self, spec: str) -> str:
+        return format(self.text, spec)
 
     def __contains__(self, text: object) -> bool:
         return isinstance(text, str) and text in self.text

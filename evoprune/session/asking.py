@@ -23,7 +23,7 @@ from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session
-from evoprune.signatures import takes
+from evoprune.signatures import suggests, takes
 from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
 from evoprune.video import Plan
 from evoprune.vision import Encoded
@@ -145,6 +145,7 @@ class Askable(ABC, Uncopied):
         (generation,) = from_keywords(options, GenerationOptions)
         return self._answer(question, generation, seed, on_thoughts)
 
+    @suggests
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
         """Start a multi-turn conversation about the inputs, in which questions can refer to earlier questions and answers.
 

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
+from evoprune.signatures import suggests
 from evoprune.util import brief, counted, size
 from evoprune.video.frames import checked_times, probe, read_chunks
 from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Seek, Video
 from evoprune.video.plan import SamplingOptions, SamplingPlan, check_no_span
 
 
+@suggests
 def read_frames(
     path: str | os.PathLike[str],
     times_s: Iterable[float] | None = None,
@@ -113,7 +115,10 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
         return checked_times(times_s)
     except (TypeError, ValueError, OverflowError):
         message = f"times_s is {brief(times_s)}, not numbers"
-        raise UsageError(message, "give a list of times in seconds from the first frame") from None
+        hint = "give a list of times in seconds from the first frame"
+        if isinstance(times_s, int):
+            hint += f", or frames={times_s} for that number of frames"
+        raise UsageError(message, hint) from None
 
 
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:

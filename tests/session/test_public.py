@@ -112,9 +112,9 @@ def test_help_names_every_option(function, kinds):
 
 NETWORK = torch.nn.Linear(2, 2)
 MISTAKES = {
-    "unknown option 'bugdet'; known: budget, method, .*seed": lambda: evoprune.EvoPrune(bugdet=0.5),
-    "unknown option 'bugdet'; known: budget, .*seed": lambda: evoprune.apply(None, bugdet=0.5),
-    "unknown option 'fsp'; known: fps, frames, start_s": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
+    "unknown option 'bugdet'; did you mean budget": lambda: evoprune.EvoPrune(bugdet=0.5),
+    "unknown option 'bugdet'; did you mean budget[?]": lambda: evoprune.apply(None, bugdet=0.5),
+    "unknown option 'fsp'; did you mean fps": lambda: evoprune.VideoQA.load("demo").encode("a", fsp=2),
     r"VideoQA.load\('demo'\) loads one": lambda: evoprune.VideoQA("demo"),
     "VideoQA does not take a Linear; to prune a model you loaded: evoprune.EvoPrune": lambda: evoprune.VideoQA(NETWORK),
     "model is a Linear, not a name; to prune a model you loaded": lambda: evoprune.VideoQA.load(NETWORK),

@@ -65,6 +65,7 @@ from evoprune.session.loading.weights import (
 )
 from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
+from evoprune.signatures import takes
 from evoprune.untrusted import pick
 from evoprune.util import counted, from_keywords, listed, size
 from evoprune.video import InputLimits, Plan, Video
@@ -269,6 +270,7 @@ class LoadedModel:
         return ModelFacts(self.id, description.commit, *form)
 
 
+@takes(ModelOptions)
 def load_model(
     model: str | os.PathLike[str] | ModelOptions | ModelDescription = "demo",
     *,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from evoprune.errors import UsageError
 from evoprune.report import Report
 from evoprune.session import EncodedInputs, PipelineOptions, Session
+from evoprune.signatures import takes
 from evoprune.util import from_keywords, without_tags
 from evoprune.video import temporary_folder
 from evoprune.video_qa import VideoQA
@@ -55,6 +56,7 @@ class EvoPruneQwen25VL(lmms):
         TypeError: If an option is unknown.
     """
 
+    @takes(*PipelineOptions.KINDS)
     def __init__(
         self,
         pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct",
