@@ -26,11 +26,10 @@ from evoprune.bench.processes import map_in_processes
 from evoprune.bench.questions import VideoQuestions, grade, of_groups
 from evoprune.bench.scores import BLIND, FULL, METHOD, SCHEMA, precision, row_name, score_rows
 from evoprune.bench.shared import (
-    GreyInput,
-    SharedInput,
     SharedRows,
     after_tower_below,
     after_tower_note,
+    gray_frames,
     model_and_machine,
     swept,
 )
@@ -43,7 +42,6 @@ from evoprune.session import (
     LoadedModel,
     ModelDescription,
     ModelOptions,
-    OpenInput,
     OpenInputs,
     PruneOptions,
     ReadAhead,
@@ -292,14 +290,16 @@ class Evaluation:
 
     def _open(self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows | None = None) -> OpenInputs:
         """Open a video for a variant. `rows` is a cache of the tower's rows shared by all variants, or None for prefetching."""
-        kind = OpenInput
-        if variant.row == BLIND:
-            kind = GreyInput
-        elif rows is not None:
-            kind = partial(SharedInput, shared_rows=rows)
-        sampling = self.settings.sampling.with_overrides(**span.sampling)
-        given = {"names": [video.name], "kind": kind, "ahead": self.ahead}
-        return open_inputs(self._session(variant, video), [video.path], sampling, **given)
+        blind = variant.row == BLIND
+        return open_inputs(
+            self._session(variant, video),
+            [video.path],
+            self.settings.sampling.with_overrides(**span.sampling),
+            names=[video.name],
+            frames=gray_frames if blind else None,
+            tower=None if blind or rows is None else rows.encode_rows,
+            ahead=self.ahead,
+        )
 
     def _asked(
         self, variant: Variant, video: VideoQuestions, span: Span, rows: SharedRows, progress: Progress

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import av
 import numpy as np
@@ -25,10 +25,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
 from evoprune.methods import arange_on
-from evoprune.session import OpenInput, Session, open_inputs
+from evoprune.session import Session, open_inputs
 from evoprune.util import counted
 from evoprune.video import FrameChunk, Plan, SamplingOptions
-from evoprune.vision import EncodedRows, resize
+from evoprune.vision import EncodedRows, encode_rows, resize
 
 BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
@@ -163,16 +163,29 @@ class TracedVideo:
             OutOfMemory: If there is not enough memory.
         """
         Fates.check(session)
-        with closing(open_inputs(session, [path], sampling, names=[name], kind=_TracedInput)) as opened:
-            (traced,) = opened.inputs
-            plan = traced.plan
+        shown: list[torch.Tensor] = []
+        made: list[EncodedRows] = []
+
+        def frames(plan: Plan, chunks: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
+            shown.clear()  # the encoder restarts if it runs out of memory
+            with closing(chunks):
+                for chunk in chunks:
+                    shown.append(resize(torch.from_numpy(chunk.pixels), plan.height, plan.width))
+                    yield chunk
+
+        def tower(*given: Any, **options: Any) -> EncodedRows:
+            made[:] = [encode_rows(*given, **options)]
+            return made[0]
+
+        with closing(open_inputs(session, [path], sampling, names=[name], frames=frames, tower=tower)) as opened:
+            (plan,) = opened.plans
             report = opened.encode(progress).report
         warnings = list(plan.info.warnings)
         codes = ("cut_short", "damaged_video", "equal_scores")
         warnings += [code for code in codes if code in report.inputs[0].warnings]
         if not session.loaded.knows(plan.info):
             warnings.append("demo_overlay")
-        return cls(plan, torch.cat(traced.shown), Fates.of(traced.made), warnings, report.video.damaged or 0)
+        return cls(plan, torch.cat(shown), Fates.of(made[0]), warnings, report.video.damaged or 0)
 
     @property
     def summary(self) -> str:
@@ -196,21 +209,6 @@ class TracedVideo:
             return mp4(overlay.frames(), seconds)
         every = math.ceil(len(self.frames) / 4)  # the palette is computed from four frames
         return gif(overlay.frames(), seconds, shared_palette(overlay.frames(every)))
-
-
-class _TracedInput(OpenInput):
-    shares: ClassVar[bool] = False  # because `frames` must see every frame
-
-    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        self.shown = []  # reset if the encoder runs out of memory and restarts
-        with closing(super().frames(on_frames)) as chunks:
-            for chunk in chunks:
-                self.shown.append(resize(torch.from_numpy(chunk.pixels), self.plan.height, self.plan.width))
-                yield chunk
-
-    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        self.made = super().run_tower(patches, **options)
-        return self.made
 
 
 MADE_BY = "evoprune overlay"  # stored in each file's metadata

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ import torch
 from evoprune.backend import Device
 from evoprune.methods import EncoderPlan, PruneConfig, SetAside
 from evoprune.model import Clock
-from evoprune.session import LoadedModel, OpenInput, PruneOptions
-from evoprune.video import FrameChunk
+from evoprune.session import LoadedModel, PruneOptions
+from evoprune.video import FrameChunk, Plan
 from evoprune.vision import EncodedRows, encode_rows
 
 T = TypeVar("T")
@@ -147,29 +147,14 @@ class SharedRows:
         return replace(rows, plan=plan, timer=rows.timer.copy())  # each caller adds its own times
 
 
-@dataclass(eq=False)
-class SharedInput(OpenInput):
-    """An input that gets its tower rows from the cache `shared_rows`."""
-
-    shared_rows: SharedRows
-
-    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        visual = self.session.loaded.model.model.visual
-        return self.shared_rows.encode_rows(visual, patches, self.plan.encoder, **options)
-
-
-class GreyInput(OpenInput):
-    """An all-gray input with the size and length of a video, for answering without seeing the video."""
-
-    shares: ClassVar[bool] = False
-
-    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        source = self.plan.source
-        times_s = self.plan.sampling.times_s
-        at_once = source.frames_at_once(self.plan.chunk_bytes)
-        for first in range(0, len(times_s), at_once):
-            times = tuple(times_s[first : first + at_once])
-            yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)
+def gray_frames(plan: Plan, _: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
+    """Yield gray frames with the size and times of a video's frames, for answering without seeing the video."""
+    source = plan.source
+    times_s = plan.sampling.times_s
+    at_once = source.frames_at_once(plan.chunk_bytes)
+    for first in range(0, len(times_s), at_once):
+        times = tuple(times_s[first : first + at_once])
+        yield FrameChunk(first, np.full((len(times), source.height, source.width, 3), 128, np.uint8), times)
 
 
 def _tower_work(plan: EncoderPlan) -> tuple:

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
@@ -27,7 +26,6 @@ from evoprune.bench.agreement import Reference
 from evoprune.bench.results import Results
 from evoprune.bench.scores import Z95, share_variance, wilson
 from evoprune.bench.shared import (
-    SharedInput,
     SharedRows,
     TimeLimit,
     after_tower_below,
@@ -43,7 +41,6 @@ from evoprune.session import (
     LoadedModel,
     ModelDescription,
     ModelOptions,
-    OpenInput,
     OpenInputs,
     PruneOptions,
     ReadAhead,
@@ -424,9 +421,8 @@ def encode(
     Returns:
         The encoded video, and the encoding time without the cache, in seconds.
     """
-    kind = partial(SharedInput, shared_rows=rows) if rows else OpenInput
-    given = {"names": [path], "kind": kind, "ahead": ahead}
-    with closing(open_inputs(session, [Path(path)], sampling, **given)) as opened:
+    tower = rows.encode_rows if rows else None
+    with closing(open_inputs(session, [Path(path)], sampling, names=[path], tower=tower, ahead=ahead)) as opened:
         video = opened.encode()
     seconds = video.report.time_ms.encode / 1000
     if rows:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import floor
 from threading import Event, Lock, RLock
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,30 +160,6 @@ class PriorityLock:
 
 class _QuestionWaits(Exception):
     """Raised to postpone the prefill of a window, because a question takes precedence."""
-
-
-@dataclass(eq=False)
-class _WindowInput(OpenInput):
-    """An input with frames already in memory, encoded as a segment of a longer video.
-
-    After encoding, `left` contains the state for the next window.
-    """
-
-    threaded: ClassVar[bool] = False
-
-    pixels: np.ndarray
-    earlier: Earlier | None
-    pause: Callable[[], None]
-
-    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        yield FrameChunk(0, self.pixels, tuple(self.plan.sampling.times_s))
-
-    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        visual = self.session.loaded.model.model.visual
-        self.encoded, self.left = encode_segment(
-            visual, patches, self.plan.encoder, self.earlier, pause=self.pause, **options
-        )
-        return self.encoded
 
 
 class VideoStream(Askable):
@@ -495,19 +471,32 @@ class VideoStream(Askable):
             unshrunk=None,
             limited=False,
         )
-        pixels = np.stack(frames)
-        clock = Clock(torch.device("cpu"))
-        window = _WindowInput(session, plan, clock, pixels, self._earlier, pause)
+        chunk = FrameChunk(0, np.stack(frames), tuple(plan.sampling.times_s))
+
+        def encoded(earlier: Earlier | None) -> tuple[EncodedInput, EncodedRows, Earlier]:
+            """Encode the window as a segment of a longer video, and return its tokens, its rows, and the state it leaves."""
+            segment = []
+
+            def tower(*given: Any, **options: Any) -> EncodedRows:
+                segment[:] = encode_segment(*given, earlier, pause=pause, **options)
+                return segment[0]
+
+            def frames(*_: Any) -> Iterator[FrameChunk]:
+                yield chunk
+
+            clock = Clock(torch.device("cpu"))
+            opened = OpenInput(session, plan, clock, frames=frames, tower=tower, threaded=False)
+            return opened.encode(), *segment
+
         try:
-            encoding = window.encode()
+            encoding, rows, left = encoded(self._earlier)
         except NothingNew:  # encode the entire window without reusing earlier units
-            window = _WindowInput(session, plan, Clock(torch.device("cpu")), pixels, None, pause)
-            encoding = window.encode()
+            encoding, rows, left = encoded(None)
         if self._changes_shape:
             encoding = replace(encoding, warnings=(*encoding.warnings, "changing_size"))
-        order = staying_order(window.encoded, encoding.encoded)
+        order = staying_order(rows, encoding.encoded)
         columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
-        return EncodedWindow(count, end, encoding, window.left, *columns)
+        return EncodedWindow(count, end, encoding, left, *columns)
 
     def _pause(self) -> None:
         """Let answers go first, and raise UsageError if the stream has been closed. Called before each encoder layer."""

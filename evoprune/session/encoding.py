@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
@@ -39,6 +39,10 @@ from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 Path = str | os.PathLike[str]
 # A progress callback. Its arguments are a stage ("read", "encode", or "layers"), the amount done so far, and the total.
 Progress = Callable[[str, int, int], None]
+# Changes or replaces a plan's frames. Its arguments are the plan, and the frames that will be read from the files if they are used.
+FrameFilter = Callable[[Plan, Iterator[FrameChunk]], Iterator[FrameChunk]]
+# Runs the vision tower. Its arguments are those of `vision.encoder.encode_rows`.
+Tower = Callable[..., EncodedRows]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
 AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches outside the patch store
@@ -49,25 +53,23 @@ READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packa
 class OpenInput:
     """A video or image opened for encoding. Encode it once, and then close it.
 
-    Subclasses override methods to get their frames or encoded rows from other sources.
-
     Attributes:
+        frames: Changes or replaces the frames, or None. If it is not None, later runs on the same files can't reuse the patches.
+        tower: Runs the vision tower on the patches. Defaults to `encode_rows`.
         threaded: Whether a background thread prepares the next chunks while the encoder processes the current one.
-        shares: Whether later runs on the same file may reuse this input's patches. Subclasses that modify the frames or need to see
-            all of them set this to False.
         ahead: A prefetch that may have already read the frames, or None.
         cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
         temporary: Whether the files will be deleted when the input is closed, so they cannot be shared with later inputs.
         cores: Maximum number of cores for reading, or None for all cores available to this process.
     """
 
-    threaded: ClassVar[bool] = True
-    shares: ClassVar[bool] = True
-
     session: Session
     plan: Plan
     clock: Clock  # measures the "plan", "read", and "preprocess" stages
     _: KW_ONLY
+    frames: FrameFilter | None = None
+    tower: Tower | None = None
+    threaded: bool = True
     ahead: ReadAhead | None = None
     cache: Cache | None = None
     temporary: bool = False
@@ -87,13 +89,15 @@ class OpenInput:
         self._closed = False
         self._lock = threading.Lock()
 
-    def frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the sampled frames in chunks. See `video.frames.read_chunks` for the argument and the chunk format."""
+    def _frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
+        """Yield the sampled frames in chunks, calling `on_frames` with the number of frames read so far."""
         plan = self.plan
         if self.ahead and (early := self.ahead.take(plan)):
-            return self._prefetched_frames(early)
+            yield from self._prefetched_frames(early)
+            return
         given = {"chunk_bytes": plan.chunk_bytes, "cores": self.cores, "on_frames": on_frames}
-        return read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)
+        with closing(read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as frames:
+            yield from frames
 
     def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
         """Yield prefetched frames, and add any read time hidden behind other work to the clock's "read" stage."""
@@ -121,10 +125,6 @@ class OpenInput:
 
     def _current_key(self) -> str | None:
         return entry_key(self.session, self.plan, self.cache.content_hash) if self.cache else None
-
-    def run_tower(self, patches: Iterator[torch.Tensor], **options) -> EncodedRows:
-        """Run the vision tower on the patches. For `options`, see `vision.encoder.encode_rows`."""
-        return encode_rows(self.session.loaded.model.model.visual, patches, self.plan.encoder, **options)
 
     def begin(self) -> None:
         """Start reading in a separate thread, unless the input is in the disk cache.
@@ -243,12 +243,15 @@ class OpenInput:
         if progress:
             options["on_layer"] = partial(progress, "layers")
         late = pruning.method.reads_question and plan.encoder.prunes
+        visual = loaded.model.model.visual
+        tower = self.tower or encode_rows
         try:
             with closing(self):
                 for piece_units in pieces:
                     try:
                         with memory_guard("encode"):
-                            rows = self.run_tower(self._patches(clock, progress), piece_units=piece_units, **options)
+                            patches = self._patches(clock, progress)
+                            rows = tower(visual, patches, plan.encoder, piece_units=piece_units, **options)
                             result = rows if late else rows.select_tokens()
                         break
                     except OutOfMemory as problem:
@@ -296,9 +299,14 @@ class OpenInput:
                 self._reading = self._shared_reading() or Reading(self._patch_chunks, Readings(AHEAD_BYTES))
             return self._reading
 
+    @property
+    def _shares(self) -> bool:
+        """Whether later runs on the same files may reuse this input's patches."""
+        return self.frames is None and not self.temporary
+
     def _shared_reading(self) -> Reading[PatchChunk] | None:
         """Return a `Reading` whose patches are kept in the model's patch store, or None if they cannot be stored."""
-        if self.temporary or not self.shares:
+        if not self._shares:
             return None
         device = self.session.device
         limits = self.session.loaded.limits[self.plan.kind]
@@ -339,7 +347,10 @@ class OpenInput:
         """
         on_frames = reading.at_least if reading else lambda frames: None
         limits = self.session.loaded.limits[self.plan.kind]
-        with closing(self.frames(on_frames)) as frames:
+        frames = self._frames(on_frames)
+        if self.frames is not None:
+            frames = self.frames(self.plan, frames)
+        with closing(frames):
             for chunk in self.clock.each("read", frames):
                 on_frames(chunk.end)
                 with self.clock.stage("preprocess"):
@@ -422,7 +433,7 @@ class OpenInputs:
         if sampling.speech == "none":
             return
         loaded = self.session.loaded
-        if self.inputs[0].threaded and self.inputs[0].shares:
+        if self.inputs[0].threaded and self.inputs[0].frames is None:
             self.inputs[0].begin()
         for opened in self.inputs:
             given = {"clock": opened.clock, "cache": cache, "progress": progress}
@@ -500,7 +511,8 @@ def open_inputs(
     progress: Progress | None = None,
     names: Sequence[str] | None = None,
     cache: Cache | None = None,
-    kind: Callable[..., OpenInput] = OpenInput,
+    frames: FrameFilter | None = None,
+    tower: Tower | None = None,
     ahead: ReadAhead | None = None,
 ) -> OpenInputs:
     """Probe videos and images, and plan how to read them, without reading any frames yet.
@@ -514,7 +526,8 @@ def open_inputs(
         progress: Called with "download", the number of bytes received so far, and the total.
         names: The input names in reports, which default to the paths.
         cache: The disk cache. It is ignored if the pruning method reads the question.
-        kind: The class or function that creates each `OpenInput`.
+        frames: See `OpenInput`.
+        tower: See `OpenInput`.
         ahead: A prefetch that may already have read the inputs.
 
     Raises:
@@ -546,7 +559,18 @@ def open_inputs(
             with clock.stage("read"):
                 plan = loaded.description.plan(info, wanted, session.pruning, name)
                 plan = with_subtitles(loaded.tokenizer, plan, wanted)
-            inputs.append(kind(session, plan, clock, ahead=ahead, cache=cache, temporary=each.is_temporary))
+            inputs.append(
+                OpenInput(
+                    session,
+                    plan,
+                    clock,
+                    frames=frames,
+                    tower=tower,
+                    ahead=ahead,
+                    cache=cache,
+                    temporary=each.is_temporary,
+                )
+            )
         opened = OpenInputs(session, inputs, stack.pop_all())
     try:
         opened.hear(sampling, cache, progress)

@@ -19,12 +19,12 @@ from evoprune.bench import shared
 from evoprune.bench.eval import COST_MODEL, EvalSettings, Evaluation, threads_of_each, variants
 from evoprune.bench.eval_folder import RunFolder
 from evoprune.bench.questions import VideoQuestions, load_questions
-from evoprune.bench.shared import GreyInput
+from evoprune.bench.shared import gray_frames
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget
 from evoprune.model import Cost
-from evoprune.session import ModelOptions, OpenInput, describe, encoding, open_inputs
+from evoprune.session import ModelOptions, describe, encoding, open_inputs
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from tests.quantized import parameters
@@ -92,9 +92,14 @@ def test_each_video_is_encoded_once_for_all_its_questions(loaded, monkeypatch):
     encoded, real = [], evaluation.open_inputs
 
     def opened(session, paths, sampling, **more):
-        if more["kind"] is not OpenInput:  # reading ahead does not count
+        if more["frames"] or more["tower"]:  # reading ahead does not count
             encoded.append(
-                (Path(paths[0]).name, session.pruning.name, session.pruning.budget.recorded, more["kind"] is GreyInput)
+                (
+                    Path(paths[0]).name,
+                    session.pruning.name,
+                    session.pruning.budget.recorded,
+                    more["frames"] is gray_frames,
+                )
             )
         return real(session, paths, sampling, **more)
 
@@ -111,7 +116,7 @@ def test_rows_are_about_parts_which_may_be_missing(loaded, tmp_path, monkeypatch
     opened, real = [], evaluation.open_inputs
 
     def counted(session, paths, sampling, **more):
-        if more["kind"] is not OpenInput:  # reading ahead does not count
+        if more["frames"] or more["tower"]:  # reading ahead does not count
             opened.append((sampling.start_s, sampling.end_s))
         return real(session, paths, sampling, **more)
 
@@ -187,7 +192,7 @@ def test_what_leaves_inside_the_language_model_costs_less(loaded):
 
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded, monkeypatch):
     info = probe(SAMPLES / "square.mp4")
-    opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=GreyInput)
+    opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=gray_frames)
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
     chunks = list(opened.inputs[0].frames(lambda frames: None))
     assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.pixels == 128).all() for chunk in chunks)
@@ -310,7 +315,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, tmp_path, monkeypa
     shown, real = [], evaluation.open_inputs
 
     def opened(*args, **more):
-        if more["kind"] is not OpenInput:  # reading ahead does not count
+        if more["frames"] or more["tower"]:  # reading ahead does not count
             shown.append(args)
             if len(shown) == at:
                 raise KeyboardInterrupt

@@ -15,7 +15,7 @@ import torch
 from evoprune.backend import Device
 from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
-from evoprune.session.encoding import OpenInput, open_inputs
+from evoprune.session.encoding import open_inputs
 from evoprune.session.patches import PatchChunk, PatchStore
 from evoprune.video import SamplingOptions, read_chunks
 from evoprune.video_qa import VideoQA
@@ -153,17 +153,14 @@ def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
 
 
 def test_what_shows_other_frames_is_not_kept(loaded, read):
-    class Dark(OpenInput):
-        shares = False
-
-        def frames(self, on_frames):
-            for chunk in super().frames(on_frames):
-                chunk.pixels[:] = 0
-                yield chunk
+    def black(plan, chunks):
+        for chunk in chunks:
+            chunk.pixels[:] = 0
+            yield chunk
 
     qa = VideoQA(loaded, budget=0.5)
     for _ in range(2):
-        with closing(open_inputs(qa.session, [CLIP], SamplingOptions(frames=4), kind=Dark)) as opened:
+        with closing(open_inputs(qa.session, [CLIP], SamplingOptions(frames=4), frames=black)) as opened:
             dark = opened.encode()
     assert len(read) == 2
     assert not torch.equal(dark.encoded.features, qa.encode(CLIP, frames=4).encoded.features)

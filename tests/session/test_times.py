@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -17,6 +18,7 @@ from PIL import Image
 from evoprune.backend import Device
 from evoprune.errors import EvopruneError
 from evoprune.report import Report
+from evoprune.session import encoding
 from evoprune.session.ahead import read_ahead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache
@@ -128,7 +130,7 @@ def picture(folder):
     "method", ["evoprune", "none", "divprune", "evoprune+fastv", "cdpruner", "subsample", "reuse+divprune"]
 )
 def test_of_one_video(kernels, slow, method, threaded, monkeypatch):
-    monkeypatch.setattr("evoprune.session.encoding.OpenInput.threaded", threaded)
+    monkeypatch.setattr(encoding, "OpenInput", partial(encoding.OpenInput, threaded=threaded))
     monkeypatch.setattr(Device, "piece_units", 24)
     qa = VideoQA(kernels, budget=0.25, method=method)
     with timed(slow) as reports:

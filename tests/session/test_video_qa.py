@@ -7,7 +7,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from evoprune.errors import ModelError, UsageError, VideoError, error_record
 from evoprune.language import prompt_positions, video_positions
 from evoprune.model import FAMILIES
 from evoprune.report import Report, warning_lines
+from evoprune.session import encoding
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, prepare
@@ -274,7 +275,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("threaded", [True, False])
 def test_times_add_up(loaded, threaded, monkeypatch):
-    monkeypatch.setattr(OpenInput, "threaded", threaded)
+    monkeypatch.setattr(encoding, "OpenInput", partial(OpenInput, threaded=threaded))
     video = VideoQA(loaded, budget=0.25).encode(CLIP)
     times = asked(video).report.time_ms
     busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
@@ -294,7 +295,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     monkeypatch.setattr(Device, "piece_units", 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
-    monkeypatch.setattr(OpenInput, "threaded", False)
+    monkeypatch.setattr(encoding, "OpenInput", partial(OpenInput, threaded=False))
     apart = qa.encode(LONG)
     for name in ("features", "kept", "rows", "unit_to_row"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
@@ -312,7 +313,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
     """If patches are stored, all of them are ready before the encoding. Otherwise, only those that fit are. None is read twice."""
     monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
-    monkeypatch.setattr(OpenInput, "shares", kept)
+    monkeypatch.setattr(OpenInput, "_shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):

@@ -21,10 +21,10 @@ from evoprune.errors import UsageError
 from evoprune.methods import Budget
 from evoprune.moments import Search
 from evoprune.report import DEMO_KNOWLEDGE, WARNINGS, Times, VideoFacts, warned, warning_text
-from evoprune.session import OpenInput, PipelineOptions, Session
+from evoprune.session import PipelineOptions, Session
 from evoprune.video import Plan
 from evoprune.video_qa import VideoQA
-from evoprune.vision import EncodedRows
+from evoprune.vision import EncodedRows, encode_rows
 from evoprune_serve.errors import refused
 from evoprune_serve.work import Job, Put, Task, Told, Work
 
@@ -148,21 +148,21 @@ class Page:
         qa = work.session(job.question)
         Fates.check(qa.session)
         check_one_video(job)
-        traced: list[TracedInput] = []
+        made: list[EncodedRows] = []
 
-        def kind(*of: Any, **how: Any) -> OpenInput:
-            traced.append(TracedInput(*of, **how))
-            return traced[-1]
+        def tower(*given: Any, **options: Any) -> EncodedRows:
+            made[:] = [encode_rows(*given, **options)]
+            return made[0]
 
-        job.kind = kind
+        job.tower = tower
         encoded = work.encode(job)
         answer = encoded.ask(job.question.text, max_new_tokens=1)
         answer.text  # generate the answer to measure the prefill time  # noqa: B018
-        last = traced[-1]  # earlier entries are from attempts that ran out of memory
+        (plan,) = encoded.plans
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
-        if not qa.loaded.knows(last.plan.info):
+        if not qa.loaded.knows(plan.info):
             warnings.append("demo_overlay")
-        put(Told(units_record(last.plan, last.fates, answer.report.time_ms) | {"warnings": warnings}, last=True))
+        put(Told(units_record(plan, Fates.of(made[0]), answer.report.time_ms) | {"warnings": warnings}, last=True))
 
     def _tell_moments(self, job: Job, put: Put) -> None:
         check_one_video(job)
@@ -197,15 +197,6 @@ class Page:
                 last=True,
             )
         )
-
-
-class TracedInput(OpenInput):
-    """An input that records what happens to each of its units during encoding."""
-
-    def run_tower(self, *given: Any, **options: Any) -> EncodedRows:
-        made = super().run_tower(*given, **options)
-        self.fates = Fates.of(made)
-        return made
 
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from evoprune.report import Report
 from evoprune.session import (
     Answer,
     EncodedInputs,
-    OpenInput,
     OpenInputs,
     open_inputs,
 )
 from evoprune.video import Scope, Stopped
 from evoprune.video_qa import VideoQA
+from evoprune.vision import EncodedRows
 from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
@@ -107,7 +107,7 @@ class Job:
         self.fetched: Fetched | None = None
         self.opened: OpenInputs | None = None
         self.task: Task | None = None  # the task to run in the model thread instead of answering the question
-        self.kind: Callable[..., OpenInput] = OpenInput  # see `open_inputs`
+        self.tower: Callable[..., EncodedRows] | None = None  # see `OpenInput`
         self.waits_to_open = False  # whether the inputs still have to be opened
         self.ready = False  # whether the model may start working on the job
         self.begun = False  # whether the inputs are being prefetched
@@ -460,7 +460,7 @@ class Work:
         question = job.question
         qa = self.session(question)
         fetched = job.files()
-        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, kind=job.kind)
+        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, tower=job.tower)
         try:
             with opened.planning():
                 qa.session.longest_prompt(opened.plans, [question.text], question.generation)

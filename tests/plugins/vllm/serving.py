@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import evoprune
-from evoprune.session import EncodedInputs, OpenInput, open_inputs
+from evoprune.session import EncodedInputs, open_inputs
 from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 from evoprune_vllm import PREFIX
@@ -67,15 +67,12 @@ def clip_of(qa: VideoQA, path: Path, fps: float):
     """Return a video as `qa` encodes it, and a clip of the frames that it read."""
     held = []
 
-    class Kept(OpenInput):
-        shares = False
+    def kept(plan, chunks):
+        for chunk in chunks:
+            held.append(chunk.pixels.copy())
+            yield chunk
 
-        def frames(self, on_frames):
-            for chunk in super().frames(on_frames):
-                held.append(chunk.pixels.copy())
-                yield chunk
-
-    with closing(open_inputs(qa.session, [path], SamplingOptions(fps=fps), kind=Kept)) as video:
+    with closing(open_inputs(qa.session, [path], SamplingOptions(fps=fps), frames=kept)) as video:
         encoded = video.encode()
         return encoded, Clip(np.concatenate(held), video.plans[0].sampling.seconds_per_pair(2))
 
