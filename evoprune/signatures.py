@@ -7,7 +7,7 @@ Type checkers and editors get the same information from keywords.py, which is ge
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, fields
 from functools import wraps
 from inspect import Parameter, cleandoc, signature
@@ -21,30 +21,46 @@ WIDTH = 100  # line width of help text, in columns
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def takes(*kinds: type, **defaults: Any) -> Callable[[Function], Function]:
-    """Return a decorator for functions that accept the fields of one or more option dataclasses as `**options`.
+def named(kinds: Iterable[type], names: Sequence[str]) -> dict[str, tuple[type, Field]]:
+    """Return the fields with these names, each with its option dataclass, in the order of `names`.
 
-    The decorator adds each field to the function's signature as a keyword-only parameter and to its docstring as a paragraph.
-    Fields already declared as parameters are omitted. Wrong names of arguments raise the errors of `suggests`.
+    Raises:
+        ValueError: If none of the dataclasses has a field with one of the names. Front ends call this function when they are
+            imported, so a wrong name is found immediately.
+    """
+    known = {field.name: (kind, field) for kind in kinds for field in fields(kind)}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no option is called {unknown[0]!r}")
+    return {name: known[name] for name in names}
+
+
+def takes(*kinds: type, names: Sequence[str] | None = None, **defaults: Any) -> Callable[[Function], Function]:
+    """Return a decorator for functions that accept some fields of option dataclasses as `**options`.
+
+    The decorator adds each of these fields to the function's signature as a keyword-only parameter and to its docstring as a
+    paragraph. Fields already declared as parameters are omitted. Wrong names of arguments raise the errors of `suggests`.
 
     Args:
         kinds: The option dataclasses.
+        names: The fields that the function accepts. None means all, for a dataclass that belongs to a single function.
         defaults: Default values that override the field defaults, by field name.
     """
+    offered = named(kinds, [field.name for kind in kinds for field in fields(kind)] if names is None else names)
 
     def decorate(function: Function) -> Function:
         written = signature(function)
         *own, _ = written.parameters.values()
         without = {parameter.name for parameter in own}
         options = [
-            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for kind in kinds
-            for field in fields(kind)
-            if field.name not in without
+            Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for name, (_, field) in offered.items()
+            if name not in without
         ]
         options = [each.replace(default=defaults.get(each.name, each.default)) for each in options]
         function.__signature__ = written.replace(parameters=[*own, *options])
-        function.__doc__ = explained(function.__doc__, *kinds, without=without, **defaults)
+        function.__doc__ = _explained(
+            function.__doc__, [each for name, each in offered.items() if name not in without], defaults
+        )
         return suggests(function)
 
     return decorate
@@ -73,13 +89,12 @@ def suggests(function: Function) -> Function:
     return call
 
 
-def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defaults: Any) -> str:
-    """Extend a docstring with a paragraph on the name, type, default, and meaning of each field in `kinds`.
+def explained(doc: str | None, kind: type) -> str:
+    """Extend a docstring with a paragraph on the name, type, default, and meaning of each field of an option dataclass."""
+    return _explained(doc, [(kind, field) for field in fields(kind)], {})
 
-    Args:
-        without: Names of the fields to omit.
-        defaults: Default values that override the field defaults, by field name.
-    """
+
+def _explained(doc: str | None, offered: Iterable[tuple[type, Field]], defaults: dict[str, Any]) -> str:
     paragraphs = [
         textwrap.fill(
             f"{field.name} ({type_code(field)} = {defaults.get(field.name, field.default)!r}): {meaning(kind, field)}",
@@ -88,9 +103,7 @@ def explained(doc: str | None, *kinds: type, without: Iterable[str] = (), **defa
             subsequent_indent="        ",
             break_on_hyphens=False,
         )
-        for kind in kinds
-        for field in fields(kind)
-        if field.name not in without
+        for kind, field in offered
     ]
     return "\n".join([cleandoc(doc or ""), "", "Options:", *paragraphs]).lstrip()
 

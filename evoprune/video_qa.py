@@ -99,7 +99,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         "tokenizer": "qa.loaded.tokenizer",
     }
 
-    @takes(PruneOptions)
+    @takes(PruneOptions, names=PruneOptions.PRUNING)
     def __init__(
         self,
         loaded: LoadedModel | Session,
@@ -117,7 +117,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         self.loaded.check_answers()
 
     @classmethod
-    @takes(ModelOptions, PruneOptions)
+    @takes(ModelOptions, PruneOptions, names=(*ModelOptions.LOADING, *PruneOptions.PRUNING))
     def load(
         cls,
         model: Path = "demo",
@@ -174,7 +174,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         """Return a `VideoQA` with the same model and seed that does not prune, as a baseline for comparisons."""
         return VideoQA(self.session.unpruned())
 
-    @takes(SamplingOptions)
+    @takes(SamplingOptions, names=SamplingOptions.FILES)
     def encode(
         self,
         path: Input | Sequence[Input],
@@ -241,7 +241,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer: ...
 
-    @takes(GenerationOptions)
+    @takes(GenerationOptions, names=GenerationOptions.ANSWER)
     def ask(
         self,
         inputs: Input | EncodedInputs | Sequence[Input | EncodedInputs],
@@ -291,7 +291,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
             asked.last_question = True
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
 
-    @takes(StreamOptions)
+    @takes(StreamOptions, names=StreamOptions.WATCHING)
     def stream(
         self,
         *,
@@ -325,7 +325,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         sampling = SamplingOptions(fps=fps, max_visual_tokens=max_visual_tokens)
         return VideoStream(self.session, remembered, sampling, system, name)
 
-    @takes(FindOptions)
+    @takes(FindOptions, names=FindOptions.FINDING)
     def find(
         self,
         path: Input,

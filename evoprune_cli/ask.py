@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
-from evoprune.session import PipelineOptions
+from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
 from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
@@ -58,7 +58,10 @@ ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
 
 
 @opt.command(
-    *PipelineOptions.KINDS,
+    *ModelOptions.LOADING,
+    *PruneOptions.PRUNING,
+    *SamplingOptions.FILES,
+    *GenerationOptions.ANSWER,
     short="more interactive compare model budget fps frames start_s end_s max_new_tokens json quiet verbose",
 )
 def ask(

@@ -10,9 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
+from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, warned
-from evoprune.session import PipelineOptions
+from evoprune.session import ModelOptions, PruneOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
+from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
@@ -27,7 +29,10 @@ TELL_EVERY_S = 60.0
 
 
 @opt.command(
-    *PipelineOptions.KINDS,
+    *ModelOptions.LOADING,
+    *PruneOptions.PRUNING,
+    *SamplingOptions.FILES,
+    *GenerationOptions.ANSWER,
     short="questions source output resume overwrite model budget fps quiet",
     model={"unless_typed": ""},
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.errors import UsageError
-from evoprune.language import GenerationOptions
 from evoprune.session import ModelOptions
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
@@ -24,17 +23,22 @@ ALLOWED_WITH_RESUME = (
 
 
 @opt.command(
-    ModelOptions,
-    SamplingOptions,
-    GenerationOptions,
+    *ModelOptions.NAME,
+    *ModelOptions.DEVICE,
+    *ModelOptions.QUANTIZED,
+    *ModelOptions.RUNNING,
+    *SamplingOptions.RATE,
+    *SamplingOptions.LIMITS,
+    "frame_rate",
+    "seek",
+    "max_subtitle_tokens",
+    "speech",
+    "max_new_tokens",
+    "repetition_penalty",
+    "think",
     short="data limit budget method blind model output resume chart form json quiet",
-    without=(
-        "load_format", "start_s", "end_s", "decoder", "subtitles",
-        "temperature", "top_p", "top_k", "system", "stop", "logprobs", "schema",
-        "regex", "choices", "choice_score",
-    ),
     max_new_tokens={"unless_typed": 64},
-)  # fmt: skip
+)
 def evaluate(
     *,
     data: opt.option(

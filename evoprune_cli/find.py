@@ -39,12 +39,18 @@ BAR = 20  # maximum length of a bar, in characters
 
 
 @opt.command(
-    FindOptions,
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
+    *FindOptions.FINDING,
+    *ModelOptions.LOADING,
+    *PruneOptions.PRUNING,
+    "fps",
+    *SamplingOptions.SPAN,
+    "max_visual_tokens",
+    "frame_rate",
+    "decoder",
+    "seek",
+    "max_subtitle_tokens",
+    "speech",
     short="more top min_score srt clips model budget fps start_s end_s json quiet",
-    without=("frames", "max_frames", "subtitles"),
     fps={
         "help": "Frames per second to sample in all segments; default: the model's rate, lower for long videos (--total-tokens)."
     },

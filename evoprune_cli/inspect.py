@@ -54,11 +54,18 @@ OVERLAYS = (".png", ".gif", ".mp4")  # file types supported by `inspect --overla
 
 
 @opt.command(
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
+    *ModelOptions.NAME,
+    *ModelOptions.DEVICE,
+    *ModelOptions.QUANTIZED,
+    *ModelOptions.RUNNING,
+    *PruneOptions.PRUNING,
+    *SamplingOptions.RATE,
+    *SamplingOptions.SPAN,
+    *SamplingOptions.LIMITS,
+    "frame_rate",
+    "decoder",
+    "seek",
     short="overlay scan clear_cache model budget fps frames start_s end_s json",
-    without=("load_format", "subtitles", "max_subtitle_tokens", "speech"),
     model={
         "unless_typed": "",
         "help": "Model to describe: hub id, local folder, demo or demo-scenes. With a video, the default is demo.",

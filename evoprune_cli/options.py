@@ -1,14 +1,14 @@
 """Declares command options, formats them for `--help` and `--help-all`, and completes them in the shell.
 
-A command is a function with a keyword parameter for each of its own options. Pipeline options are generated from the dataclasses
-that define them, so a new pipeline option only needs to be added to its dataclass.
+A command is a function with a keyword parameter for each of its own options. It also names the pipeline options that it accepts,
+which are generated from the dataclasses that define them.
 """
 
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError
 from evoprune.methods import Budget, MethodText
 from evoprune.session import PipelineOptions
+from evoprune.signatures import named
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
 
@@ -92,28 +93,29 @@ def argument(declared: Any, metavar: str, text: str) -> Any:
     return Annotated[declared, typer.Argument(metavar=metavar, help=text, show_default=False)]
 
 
-def command(
-    *groups: type, short: str, without: Iterable[str] = (), **changed: dict[str, Any]
-) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Return a decorator for command functions that adds pipeline options, `--debug` and `--help-all`.
 
-    The decorator replaces the function's `options` parameter with one command-line option for each field in `groups`. The function
+    The decorator replaces the function's `options` parameter with one command-line option for each of `names`. The function
     receives a `MakeOptions` as the argument and calls it itself, so invalid values are reported like all other errors in the
-    command. Fields not offered as options keep their defaults.
+    command. All other pipeline options keep their defaults.
 
     Args:
+        names: The pipeline options that the command accepts: names of fields of the dataclasses in `PipelineOptions`.
         short: The parameter names listed in the short help.
-        without: The names of fields not offered as options.
         changed: Overrides for the fields' `Option` settings, by field name.
+
+    Raises:
+        ValueError: If there is no such option.
     """
-    offered = {each.name: (group.PANEL, each) for group in groups for each in fields(group) if each.name not in without}
+    offered = named(PipelineOptions.KINDS, names)
     declared = {name: replace(each.metadata[OPTION], **changed.get(name, {})) for name, (_, each) in offered.items()}
-    pipeline = [_parameter(panel, each, declared[name]) for name, (panel, each) in offered.items()]
+    pipeline = [_parameter(kind.PANEL, each, declared[name]) for name, (kind, each) in offered.items()]
 
     def decorate(function: Callable[..., int]) -> Callable[..., int]:
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
-            if groups:
+            if names:
                 resumed = given.get("resume") and given.get("data", "") is None  # the earlier run specifies the model
                 typed = {name: given.pop(name) for name in declared}
                 given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
@@ -128,6 +130,7 @@ def command(
         run.__signature__ = Signature([*parameters, *COMMON_PARAMETERS])
         run.__annotations__ = {}
         run.short = short.split()
+        run.names = names
         return run
 
     return decorate

@@ -9,7 +9,7 @@ from typing import Any
 
 from evoprune.bench import Case, ProfileSettings
 from evoprune.errors import UsageError
-from evoprune.session import ModelOptions, PruneOptions
+from evoprune.session import ModelOptions
 from evoprune.util import size as size_text
 from evoprune.util import without_password, words_of
 from evoprune.video import Video
@@ -29,10 +29,12 @@ QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
 
 
 @opt.command(
-    ModelOptions,
-    PruneOptions,
+    *ModelOptions.NAME,
+    *ModelOptions.DEVICE,
+    "store_quantized",
+    *ModelOptions.RUNNING,
+    "seed",
     short="budget method frames size model time_limit form output chart quiet",
-    without=("load_format", "quantize", "budget", "method"),
     model={
         "unless_typed": MODEL,
         "help": "Hub id, local folder, demo or demo-scenes. EVOPRUNE_MODEL is ignored.",

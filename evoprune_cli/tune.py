@@ -6,9 +6,8 @@ from functools import partial
 from typing import Any
 
 from evoprune.errors import UsageError, VideoError
-from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, MethodText
-from evoprune.session import ModelOptions, PruneOptions
+from evoprune.session import ModelOptions
 from evoprune.util import missing_hint, shown
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
@@ -20,17 +19,19 @@ QUESTIONS = "Questions"  # a panel title
 
 
 @opt.command(
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
-    GenerationOptions,
+    *ModelOptions.NAME,
+    *ModelOptions.DEVICE,
+    *ModelOptions.QUANTIZED,
+    *ModelOptions.RUNNING,
+    "seed",
+    *SamplingOptions.RATE,
+    *SamplingOptions.SPAN,
+    *SamplingOptions.LIMITS,
+    "frame_rate",
+    "seek",
+    "think",
     short="questions agree time_limit budget method model output chart json quiet",
-    without=(
-        "load_format", "budget", "method", "decoder", "subtitles", "max_subtitle_tokens", "speech",
-        "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "system", "stop", "logprobs",
-        "schema", "regex", "choices", "choice_score",
-    ),
-)  # fmt: skip
+)
 def tune(
     *,
     videos: opt.argument(list[str], "VIDEO", "Video files like those that you will ask about."),

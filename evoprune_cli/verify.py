@@ -11,7 +11,13 @@ from evoprune_cli.terminal import check_output, print_traceback, progress
 DIFFERENCE = 7  # exit code if any check finds a difference
 
 
-@opt.command(ModelOptions, short="quick time_limit model output json quiet", without=("quantize", "store_quantized"))
+@opt.command(
+    *ModelOptions.NAME,
+    *ModelOptions.DEVICE,
+    "load_format",
+    *ModelOptions.RUNNING,
+    short="quick time_limit model output json quiet",
+)
 def verify(
     *,
     path: opt.argument(

@@ -13,7 +13,8 @@ from math import floor, inf
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.session import PipelineOptions, StreamOptions
+from evoprune.language import GenerationOptions
+from evoprune.session import ModelOptions, PruneOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, parse_time, size
 from evoprune.video import LiveSource, warm_up
 from evoprune_cli import options as opt
@@ -31,21 +32,13 @@ STDIN = "-"
 
 
 @opt.command(
-    StreamOptions,
-    *PipelineOptions.KINDS,
+    *StreamOptions.WATCHING,
+    *ModelOptions.LOADING,
+    *PruneOptions.PRUNING,
+    "fps",
+    "max_visual_tokens",
+    *GenerationOptions.ANSWER,
     short="question every questions pace window_s memory_s model budget fps json quiet",
-    without=(
-        "frames",
-        "start_s",
-        "end_s",
-        "max_frames",
-        "frame_rate",
-        "decoder",
-        "seek",
-        "subtitles",
-        "max_subtitle_tokens",
-        "speech",
-    ),
 )
 def watch(
     *,

@@ -30,7 +30,7 @@ ARGUMENT_NAMES = {"video": ("pixel_values_videos", "video_grid_thw"), "picture":
 TOKEN_TYPES = {"picture": 1, "video": 2}  # `mm_token_type_ids` value for each input type
 
 
-@takes(SamplingOptions, seek="exact")
+@takes(SamplingOptions, names=SamplingOptions.FILES, seek="exact")
 def processor_inputs(
     model: str | PathLike[str],
     inputs: Input | Sequence[Input],

@@ -45,6 +45,10 @@ class GenerationOptions:
     """
 
     PANEL: ClassVar[str] = "Generation"
+    # Groups of options for front ends, which name the options that they accept.
+    TOKENS: ClassVar[tuple[str, ...]] = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+    FORMAT: ClassVar[tuple[str, ...]] = ("schema", "regex", "choices", "choice_score")
+    ANSWER: ClassVar[tuple[str, ...]] = (*TOKENS, "system", "think", "stop", "logprobs", *FORMAT)
 
     max_new_tokens: int = option(256, "Maximum length of the answer, in tokens.", "-n", "--max-new-tokens")
     temperature: float = option(

@@ -157,7 +157,7 @@ def _request(plan: Plan) -> tuple[Any, ...]:
     return plan.source, plan.sampling.times_s, plan.read_arguments
 
 
-@takes(ModelOptions, SamplingOptions)
+@takes(ModelOptions, SamplingOptions, names=(*ModelOptions.LOADING, *SamplingOptions.FILES))
 def read_ahead(path: Path | Sequence[Path], model: Path = "demo", **options: "Unpack[ReadAheadKeywords]") -> ReadAhead:
     """Start reading videos and images before the model is loaded. Does not import torch.
 

@@ -262,7 +262,7 @@ class Chat(Uncopied):
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer: ...
 
-    @takes(GenerationOptions)
+    @takes(GenerationOptions, names=GenerationOptions.ANSWER)
     def ask(
         self,
         question: str,

@@ -119,7 +119,7 @@ class Askable(ABC, Uncopied):
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer: ...
 
-    @takes(GenerationOptions)
+    @takes(GenerationOptions, names=GenerationOptions.ANSWER)
     def ask(
         self,
         question: str,

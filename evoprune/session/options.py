@@ -82,6 +82,12 @@ class ModelOptions:
     """
 
     PANEL: ClassVar[str] = "Model"
+    # Groups of options for front ends, which name the options that they accept.
+    NAME: ClassVar[tuple[str, ...]] = ("model", "revision")
+    DEVICE: ClassVar[tuple[str, ...]] = ("device", "dtype")
+    QUANTIZED: ClassVar[tuple[str, ...]] = ("quantize", "store_quantized")
+    RUNNING: ClassVar[tuple[str, ...]] = ("engine", "offline", "threads")
+    LOADING: ClassVar[tuple[str, ...]] = (*NAME, *DEVICE, *QUANTIZED, "load_format", *RUNNING)
 
     model: str | PathLike[str] = option(
         "demo",
@@ -220,6 +226,7 @@ class PruneOptions:
     """
 
     PANEL: ClassVar[str] = "Pruning"
+    PRUNING: ClassVar[tuple[str, ...]] = ("budget", "method", "seed")  # named by front ends that prune
 
     # The numbers in the help text come from results/frontier.md. They are the fraction of accuracy retained by the worst demo
     # model, and the time-to-first-token speedup over Hugging Face for a model with 3B dimensions in fp32.
@@ -292,6 +299,7 @@ class StreamOptions:
     """
 
     PANEL: ClassVar[str] = "Stream"
+    WATCHING: ClassVar[tuple[str, ...]] = ("window_s", "memory_s", "memory_tokens")  # named by front ends for streams
 
     window_s: float = option(
         8.0,
@@ -332,6 +340,8 @@ class FindOptions:
     """
 
     PANEL: ClassVar[str] = "Finding"
+    # Named by front ends that find moments.
+    FINDING: ClassVar[tuple[str, ...]] = ("top", "min_score", "segment_s", "total_tokens", "prompt", "yes", "no")
 
     top: int = option(10, "Maximum number of moments per query, best first.")
     min_score: float | None = option(
@@ -416,7 +426,9 @@ class PipelineOptions:
     stream: StreamOptions = field(default_factory=StreamOptions)
     find: FindOptions = field(default_factory=FindOptions)
 
-    KINDS: ClassVar[tuple[type, ...]] = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+    KINDS: ClassVar[tuple[type, ...]] = (
+        ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions,
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.sampling.speech != "none":
@@ -426,10 +438,10 @@ class PipelineOptions:
 
     @classmethod
     def of(cls, **options) -> Self:
-        """Create all six option groups from a flat set of keyword arguments.
+        """Create all option groups from a flat set of keyword arguments.
 
         Raises:
             UsageError: If a value is invalid.
             TypeError: If an option is unknown.
         """
-        return cls(*from_keywords(options, *cls.KINDS, StreamOptions, FindOptions))
+        return cls(*from_keywords(options, *cls.KINDS))

@@ -41,6 +41,13 @@ class SamplingOptions:
 
     PANEL: ClassVar[str] = "Sampling"
     MAX_VISUAL_TOKENS: ClassVar[int] = 24_576  # Qwen2.5-VL's default limit per video, before pruning
+    # Groups of options for front ends, which name the options that they accept. `SPAN` are all options that determine the span.
+    RATE: ClassVar[tuple[str, ...]] = ("fps", "frames")
+    SPAN: ClassVar[tuple[str, ...]] = ("start_s", "end_s")
+    LIMITS: ClassVar[tuple[str, ...]] = ("max_frames", "max_visual_tokens")
+    TEXT: ClassVar[tuple[str, ...]] = ("subtitles", "max_subtitle_tokens", "speech")
+    # Options of front ends that answer questions about files.
+    FILES: ClassVar[tuple[str, ...]] = (*RATE, *SPAN, *LIMITS, "frame_rate", "decoder", "seek", *TEXT)
 
     fps: float | None = option(None, "Frames per second to sample; default: the model's rate.")
     frames: int | None = option(

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,6 @@ from evoprune.session import Session, open_inputs
 from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
 from evoprune.util import from_keywords, record_of
 from evoprune.video import SamplingOptions
-from evoprune_cli.ask import ask
-from evoprune_cli.batch import batch
 from tests.tiny import tiny_model
 
 
@@ -280,12 +277,6 @@ def test_no_two_options_have_the_same_name_and_none_changes():
     assert len(names) == len(set(names))
     with pytest.raises(FrozenInstanceError):
         PruneOptions().budget = 1.0
-
-
-@pytest.mark.parametrize("command", [ask, batch])
-def test_every_option_is_one_of_the_command_line(command):
-    names = {each.name for kind in PipelineOptions.KINDS for each in fields(kind)}
-    assert names <= signature(command).parameters.keys()
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "257", "two", "1.5", "", 0, "²"], ids=repr)

@@ -105,7 +105,7 @@ def test_names_of_python_stand_for_the_flags_in_a_meaning():
 
     assert str(inspect.signature(function)) == "(few: int, *, many_s: float = 2.0) -> None"
     assert function.__doc__ == "Does nothing.\n\nOptions:\n    many_s (float = 2.0): So many seconds."
-    assert explained(None, Options, without=("few",)) == "Options:\n    many_s (float = 2.0): So many seconds."
+    assert explained(None, Options).endswith("\n    many_s (float = 2.0): So many seconds.")
 
 
 def test_the_names_of_presets_are_those_that_there_are():

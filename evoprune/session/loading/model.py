@@ -270,7 +270,7 @@ class LoadedModel:
         return ModelFacts(self.id, description.commit, *form)
 
 
-@takes(ModelOptions)
+@takes(ModelOptions, names=ModelOptions.LOADING)
 def load_model(
     model: str | os.PathLike[str] | ModelOptions | ModelDescription = "demo",
     *,

@@ -21,14 +21,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from evoprune.errors import UsageError
+from evoprune.language import GenerationOptions
 from evoprune.report import Report
-from evoprune.session import EncodedInputs, PipelineOptions, Session
+from evoprune.session import EncodedInputs, ModelOptions, PruneOptions, Session
 from evoprune.signatures import takes
 from evoprune.util import from_keywords, without_tags
-from evoprune.video import temporary_folder
+from evoprune.video import SamplingOptions, temporary_folder
 from evoprune.video_qa import VideoQA
 
 HINT = "evoprune_qwen2_5_vl answers generate_until about one video per question"
+KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions)
+OPTIONS = (*ModelOptions.LOADING, *PruneOptions.PRUNING, *SamplingOptions.FILES, *GenerationOptions.ANSWER)
 
 
 @dataclass
@@ -56,7 +59,7 @@ class EvoPruneQwen25VL(lmms):
         TypeError: If an option is unknown.
     """
 
-    @takes(*PipelineOptions.KINDS)
+    @takes(*KINDS, names=OPTIONS)
     def __init__(
         self,
         pretrained: str = "Qwen/Qwen2.5-VL-3B-Instruct",
@@ -73,7 +76,7 @@ class EvoPruneQwen25VL(lmms):
             raise UsageError("this model runs in one process", "start one run per GPU, each with its own tasks")
         # `max_new_tokens` is the limit for tasks without their own limit.
         given = {"model": pretrained, "system": system_prompt, "max_new_tokens": 128, **options}
-        model, pruning, self._sampling, self._generation = from_keywords(given, *PipelineOptions.KINDS)
+        model, pruning, self._sampling, self._generation = from_keywords(given, *KINDS)
         self._qa = VideoQA(Session.load(model, pruning))
         self._pictures = str(pictures).lower() in ("true", "1")
         self._inputs: EncodedInputs | None = None  # encoded inputs of the most recent question

@@ -13,16 +13,18 @@ from evoprune_mcp.worker import Worker
 
 
 @opt.command(
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
-    GenerationOptions,
-    FindOptions,
+    *ModelOptions.LOADING,
+    *PruneOptions.PRUNING,
+    *SamplingOptions.RATE,
+    *SamplingOptions.LIMITS,
+    "decoder",
+    "seek",
+    *SamplingOptions.TEXT,
+    *GenerationOptions.TOKENS,
+    "system",
+    "think",
+    *FindOptions.FINDING,
     short="allow_dir model budget quantize fps frames max_new_tokens",
-    without=(
-        *("start_s", "end_s", "frame_rate", "stop", "logprobs"),
-        *("schema", "regex", "choices", "choice_score"),
-    ),
 )
 def mcp(
     *,

@@ -42,15 +42,16 @@ UNTAKEN_S = 60  # maximum time without acknowledgment of response data by a clie
 
 
 @opt.command(
-    ModelOptions,
-    PruneOptions,
-    SamplingOptions,
-    GenerationOptions,
+    *ModelOptions.LOADING,
+    *PruneOptions.PRUNING,
+    *SamplingOptions.RATE,
+    *SamplingOptions.LIMITS,
+    "decoder",
+    "seek",
+    "speech",
+    *GenerationOptions.TOKENS,
+    "think",
     short="host port model budget quantize allow_urls allow_dir api_key_file no_auth",
-    without=(
-        *("start_s", "end_s", "frame_rate", "subtitles", "max_subtitle_tokens", "system"),
-        *("stop", "logprobs", "schema", "regex", "choices", "choice_score"),
-    ),
 )
 def serve(
     *,
