@@ -25,20 +25,12 @@ from torch import nn
 from evoprune.backend import Device, accept_biases, weights_bytes
 from evoprune.errors import UsageError
 from evoprune.hf import interface
-from evoprune.hf.columns import (
-    PAST,
-    Columns,
-    Past,
-    Visuals,
-    continued,
-    find_visuals,
-    remember,
-    unsupported_reason,
-    with_whole_prompt,
-    with_whole_prompts,
-    without_pruned,
-)
+from evoprune.hf.batch import Batch, continued, with_features, without_pruned
+from evoprune.hf.columns import PAST, Columns, Past, remember
 from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
+from evoprune.hf.supported import check_follows, unsupported_reason
+from evoprune.hf.visuals import Visuals, find_visuals
+from evoprune.hf.whole_prompt import with_whole_prompt, with_whole_prompts
 from evoprune.methods import Budget, MethodText
 from evoprune.model import Clock
 from evoprune.report import EQUAL_SCORES, Memory, ModelFacts, Report, Sampling, TokenCounts
@@ -335,7 +327,8 @@ class PrunedModel:
                 delattr(cache, PAST)
             return call, None
         past = past.cropped(length)
-        return continued(self.model, call, past, length, generating), past
+        check_follows(call, generating)
+        return continued(Batch.of(self.model, call, generating), past, length).into(call), past
 
     def _prunes(self, call: dict) -> bool:
         return interface.has_video(call) or (self.settings.pictures and interface.has_picture(call))
@@ -346,6 +339,7 @@ class PrunedModel:
         visual = interface.tower_of(self.model)
         packed = self._packed
         visuals = find_visuals(self.model, call, settings.pictures)
+        batch = Batch.of_prompt(self.model, call, settings.positions, generating)
         interface.warn_of_hooks(visual)
         clock = Clock(visual.patch_embed.proj.weight.device)
         with clock.stage("encode"):
@@ -353,7 +347,8 @@ class PrunedModel:
             if packed is not None:
                 tower = packed.current()
             encoded = encode_each(tower, visuals.pixels, visuals.grids, settings.pruning)
-        pruned, past = without_pruned(self.model, call, visuals, encoded, settings.positions, generating)
+        batch, past = without_pruned(batch, visuals.prune(batch.ids, encoded))
+        pruned = batch.into(call) | with_features(self.model, call, visuals, encoded)
         report = call_report(self.model, call, pruned, visuals, encoded, settings)
         if packed is not None:
             report.memory.weights_bytes += packed.nbytes
