@@ -141,8 +141,8 @@ def batch(
         )
     if pipeline.generation.logprobs is not None and table:
         raise UsageError("--logprobs cannot be written to a table", "use -o FILE.jsonl")
-    settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling.timeless, pipeline.generation)
-    reader = RowReader(passes_on=table, start_s=pipeline.sampling.start_s, end_s=pipeline.sampling.end_s)
+    settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling, pipeline.generation)
+    reader = RowReader(passes_on=table, sampling=pipeline.sampling)
     rows = _rows(videos or [], questions or [], source, quiet, reader, recursive)
     if any(row.earlier for row in rows):
         pipeline.pruning.config().method.check_conversation()
@@ -236,7 +236,7 @@ def _rows(
             raise UsageError(
                 "a batch cannot read a video from stdin", "evoprune ask - can; for a file with that name, write ./-"
             )
-        pictures = (reader.start_s, reader.end_s) == (0.0, None)  # --start and --end don't apply to images
+        pictures = not reader.sampling.has_span  # --start and --end don't apply to images
         rows = reader.pairs(videos, questions, recursive, pictures)
         if not quiet and not recursive:
             for line in filter(None, (left_out(video, pictures) for video in videos)):

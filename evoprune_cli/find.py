@@ -200,7 +200,7 @@ class SearchOutput:
         if is_one_of(path, [row.paths[0] for row in rows]):
             raise UsageError(f"{path} is one of the inputs", "choose another -o")
         settings = SearchSettings(
-            options.model, options.pruning, options.sampling.timeless, options.generation, options.stream, options.find
+            options.model, options.pruning, options.sampling, options.generation, options.stream, options.find
         )
         self._settings = settings.record()
         self._file = MomentsFile(path, resume=resume, overwrite=overwrite)
@@ -270,7 +270,7 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
             f"no such file: {shown(missing[0])}",
             missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
         )
-    reader = RowReader(start_s=sampling.start_s, end_s=sampling.end_s)
+    reader = RowReader(sampling=sampling)
     rows = reader.pairs(words, ["\n".join(queries)])
     if not quiet:
         for line in filter(None, (left_out(word, hint="") for word in words)):

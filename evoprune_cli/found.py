@@ -12,7 +12,7 @@ SCHEMA = "evoprune/found@1"
 
 @dataclass(frozen=True)
 class SearchSettings(Settings):
-    """The options of a search, excluding `start_s` and `end_s`, because each row has its own time span."""
+    """The options of a search. Their `start_s` and `end_s` are recorded in each row."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = (*Settings.ALWAYS, *(option.name for option in fields(FindOptions)))
 

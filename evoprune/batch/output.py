@@ -40,7 +40,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Settings(PipelineOptions):
-    """Options for a batch. `start_s` and `end_s` are not used, because each row has its own time span."""
+    """Options for a batch. Each row has its own `start_s` and `end_s`, which override those of the options."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = RECORDED  # names of options that are always recorded
 

@@ -177,7 +177,7 @@ class RowReader:
         passes_on: Whether unknown fields are copied to the output.
         numbered: Whether rows without an ID use their line number as the ID. If False, the ID is a digest of the row's contents.
         complete: A function that takes a row and its fields and returns the completed row. It raises ValueError to reject the row.
-        start_s, end_s: The default time span in seconds, for rows that do not set their own.
+        sampling: Options whose time span applies to rows that do not set their own.
     """
 
     # The optional fields, as listed in hints.
@@ -191,8 +191,7 @@ class RowReader:
     passes_on: bool = False
     numbered: bool = False
     complete: Callable[[Row, dict[str, Any]], Row] = lambda row, fields: row
-    start_s: float = 0.0
-    end_s: float | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def load(self, path: str) -> list[Row]:
         """Read rows from a JSONL or CSV file. Paths in the file are relative to the file's folder.
@@ -244,8 +243,8 @@ class RowReader:
                     problems.add(f"the {noun} {text!r} is given twice", f"give every {noun} once")
                 with problems.noting(f"{shown(text)!r}: ", self.fields):
                     check(text, noun)
-        with problems.noting("", "choose an end after the start"):
-            _check_span(self.start_s, self.end_s)
+        with problems.noting("", self.fields):
+            self.sampling.check_span()
         problems.check(dict.fromkeys(videos, ""))
         pairs = (("", 0, {"video": video, "question": question}) for video in videos for question in questions)
         return _rows(pairs, "", "", self)
@@ -311,9 +310,8 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
     for theirs, own in ALIASES.items():
         _must(theirs not in fields or own not in fields, f"{own} and {theirs} cannot be combined")
     fields = {ALIASES.get(name, name): value for name, value in fields.items()}
-    span = reader.start_s, reader.end_s
-    start, end = (_seconds(fields.get(name, usual), name) for name, usual in zip(("start", "end"), span, strict=True))
-    _check_span(start, end)
+    start = _seconds(fields.get("start", reader.sampling.start_s), "start")
+    end = _seconds(fields.get("end", reader.sampling.end_s), "end")
     kinds = {"fps": float, "frames": int, "max_new_tokens": int, "frame_rate": float}
     numbers = {name: _number(fields.get(name), name, kind) for name, kind in kinds.items()}
     if numbers["frame_rate"] is not None:
@@ -347,7 +345,7 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
     )
     # The next two lines only validate values, raising an error if a value is out of range.
     row.generation(GenerationOptions())
-    SamplingOptions(**row.sampling)
+    SamplingOptions(**row.sampling).check_span()
     row = reader.complete(row, fields)
     name = number
     if not reader.numbered:
@@ -402,12 +400,6 @@ def _path(folder: str, text: str) -> str:
         possible = False
     _must(possible, f"no file can have the name {shown(text)!r}")
     return path
-
-
-def _check_span(start_s: float, end_s: float | None) -> None:
-    # A negative time counts from the end of the video, so it cannot be compared with a positive time.
-    if end_s is not None and end_s <= start_s and (end_s < 0) == (start_s < 0):
-        raise ValueError(f"end {end_s:g} s is not after start {start_s:g} s")
 
 
 def _must(condition: bool, problem: str) -> None:

@@ -459,7 +459,7 @@ class Search:
         Raises UsageError if a query is too long.
         """
         sampling = self._sampling
-        start_s, end_s = self._info.span(sampling.start_s, sampling.end_s)
+        start_s, end_s = sampling.span(self._info.length_s)
         first_s = min(end_s, start_s + (self._options.segment_s or SEGMENT_S))
         plan = self._plan(Segment(start_s, first_s, 2))
         _, height, width = plan.full.grid
@@ -473,9 +473,9 @@ class Search:
         return segments, len(segments) * plan.units
 
     def _plan(self, segment: Segment, seek: str = "auto") -> Plan:
-        own = {"frames": segment.frames, "start_s": segment.start_s, "end_s": segment.end_s, "seek": seek}
         session = self._session
-        wanted = self._sampling.with_overrides(**own)
+        part = self._sampling.part(segment.start_s, segment.end_s)
+        wanted = part.with_overrides(frames=segment.frames, seek=seek)
         return session.loaded.description.plan(self._info, wanted, session.pruning, self.name)
 
     def _open(self, segment: Segment, seek: str) -> OpenInput:

@@ -15,7 +15,7 @@ from evoprune.signatures import suggests
 from evoprune.util import brief, counted, size
 from evoprune.video.frames import checked_times, probe, read_chunks
 from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Seek, Video
-from evoprune.video.plan import SamplingOptions, SamplingPlan, check_no_span
+from evoprune.video.plan import SamplingOptions, SamplingPlan
 
 
 @suggests
@@ -124,9 +124,9 @@ def _as_numbers(times_s: Iterable[float]) -> tuple[float, ...]:
 def _parts(info: Video, sampling: SamplingOptions) -> tuple[tuple[float, ...], float]:
     """Divide the sampled span into equal parts. Returns the midpoints and the length of the parts, both in seconds."""
     if info.is_picture:
-        check_no_span(info, sampling.start_s, sampling.end_s)
+        sampling.check_still(info)
         return (0.0,), 0.0
-    start, end = info.span(sampling.start_s, sampling.end_s)
+    start, end = sampling.span(info.length_s)
     count = sampling.frames or max(1, math.floor(min((end - start) * sampling.fps, sys.maxsize) + 0.5))
     check_room(info, count)  # before the plan is made, because even the list of times may not fit in memory
     if count > MAX_TIMES:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from evoprune.errors import EvopruneWarning, UsageError
 from evoprune.util import is_url, long_clock
-from evoprune.video.info import CLIP_ENDINGS, Video
+from evoprune.video.info import CLIP_ENDINGS, Video, span_of
 from evoprune.video.sandbox.isolation import HINT, Crash, stream_clip
 
 UNFINISHED = ".part"  # file extension of an unfinished clip, preceded by eight hexadecimal digits
@@ -69,7 +69,7 @@ def cut_clip(
         hint = "start at 0 s (the first frame) or later, and end after the start"
         raise UsageError(f"a clip cannot go from {start_s:g} s to {end_s:g} s", hint)
     if not info.is_picture:  # an image has no length, and the reader will reject it
-        start_s, end_s = info.span(start_s, end_s)
+        start_s, end_s = span_of(info.length_s, start_s, end_s)
     how = {"start_s": start_s, "end_s": end_s, "exact": exact, "title": title}
     name = clip_name(named_after or info.path, start_s)
     try:

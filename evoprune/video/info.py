@@ -140,18 +140,6 @@ class Video:
             return TOLERANCE_S
         return min(TOLERANCE_S, max(0.5 / self.fps - ROUNDED_S, 0.01 / self.fps))
 
-    def span(self, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
-        """Resolve a user-specified time span to start and end times in seconds from the first frame.
-
-        Args:
-            start_s, end_s: Start and end as specified by the user. See `SamplingOptions` for the meaning of negative values and
-                None.
-
-        Raises:
-            VideoError: The span is empty, or the video's duration is unknown.
-        """
-        return span_of(self.length_s, start_s, end_s)
-
     def frames_at_once(self, chunk_bytes: int) -> int:
         """Return the number of frames that fit in a chunk of `chunk_bytes`, rounded down to an even number, but at least 2."""
         return max(2, chunk_bytes // (self.width * self.height * 3) // 2 * 2)

@@ -175,9 +175,35 @@ class SamplingOptions:
         return replace(self, **own)
 
     @property
-    def timeless(self) -> "SamplingOptions":
-        """A copy of the options that covers the entire video instead of a time span."""
-        return replace(self, start_s=0.0, end_s=None)
+    def has_span(self) -> bool:
+        """True if the options limit the time span."""
+        return self != self.part()
+
+    def part(self, start_s: float = 0.0, end_s: float | None = None) -> "SamplingOptions":
+        """Return a copy of the options for exactly this time span. By default, it covers the entire video."""
+        usual = {name: getattr(DEFAULT_SAMPLING, name) for name in self.SPAN}
+        return replace(self, **usual | {"start_s": start_s, "end_s": end_s})
+
+    def span(self, length_s: float) -> tuple[float, float]:
+        """Resolve the time span for a video of this length to start and end times in seconds from its first frame.
+
+        Raises:
+            VideoError: The span is empty, or the length is not finite and positive.
+        """
+        return span_of(length_s, self.start_s, self.end_s)
+
+    def check_span(self) -> None:
+        """Raise UsageError if the time span is empty whatever the length of the video."""
+        # A negative time counts from the end of the video, so it cannot be compared with a positive time.
+        if self.end_s is not None and self.end_s <= self.start_s and (self.end_s < 0) == (self.start_s < 0):
+            raise UsageError(
+                f"end {self.end_s:g} s is not after start {self.start_s:g} s", "choose an end after the start"
+            )
+
+    def check_still(self, info: Video) -> None:
+        """Raise UsageError if a time span is given for a still image."""
+        if info.is_picture and self.has_span:
+            raise UsageError(f"{info.path} is an image, which has no start or end", "leave out start and end")
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
         """Return the options to use for each input, in the same order.
@@ -187,7 +213,7 @@ class SamplingOptions:
         """
         if all(info.is_picture for info in inputs):
             return [self] * len(inputs)
-        return [self.timeless if info.is_picture else self for info in inputs]
+        return [self.part() if info.is_picture else self for info in inputs]
 
 
 DEFAULT_SAMPLING = SamplingOptions()
@@ -345,7 +371,7 @@ class Plan:
         max_tokens = options.MAX_VISUAL_TOKENS if options.max_visual_tokens is None else options.max_visual_tokens
         pair = limits.temporal_patch_size
         if info.is_picture:
-            check_no_span(info, options.start_s, options.end_s)
+            options.check_still(info)
             sampling = ONE_FRAME
             frame_limit = ONE_FRAME.frames
             wanted = ONE_FRAME.frames
@@ -494,7 +520,7 @@ def plan_sampling(
     Raises:
         VideoError: The span is empty.
     """
-    start, end = span_of(duration_s, options.start_s, options.end_s)
+    start, end = options.span(duration_s)
     if options.frames is None:
         nearest = 2 * math.floor(min((end - start) * options.rate(fps), sys.maxsize) / 2 + 0.5)
         wanted = max(nearest, 2, min_frames + min_frames % 2)
@@ -502,12 +528,6 @@ def plan_sampling(
         wanted = options.frames + options.frames % 2
     count = min(wanted, max_frames - max_frames % 2)
     return SamplingPlan.even(start, end, count, wanted)
-
-
-def check_no_span(picture: Video, start_s: float, end_s: float | None) -> None:
-    """Raise UsageError if a time span is given for a still image."""
-    if start_s != 0 or end_s is not None:
-        raise UsageError(f"{picture.path} is an image, which has no start or end", "leave out start and end")
 
 
 def _fit(info: Video, limits: InputLimits, pairs: int, max_units: int) -> tuple[tuple[int, int], Grid]:

@@ -35,7 +35,7 @@ def jsonl(*rows) -> bytes:
 
 
 def read(content: bytes, **span) -> list[Row]:
-    return RowReader(**span).read(io.BytesIO(content), "rows", "there")
+    return RowReader(sampling=SamplingOptions(**span)).read(io.BytesIO(content), "rows", "there")
 
 
 def test_json_lines(tmp_path):
@@ -221,7 +221,9 @@ def test_files_without_rows(content, says):
 def test_all_that_is_wrong_is_named_at_once(tmp_path):
     (tmp_path / "here.mp4").touch()
     with pytest.raises(UsageError) as caught:
-        RowReader(start_s=3.0, end_s=2.0).pairs(["a", f"{tmp_path}/here.mp4", "a", "b", "b"], ["1", "", "1"])
+        RowReader(sampling=SamplingOptions(start_s=3.0, end_s=2.0)).pairs(
+            ["a", f"{tmp_path}/here.mp4", "a", "b", "b"], ["1", "", "1"]
+        )
     assert caught.value.message == (
         "the video 'a' is given twice; the video 'b' is given twice; the question '1' is given twice; '': question is empty; "
         "end 2 s is not after start 3 s; no such file: a; no such file: b"
