@@ -475,7 +475,9 @@ def check_type(name: str, value: Any, declared: Any) -> Any:
     wanted = [ACCEPTED.get(kind) for kind in kinds_of(declared)]
     if None in wanted:
         return value
-    right = listed([kind for _, kind in wanted], "or")
+    described = zip(parts_of(declared), wanted, strict=True)
+    words = [get_args(part) if get_origin(part) is Literal else [kind] for part, (_, kind) in described]
+    right = listed([word for each in words for word in each], "or")
     if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in wanted):
         raise UsageError(f"{name} is {brief(value)}, not {right}", f"give {right}")
     if isinstance(value, Integral) and not MIN_INTEGER <= value <= MAX_INTEGER:

@@ -529,6 +529,7 @@ class VideoStream(Askable):
             raise _QuestionWaits
 
     def _check_open(self) -> None:
+        self._session.check_process()
         if self._problem:
             raise UsageError(self._problem, "start a new stream: VideoQA.stream()")
 

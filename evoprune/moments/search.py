@@ -110,6 +110,7 @@ class Search:
         sampling: SamplingOptions,
         cache: Cache | None = None,
     ):
+        session.check_process()
         self._session = session
         self._cache = cache
         self._input: dict[str, Any] = {}  # additional arguments for each `OpenInput`

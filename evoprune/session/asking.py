@@ -173,6 +173,7 @@ class Askable(ABC, Uncopied):
         Args:
             earlier: The conversation so far, or None for a single question.
         """
+        self._session.check_process()
         check_question(question)
         seed = check_type("seed", seed, int | None)
         check_type("on_thoughts", on_thoughts, Callable | None)

@@ -535,6 +535,7 @@ def open_inputs(
         UsageError: If an option is invalid, a time span is specified but all inputs are images, a single subtitle file is specified
             for multiple inputs, or an input is a URL in offline mode.
     """
+    session.check_process()
     sampling = sampling or SamplingOptions()
     sampling.check_one_file(len(paths))
     # Use CPU clocks here, because a GPU clock would synchronize with the GPU.

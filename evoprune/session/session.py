@@ -3,13 +3,13 @@
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 
 from evoprune.backend import Device
-from evoprune.errors import USE_LESS, OutOfMemory
+from evoprune.errors import USE_LESS, OutOfMemory, UsageError
 from evoprune.language import GenerationOptions, Prompt, Turn
 from evoprune.methods import Budget, PruneConfig
 from evoprune.model import Cost
@@ -35,6 +35,9 @@ class Session:
     pruning: PruneConfig
     load_seconds: float | None = None  # load time in seconds, for reports; None if unknown
     startup_seconds: float | None = None  # time between the start of the process and loading; None if unknown
+    process: int = field(
+        default_factory=os.getpid, repr=False, compare=False
+    )  # ID of the process that created the session
 
     def __post_init__(self):
         self.loaded.description.check_method(self.pruning.method)
@@ -82,6 +85,14 @@ class Session:
     def __repr__(self) -> str:
         settings = f"method {self.pruning.name!r}, budget {self.pruning.budget.recorded}, seed {self.pruning.seed}"
         return f"<Session {self.loaded.id!r} in {self.loaded.dtype} on {self.loaded.device}: {settings}>"
+
+    def check_process(self) -> None:
+        """Raise UsageError in a forked process, where torch would wait forever for threads that only the parent process has."""
+        if self.process != os.getpid() and torch.get_num_threads() > 1:
+            hint = (
+                "load the model in each process; multiprocessing.get_context('spawn') starts processes without forking"
+            )
+            raise UsageError("the model was loaded before this process was forked", hint)
 
     def unpruned(self) -> "Session":
         """Return a session with the same model and seed that keeps all visual tokens, as a baseline for comparisons."""

@@ -1,5 +1,6 @@
 """The whole pipeline agrees with transformers at full budget, and answers do not depend on earlier questions."""
 
+import os
 import signal
 import threading
 import time
@@ -570,3 +571,42 @@ def test_what_is_reported_of_it(loaded):
         else:
             assert 0 < times.encode_prune <= times.encode < encoding * 1000 and times.read == 0
     assert Report.from_json(report.to_json()).pruning == report.pruning
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_refused_instead_of_waiting_for_threads_that_it_lacks(loaded):
+    qa = VideoQA(loaded)
+    video = qa.encode(CLIP)
+    array = np.zeros((56, 56, 3), np.uint8)
+    stream = qa.stream()
+    calls = [lambda: qa.encode(CLIP), lambda: qa.ask(CLIP, "What?"), lambda: video.ask("What?")]
+    calls += [lambda: video.chat().ask("What?"), lambda: qa.find(CLIP, "a star"), lambda: stream.add(array, 0.0)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(20)  # instead of waiting forever
+            refused = 0
+            for call in calls:
+                try:
+                    call()
+                except UsageError as problem:
+                    refused += "load the model in each process" in problem.hint
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == len(calls)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"quantize": 8}, "quantize is 8, not auto, none, int8 or int4"),
+        ({"engine": 1}, "engine is 1, not auto, native or transformers"),
+    ],
+)
+def test_an_option_of_another_type_lists_the_words(option, says):
+    with pytest.raises(UsageError, match=says):
+        VideoQA.load("demo", **option)
