@@ -161,7 +161,7 @@ def serve(
         logging.getLogger(library).setLevel(logging.ERROR)
     listening = _listening(host, port)
     with listening, private_folder() as folder:
-        with progress(not quiet) as show, answering(listening, access, say):
+        with progress(not quiet) as show, answering(listening) as waiting:
             try:
                 # Importing torch in the main thread would swallow exceptions raised by signal handlers.
                 in_a_thread(partial(import_module, "evoprune_serve.app"))
@@ -201,7 +201,7 @@ def serve(
         verb = "is" if len(models) == 1 else "are"
         page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
         tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
-        EndingServer(config, app.state.server.work).run(sockets=[listening])
+        EndingServer(config, app.state.server.work, waiting).run(sockets=[listening])
     return 0
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import socket
+from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -14,11 +16,27 @@ CLOSING_S = 5  # time for all connections to close, in seconds; must be longer t
 
 
 class EndingServer(uvicorn.Server):
-    """A uvicorn server that rejects waiting requests when it shuts down."""
+    """A uvicorn server that rejects waiting requests when it shuts down.
 
-    def __init__(self, config: uvicorn.Config, work: Work):
+    Args:
+        waiting: Connections that were accepted before the server started.
+    """
+
+    def __init__(self, config: uvicorn.Config, work: Work, waiting: Sequence[socket.socket] = ()):
         super().__init__(config)
         self._work = work
+        self._waiting = waiting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        for connection in self._waiting:
+            with suppress(OSError):  # the client is gone
+                await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+        return self.config.http_protocol_class(config=self.config, **state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._work.refuse()

@@ -79,11 +79,6 @@ def ending() -> ApiError:
     )
 
 
-def loading() -> ApiError:
-    """Return the error for a request that arrives before the models are loaded."""
-    return ApiError(503, "the model is still loading: try again later", code="loading", headers={"Retry-After": "5"})
-
-
 def plain(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ApiError:
     """Return a generic error for an HTTP status. The default message is the standard phrase, such as "Not Found"."""
     return ApiError(status, detail or HTTPStatus(status).phrase, headers=headers)

@@ -1,25 +1,17 @@
-"""Answers requests with status 503 while the models load. Does not import torch."""
+"""Answers /health and the page while the models load, and keeps all other connections for the server. Does not import torch."""
 
-import signal
+import re
+import selectors
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
-
-from evoprune_serve.connections import Connection
-from evoprune_serve.errors import loading
-from evoprune_serve.guard import Access, log_line, protection
-
+MOST_CONNECTIONS = 256  # maximum number of connections that wait; further ones wait in the socket's queue
+HEAD_BYTES = 2**14  # maximum size of a request that is answered while the models load
+RETRY_S = 5  # time after which a client may ask again
 REFRESH_S = 2  # time after which a browser reloads the page
-LINGER_S = 1.0  # time to answer the connections that are open when the models are loaded, in seconds
+REQUEST = re.compile(rb"GET (/health|/)(?:\?[^ ]*)? HTTP/1\.[01]\r\n(?:.+\r\n)*\r\n")
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -31,68 +23,92 @@ PAGE = """<!doctype html>
 """
 
 
+def _answer(kind: str, content: str, *headers: str) -> bytes:
+    data = content.encode()
+    lines = [
+        "HTTP/1.1 503 Service Unavailable",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(data)}",
+        f"Retry-After: {RETRY_S}",
+        "Cache-Control: no-store",
+        "Connection: close",  # so that the client's next request reaches the server
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+ANSWERS = {
+    b"/health": _answer("application/json", '{"status": "loading"}'),
+    b"/": _answer(
+        "text/html; charset=utf-8", PAGE, f"Refresh: {REFRESH_S}", "Content-Security-Policy: default-src 'none'"
+    ),
+}
+
+
 @contextmanager
-def answering(listening: socket.socket, access: Access, log: Callable[[str], None]) -> Iterator[None]:
-    """Answer all requests with "loading" while the block runs, in another thread.
+def answering(listening: socket.socket) -> Iterator[list[socket.socket]]:
+    """Accept connections in another thread while the block runs.
 
-    Connections that arrive after the block wait in the socket's queue until another server accepts them.
+    Requests for /health and the page are answered at once. All other connections wait, unread, for the server.
+
+    Yields:
+        A list that contains the waiting connections after the block has ended. If the block raises an exception, they are closed.
     """
-    config = uvicorn.Config(
-        make_app(access, log),
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        headers=[("Connection", "close")],  # so that the client's next request reaches the other server
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening.dup()],), name="evoprune-loading", daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.001)
+    waiting: list[socket.socket] = []
+    ending, wake = socket.socketpair()
+    thread = threading.Thread(target=_accept, args=(listening, wake, waiting), name="evoprune-loading", daemon=True)
+    with ending, wake:
+        thread.start()
+        try:
+            yield waiting
+        except BaseException:
+            ending.close()
+            thread.join()
+            for connection in waiting:
+                connection.close()
+            raise
+        ending.close()
+        thread.join()
+
+
+def _accept(listening: socket.socket, wake: socket.socket, waiting: list[socket.socket]) -> None:
+    """Accept connections until `wake` is readable, and put all that have not been answered into `waiting`."""
+    listening.setblocking(False)
+    silent: set[socket.socket] = set()  # connections that have sent nothing so far
+    with selectors.DefaultSelector() as selector:
+        selector.register(wake, selectors.EVENT_READ)
+        selector.register(listening, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is wake:
+                    waiting += silent
+                    return
+                if key.fileobj is not listening:
+                    selector.unregister(key.fileobj)
+                    silent.discard(key.fileobj)
+                    if not _answered(key.fileobj):
+                        waiting.append(key.fileobj)
+                    continue
+                with suppress(OSError):  # the client is already gone
+                    connection, _ = listening.accept()
+                    connection.setblocking(False)
+                    silent.add(connection)
+                    selector.register(connection, selectors.EVENT_READ)
+                if len(silent) + len(waiting) >= MOST_CONNECTIONS:
+                    selector.unregister(listening)
+
+
+def _answered(connection: socket.socket) -> bool:
+    """Answer a connection's request and close it. If there is no answer yet, return False and leave the request unread."""
     try:
-        yield
-    finally:
-        stopped = threading.Event()
-        loop = server.servers[0].get_loop()
-
-        def stop() -> None:
-            for each in server.servers:
-                each.close()
-            stopped.set()
-            loop.call_later(LINGER_S, server.handle_exit, signal.SIGTERM, None)
-
-        loop.call_soon_threadsafe(stop)
-        stopped.wait()
-
-
-def make_app(access: Access, log: Callable[[str], None]) -> Starlette:
-    """Create the application that answers all allowed requests with status 503 and a Retry-After."""
-
-    def refuse(request: Request, problem: Exception) -> Response:
-        log(log_line(request, problem.status, *problem.codes))
-        return JSONResponse(problem.body, problem.status, headers=problem.headers)
-
-    def wait(request: Request, problem: Exception) -> Response:
-        return refuse(request, loading())
-
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "loading"}, 503, headers=loading().headers)
-
-    async def page(request: Request) -> Response:
-        headers = {
-            "Refresh": str(REFRESH_S),
-            "Content-Security-Policy": "default-src 'none'",
-            "Cache-Control": "no-store",
-        }
-        return HTMLResponse(PAGE, 503, headers=loading().headers | headers)
-
-    # Every other request causes an HTTPException, because it has no route.
-    return Starlette(
-        routes=[Route("/health", health), Route("/", page)],
-        middleware=protection(access, refuse),
-        exception_handlers={HTTPException: wait},
-    )
+        sent = connection.recv(HEAD_BYTES, socket.MSG_PEEK)
+        request = REQUEST.fullmatch(sent)
+        if sent and not request:
+            return False
+        if request:
+            connection.recv(HEAD_BYTES)
+            connection.send(ANSWERS[request[1]])
+    except OSError:
+        pass
+    connection.close()
+    return True
