@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING
 from evoprune.doors import door
 
 if TYPE_CHECKING:
-    from evoprune.language.answer import AnswerStream
-    from evoprune.language.generate import (
-        LanguageModel,
-        PrefillState,
-        TokenStream,
-    )
+    from evoprune.language.answer import AnswerStream, TokenStream
+    from evoprune.language.generate import LanguageModel, PrefillState
     from evoprune.language.guidance import Vocabulary
     from evoprune.language.prefix import PrefixCache
     from evoprune.language.prompt import (
@@ -54,12 +50,8 @@ __all__ = [
 __getattr__, __dir__ = door(
     __name__,
     {
-        "answer": ["AnswerStream"],
-        "generate": [
-            "LanguageModel",
-            "PrefillState",
-            "TokenStream",
-        ],
+        "answer": ["AnswerStream", "TokenStream"],
+        "generate": ["LanguageModel", "PrefillState"],
         "guidance": ["Vocabulary"],
         "prefix": ["PrefixCache"],
         "prompt": [

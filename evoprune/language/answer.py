@@ -1,4 +1,8 @@
-"""Stream an answer in pieces, separate it from the model's reasoning, and end it at the first stop string."""
+"""Generate an answer after its prompt has been prefilled.
+
+The steps are in this order: `TokenStream` chooses a token and lets a decoder (decoding.py) read it, `stream_answer` turns the
+tokens into pieces of text and separates the model's reasoning, and `StopStrings` ends the answer at the first stop string.
+"""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat, takewhile
@@ -7,10 +11,18 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 
+from evoprune.backend import to_device
+from evoprune.errors import not_a_number_error
 from evoprune.language.choices import Choice, ChosenTokens
-from evoprune.language.generate import PrefillState, TokenConstraint, TokenStream
+from evoprune.language.constraints import AnswerConstraint, TokenConstraint
+from evoprune.language.decoding import Picked, decoders_for
+from evoprune.language.generate import PrefillState
+from evoprune.language.lookup import Lookup
 from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
+from evoprune.language.sampling import TokenLogprobs, choose, token_logprobs
 from evoprune.language.settings import GenerationOptions
+from evoprune.language.static import best_of
+from evoprune.util import generator_seed
 
 
 class AnswerStream(Iterator[tuple[str, bool]]):
@@ -88,60 +100,118 @@ class AnswerStream(Iterator[tuple[str, bool]]):
         ]
 
 
-class AnswerConstraint:
-    """Applies another `TokenConstraint` to the answer only, so that the model can think freely before answering.
+class TokenStream(Iterator[int]):
+    """Iterator that lazily generates the token IDs of an answer.
+
+    The same `seed` always produces the same answer.
 
     Args:
-        constraint: The constraint for the answer.
-        in_thoughts: Whether the prompt ends with the opening `<think>` tag.
-        may_think: Whether the model may start thinking with its first token.
+        state: The model's state after reading the prompt, which can be used for only one answer.
+        eos_ids: IDs of the tokens that end the answer, which are not yielded.
+        constraint: Constrains the answer tokens, and can be used for only one answer. None allows all tokens.
+
+    Raises:
+        ModelError: During iteration, if a logit is NaN or infinite. Exceptions raised by the constraint propagate unchanged.
     """
 
-    def __init__(self, constraint: TokenConstraint, tokenizer: Tokenizer, in_thoughts: bool, may_think: bool):
+    def __init__(
+        self,
+        state: PrefillState,
+        settings: GenerationOptions,
+        eos_ids: Iterable[int],
+        seed: int = 0,
+        constraint: TokenConstraint | None = None,
+    ):
+        # "stop" if the model ended its turn or the constraint allows no more tokens, "length" if the limit was reached, or None if
+        # the answer is incomplete.
+        self.finish_reason: str | None = None
+        self.ids: list[int] = []  # tokens yielded so far
+        self.logprobs: list[TokenLogprobs] = []  # one entry per token in `ids`, if log probabilities were requested
+        self._state = state
+        self._settings = settings
+        self._eos_ids = frozenset(eos_ids)
         self._constraint = constraint
-        self._tokenizer = tokenizer
-        self._begin, self._end = map(tokenizer.backend.token_to_id, THOUGHTS)
-        self._thinks = in_thoughts
-        self._may_begin = may_think
-        self._ids: list[int] = []  # thinking and answer token IDs so far
+        penalizes = settings.repetition_penalty not in (None, 1)
+        self._seen: set[int] = set()  # prompt and answer tokens
+        if penalizes and state.prompt_ids is not None:
+            self._seen.update(state.prompt_ids.tolist())
+        self._greedy = settings.temperature == 0 and not penalizes
+        self._lookup: Lookup | None = None
+        if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
+            language = state.language
+            self._lookup = Lookup(state.prompt_ids, None if language.reads_drafts_exactly else language.dtype)
+        self._decoders = decoders_for(state, self._lookup)
+        # Use a CPU generator, so that a seed produces the same random numbers on all devices.
+        self._random = torch.Generator().manual_seed(generator_seed(seed))
 
-    def mask(self, size: int) -> torch.Tensor | None:
-        if self._thinks:
-            return None
-        mask = self._constraint.mask(size)
-        if mask is not None and not self._ids and self._begin is not None:
-            mask[self._begin] = self._may_begin  # this token never occurs in the answer text
-        return mask
-
-    def advance(self, token: int) -> None:
-        first = not self._ids
-        self._ids.append(token)
-        if self._thinks:
-            self._think(token)
-        elif first and token == self._begin:
-            self._thinks = True
+    @torch.inference_mode()
+    def __next__(self) -> int:
+        left = self._settings.max_new_tokens - len(self.ids)
+        if self.finish_reason is None and self._constraint is not None and self._constraint.complete:
+            self.finish_reason = "stop"
+        if self.finish_reason is None and not left:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            raise StopIteration
+        if self.ids:  # the model doesn't read the latest token until another token is requested
+            token, logprobs = self._advance(left)
         else:
+            token, logprobs = self._pick(self._state.logits)
+        if token in self._eos_ids:
+            self.finish_reason = "stop"
+            raise StopIteration
+        self.ids.append(token)
+        self._seen.add(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if self._constraint is not None:
             self._constraint.advance(token)
+        return token
 
-    def _think(self, token: int) -> None:
-        """Record a thinking token, including the closing `</think>`.
+    def _advance(self, left: int) -> Picked:
+        """Read the latest token, and choose the next one."""
+        for decoder in self._decoders:
+            if (picked := decoder.next_token(self.ids, left, self._pick)) is not None:
+                return picked
+        raise AssertionError("the last decoder always picks a token")
 
-        If `</think>` isn't a single token, the token that completes it may also contain the beginning of the answer.
+    def _pick(self, logits: torch.Tensor, best: torch.Tensor | None = None, drafted: bool = False) -> Picked | None:
+        """Choose the next token from its logits. See `decoding.Pick`.
+
+        Args:
+            logits: float32 `[vocabulary]`.
+            best: The result of `best_of`, if already known.
+            drafted: Whether the logits are from a pass over drafted tokens. In that case, the result is None if rounding errors
+                could affect the choice.
         """
-        if self._end is not None:
-            self._thinks = token != self._end
-            return
-        # Check only as many tokens as there are characters in `</think>`, because each token has at least one byte
-        latest = self._tokenizer.decode(self._ids[-len(THOUGHTS[1]) :])
-        _, ended, answer = latest.partition(THOUGHTS[1])
-        if ended:
-            self._thinks = False
-            for answer_token in self._tokenizer.encode(answer.lstrip()):
-                self._constraint.advance(answer_token)
+        token = self._choose(logits, best, drafted)
+        if token is None:
+            return None
+        if self._settings.logprobs is None:
+            return token, None
+        return token, token_logprobs(logits, token, self._settings.logprobs)
 
-    @property
-    def complete(self) -> bool:
-        return not self._thinks and self._constraint.complete
+    def _choose(self, logits: torch.Tensor, best: torch.Tensor | None, drafted: bool) -> int | None:
+        raw = logits
+        if self._constraint is not None:
+            mask = self._constraint.mask(len(logits))  # runs while a GPU is still computing the logits
+            if mask is not None:
+                best = None
+                # Subtract instead of overwriting, so that NaN and infinite logits are still detected.
+                logits = logits.where(to_device(mask, logits.device), logits - torch.inf)
+        if self._greedy:
+            if best is None:
+                best = best_of(logits)
+            token, finite = best.tolist()
+            self._check(finite)
+            return None if drafted and self._lookup.is_near_tie(raw, logits) else token
+        logits = logits.cpu()
+        self._check(logits.max().isfinite())  # the maximum is NaN if any logit is
+        return choose(logits, self._settings, self._random, self._seen)
+
+    def _check(self, finite: bool | torch.Tensor) -> None:
+        if not finite:
+            raise not_a_number_error("generate" if self.ids else "prefill")
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

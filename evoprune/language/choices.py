@@ -11,8 +11,9 @@ import torch
 
 from evoprune.backend import to_device
 from evoprune.errors import not_a_number_error
-from evoprune.language.generate import PrefillState, TokenLogprobs
+from evoprune.language.generate import PrefillState
 from evoprune.language.prompt import Tokenizer
+from evoprune.language.sampling import TokenLogprobs
 from evoprune.language.settings import GenerationOptions
 
 
@@ -121,11 +122,11 @@ def _branch(state: PrefillState) -> Iterator[PrefillState]:
     if state.language.can_crop:
         length = state.cache.length
         try:
-            yield replace(state, answer=list(state.answer))
+            yield replace(state)
         finally:
             state.cache.crop(length)
     else:
-        yield replace(state, cache=state.cache.copy(), answer=list(state.answer))
+        yield replace(state, cache=state.cache.copy())
 
 
 def _read_tokens(state: PrefillState, ids: Sequence[int]) -> float:

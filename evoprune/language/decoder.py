@@ -208,7 +208,25 @@ def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> t
     return sizes.to(like.device).float()
 
 
-class KVCache:
+class ColumnIds:
+    """The token IDs of the columns in a KV cache, as far as they are known. Base class of KV caches."""
+
+    UNKNOWN = -1  # the token ID of a column that was read without a token ID
+
+    def __init__(self):
+        self.length = 0  # number of columns read so far
+        self._ids: list[int] = []  # only the first `length` entries are valid
+
+    def ids_from(self, column: int) -> list[int]:
+        """Return the token IDs of the columns starting at index `column`, or `UNKNOWN` for columns read without token IDs."""
+        return self._ids[column : self.length]
+
+    def _record(self, before: int, columns: int, ids: torch.Tensor | None) -> None:
+        """Write the token IDs of new columns after the first `before` columns. They become valid when `length` increases."""
+        self._ids[before:] = [self.UNKNOWN] * columns if ids is None else ids.tolist()
+
+
+class KVCache(ColumnIds):
     """KV cache containing the keys and values of all columns read so far, except for columns dropped by a layer.
 
     Args:
@@ -220,6 +238,7 @@ class KVCache:
     column = None  # write index for the tensors from `room`, as a device tensor; None means 0
 
     def __init__(self, model, capacity: int | Sequence[int]):
+        super().__init__()  # `length` is updated only at the end of a forward pass, so a failed pass leaves the cache unchanged
         config = model.config.text_config
         weight = model.model.language_model.norm.weight
         depth = config.num_hidden_layers
@@ -229,8 +248,6 @@ class KVCache:
         # Number of leading columns that differ between layers because some layers have dropped columns. The cache cannot be cropped
         # within this range.
         self._uneven_until = 0
-        # Number of columns read so far, updated only at the end of a forward pass, so a failed pass leaves the cache unchanged.
-        self.length = 0
         self.lengths = [0] * depth  # number of valid columns in each layer
         # Cluster sizes in each layer, float32 `[lengths[i]]`, or None if all sizes are 1. In attention, a column of size n is
         # equivalent to n columns. Layers with the same columns share a tensor.
@@ -268,6 +285,7 @@ class KVCache:
         """
         if self._uneven_until:
             raise ValueError("the layers have dropped different columns, so none can be selected in all of them")
+        ids = [self._ids[column] for column in columns.tolist()]
         columns = to_device(columns, self._layers[0][0].device)
         count = len(columns)
         sized = {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
@@ -275,7 +293,7 @@ class KVCache:
             for tensor in stored:
                 tensor[:, :, :count] = tensor[:, :, columns]
         self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
-        self.length, self.lengths = count, [count] * len(self.lengths)
+        self._ids, self.length, self.lengths = ids, count, [count] * len(self.lengths)
 
     def move(self, config, columns: slice, by: torch.Tensor) -> None:
         """Shift the M-RoPE positions of some columns by rotating their keys.
@@ -325,14 +343,18 @@ class KVCache:
         known = tuple(tensor[:, :, :end] for tensor in stored)
         return *(tensor[0, :, before:] for tensor in known), *known
 
-    def add(self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None]) -> None:
+    def add(
+        self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None], ids: torch.Tensor | None
+    ) -> None:
         """Make new columns valid after all layers have written their keys and values.
 
         Args:
             read: Number of columns read.
             columns: Number of these columns stored in each layer.
             sizes: The cluster sizes of the old and new columns in each layer.
+            ids: The token IDs of the columns that were read, int64 `[read]`, or None if they are unknown.
         """
+        self._record(self.length, read, ids)
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
@@ -371,6 +393,7 @@ def forward(
     dropping: Dropping | None = None,
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the model on new columns and return the final hidden states of the last `last` columns, `[last, hidden]`.
 
@@ -384,6 +407,7 @@ def forward(
         dropping: Decides which visual tokens to drop inside the language model. Requires an empty cache.
         deepstack: `[n, L, hidden]`, the features to add to the columns after each of the first n layers.
         pause: Called before each layer. It may wait or raise an exception.
+        ids: int64 `[L]`, the token IDs of the new columns, which the cache records. None means that they are unknown.
 
     Raises:
         ValueError: If there are no columns, `positions` doesn't match the columns, `last` is out of range, or `dropping` is used
@@ -437,7 +461,7 @@ def forward(
         if rows:
             every[i] = rows_at(every[i], rows[0])
     hidden = norm(x[-last:].to(inputs_embeds.dtype), text.norm.weight, config.rms_norm_eps)
-    cache.add(columns, entered, every)
+    cache.add(columns, entered, every, ids)
     return hidden
 
 

@@ -233,7 +233,7 @@ class Vocabulary:
 
 
 class GrammarConstraint:
-    """A `generate.TokenConstraint` that restricts an answer to a grammar. End tokens are allowed wherever the answer may end."""
+    """A `constraints.TokenConstraint` that restricts an answer to a grammar. End tokens are allowed wherever the answer may end."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher

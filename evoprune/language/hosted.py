@@ -18,14 +18,14 @@ from evoprune.backend import (
 )
 from evoprune.errors import call
 from evoprune.language import hybrid
-from evoprune.language.decoder import all_sizes
+from evoprune.language.decoder import ColumnIds, all_sizes
 from evoprune.methods import arange_on
 from evoprune.model import HostedVL, without_autocast
 
 STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of linear attention
 
 
-class HostedCache:
+class HostedCache(ColumnIds):
     """A transformers `DynamicCache` containing the state of each layer, plus the cluster sizes of the columns read so far.
 
     If any layer has a recurrent state, the cache cannot be cropped. To reuse the cache for a later prompt with the same prefix,
@@ -35,9 +35,9 @@ class HostedCache:
     def __init__(self, model: HostedVL):
         from transformers import DynamicCache
 
+        super().__init__()
         config = model.model.language_model.config
         self.states = DynamicCache(config=config)
-        self.length = 0  # number of columns read so far
         self.sizes: torch.Tensor | None = None  # cluster sizes, float32 `[length]`, or None if all are 1
         self.can_crop = can_crop(model)
 
@@ -103,8 +103,8 @@ def forward(
     `decoder.forward` for the remaining arguments.
 
     Args:
-        ids: int64 `[columns]`, the token IDs of the columns, with placeholders for visual tokens. Required if `reads_ids` is True
-            for the model.
+        ids: int64 `[columns]`, the token IDs of the columns, with placeholders for visual tokens, which the cache records. Required
+            if `reads_ids` is True for the model.
         window: Number of columns that each new column attends to, including itself, or None for all columns.
 
     Raises:
@@ -148,6 +148,7 @@ def forward(
                 window,
             )
         )
+    cache._record(before, columns, ids)
     cache.length, cache.sizes = before + columns, every
     return torch.cat(hidden)[-last:] if len(hidden[-1]) < last else hidden[-1][-last:]
 

@@ -1,6 +1,5 @@
 """Cache the keys and values of the common prefix of prompts, so that they are computed only once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +12,13 @@ from evoprune.language.pruned import PrunedPrompt
 from evoprune.methods import Dropping
 
 
-@dataclass
+@dataclass(frozen=True)
 class CachedPrefix:
-    """A KV cache with the token IDs it was computed from."""
+    """A KV cache whose columns a later prompt may reuse."""
 
     cache: KVCache | HostedCache
-    prompt: torch.Tensor  # token IDs of the prompt columns, int64 on the CPU
-    answer: Sequence[int] = ()  # token IDs of the columns after the prompt; may grow while an answer is being decoded
-
-    @property
-    def ids(self) -> torch.Tensor:
-        return torch.cat([self.prompt, torch.tensor(self.answer, dtype=torch.int64, device="cpu")])
+    # Number of reusable columns. None means all columns, including those of an answer that is still being decoded.
+    length: int | None = None
 
     def common(self, ids: torch.Tensor) -> int:
         """Return the length of the common prefix of this cache and a prompt about the same inputs, in columns.
@@ -31,7 +26,7 @@ class CachedPrefix:
         Args:
             ids: Prompt token IDs, int64 on the CPU.
         """
-        own = self.ids
+        own = torch.tensor(self.cache.ids_from(0)[: self.length], dtype=torch.int64, device="cpu")
         length = min(len(own), len(ids))
         differ = (own[:length] != ids[:length]).nonzero()
         return int(differ[0]) if len(differ) else length
@@ -94,16 +89,16 @@ class PrefixCache:
                 part = pruned[known:end]
                 given = {"sizes": part.sizes, "deepstack": part.deepstack, "ids": part.ids}
                 language.forward(part.embeds, part.positions, cache, **given)
-                self._cached = [*self._cached[:1], CachedPrefix(cache, pruned.ids[:end])]
+                self._cached = [*self._cached[:1], CachedPrefix(cache, end)]
                 cache = cache.copy()
                 known = end
         rest = pruned[known:]
         given = {"sizes": rest.sizes, "deepstack": rest.deepstack, "ids": rest.ids}
         state = language.prefill(rest.embeds, rest.positions, rest.following, cache, **given)
         if crops and goes_on and language.answer_window is None:
-            self._cached = [CachedPrefix(state.cache, pruned.ids, state.answer)]
+            self._cached = [CachedPrefix(state.cache)]
         elif crops:
-            self._cached = [CachedPrefix(state.cache, pruned.ids[: ends[-1]])]
+            self._cached = [CachedPrefix(state.cache, ends[-1])]
         return state
 
     def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
@@ -121,15 +116,13 @@ class PrefixCache:
                 return None, 0
             cache = cached[0].cache
             cache.crop(known)
-            self._cached = [
-                CachedPrefix(cache, ids[:known])
-            ]  # these columns remain valid even if reading the prompt fails
+            self._cached = [CachedPrefix(cache, known)]  # these columns remain valid even if reading the prompt fails
             return cache, known
-        cached = [each for each in cached if each.common(ids) == len(each.prompt)]
+        cached = [each for each in cached if each.common(ids) == each.length]
         if not cached:
             return None, 0
         longest = cached[-1]
         if last:
-            return longest.cache, len(longest.prompt)
+            return longest.cache, longest.length
         self._cached = cached
-        return longest.cache.copy(), len(longest.prompt)
+        return longest.cache.copy(), longest.length

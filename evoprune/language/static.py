@@ -12,6 +12,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -98,11 +99,11 @@ class StaticCache(ABC):
             self.fill(cache, position, read)
             self._holder, self._room = holder, read - cache.length
 
-    def following(self, model, holder: object, token: int, pick: Callable[..., int]) -> int | None:
-        """Read a token, and choose the next token by calling `pick(logits, best)`.
+    def following(self, model, holder: object, token: int, pick: Callable[..., Any]) -> Any:
+        """Read a token, and call `pick(logits, best)` to choose the next token.
 
         Returns:
-            The next token, or None if the cache is full or has been handed over to another answer.
+            The result of `pick`, or None if the cache is full or has been handed over to another answer.
         """
         with self._lock:
             if self._holder is not holder or not self._room:

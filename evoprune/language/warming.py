@@ -5,7 +5,8 @@ from math import prod
 import torch
 
 from evoprune.language import hybrid, static
-from evoprune.language.generate import LanguageModel, TokenStream
+from evoprune.language.answer import TokenStream
+from evoprune.language.generate import LanguageModel
 from evoprune.language.prompt import Place
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions

@@ -225,7 +225,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         ("evoprune.vision.preprocess.pixel_patches", MemoryError(), "out_of_memory", "preprocess", 2),
         ("evoprune.session.encoding.encode_rows", FULL, "out_of_memory", "encode", 2),
         ("evoprune.language.generate.LanguageModel.prefill", FULL, "out_of_memory", "prefill", 1),
-        ("evoprune.language.generate.best_of", FULL, "out_of_memory", "generate", 1),
+        ("evoprune.language.answer.best_of", FULL, "out_of_memory", "generate", 1),
         ("evoprune.session.encoding.encode_rows", ZeroDivisionError("1/0"), "bug", None, 2),
     ],
 )

@@ -67,7 +67,7 @@ def breaking(monkeypatch, at: int, problem: BaseException):
             raise problem.with_traceback(None)
         return best_of(*args)
 
-    monkeypatch.setattr("evoprune.language.generate.best_of", fails)
+    monkeypatch.setattr("evoprune.language.answer.best_of", fails)
 
 
 def test_a_record_for_every_question_about_every_video(run, cli, out, tiny_folder):
@@ -292,7 +292,7 @@ def test_an_interruption_before_the_first_record(run, out, monkeypatch, problem,
         raise problem.with_traceback(None)
 
     where = {
-        "best_of": "evoprune.language.generate.best_of",
+        "best_of": "evoprune.language.answer.best_of",
         "load_weights": "evoprune.session.loading.model.load_weights",
     }
     monkeypatch.setattr(where[at], stops)

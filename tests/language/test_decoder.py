@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.contrib.pyramiddrop import PyramidDrop
-from evoprune.language import decoder
+from evoprune.language import LanguageModel, TokenStream, decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.generate import LanguageModel, TokenStream
 from evoprune.language.prompt import Place, prompt_positions, video_positions
 from evoprune.language.pruned import prune_prompt
 from evoprune.language.settings import GenerationOptions
@@ -195,6 +194,27 @@ def test_a_prefix_serves_again_after_a_crop(model):
     assert_close(decoder.logits(model, embeds[30:], positions[:, 30:], cache), expected)
     cache.crop(0)
     assert_close(decoder.logits(model, embeds, positions, cache), expected)
+
+
+@torch.inference_mode()
+def test_a_cache_knows_the_tokens_of_its_columns(model):
+    embeds, positions = columns(10)
+    ids = torch.arange(100, 110)
+
+    def read(cache, start, end, ids=ids):
+        given = None if ids is None else ids[start:end]
+        decoder.forward(model, embeds[start:end], positions[:, start:end], cache, ids=given)
+
+    cache = KVCache(model, 4)
+    read(cache, 0, 6)
+    read(cache, 6, 8, None)  # unknown tokens
+    read(cache, 8, 10)
+    assert cache.ids_from(0) == [100, 101, 102, 103, 104, 105, -1, -1, 108, 109] and cache.ids_from(8) == [108, 109]
+    cache.crop(4)
+    assert cache.ids_from(0) == [100, 101, 102, 103] and cache.ids_from(5) == []
+    read(cache, 8, 10)
+    cache.keep(torch.tensor([0, 3, 5]))
+    assert cache.ids_from(0) == [100, 103, 109]
 
 
 def test_room_grows_by_half_and_never_shrinks(model):

@@ -12,16 +12,16 @@ from transformers.generation import (
 )
 
 from evoprune.errors import ModelError
-from evoprune.language.generate import (
+from evoprune.language import (
     GenerationOptions,
     LanguageModel,
+    Prompt,
+    Tokenizer,
     TokenStream,
-    choose,
-    penalized,
-    probabilities,
+    prompt_positions,
+    prune_prompt,
 )
-from evoprune.language.prompt import Prompt, Tokenizer, prompt_positions
-from evoprune.language.pruned import prune_prompt
+from evoprune.language.sampling import choose, penalized, probabilities
 from tests.tiny import encoded_tokens, tiny_model, tiny_tokenizer
 
 TOKENS = 32

@@ -6,8 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evoprune.backend import devices
 from evoprune.errors import DeviceWarning
-from evoprune.language import hosted, hybrid
-from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
+from evoprune.language import GenerationOptions, LanguageModel, TokenStream, hosted, hybrid
 from evoprune.model import Config, HostedVL
 from tests import tiny
 from tests.tiny import tiny_model

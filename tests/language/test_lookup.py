@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.language import generate, lookup
-from evoprune.language.generate import GenerationOptions, LanguageModel, TokenStream
+from evoprune.language import GenerationOptions, LanguageModel, PrefillState, TokenStream, lookup
 from evoprune.language.lookup import DRAFT, NGRAM, REST, Lookup
 from tests.compiled import compiled, library  # noqa: F401
 from tests.language.test_generate import CLIPS, TOKENS, Clip, Steps
@@ -51,8 +50,8 @@ def test_an_answer_is_the_same_with_drafts(passes, family, wrong_at, saved):
     answer, state = stream(model, text)
     assert list(answer) == expected and answer.finish_reason == "length"
     assert len(passes) <= plain - saved and max(passes[1:]) == DRAFT + 1
-    assert state.cache.length == Clip(model, *CLIPS[0]).prefill(model).cache.length + len(state.answer)
-    assert state.answer[: TOKENS - 1] == expected[:-1]
+    assert state.cache.length == Clip(model, *CLIPS[0]).prefill(model).cache.length + state.answer_columns
+    assert state.cache.ids_from(state.columns)[: TOKENS - 1] == expected[:-1]
 
 
 def test_near_ties_are_decided_by_a_pass_over_one_token(model, passes, monkeypatch):
@@ -61,7 +60,7 @@ def test_near_ties_are_decided_by_a_pass_over_one_token(model, passes, monkeypat
     passes.clear()
     monkeypatch.setattr(lookup, "MIN_TIE", float("inf"))
     seen = []
-    monkeypatch.setattr(generate.Lookup, "reject", lambda self, accepted: seen.append(accepted))
+    monkeypatch.setattr(Lookup, "reject", lambda self, accepted: seen.append(accepted))
     assert list(stream(model, expected)[0]) == expected
     assert passes.count(1) == plain - 1 and len(passes) > plain
 
@@ -73,13 +72,13 @@ def test_the_end_of_an_answer_inside_a_draft(model):
     assert list(answer) == expected[: expected.index(end)] and answer.finish_reason == "stop"
     for new in range(1, 12):
         answer, state = stream(model, expected, new)
-        assert list(answer) == expected[:new] and len(state.answer) < max(new, 1) + 1
+        assert list(answer) == expected[:new] and state.answer_columns < max(new, 1) + 1
 
 
 def test_an_answer_goes_on_after_an_exception(model, monkeypatch):
     expected = list(stream(model)[0])
     answer, _ = stream(model, expected)
-    read = generate.PrefillState.read
+    read = PrefillState.read
     failures = iter([True, False, True] + [False] * 100)
 
     def fails(self, ids):
@@ -89,7 +88,7 @@ def test_an_answer_goes_on_after_an_exception(model, monkeypatch):
             raise KeyboardInterrupt
         return logits
 
-    monkeypatch.setattr(generate.PrefillState, "read", fails)
+    monkeypatch.setattr(PrefillState, "read", fails)
     tokens = []
     while answer.finish_reason is None:
         try:

@@ -10,8 +10,7 @@ import torch
 
 from evoprune.backend import Attention, Device, devices, layers
 from evoprune.errors import DeviceWarning, ModelError
-from evoprune.language import decoder, static
-from evoprune.language.generate import GenerationOptions, LanguageModel, PrefillState, TokenStream
+from evoprune.language import GenerationOptions, LanguageModel, PrefillState, TokenStream, decoder, static
 from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.session import load_model
 from tests.backend.recorder import Graphs
@@ -227,17 +226,23 @@ def test_two_answers_at_the_same_time(model, graphs):
 @pytest.mark.parametrize("by_graph", [True, False])
 def test_an_answer_that_is_broken_off_goes_on(model, graphs, monkeypatch, by_graph):
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1 if by_graph else NEW)
-    expected, answer = plainly(model, state_of(model)), stream(model, state_of(model))
+
+    class Interrupted:
+        """A constraint that is interrupted once, and allows all tokens."""
+
+        complete, calls = False, 0
+
+        def mask(self, size):
+            self.calls += 1
+            if self.calls == 6:
+                raise KeyboardInterrupt
+
+        def advance(self, token):
+            pass
+
+    expected = plainly(model, state_of(model))
+    answer = TokenStream(state_of(model), GenerationOptions(max_new_tokens=NEW), (), 0, Interrupted())
     tokens = [next(answer) for _ in range(5)]
-    pick, raised = TokenStream._pick, []
-
-    def interrupted(self, *given):
-        if not raised:
-            raised.append(1)
-            raise KeyboardInterrupt
-        return pick(self, *given)
-
-    monkeypatch.setattr(TokenStream, "_pick", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(answer)
     assert tokens + list(answer) == expected
