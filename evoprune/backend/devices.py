@@ -26,6 +26,7 @@ from typing import TypeVar
 import torch
 
 import evoprune
+from evoprune import timeline
 from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
@@ -198,7 +199,7 @@ class Device:
         """Return the current time in seconds. On an accelerator, wait for all launched kernels to finish first."""
         if self._device.type == accelerator():
             torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
+        return timeline.now()
 
     def available_memory(self) -> int | None:
         """Return the amount of memory, in bytes, that this process can allocate without swapping.

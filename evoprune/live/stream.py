@@ -484,8 +484,7 @@ class VideoStream(Askable):
             def frames(*_: Any) -> Iterator[FrameChunk]:
                 yield chunk
 
-            clock = Clock(torch.device("cpu"))
-            opened = OpenInput(session, plan, clock, frames=frames, tower=tower, threaded=False)
+            opened = OpenInput(session, plan, frames=frames, tower=tower, threaded=False)
             return opened.encode(), *segment
 
         try:

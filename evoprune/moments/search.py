@@ -12,11 +12,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions, Tokenizer
-from evoprune.model import Clock
 from evoprune.moments.segments import (
     MARGIN,
     SEGMENT_S,
@@ -488,7 +485,7 @@ class Search:
             plan = replace(
                 plan, subtitles=spoken.fitted(self._sampling.max_subtitle_tokens, lambda text: len(count(text)))
             )
-        return OpenInput(self._session, plan, Clock(torch.device("cpu")), **self._input)
+        return OpenInput(self._session, plan, **self._input)
 
     def _heard(self, progress: Progress | None) -> Subtitles:
         """Return the subtitles or transcribed speech of all segments, or no lines if the `speech` option is "none"."""

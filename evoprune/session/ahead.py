@@ -130,10 +130,10 @@ class ReadAhead(Readings):
             place = len(self.unfinished)
             if reading in self.unfinished:
                 place = self.unfinished.index(reading)
-            if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.ended:
+            if any(earlier.taken for earlier in self.unfinished[:place]) and not reading.has_ended:
                 return False
             # The session has already probed the input, so planning is fast unless the thread hangs.
-            return Scope.wait_for(self.changed, lambda: reading.begun or reading.ended, PATIENCE_S)
+            return Scope.wait_for(self.changed, lambda: reading.has_started, PATIENCE_S)
 
     def _begin(
         self, prefetch: _Prefetch, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
@@ -149,7 +149,8 @@ class ReadAhead(Readings):
         size = plan.chunk_bytes
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), source.frames_at_once(size))
         cores = self.model.options.cores
-        return read_chunks(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)
+        chunks = read_chunks(source, times, chunk_bytes=size, cores=cores, **plan.read_arguments)
+        return reading.timeline.each("read", chunks)
 
 
 def _request(plan: Plan) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, Self
@@ -20,7 +20,6 @@ import evoprune
 from evoprune.backend import Device, empty_cache
 from evoprune.errors import OutOfMemory, UsageError, callback_errors, memory_guard, named
 from evoprune.methods import MethodText
-from evoprune.model import Clock
 from evoprune.report import INPUT_STAGES, OVERLAP
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
@@ -31,9 +30,21 @@ from evoprune.session.patches import PatchChunk, content_key, patch_bytes
 from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, probed
 from evoprune.session.session import Session
-from evoprune.session.speech import STAGE, with_speech
+from evoprune.session.speech import with_speech
+from evoprune.timeline import Timeline, account, this_thread
 from evoprune.util import brief
-from evoprune.video import Folder, FrameChunk, GivenInput, HeldVideo, Input, Plan, SamplingOptions, Stopped, read_chunks
+from evoprune.video import (
+    Folder,
+    FrameChunk,
+    GivenInput,
+    HeldVideo,
+    Input,
+    InputLimits,
+    Plan,
+    SamplingOptions,
+    Stopped,
+    read_chunks,
+)
 from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
@@ -49,11 +60,80 @@ AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches outside the p
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packages of the decoders
 
 
+@dataclass(frozen=True)
+class _PatchSource:
+    """Reads an input's frames and converts them to patches. It doesn't refer to who asked for them.
+
+    Attributes:
+        cores, ahead, filter: See `OpenInput`; `filter` is its `frames`.
+    """
+
+    plan: Plan
+    limits: InputLimits
+    device: torch.device
+    cores: int | None
+    ahead: ReadAhead | None
+    filter: FrameFilter | None
+
+    def __call__(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
+        """Yield the patches in the thread of a `Reading`, and update the number of frames that it has read."""
+        return self.patches(reading.timeline, reading.at_least)
+
+    def patches(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[PatchChunk]:
+        """Yield the patches in chunks, calling `on_frames` with the number of frames read so far."""
+        frames = self._frames(timeline, on_frames)
+        if self.filter is not None:
+            frames = self.filter(self.plan, frames)
+        with closing(frames):
+            for chunk in timeline.each("read", frames):
+                on_frames(chunk.end)
+                with timeline.stage("preprocess"):
+                    patches = patches_of(chunk.pixels, self.plan, self.limits, self.device)
+                yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_size, chunk.moved)
+
+    def _frames(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
+        """Yield the sampled frames in chunks, from the prefetch if it has them."""
+        plan = self.plan
+        if self.ahead and (early := self.ahead.take(plan)):
+            try:
+                with closing(early):
+                    yield from timeline.each("read", early.chunks(), waiting=True)
+            finally:
+                timeline.add(early.timeline.take())
+            return
+        given = {"chunk_bytes": plan.chunk_bytes, "cores": self.cores, "on_frames": on_frames}
+        with closing(read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as frames:
+            yield from frames
+
+
+@dataclass
+class _Seen:
+    """Facts about the frames that have been read so far.
+
+    Attributes:
+        read_s: Timestamps of the decoded frames, in seconds.
+        damaged: Number of packets that could not be decoded.
+        other_size, moved: See `FrameChunk`.
+    """
+
+    read_s: tuple[float, ...] = ()
+    damaged: int = 0
+    other_size: bool = False
+    moved: bool = False
+
+    def add(self, chunk: PatchChunk) -> None:
+        self.read_s += chunk.times_s
+        self.damaged += chunk.damaged
+        self.other_size |= chunk.other_size
+        self.moved |= chunk.moved
+
+
 @dataclass(eq=False)
 class OpenInput:
     """A video or image opened for encoding. Encode it once, and then close it.
 
     Attributes:
+        timeline: The intervals in which the input was planned, read, and transcribed.
         frames: Changes or replaces the frames, or None. If it is not None, later runs on the same files can't reuse the patches.
         tower: Runs the vision tower on the patches. Defaults to `encode_rows`.
         threaded: Whether a background thread prepares the next chunks while the encoder processes the current one.
@@ -61,11 +141,12 @@ class OpenInput:
         cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
         temporary: Whether the files will be deleted when the input is closed, so they cannot be shared with later inputs.
         cores: Maximum number of cores for reading, or None for all cores available to this process.
+        waited_s: Time spent waiting for patches during encoding, in seconds.
     """
 
     session: Session
     plan: Plan
-    clock: Clock  # measures the "plan", "read", and "preprocess" stages
+    timeline: Timeline = field(default_factory=Timeline)
     _: KW_ONLY
     frames: FrameFilter | None = None
     tower: Tower | None = None
@@ -76,43 +157,17 @@ class OpenInput:
 
     def __post_init__(self):
         self.cores = self.session.loaded.cores
-        self.damaged = 0
-        self.read_early = False  # whether reading started in the background before encoding
-        self.waited_s = 0.0  # time spent waiting for patches during encoding, in seconds
-        self.other_size = self.moved = False
-        self.read_s: tuple[float, ...] = ()  # timestamps of the decoded frames, in seconds
-        self._reported_frames = -1  # frame count most recently passed to `progress`
-        self._progress: Progress | None = None
+        self.waited_s = 0.0
         # The key of this input's patches in the patch store, or None if they aren't stored.
         self._patch_key: Hashable | None = None
         self._reading: Reading[PatchChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
-    def _frames(self, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the sampled frames in chunks, calling `on_frames` with the number of frames read so far."""
-        plan = self.plan
-        if self.ahead and (early := self.ahead.take(plan)):
-            yield from self._prefetched_frames(early)
-            return
-        given = {"chunk_bytes": plan.chunk_bytes, "cores": self.cores, "on_frames": on_frames}
-        with closing(read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as frames:
-            yield from frames
-
-    def _prefetched_frames(self, early: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield prefetched frames, and add any read time hidden behind other work to the clock's "read" stage."""
-        with closing(early):
-            hidden_s = 0.0
-            for chunk in early.chunks():
-                self.clock.seconds["read"] += early.hidden_s - hidden_s
-                hidden_s = early.hidden_s
-                yield chunk
-                del chunk  # drop this reference, so that the caller can free the frames
-
     @cached_property
     def key(self) -> str | None:
         """This input's key in the disk cache, or None if the input cannot be cached."""
-        with self.clock.stage("read"):
+        with self.timeline.stage("read"):
             return self._current_key()
 
     @cached_property
@@ -120,7 +175,7 @@ class OpenInput:
         """This input's entry in the disk cache, or None on a cache miss."""
         if self.key is None:
             return None
-        with self.clock.stage("read"):
+        with self.timeline.stage("read"):
             return self.cache.load(self.key, self.session.device)
 
     def _current_key(self) -> str | None:
@@ -132,7 +187,6 @@ class OpenInput:
         If the patches can be kept in the patch store, the thread reads the entire input. Otherwise, it stays only a few chunks
         ahead of the encoder.
         """
-        self.read_early = True
         if self.stored is None:
             self._start_reading()
 
@@ -166,18 +220,16 @@ class OpenInput:
             ModelError: If the output contains NaN or infinity.
         """
         plan = self.plan
-        clock = Clock(self.session.device)
+        device = Device(self.session.device)
+        timeline = Timeline(device.now)
         pruning = self.session.pruning
-        start = clock.now()
-        before = dict.fromkeys(INPUT_STAGES, 0.0) | self.clock.seconds
-        heard_before = before[STAGE] - before[OVERLAP]  # time the caller waited for transcription, in seconds
-        read_before = 0.0 if self.read_early else before["read"]  # time the caller waited for reading, in seconds
+        start = device.now()
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
         with callback_errors() as passing:
-            self._progress = passing(progress)
-            result, cache = self._result(clock, self._progress, pieces, warnings)
-        wall = before["plan"] + heard_before + read_before + clock.now() - start
+            result, seen, cache = self._result(timeline, passing(progress), pieces, warnings)
+        spent = account([*self.timeline.take(), *timeline.take()], this_thread(), start, device.now())
+        self.waited_s = spent.waited
         rows = None
         tokens = result
         if isinstance(result, EncodedRows):
@@ -186,105 +238,109 @@ class OpenInput:
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
         if plan.is_picture and rows is None and wanted and len(tokens.kept) == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        plan = replace(plan, read_s=self.read_s, moved=self.moved)
-        waited = read_before + self.waited_s
-        seconds = dict.fromkeys(INPUT_STAGES, 0.0) | clock.seconds | self.clock.seconds
-        ahead = seconds["read"] + seconds["preprocess"] - waited
-        seconds[OVERLAP] += max(0.0, ahead)
-        # If waiting took longer than reading, the machine was busy or the reader thread was still working on another input.
-        seconds["read"] += max(0.0, -ahead)
-        return EncodedInput(plan, tokens, rows, seconds, wall, cache, tuple(warnings), self.damaged)
+        plan = replace(plan, read_s=seen.read_s, moved=seen.moved)
+        seconds = dict.fromkeys(INPUT_STAGES, 0.0) | spent.stages | {OVERLAP: spent.overlap}
+        return EncodedInput(plan, tokens, rows, seconds, spent.wall, cache, tuple(warnings), seen.damaged)
 
     def _result(
-        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
-    ) -> tuple[Encoded | EncodedRows, str]:
+        self, timeline: Timeline, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
+    ) -> tuple[Encoded | EncodedRows, "_Seen", str]:
         """Load the encoded input from the disk cache, or encode it and store the result there.
 
-        The time spent storing the result is added to the "store" stage of `clock`, and any warning names are added to `warnings`.
+        The result is stored in the "store" stage of `timeline`, and any warning names are added to `warnings`.
 
         Returns:
-            A tuple of the tokens (or the rows, if the pruning method reads the question) and the cache state (see
-            `EncodedInput.cache`).
+            A tuple of the tokens (or the rows, if the pruning method reads the question), facts about the frames, and the cache
+            state (see `EncodedInput.cache`).
         """
         if self.stored:
-            self.read_s = self.stored.read_s
-            self.moved = self.stored.moved
-            return self.stored.encoded, "hit"
-        result = self._compute(clock, progress, pieces, warnings)
+            return self.stored.encoded, _Seen(read_s=self.stored.read_s, moved=self.stored.moved), "hit"
+        result, seen = self._compute(timeline, progress, pieces)
+        if seen.damaged:
+            warnings.append("damaged_video")
+        if seen.other_size:
+            warnings.append("changing_size")
         if self.key is None:
-            return result, "off"
+            return result, seen, "off"
         # Don't store a video that is damaged or has a changing frame size, because a cache hit wouldn't repeat the warning.
         # Recompute the key before storing, because the file may have been replaced in the meantime.
-        whole = not self.damaged and not self.other_size
-        with clock.stage("store"):
+        whole = not seen.damaged and not seen.other_size
+        with timeline.stage("store"):
             storable = whole and self._current_key() == self.key
-            if storable and not self.cache.store(self.key, Entry(result, self.read_s, self.moved)):
+            if storable and not self.cache.store(self.key, Entry(result, seen.read_s, seen.moved)):
                 warnings.append("cache_not_written")
-        return result, "miss"
+        return result, seen, "miss"
 
     def _compute(
-        self, clock: Clock, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
-    ) -> Encoded | EncodedRows:
-        """Encode the input, adding its "compile" and "encode" times to `clock` and its warnings to `warnings`.
+        self, timeline: Timeline, progress: Progress | None, pieces: Sequence[int] | None
+    ) -> tuple[Encoded | EncodedRows, "_Seen"]:
+        """Encode the input, in the "compile" and "encode" stages of `timeline`.
 
         Returns:
-            The tokens or, if the pruning method reads the question, the rows to select tokens from.
+            A tuple of the tokens, or the rows to select tokens from if the pruning method reads the question, and facts about the
+            frames.
         """
         plan = self.plan
         loaded = self.session.loaded
         pruning = self.session.pruning
         if pieces is None:
-            with self.clock.stage("plan"):
+            with self.timeline.stage("plan"):
                 pieces = self.session.fitting_pieces(plan)
-        with clock.stage("compile"):
+        with timeline.stage("compile"):
             loaded.ready()
-        start = clock.now()
         options = {"seed": pruning.seed, "normal": loaded.limits[plan.kind].normal}
         if progress:
             options["on_layer"] = partial(progress, "layers")
         late = pruning.method.reads_question and plan.encoder.prunes
         visual = loaded.model.model.visual
         tower = self.tower or encode_rows
-        try:
-            with closing(self):
-                for piece_units in pieces:
-                    try:
-                        with memory_guard("encode"):
-                            patches = self._patches(clock, progress)
-                            rows = tower(visual, patches, plan.encoder, piece_units=piece_units, **options)
-                            result = rows if late else rows.select_tokens()
-                        break
-                    except OutOfMemory as problem:
-                        if problem.stage != "encode" or piece_units == pieces[-1]:
-                            raise
-                    if self._patch_key is None:
-                        self._release_reading()
-                    loaded.patches.clear()
-                    empty_cache()
-        finally:
-            self.waited_s = clock.seconds.pop("wait", 0.0)
-        clock.seconds["encode"] = clock.now() - start - self.waited_s
-        if self.damaged:
-            warnings.append("damaged_video")
-        if self.other_size:
-            warnings.append("changing_size")
-        return result
+        with timeline.stage("encode"), closing(self):
+            for piece_units in pieces:
+                seen = _Seen()
+                patches = self._patches(seen, timeline, progress)
+                try:
+                    with memory_guard("encode"):
+                        rows = tower(visual, patches, plan.encoder, piece_units=piece_units, **options)
+                        result = rows if late else rows.select_tokens()
+                    break
+                except OutOfMemory as problem:
+                    if problem.stage != "encode" or piece_units == pieces[-1]:
+                        raise
+                if self._patch_key is None:
+                    self._release_reading()
+                loaded.patches.clear()
+                empty_cache()
+        return result, seen
 
-    def _patches(self, clock: Clock, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield the patches, one chunk of frames at a time. Each call starts again from the first frame."""
-        self.damaged = 0
-        self.other_size = self.moved = False
-        self.read_s = ()
-        chunks = self._start_reading().chunks(self._report_frames) if self.threaded else self._patch_chunks()
-        for chunk in clock.each("wait", chunks):
-            self._report_frames()
-            self.damaged += chunk.damaged
-            self.other_size = self.other_size or chunk.other_size
-            self.moved = self.moved or chunk.moved
-            self.read_s += chunk.times_s
+    def _patches(self, seen: "_Seen", timeline: Timeline, progress: Progress | None) -> Iterator[torch.Tensor]:
+        """Yield the patches, one chunk of frames at a time, and collect facts about the frames in `seen`.
+
+        Each call starts again from the first frame.
+        """
+        total = self.plan.sampling.frames
+        for chunk in self._chunks(timeline, progress):
+            seen.add(chunk)
             yield chunk.patches
             if progress:
-                progress("encode", chunk.end, self.plan.sampling.frames)
+                progress("encode", chunk.end, total)
+
+    def _chunks(self, timeline: Timeline, progress: Progress | None) -> Iterator[PatchChunk]:
+        """Yield the patches in chunks, reporting the number of frames read so far in the meantime."""
+        if not self.threaded:
+            yield from self._source.patches(timeline, lambda frames: None)
+            return
+        reading = self._start_reading()
+        reported = -1
+
+        def report() -> None:
+            nonlocal reported
+            if progress and reading.frames > reported:
+                reported = reading.frames
+                progress("read", reported, self.plan.sampling.frames)
+
+        for chunk in timeline.each("read", reading.chunks(report), waiting=True):
+            report()
+            yield chunk
 
     def _start_reading(self) -> Reading[PatchChunk]:
         """Return the `Reading` that produces this input's patches, starting it if necessary.
@@ -296,7 +352,7 @@ class OpenInput:
             if self._closed:
                 raise Stopped
             if self._reading is None:
-                self._reading = self._shared_reading() or Reading(self._patch_chunks, Readings(AHEAD_BYTES))
+                self._reading = self._shared_reading() or Reading(self._source, Readings(AHEAD_BYTES))
             return self._reading
 
     @property
@@ -313,8 +369,7 @@ class OpenInput:
         key = content_key(self.plan, limits, device)
         if key is None:
             return None
-        size = patch_bytes(self.plan, limits)
-        reading = self.session.loaded.patches.open(key, size, device, self._patch_chunks)
+        reading = self.session.loaded.patches.open(key, patch_bytes(self.plan, limits), device, self._source)
         if reading:
             self._patch_key = key
         return reading
@@ -325,37 +380,22 @@ class OpenInput:
             reading = self._reading
             key = self._patch_key
             self._reading = self._patch_key = None
-        if key is not None:
+        if reading is None:
+            return
+        if key is None:
+            reading.close()
+        else:
             keep = True
-            if self.plan.info.is_folder and reading.complete:
+            if self.plan.info.is_folder and reading.is_complete:
                 # A damaged image is replaced with a neighbor that may not be part of the key.
                 keep = not any(chunk.damaged for chunk in reading.chunks())
             self.session.loaded.patches.close(key, reading, keep)
-        elif reading:
-            reading.close()
+        self.timeline.add(reading.timeline.take())
 
-    def _report_frames(self) -> None:
-        if self._progress and self._reading and self._reading.frames > self._reported_frames:
-            self._reported_frames = self._reading.frames
-            self._progress("read", self._reported_frames, self.plan.sampling.frames)
-
-    def _patch_chunks(self, reading: Reading[PatchChunk] | None = None) -> Iterator[PatchChunk]:
-        """Convert the frames to patches, one chunk at a time, and record the "read" and "preprocess" times.
-
-        Args:
-            reading: The `Reading` whose thread runs this method, or None. This method updates its frame count.
-        """
-        on_frames = reading.at_least if reading else lambda frames: None
+    @property
+    def _source(self) -> "_PatchSource":
         limits = self.session.loaded.limits[self.plan.kind]
-        frames = self._frames(on_frames)
-        if self.frames is not None:
-            frames = self.frames(self.plan, frames)
-        with closing(frames):
-            for chunk in self.clock.each("read", frames):
-                on_frames(chunk.end)
-                with self.clock.stage("preprocess"):
-                    patches = patches_of(chunk.pixels, self.plan, limits, self.session.device)
-                yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_size, chunk.moved)
+        return _PatchSource(self.plan, limits, self.session.device, self.cores, self.ahead, self.frames)
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
@@ -412,12 +452,7 @@ class OpenInputs:
         self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if opened.temporary}
 
     def begin(self) -> None:
-        """Start reading the first input in the background.
-
-        All inputs are marked as read early, so that their read time before encoding isn't reported as waiting time.
-        """
-        for opened in self.inputs:
-            opened.read_early = True
+        """Start reading the first input in the background."""
         self.inputs[0].begin()
 
     def read(self) -> None:
@@ -436,7 +471,7 @@ class OpenInputs:
         if self.inputs[0].threaded and self.inputs[0].frames is None:
             self.inputs[0].begin()
         for opened in self.inputs:
-            given = {"clock": opened.clock, "cache": cache, "progress": progress}
+            given = {"timeline": opened.timeline, "cache": cache, "progress": progress}
             opened.plan = with_speech(loaded.tokenizer, opened.plan, sampling, loaded.description.options, **given)
         self.plans = [opened.plan for opened in self.inputs]
 
@@ -456,7 +491,7 @@ class OpenInputs:
 
     def planning(self) -> AbstractContextManager[None]:
         """Return a context manager that adds its duration to the "plan" stage, for checks before any frames are read."""
-        return self.inputs[0].clock.stage("plan")
+        return self.inputs[0].timeline.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Read, preprocess, and encode the inputs one after another.
@@ -477,7 +512,7 @@ class OpenInputs:
             others = TEXT + kept - opened.plan.encoder.keep
             fitting = []
             if not opened.stored:
-                with opened.clock.stage("plan"):
+                with opened.timeline.stage("plan"):
                     fitting = self.session.fitting_pieces(opened.plan, others)
             pieces.append(fitting)
         for number, opened in enumerate(self.inputs):
@@ -538,8 +573,7 @@ def open_inputs(
     session.check_process()
     sampling = sampling or SamplingOptions()
     sampling.check_one_file(len(paths))
-    # Use CPU clocks here, because a GPU clock would synchronize with the GPU.
-    clocks = [Clock(torch.device("cpu")) for _ in paths]
+    timelines = [Timeline() for _ in paths]
     given = [GivenInput(path) for path in paths]
     infos = []
     inputs = []
@@ -552,19 +586,20 @@ def open_inputs(
     if progress:
         how["progress"] = partial(progress, "download")
     with ExitStack() as stack:
-        for each, clock in zip(given, clocks, strict=True):
+        for each, timeline in zip(given, timelines, strict=True):
             file = stack.enter_context(each.local(**how))
-            with clock.stage("read"):
+            with timeline.stage("read"):
                 infos.append(probed(file, folder_fps=sampling.frame_rate))
-        for each, clock, info, wanted, name in zip(given, clocks, infos, sampling.of_each(infos), names, strict=True):
-            with clock.stage("read"):
+        wanted_of_each = sampling.of_each(infos)
+        for each, timeline, info, wanted, name in zip(given, timelines, infos, wanted_of_each, names, strict=True):
+            with timeline.stage("read"):
                 plan = loaded.description.plan(info, wanted, session.pruning, name)
                 plan = with_subtitles(loaded.tokenizer, plan, wanted)
             inputs.append(
                 OpenInput(
                     session,
                     plan,
-                    clock,
+                    timeline,
                     frames=frames,
                     tower=tower,
                     ahead=ahead,

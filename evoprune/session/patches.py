@@ -64,17 +64,16 @@ class PatchStore:
         """
         with self._lock:
             reading = self._entries.get(key)
-            failed = reading is not None and reading.problem is not None
-            if reading is None or failed or not (reading.complete or reading.is_here):
+            if reading is None or not reading.acquire():
                 if size > self.limit_bytes:
                     return None
                 available = Device(device).available_memory()
-                used = sum(each.size for each in self._entries.values() if each.users)
+                used = sum(each.size for each in self._entries.values() if each.is_used)
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None
                 reading = self._entries[key] = Reading(source, shared=True, size=size)
-            reading.users += 1
+                reading.acquire()
             return reading
 
     def close(self, key: Hashable, reading: Reading[PatchChunk], keep: bool = True) -> None:
@@ -84,10 +83,9 @@ class PatchStore:
         is stopped.
         """
         with self._lock:
-            reading.users -= 1
-            if reading.users:
+            if not reading.release():
                 return
-            if reading.complete and keep:
+            if reading.is_complete and keep:
                 self._entries.move_to_end(key)
                 self._drop_unused(self.limit_bytes)
                 return
@@ -105,7 +103,7 @@ class PatchStore:
 
     def _drop_unused(self, limit_bytes: int) -> bool:
         """Evict the least recently used patches until the unused patches fit the limit. Return True if any were evicted."""
-        unused = [(key, reading) for key, reading in self._entries.items() if not reading.users]
+        unused = [(key, reading) for key, reading in self._entries.items() if not reading.is_used]
         total = sum(reading.size for _, reading in unused)
         dropped = False
         for key, reading in unused:

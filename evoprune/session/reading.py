@@ -10,14 +10,15 @@ Timing doesn't affect the result: no matter how far ahead the thread is, a consu
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from contextvars import Context, copy_context
+from enum import Enum, auto
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
 from evoprune.files import FileIdentity
+from evoprune.timeline import Timeline
 from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
@@ -54,6 +55,16 @@ class Readings:
         stop_all(self.unfinished)
 
 
+class State(Enum):
+    """The state of a `Reading`."""
+
+    WAITING = auto()  # for its turn
+    READING = auto()
+    COMPLETE = auto()  # the thread has produced all chunks
+    FAILED = auto()
+    CLOSED = auto()
+
+
 class Reading(Generic[T]):
     """An input that a background thread reads ahead as soon as its turn comes. Close it after use.
 
@@ -66,14 +77,11 @@ class Reading(Generic[T]):
         drop: Called for each remaining chunk on close.
 
     Attributes:
+        state: The current state.
+        timeline: The intervals in which the thread worked, recorded by `source`.
         frames: Lower bound on the number of frames read so far.
         chunk_bytes: Size of the largest chunk in bytes. `source` may set it in advance.
-        hidden_s: Read time that the consumer didn't have to wait for, in seconds.
-        begun: True once `source` has returned.
-        ended: True once the thread has finished, failed, or been stopped.
-        complete: True once the thread has produced all chunks.
         taken: True once a consumer has requested a chunk.
-        users: Number of inputs using a shared `Reading`, maintained by its owner.
         problem: The exception raised in the thread, or None.
     """
 
@@ -87,21 +95,20 @@ class Reading(Generic[T]):
         drop: Callable[[T], None] = lambda chunk: None,
     ):
         self.size = size
-        self.users = 0
+        self.state = State.WAITING
+        self.timeline = Timeline()
         self.frames = 0
         self.chunk_bytes = 0
-        self.hidden_s = 0.0
-        self.begun = self.ended = self.complete = self.taken = False
+        self.taken = False
         self.problem: BaseException | None = None
+        self._users = 0
         self._group = group or Readings()
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
         # The chunks produced so far. Unless chunks are shared, each chunk is replaced with None once it has been taken.
         self._chunks: list[T | None] = []
-        self._seconds: list[float] = []  # time taken to produce each chunk, in seconds
         self._next = 0  # index of the next chunk to take
-        self._closed = False
         self._pid = os.getpid()
         self._scope = Scope()
         # With a copy of the context, stopping the current thread's scope also stops the new thread.
@@ -122,6 +129,37 @@ class Reading(Generic[T]):
         """Whether the thread exists in this process, which is False in a forked child process."""
         return self._pid == os.getpid()
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the thread has begun to read, even if it has ended in the meantime."""
+        return self.state is not State.WAITING
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state is State.COMPLETE
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in (State.COMPLETE, State.FAILED, State.CLOSED)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any user of a shared `Reading` has not released it yet."""
+        return self._users > 0
+
+    def acquire(self) -> bool:
+        """Add a user of a shared `Reading`, who must call `release`. Return False if it cannot be used any more."""
+        with self._changed:
+            usable = self.is_complete or (self.is_here and not self.has_ended)
+            self._users += usable
+            return usable
+
+    def release(self) -> bool:
+        """Remove a user of a shared `Reading`. Return True if it was the last one."""
+        with self._changed:
+            self._users -= 1
+            return self._users == 0
+
     def at_least(self, frames: int) -> None:
         """Raise the frame count to `frames`, unless it is already higher."""
         self.frames = max(self.frames, frames)
@@ -136,15 +174,12 @@ class Reading(Generic[T]):
             Stopped: If the `Reading` was closed, or the consumer's own thread is stopped.
         """
         for number in count():
-            start = time.perf_counter()
             while not self._is_made(number):
                 waiting()
                 Scope.check()
             chunk = self._take(number)
             if chunk is None:
                 return
-            waited_s = time.perf_counter() - start
-            self.hidden_s += max(0.0, self._seconds[number] - waited_s)
             yield chunk
             del chunk  # drop this reference, so that the consumer can free the memory
 
@@ -155,7 +190,7 @@ class Reading(Generic[T]):
             Stopped: If the calling thread is stopped.
         """
         with self._changed:
-            Scope.wait_for(self._changed, lambda: self.ended or (self.begun and not self._has_room()))
+            Scope.wait_for(self._changed, lambda: self.has_ended or (self.has_started and not self._has_room()))
 
     def close(self) -> None:
         """Discard all chunks and stop the thread.
@@ -170,7 +205,7 @@ class Reading(Generic[T]):
     def stop(self) -> None:
         """Discard all chunks and tell the thread to stop, without waiting for it."""
         with self._changed:
-            self._closed = True
+            self.state = State.CLOSED
             left = [chunk for chunk in self._chunks if chunk is not None]
             self._group.held_bytes -= sum(map(size_of, left))
             self._chunks = [None] * len(self._chunks)
@@ -194,19 +229,15 @@ class Reading(Generic[T]):
                 Scope.wait_for(self._changed, self._has_turn)
             Scope.check()
             with closing(source(self)) as chunks:
-                with self._changed:
-                    self.begun = True
-                    self._changed.notify_all()
+                self._becomes(State.READING)
                 while True:
                     with self._changed:
                         Scope.wait_for(self._changed, self._has_room)
                     Scope.check()
-                    start = time.perf_counter()
                     chunk = next(chunks, None)
                     if chunk is None:
-                        self.complete = True
                         break
-                    self._hold(chunk, time.perf_counter() - start)
+                    self._hold(chunk)
                     del chunk
         except BaseException as error:
             problem = error
@@ -215,8 +246,14 @@ class Reading(Generic[T]):
     def _end(self, problem: BaseException | None) -> None:
         with self._changed:
             self.problem = problem
-            self.ended = True
             self._group.unfinished.remove(self)
+            self._becomes(State.COMPLETE if problem is None else State.FAILED)
+
+    def _becomes(self, state: State) -> None:
+        """Change the state, unless the `Reading` has been closed."""
+        with self._changed:
+            if self.state is not State.CLOSED:
+                self.state = state
             self._changed.notify_all()
 
     def _has_turn(self) -> bool:
@@ -227,12 +264,11 @@ class Reading(Generic[T]):
         fits = self._group.held_bytes + 2 * self.chunk_bytes <= self._group.limit_bytes
         return fits or (self.taken and self._next == len(self._chunks))
 
-    def _hold(self, chunk: T, seconds: float) -> None:
+    def _hold(self, chunk: T) -> None:
         with self._changed:
-            closed = self._closed
+            closed = self.state is State.CLOSED
             if not closed:
                 self._chunks.append(chunk)
-                self._seconds.append(seconds)
                 self._group.held_bytes += size_of(chunk)
                 self.chunk_bytes = max(self.chunk_bytes, size_of(chunk))
                 self._changed.notify_all()
@@ -245,7 +281,7 @@ class Reading(Generic[T]):
             self.taken = True
             self._next = max(self._next, number)
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: len(self._chunks) > number or self.ended or self._closed, TICK_S)
+            return self._changed.wait_for(lambda: len(self._chunks) > number or self.has_ended, TICK_S)
 
     def _take(self, number: int) -> T | None:
         """Return the chunk with the given number, or None after the last chunk.
@@ -255,7 +291,7 @@ class Reading(Generic[T]):
             BaseException: After the last chunk, any exception raised in the thread.
         """
         with self._changed:
-            if self._closed:
+            if self.state is State.CLOSED:
                 raise Stopped
             if len(self._chunks) > number:
                 chunk = self._chunks[number]

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,9 +22,9 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
-from evoprune.report import OVERLAP
 from evoprune.session.hub import cached_folder, fetch, reach
 from evoprune.session.reading import Reading, Readings, state_of, stop_all
+from evoprune.timeline import Timeline
 from evoprune.untrusted import loads
 from evoprune.util import file_stats, installed_version, open_safetensors
 from evoprune.video import Plan, SamplingOptions, Scope, Subtitles, Video, read_audio, read_subtitles
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from faster_whisper import WhisperModel
 
     from evoprune.language import Tokenizer
-    from evoprune.model import Clock
     from evoprune.session.cache import Cache
 
 # Hub IDs of the speech models, by name. `FILES` lists the files that faster-whisper would download.
@@ -94,7 +92,7 @@ def with_speech(
     sampling: SamplingOptions,
     options: SpeechModelOptions,
     *,
-    clock: "Clock | None" = None,
+    timeline: Timeline | None = None,
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -106,7 +104,7 @@ def with_speech(
     if sampling.speech == "none" or plan.subtitles.source is not None or plan.info.is_picture:
         return plan
     span = plan.full.sampling.start_s, plan.full.sampling.end_s
-    found = speech_of(plan.info, sampling, span, options, clock=clock, cache=cache, progress=progress)
+    found = speech_of(plan.info, sampling, span, options, timeline=timeline, cache=cache, progress=progress)
     return replace(plan, subtitles=found.fitted(sampling.max_subtitle_tokens, lambda text: len(tokenizer.encode(text))))
 
 
@@ -116,7 +114,7 @@ def speech_of(
     span: tuple[float, float],
     options: SpeechModelOptions,
     *,
-    clock: "Clock | None" = None,
+    timeline: Timeline | None = None,
     cache: "Cache | None" = None,
     progress: Progress | None = None,
 ) -> Subtitles:
@@ -128,8 +126,7 @@ def speech_of(
         sampling: The sampling options. `speech` is the speech model name and must not be "none".
         span: The start and end, in seconds from the first frame.
         options: The language model options, some of which also apply to the speech model.
-        clock: The clock to which the transcription time is added as the "speech" stage. Time that overlapped with other work is
-            also added to "overlap".
+        timeline: Records the transcription as the "speech" stage.
         cache: The disk cache, which also stores transcripts.
         progress: Called while waiting, with "speech", the number of seconds transcribed so far, and the total number of seconds.
 
@@ -141,7 +138,7 @@ def speech_of(
     if not info.has_sound:
         return Subtitles(warnings=[] if sampling.speech == "auto" else [NO_SOUND])
     wanted = _SpeechRequest.of(info, sampling, span, options)
-    heard = wanted.cached(cache) or wanted.wait_for_transcript(clock, cache, progress)
+    heard = wanted.cached(cache) or wanted.wait_for_transcript(timeline or Timeline(), cache, progress)
     warnings = [DAMAGED] if heard.damaged else []
     source = f"speech ({wanted.model})"
     return Subtitles(source, heard.lines, warnings, speech=wanted.model, language=heard.language)
@@ -186,33 +183,28 @@ class _SpeechRequest:
         """Return this request's transcription, starting it if necessary. The caller must call `release` when it is done."""
         with _lock:
             reading = _readings.get(self)
-            failed = reading is not None and reading.problem is not None
-            if reading is None or failed or not (reading.complete or reading.is_here):
+            if reading is None or not reading.acquire():
                 reading = _readings[self] = Reading(self._pieces, _group(), shared=True)
+                reading.acquire()
             _readings.move_to_end(self)
-            reading.users += 1
             return reading
 
     def release(self, reading: Reading["_Piece"]) -> None:
         """End the use of a transcription that `begin` returned, which may have failed and been replaced in the meantime."""
         stopped = []
         with _lock:
-            reading.users -= 1
-            if reading.users <= 0 and not reading.complete:
+            if reading.release() and not reading.is_complete:
                 stopped.append(reading)
                 if _readings.get(self) is reading:
                     del _readings[self]
-            unused = [key for key, each in _readings.items() if each.users <= 0]
+            unused = [key for key, each in _readings.items() if not each.is_used]
             for key in unused[: max(0, len(_readings) - MAX_TRANSCRIPTS)]:
                 stopped.append(_readings.pop(key))
         stop_all(stopped)
 
-    def wait_for_transcript(
-        self, clock: "Clock | None", cache: "Cache | None", progress: Progress | None
-    ) -> Transcript:
+    def wait_for_transcript(self, timeline: Timeline, cache: "Cache | None", progress: Progress | None) -> Transcript:
         """Start the transcription unless it is already running, and wait for the transcript."""
         reading = self.begin()
-        start = time.perf_counter()
         total = max(1, round(self.span[1] - self.span[0]))
 
         def tell() -> None:
@@ -220,16 +212,12 @@ class _SpeechRequest:
                 progress(STAGE, min(reading.frames, total), total)
 
         try:
-            tell()
-            pieces = list(reading.chunks(tell))
+            with timeline.stage(STAGE, waiting=True):
+                tell()
+                pieces = list(reading.chunks(tell))
         finally:
             self.release(reading)
-        waited_s = time.perf_counter() - start
-        if clock:
-            # If multiple consumers share a transcript, only the first one counts the transcription time.
-            busy_s = max(waited_s, sum(piece.taken_seconds() for piece in pieces))
-            clock.seconds[STAGE] = clock.seconds.get(STAGE, 0.0) + busy_s
-            clock.seconds[OVERLAP] = clock.seconds.get(OVERLAP, 0.0) + busy_s - waited_s
+        timeline.add(reading.timeline.take())
         language = next((piece.language for piece in pieces if piece.language), None)
         lines = [line for piece in pieces for line in piece.lines]
         heard = Transcript(lines, language, any(piece.damaged for piece in pieces))
@@ -288,8 +276,10 @@ class _SpeechRequest:
     # The thread.
 
     def _pieces(self, reading: Reading) -> Iterator["_Piece"]:
+        return reading.timeline.each(STAGE, self._transcribe(reading))
+
+    def _transcribe(self, reading: Reading) -> Iterator["_Piece"]:
         """Transcribe the audio one window at a time, and yield the transcribed lines."""
-        start = time.perf_counter()
         model = _loaded(self.model, self.offline, self.cores)
         language = None
         damaged = 0
@@ -303,24 +293,16 @@ class _SpeechRequest:
                     language = spoken
                     reading.at_least(round(start_s + end_s - self.span[0]))
             reading.at_least(round(start_s + len(samples) / RATE - self.span[0]))
-            yield _Piece(lines, language if lines else None, bool(damaged), [time.perf_counter() - start])
-            start = time.perf_counter()
+            yield _Piece(lines, language if lines else None, bool(damaged))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """The transcribed lines of a window, with the transcription time, which is counted only by the first consumer."""
+    """The transcribed lines of a window."""
 
     lines: list[Line]
     language: str | None
     damaged: bool
-    seconds: list[float] = field(default_factory=list)
-
-    def taken_seconds(self) -> float:
-        try:
-            return self.seconds.pop()
-        except IndexError:
-            return 0.0
 
 
 _lock = threading.RLock()

@@ -149,7 +149,7 @@ def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
     for _ in range(2):
         qa.encode(CLIP, frames=8)
     assert len(read) == 3
-    assert why == "too large" or not [each for each in loaded.patches._entries.values() if each.users]
+    assert why == "too large" or not [each for each in loaded.patches._entries.values() if each.is_used]
 
 
 def test_what_shows_other_frames_is_not_kept(loaded, read):
@@ -255,7 +255,7 @@ def test_what_nobody_needs_any_more_ends():
     reading = store.open("a", 40, CPU, source(10**9, gate))
     threading.Timer(0.05, gate.set).start()
     store.close("a", reading)
-    assert not store._entries and not reading.complete
+    assert not store._entries and not reading.is_complete
     until = time.monotonic() + 10
     while threading.active_count() > before:
         assert time.monotonic() < until

@@ -61,7 +61,7 @@ def wait_for(condition):
 def test_all_of_it_in_order():
     closed = []
     with closing(Reading(numbers(1000, closed))) as reading:
-        assert taken(reading) == list(range(1000)) and reading.complete
+        assert taken(reading) == list(range(1000)) and reading.is_complete
     assert len(closed) == 1 and closed[0] is not threading.current_thread()
     with closing(Reading(numbers(0))) as reading:
         assert taken(reading) == []
@@ -124,7 +124,7 @@ def test_what_making_raises_comes_after_what_was_made(problem):
         with pytest.raises(type(problem)) as caught:
             for chunk in reading.chunks():
                 got.append(chunk.number)
-        assert caught.value is problem and got == [0, 1, 2, 3, 4] and len(closed) == 1 and not reading.complete
+        assert caught.value is problem and got == [0, 1, 2, 3, 4] and len(closed) == 1 and not reading.is_complete
 
 
 def test_closing_stops_the_making_and_waits_for_the_chunk_that_is_being_made():
@@ -221,11 +221,11 @@ def test_several_threads_take_what_is_shared():
 def test_waiting_ends_where_nothing_more_may_be_made():
     with closing(Reading(numbers(9), Readings(3))) as reading:
         reading.wait()
-        assert not reading.ended
+        assert not reading.has_ended
         assert taken(reading) == list(range(9))
     reading = Reading(numbers(9))
     reading.wait()
-    assert reading.complete
+    assert reading.is_complete
     reading.close()
 
 

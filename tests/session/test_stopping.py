@@ -93,7 +93,7 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
         with at_once():
             first.close()
             ahead.close()
-        assert kept.users == 1 and not kept.ended
+        assert kept.is_used and not kept.has_ended
 
         def wait():
             with suppress(isolation.Stopped):
@@ -104,7 +104,7 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
         with at_once():
             second.close()
             waiting.join()
-        assert kept.ended and not qa.loaded.patches._entries and not waits
+        assert kept.has_ended and not qa.loaded.patches._entries and not waits
 
 
 @pytest.mark.few(3)

@@ -28,6 +28,7 @@ from evoprune.session import encoding
 from evoprune.session.answers import Answer
 from evoprune.session.encoding import OpenInput, open_inputs
 from evoprune.session.loading.model import load_model, prepare
+from evoprune.timeline import Interval
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
 from evoprune.vision import pixel_patches
@@ -334,7 +335,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
             time.sleep(0.001)
         time.sleep(0.02)
         assert len(made) == ready
-        video.inputs[0].clock.seconds["read"] = 1000.0  # before any wait
+        video.inputs[0].timeline.add([Interval("read", -1, -1000.0, 0.0)])  # by another thread, before any wait
         early = video.encode()
     assert early.report.time_ms.read >= 1e6 > early.report.time_ms.total
     assert len(made) == chunks and torch.equal(early.encoded.features, at_once.encoded.features)
