@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in import order: each one imports only from entries before it.
 ORDER = (
     "doors", "errors", "util", "files", "untrusted", "timeline", "keywords", "suggestions", "signatures", "bundled", "report",
-    "backend", "model", "methods", "video", "vision", "language", "session", "hf", "live", "moments", "video_qa", "batch", "contrib", "bench",
+    "backend", "model", "methods", "video", "vision", "language", "session", "hf", "live", "moments", "video_qa", "batch",
+    "contrib", "bench",
 )  # fmt: skip
 # Functions of torch that make a tensor from numbers. Without dtype and device, they use the host program's defaults.
 MAKERS = (
