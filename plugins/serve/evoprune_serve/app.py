@@ -395,16 +395,20 @@ async def read_json(request: Request, room: BodyRoom, parsing: asyncio.Lock) -> 
         raise ApiError(415, "send the body without a Content-Encoding", code="unsupported_media_type")
     parts: list[bytearray] = []  # one growing array would leave holes in the heap that are as large as all bodies
     read = values = 0
-    async for piece in request.stream():
-        values += sum(piece.count(each) for each in STRUCTURE if each in piece)  # `in` is faster if there are none
-        if values > MOST_VALUES:
-            message = f"the body has more than {MOST_VALUES:,} commas, opening brackets, and opening braces"
-            raise refused(message, code="invalid_json")
-        read += len(piece)
-        room.grow(max(read, values * VALUE_BYTES))
-        if not parts or len(parts[-1]) >= PART_BYTES:
-            parts.append(bytearray())
-        parts[-1] += piece
+    try:
+        async for piece in request.stream():
+            values += sum(piece.count(each) for each in STRUCTURE if each in piece)  # `in` is faster if there are none
+            if values > MOST_VALUES:
+                message = f"the body has more than {MOST_VALUES:,} commas, opening brackets, and opening braces"
+                raise refused(message, code="invalid_json")
+            read += len(piece)
+            room.grow(max(read, values * VALUE_BYTES))
+            if not parts or len(parts[-1]) >= PART_BYTES:
+                parts.append(bytearray())
+            parts[-1] += piece
+    except BaseException:
+        parts.clear()  # the traceback would keep them until the client has its answer
+        raise
     large = read > LARGE_BODY
     async with parsing:
         try:

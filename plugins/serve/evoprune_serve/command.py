@@ -154,7 +154,7 @@ def serve(
         hosts=hosts,
         origins=origins,
         body_bytes=max_body * MIB,
-        bodies_bytes=max(192, 2 * max_body) * MIB,
+        bodies_bytes=max(128, 2 * max_body) * MIB,
         upload_bytes=max_upload * MIB,
     )
     for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request

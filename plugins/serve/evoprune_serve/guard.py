@@ -54,7 +54,7 @@ class Access:
     hosts: Sequence[str] = LOOPBACK
     origins: Sequence[str] = ()
     body_bytes: int = 64 * 2**20
-    bodies_bytes: int = 192 * 2**20
+    bodies_bytes: int = 128 * 2**20
     upload_bytes: int = 2 * 2**30
 
 
