@@ -119,7 +119,6 @@ class Server:
         """Answer a question with a complete or a streamed response. `read` parses the request body."""
         deadline_s = self.deadline_s()
         async with self.asking(request, read, deadline_s) as asked:
-            self.work.submit(asked.job, asked.question)
             first = await unless_gone(request, asked.next())
             if asked.question.stream:
                 return JobStream(asked, asked.chunks(first))
@@ -131,8 +130,7 @@ class Server:
         The response is the task's last message as JSON or, if the request asks for streaming, a stream with all messages.
         """
         deadline_s = self.deadline_s()
-        async with self.asking(request, read_chat, deadline_s) as asked:
-            self.work.run(asked.job, asked.question, task)
+        async with self.asking(request, read_chat, deadline_s, task) as asked:
             event = await unless_gone(request, asked.next())
             if asked.question.stream:
                 return JobStream(asked, asked.told(event))
@@ -146,8 +144,13 @@ class Server:
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
-    async def asking(self, request: Request, read: Read, deadline_s: float) -> "AsyncIterator[Asked]":
-        """Parse a request, queue a job, fetch its files, and yield the request. Exceptions in the context cancel the job."""
+    async def asking(
+        self, request: Request, read: Read, deadline_s: float, task: Task | None = None
+    ) -> "AsyncIterator[Asked]":
+        """Parse a request, queue a job, fetch its files, and yield the request. Exceptions in the context cancel the job.
+
+        If there is a task, the job runs it instead of answering the question.
+        """
         job = None
         try:
             with self.bodies.room(client_of(request)) as room:
@@ -162,9 +165,9 @@ class Server:
                     job = self.work.admit(client_of(request))
                 del body, reading
                 fetch = partial(self.sources.fetch, sources, job.check)
-                await in_time(unless_gone(request, self.work.fetch(job, fetch)), deadline_s)
+                names = await in_time(unless_gone(request, self.work.submit(job, question, fetch, task)), deadline_s)
                 del sources, fetch
-            yield Asked(self, request, job, question, job.files().paths, form, deadline_s)
+            yield Asked(self, request, job, question, names, form, deadline_s)
         except BaseException as problem:
             if job:
                 self.work.cancel(job)

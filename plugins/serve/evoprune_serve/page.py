@@ -145,7 +145,8 @@ class Page:
 
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
-        qa = work.session(job.question)
+        question = job.request.question
+        qa = work.session(question)
         Fates.check(qa.session)
         check_one_video(job)
         made: list[EncodedRows] = []
@@ -154,9 +155,8 @@ class Page:
             made[:] = [encode_rows(*given, **options)]
             return made[0]
 
-        job.tower = tower
-        encoded = work.encode(job)
-        answer = encoded.ask(job.question.text, max_new_tokens=1)
+        encoded = work.encode(job, tower)
+        answer = encoded.ask(question.text, max_new_tokens=1)
         answer.text  # generate the answer to measure the prefill time  # noqa: B018
         (plan,) = encoded.plans
         warnings = [name for name, _ in warned(encoded.report) if name != "demo_model"]
@@ -166,15 +166,14 @@ class Page:
 
     def _tell_moments(self, job: Job, put: Put) -> None:
         check_one_video(job)
-        question = job.question
+        question = job.request.question
         session = self._server.work.session(question).session
-        fetched = job.files()
 
         def progress(stage: str, done: int, total: int) -> None:
             job.check()
             put(Told({"stage": stage, "done": done, "of": total}))
 
-        source = fetched.inputs()[0]
+        source = job.request.files.inputs()[0]
         options = self._server.settings.usual.find
         with Search(session, source, [question.text], options, question.sampling) as search:
             search.run(progress)
@@ -215,7 +214,7 @@ def drawable(session: Session) -> bool:
 
 def check_one_video(job: Job) -> None:
     """Raise ApiError unless a request's messages contain exactly one video."""
-    count = len(job.files().names)
+    count = len(job.request.files.names)
     if count != 1:
         raise refused(f"the messages have {count} videos; this request takes exactly one", "messages")
 

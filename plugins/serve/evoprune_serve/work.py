@@ -11,14 +11,15 @@ import statistics
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from contextvars import Context
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory
@@ -42,10 +43,11 @@ SESSIONS = 32  # maximum number of cached sessions; each combination of model an
 SHARE = 4  # cached encodings may take up to 1/SHARE of the available memory
 LATEST = 20  # number of recent answers used to estimate Retry-After
 LONGEST_RETRY_S = 60
+Tower = Callable[..., EncodedRows]
 
 
 class Gone(Exception):
-    """Raised to stop work on a job if the client is no longer waiting for the answer."""
+    """Raised to stop work on a job that has ended, for example because its client is no longer waiting for the answer."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Piece:
     text: str
     thought: bool
     logprobs: list[dict[str, Any]] | None
+    last: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Done:
     logprobs: list[dict[str, Any]] | None
     kept: bool
     thought_tokens: int
+    last: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Failed:
     """The event at the end of a failed request, with a missing or incomplete answer."""
 
     problem: BaseException
+    last: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -96,104 +101,191 @@ Event = Piece | Done | Failed | Told
 
 
 Put = Callable[[Event], None]
+Task = Callable[["Job", Put], None]  # sends events with `Put`; a task that hasn't sent any may be retried
+Run = Callable[[Callable[[], None]], object]  # calls a function, possibly later in another thread
+
+
+class State(Enum):
+    """The states of a job."""
+
+    FETCHING = "its request is checked, and its files are fetched"
+    WAITING = "it waits for a thread that opens its inputs"
+    OPENING = "its inputs are opened"
+    READY = "the model may start working on it"
+    READING = "READY, and its inputs are being read ahead"
+    RUNNING = "the model works on it"
+    ENDED = "its last event has been sent, or nobody waits for it"
+
+
+NEXT = {  # the states that may follow each state; ENDED may also follow, see `Job.end`
+    State.FETCHING: (State.WAITING, State.READY),
+    State.WAITING: (State.OPENING,),
+    State.OPENING: (State.READY,),
+    State.READY: (State.READING, State.RUNNING),
+    State.READING: (State.RUNNING,),
+    State.RUNNING: (),
+    State.ENDED: (),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The work to do for a job once its files have been fetched.
+
+    Attributes:
+        task: The task to run in the model thread, such as answering the question.
+        scope: The scope of all threads that work on the job, so that they stop reading when it ends.
+    """
+
+    question: Question
+    task: Task
+    files: Fetched
+    scope: Scope = field(default_factory=Scope)
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function in the request's scope."""
+
+        def entered() -> None:
+            self.scope.enter()
+            function(*arguments)
+
+        Context().run(entered)
+
+    def close(self, inputs: OpenInputs | None = None) -> None:
+        """Stop the threads that work on the job, and release its files and its opened inputs, if any."""
+        with ExitStack() as stack:
+            stack.callback(self.files.close)
+            if inputs:
+                stack.callback(inputs.close)
+            self.scope.stop()
 
 
 class Job:
-    """A request in the queue. The job's events are delivered to the event loop `loop`."""
+    """A request in the queue, which sends events to the event loop `loop`.
+
+    A job owns its resources, which depend on its state:
+
+        FETCHING             nothing
+        WAITING, OPENING     its `Request`
+        READY, READING       its `Request`; its opened inputs, unless the encoding of an earlier question is reused
+        RUNNING              its `Request`; its opened inputs until the model thread takes them (`take_inputs`)
+        ENDED                nothing
+
+    `change` goes on to the next state, and `end` ends the job from any state and releases what it owns. Both may be called from any
+    thread. A job ends only once, and nothing is sent afterwards.
+
+    Attributes:
+        opening_s: Time spent opening the inputs, in seconds.
+        queue_s: Time from admission to the start of the answer in seconds, excluding `opening_s`.
+    """
 
     def __init__(self, client: str, loop: asyncio.AbstractEventLoop):
         self.client = client
-        self.question: Question | None = None  # set by `Work.submit` and `Work.run`
-        self.fetched: Fetched | None = None
-        self.opened: OpenInputs | None = None
-        self.task: Task | None = None  # the task to run in the model thread instead of answering the question
-        self.tower: Callable[..., EncodedRows] | None = None  # see `OpenInput`
-        self.waits_to_open = False  # whether the inputs still have to be opened
-        self.ready = False  # whether the model may start working on the job
-        self.begun = False  # whether the inputs are being prefetched
-        self.scope = Scope()  # used to stop the readers of inputs being opened
         self.admitted_s = time.perf_counter()
-        self.opening_s = 0.0  # time spent opening the inputs
-        self.queue_s = 0.0  # time from admission to the start of the answer, excluding `opening_s`
+        self.opening_s = 0.0
+        self.queue_s = 0.0
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._cancelled = False
         self._lock = threading.Lock()
+        self._state = State.FETCHING
+        self._request: Request | None = None
+        self._inputs: OpenInputs | None = None
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def check(self) -> None:
+        """Raise Gone if the job has ended."""
+        if self._state is State.ENDED:
+            raise Gone
+
+    @property
+    def request(self) -> Request:
+        """The work to do for the job.
+
+        Raises:
+            Gone: If the job has ended.
+        """
+        request = self._request
+        if request is None:
+            raise Gone
+        return request
+
+    def change(self, state: State, owned: Request | OpenInputs | None = None) -> None:
+        """Go on to the next state.
+
+        Args:
+            owned: A resource to own from now on. If there is an exception, it is closed instead.
+
+        Raises:
+            Gone: If the job has ended.
+            RuntimeError: If `state` cannot follow the current state.
+        """
+        try:
+            with self._lock:
+                self.check()
+                if state not in NEXT[self._state]:
+                    raise RuntimeError(f"a job cannot be {state.name} after {self._state.name}")
+                self._state = state
+                if isinstance(owned, Request):
+                    self._request = owned
+                else:
+                    self._inputs = owned or self._inputs
+        except BaseException:
+            if owned:
+                owned.close()
+            raise
+
+    @property
+    def inputs(self) -> OpenInputs | None:
+        """The opened inputs that the job owns, or None if there are none."""
+        return self._inputs
+
+    def take_inputs(self) -> OpenInputs | None:
+        """Hand over the opened inputs to the caller, who must close them. Returns None if the job has none.
+
+        Raises:
+            Gone: If the job has ended.
+        """
+        with self._lock:
+            self.check()
+            inputs, self._inputs = self._inputs, None
+            return inputs
 
     def put(self, event: Event) -> None:
-        """Send an event to the event loop. May be called from any thread."""
-        with suppress(RuntimeError):  # the loop is closed because the server is shutting down
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        """Send an event to the event loop, unless the job has ended. The last event ends the job."""
+        if event.last:
+            self.end(event)
+            return
+        with self._lock:
+            if self._state is not State.ENDED:
+                self._send(event)
+
+    def end(self, last: Event | None = None, run: Run = lambda release: release()) -> None:
+        """End the job: send its last event, and release everything that it owns. Has no effect if the job has already ended.
+
+        Args:
+            last: The last event, or None if nobody waits for it.
+            run: Called with the function that releases the resources, which may have to wait for a reader.
+        """
+        with self._lock:
+            if self._state is State.ENDED:
+                return
+            self._state = State.ENDED
+            request, inputs = self._request, self._inputs
+            self._request = self._inputs = None
+            if last:
+                self._send(last)
+        if request:
+            run(partial(request.close, inputs))
 
     async def next(self) -> Event:
         return await self._events.get()
 
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    def check(self) -> None:
-        """Raise Gone if the job has been canceled."""
-        if self._cancelled:
-            raise Gone
-
-    def give_up(self) -> None:
-        """Mark the job as canceled. Work on the job stops at the next call to `check`."""
-        self._cancelled = True
-
-    def files(self) -> Fetched:
-        """Return the job's fetched files.
-
-        Raises:
-            Gone: If the job has been canceled or has ended.
-        """
-        with self._lock:
-            if self._cancelled or self.fetched is None:
-                raise Gone
-            return self.fetched
-
-    def keep_open(self, opened: OpenInputs) -> None:
-        """Take ownership of opened inputs, which are closed when the job ends.
-
-        Raises:
-            Gone: If the job has been canceled, in which case the inputs are closed.
-        """
-        with self._lock:
-            if not self._cancelled:
-                self.opened = opened
-                return
-        opened.close()
-        raise Gone
-
-    def hold(self, fetched: Fetched) -> None:
-        """Take ownership of fetched files, which are released when the job ends.
-
-        Raises:
-            Gone: If the job has been canceled, in which case the files are released.
-        """
-        with self._lock:
-            if not self._cancelled:
-                self.fetched = fetched
-                return
-        fetched.close()
-        raise Gone
-
-    def end(self, cancelled: bool = False) -> None:
-        """Release all resources owned by the job. If `cancelled` is True, also stop reading its inputs."""
-        with self._lock:
-            self._cancelled = self._cancelled or cancelled
-            opened = self.opened
-            fetched = self.fetched
-            self.opened = self.fetched = None
-        if cancelled:
-            self.scope.stop()
-        if opened:
-            opened.close()
-        if fetched:
-            fetched.close()
-
-
-Task = Callable[[Job, Put], None]  # sends events with `Put`; a task that hasn't sent any may be retried
+    def _send(self, event: Event) -> None:
+        with suppress(RuntimeError):  # the loop is closed because the server is shutting down
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
 
 class KeptEncodings:
@@ -203,6 +295,9 @@ class KeptEncodings:
         self._most = most
         self._kept: OrderedDict[str, tuple[EncodedInputs, int]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
@@ -305,40 +400,26 @@ class Work:
                 retry_s = self.retry_s()
             self._turns.setdefault(client, deque()).append(job)
         if displaced:
-            displaced.put(Failed(full(retry_s)))
-            self.cancel(displaced)
+            self._end(displaced, Failed(full(retry_s)), self._in_thread)
         return job
 
-    async def fetch(self, job: Job, fetch: Callable[[], Fetched]) -> None:
-        """Call `fetch` in a thread and pass the fetched files to the job. Exceptions from `fetch` propagate."""
-        await asyncio.get_running_loop().run_in_executor(self._fetchers, lambda: job.hold(fetch()))
+    async def submit(
+        self, job: Job, question: Question, fetch: Callable[[], Fetched], task: Task | None = None
+    ) -> dict[str, str]:
+        """Fetch a job's files in a thread. Then the job waits for the model thread to answer its question, or to run its task.
 
-    def submit(self, job: Job, question: Question) -> None:
-        """Prepare a job with fetched files so that the model thread can answer its question."""
-        job.question = question
-        if job.cancelled:
-            return
-        fetched = job.fetched
-        if fetched and encoding_key(question, fetched) in self.kept:
-            self._is_ready(job)
-        else:
-            with self._changed:
-                job.waits_to_open = True
-            self._openers.submit(self._prepare_waiting)
+        Returns:
+            See `Fetched.paths`.
 
-    def run(self, job: Job, question: Question, task: Task) -> None:
-        """Make the model thread run a task for a job with fetched files."""
-        job.question = question
-        job.task = task
-        self._is_ready(job)
+        Raises:
+            Gone: If the job has ended.
+            Exception: Any exception raised by `fetch`.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, job, question, fetch, task)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job if its client is no longer waiting for the answer. Has no effect if the job has already ended."""
-        with self._changed:
-            self._leave(job)
-        if not (job.cancelled or self._closed):
-            job.give_up()  # called here because downloads may occupy all threads
-            self._fetchers.submit(job.end, cancelled=True)  # run in a thread because it may have to wait for a reader
+        """End a job whose client is no longer waiting for the answer. Has no effect if the job has already ended."""
+        self._end(job, run=self._in_thread)
 
     def refusal(self) -> ApiError:
         """Return the error for a request dropped by the server while its client was still waiting."""
@@ -348,32 +429,45 @@ class Work:
         """Reject all waiting jobs and all new jobs."""
         with self._changed:
             self._ending = True
-            left = [job for jobs in self._turns.values() for job in jobs]
+            left = list(self._queued())
         for job in left:
-            job.put(Failed(ending()))
-            self.cancel(job)
+            self._end(job, Failed(ending()), self._in_thread)
 
     def give_up(self) -> None:
         """Cancel the job currently being answered, if any."""
         if job := self._running:
-            job.put(Failed(ending()))
-            self.cancel(job)
+            self._end(job, Failed(ending()), self._in_thread)
 
     def close(self) -> None:
         """Cancel all jobs and stop the threads."""
         with self._changed:
-            self._closed = True
-            left = [job for jobs in self._turns.values() for job in jobs]
+            self._ending = self._closed = True
+            left = list(self._queued())
             self._changed.notify_all()
             if self._running:
                 left.append(self._running)
         for job in left:
-            job.end(cancelled=True)
+            self._end(job)
         self._thread.join(timeout=5)
         self._openers.shutdown(wait=False, cancel_futures=True)
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False)  # its functions release resources, or raise Gone
 
-    # The queue. Callers of these methods must hold the lock.
+    def _end(self, job: Job, last: Event | None = None, run: Run = lambda release: release()) -> None:
+        """Remove a job from the queue, and end it. See `Job.end`."""
+        with self._changed:
+            self._leave(job)
+        job.end(last, run)
+
+    def _in_thread(self, release: Callable[[], None]) -> None:
+        try:
+            self._fetchers.submit(release)
+        except RuntimeError:  # the threads have been stopped
+            release()
+
+    # The queue. Callers of these methods must hold the lock. No job in the queue has ended.
+
+    def _queued(self) -> Iterator[Job]:
+        return (job for jobs in self._turns.values() for job in jobs)
 
     def _count(self) -> int:
         return sum(map(len, self._turns.values()))
@@ -387,23 +481,39 @@ class Work:
 
     def _next(self) -> Job | None:
         """Return the next job for the model thread, or None if no job is ready."""
-        for jobs in self._turns.values():
-            for job in jobs:
-                if job.ready:
-                    return job
-        return None
+        return next((job for job in self._queued() if job.state in (State.READY, State.READING)), None)
 
     def _take(self) -> Job | None:
         """Remove the next ready job from the queue and mark it as running. Returns None if no job is ready."""
         job = self._next()
         self._running = job
         if job:
+            job.change(State.RUNNING)
             self._leave(job)
             if job.client in self._turns:
                 self._turns.move_to_end(job.client)
         return job
 
-    # Opening inputs, in the opener threads.
+    # Preparing jobs, in the fetcher and opener threads.
+
+    def _fetch(
+        self, job: Job, question: Question, fetch: Callable[[], Fetched], task: Task | None = None
+    ) -> dict[str, str]:
+        job.check()
+        files = fetch()
+        paths = files.paths
+        request = Request(question, task or self._answer, files)
+        if task or encoding_key(request) in self.kept:
+            self._ready(job, request)
+        else:
+            job.change(State.WAITING, request)
+            self._openers.submit(self._prepare_waiting)
+        return paths
+
+    def _ready(self, job: Job, owned: Request | OpenInputs) -> None:
+        job.change(State.READY, owned)
+        with self._changed:
+            self._changed.notify_all()
 
     def session(self, question: Question) -> VideoQA:
         """Return the model requested by a question, with the question's pruning settings. Results are cached.
@@ -428,88 +538,75 @@ class Work:
         """Open the inputs of waiting jobs, in the order of their turns, until none is left whose client isn't already served."""
         while True:
             with self._changed:
-                jobs = ((job for job in jobs if job.waits_to_open) for jobs in self._turns.values())
+                jobs = ((job for job in jobs if job.state is State.WAITING) for jobs in self._turns.values())
                 firsts = (next(each, None) for each in jobs)
                 job = next((job for job in firsts if job and job.client not in self._opening), None)
                 if job is None:
                     return
-                job.waits_to_open = False
+                job.change(State.OPENING)
+                request = job.request
                 self._opening.add(job.client)
             try:
-                Context().run(self._prepare, job)
+                request.run(self._prepare, job, request)
             finally:
                 with self._changed:
                     self._opening.discard(job.client)
 
-    def _prepare(self, job: Job) -> None:
-        """Open a job's inputs, and start prefetching them if another job is being answered."""
-        job.scope.enter()
+    def _prepare(self, job: Job, request: Request) -> None:
+        """Open a job's inputs, and start reading them ahead if another job is being answered."""
         try:
-            self._open(job)
-            with self._changed:
-                ahead = self.busy and self._reserve_ahead(job)
-            if ahead:
-                job.opened.begin()
+            inputs = self._open(job, request)
+            self._ready(job, inputs)
         except BaseException as problem:
-            self._fail(job, problem)
+            self._end(job, Failed(problem))
             return
-        self._is_ready(job)
+        with self._changed:
+            ahead = self.busy and self._reserve_ahead(job)
+        if ahead:
+            self._read_ahead(job, inputs)
 
-    def _open(self, job: Job) -> None:
+    def _open(self, job: Job, request: Request, tower: Tower | None = None) -> OpenInputs:
         start = time.perf_counter()
-        question = job.question
+        question = request.question
         qa = self.session(question)
-        fetched = job.files()
-        opened = open_inputs(qa.session, fetched.inputs(), question.sampling, names=fetched.names, tower=job.tower)
+        files = request.files
+        opened = open_inputs(qa.session, files.inputs(), question.sampling, names=files.names, tower=tower)
         try:
             with opened.planning():
                 qa.session.longest_prompt(opened.plans, [question.text], question.generation)
         except BaseException:
             opened.close()
             raise
-        job.keep_open(opened)
         job.opening_s = time.perf_counter() - start
+        return opened
 
     def _reserve_ahead(self, job: Job) -> bool:
-        """Reserve a prefetch slot for a job.
+        """Change a ready job to READING if fewer than `AHEAD` jobs are. Callers must hold the lock.
 
-        Returns False if no slot is free or the job already has one. Callers must hold the lock.
+        Returns False if there are already enough, or the job isn't ready.
         """
-        begun = sum(other.begun for jobs in self._turns.values() for other in jobs)
-        if job.begun or begun >= AHEAD:
+        reading = sum(other.state is State.READING for other in self._queued())
+        if job.state is not State.READY or reading >= AHEAD:
             return False
-        job.begun = True
+        job.change(State.READING)
         return True
 
     def _read_next_ahead(self) -> None:
         with self._changed:
             job = self._next()
-            if not (job and job.opened and self._reserve_ahead(job)):
+            inputs = job and job.inputs
+            if not (inputs and self._reserve_ahead(job)):
                 return
-        self._openers.submit(Context().run, self._begin, job)
+            request = job.request
+        self._openers.submit(request.run, self._read_ahead, job, inputs)
 
-    def _begin(self, job: Job) -> None:
-        job.scope.enter()
-        opened = job.opened
+    def _read_ahead(self, job: Job, inputs: OpenInputs) -> None:
         try:
-            if opened:
-                opened.begin()
-        except Stopped:  # the model has already encoded the input
+            inputs.begin()
+        except Stopped:  # the model has already encoded the inputs, or the job has ended
             return
         except BaseException as problem:
-            self._fail(job, problem)
-
-    def _is_ready(self, job: Job) -> None:
-        with self._changed:
-            job.ready = True
-            self._changed.notify_all()
-
-    def _fail(self, job: Job, problem: BaseException) -> None:
-        with self._changed:
-            self._leave(job)
-        if not job.cancelled:
-            job.put(Failed(problem))
-        job.end()
+            self._end(job, Failed(problem))
 
     # Answering, in the model thread.
 
@@ -533,16 +630,18 @@ class Work:
             job.queue_s = start - job.admitted_s - job.opening_s
             try:
                 self._read_next_ahead()
-                self._do(job)
+                request = job.request
+                request.run(self._do, job, request)
                 self._seconds.append(time.perf_counter() - start)
             except BaseException as problem:
-                self._fail(job, problem)
+                self._end(job, Failed(problem))
             finally:
                 self._running = None
-                job.end()
+                self._end(job)
+                request = None
 
-    def _do(self, job: Job) -> None:
-        """Answer a job's question or run its task. If memory runs out before the first event, clear the caches and retry once."""
+    def _do(self, job: Job, request: Request) -> None:
+        """Run a job's task. If memory runs out before the first event, clear the caches and retry once."""
         said = False
 
         def put(event: Event) -> None:
@@ -550,17 +649,13 @@ class Work:
             said = True
             job.put(event)
 
-        self._use_threads(self.models[job.question.model])
-        work = self._answer if job.task is None else job.task
+        self._use_threads(self.models[request.question.model])
         try:
-            work(job, put)
+            request.task(job, put)
         except OutOfMemory:
             if said or not self._make_room():
                 raise
-            if job.opened:  # the inputs have been partially read
-                job.opened.close()
-                job.opened = None
-            work(job, put)
+            request.task(job, put)
 
     def _make_room(self) -> bool:
         """Clear everything cached for follow-up questions. Returns False if nothing was cached."""
@@ -574,9 +669,9 @@ class Work:
             self._threads_of = qa
 
     def _answer(self, job: Job, put: Put) -> None:
-        question = job.question
-        key = encoding_key(question, job.files())
-        encoded = self.kept.get(key)
+        request = job.request
+        question = request.question
+        encoded = self.kept.get(encoding_key(request))
         kept = encoded is not None
         if encoded is None:
             encoded = self.encode(job)
@@ -609,28 +704,28 @@ class Work:
             answer.close()
         put(Done(answer.report, logprobs(), kept, thought_tokens))
 
-    def encode(self, job: Job) -> EncodedInputs:
-        """Encode a job's inputs and cache the encoding for follow-up questions. Must be called in the model thread."""
-        key = encoding_key(job.question, job.files())
-        if job.opened is None:  # the encoding was evicted after the job became ready, or memory ran out
-            self._open(job)
+    def encode(self, job: Job, tower: Tower | None = None) -> EncodedInputs:
+        """Encode a job's inputs and cache the encoding for follow-up questions. Must be called in the model thread.
+
+        Args:
+            tower: See `OpenInput`. Used only if the inputs haven't been opened yet, as in a task.
+        """
+        request = job.request
 
         def progress(*_: object) -> None:
             job.check()
 
-        opened = job.opened
-        if opened is None:
-            raise Gone
-        encoded = opened.encode(progress)
-        job.opened = None
-        opened.close()
-        self.kept.put(key, encoded, encoded.bytes_with(job.question.generation.max_new_tokens))
+        # They have not been opened if the job has a task, the encoding was evicted since the job became ready, or memory ran out.
+        with job.take_inputs() or self._open(job, request, tower) as opened:
+            encoded = opened.encode(progress)
+        self.kept.put(encoding_key(request), encoded, encoded.bytes_with(request.question.generation.max_new_tokens))
         return encoded
 
 
-def encoding_key(question: Question, fetched: Fetched) -> str:
-    """Return the cache key of a question's encoding, which includes everything the encoding depends on."""
-    return repr((question.model, fetched.identity, question.sampling, question.pruning))
+def encoding_key(request: Request) -> str:
+    """Return the cache key of a request's encoding, which includes everything the encoding depends on."""
+    question = request.question
+    return repr((question.model, request.files.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:

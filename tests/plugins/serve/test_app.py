@@ -15,7 +15,6 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from contextvars import Context
 from functools import partial
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -272,20 +271,20 @@ def test_several_models_answer_by_their_names(qa, tmp_path):
 
 
 def test_each_model_has_its_own_number_of_threads(tmp_path, monkeypatch):
-    from evoprune_serve.work import Work
+    from evoprune_serve import work
 
     before = torch.get_num_threads()
     one = VideoQA.load("demo", threads=1)
     two = VideoQA.load("demo", threads=2)
     torch.set_num_threads(before)
     seen = []
-    answer = Work._answer
+    begun = work.begun
 
-    def watched(self, job, put):
-        seen.append((job.question.model, torch.get_num_threads()))
-        return answer(self, job, put)
+    def watched(encoded, question, on_thoughts):
+        seen.append((question.model, torch.get_num_threads()))
+        return begun(encoded, question, on_thoughts)
 
-    monkeypatch.setattr(Work, "_answer", watched)
+    monkeypatch.setattr(work, "begun", watched)
     with serving(one, tmp_path, {"other": two}) as server:
         for name in ("demo", "other", "demo"):
             assert server.client.post(CHAT, json=body(model=name)).status_code == 200
@@ -1182,14 +1181,15 @@ def slow(monkeypatch):
     going.set()
 
 
-def in_threads(server, count: int, **given):
-    """Send the same request from `count` clients at once. Returns the threads and a list of responses, which grows."""
+def in_threads(server, count: int, address: str = "127.0.0.1", **given):
+    """Send the same request `count` times at once. Returns the threads and a list of responses, which grows."""
     found = []
 
     def ask():
         import httpx
 
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        transport = httpx.HTTPTransport(local_address=address)
+        with httpx.Client(base_url=server.url, transport=transport, timeout=60) as client:
             found.append(client.post(CHAT, json=body(**given)))
 
     threads = [threading.Thread(target=ask) for _ in range(count)]
@@ -1242,12 +1242,21 @@ def test_clients_are_told_that_the_server_ends(qa, tmp_path, slow, monkeypatch):
     assert not any("Traceback" in line for line in server.lines)
 
 
+def refuses(server) -> bool:
+    """Return True if the server accepts no more connections."""
+    try:
+        socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_an_answer_is_complete_though_the_server_ends(qa, tmp_path, slow):
     with serving(qa, tmp_path) as server:
         threads, found = in_threads(server, 1)
         assert slow.begun.wait(30)
         server.process.should_exit = True
-        wait(lambda: server.state.work._ending)
+        wait(lambda: refuses(server))
         slow.set()
         for thread in threads:
             thread.join()
@@ -1311,7 +1320,7 @@ def test_without_memory_what_is_kept_goes_first(server, monkeypatch):
     answer(server)
     memory_fails(monkeypatch, times=1)
     assert answer(server, name="three.mp4", question="How many shapes are there?")
-    assert len(server.state.work.kept._kept) == 1
+    assert len(server.state.work.kept) == 1
     memory_fails(monkeypatch, times=3)
     problem = error(server, 413, name="pan.mp4")
     assert problem["code"] == "out_of_memory"
@@ -1328,19 +1337,31 @@ def test_what_fails_inside_is_told_to_the_log_alone(server, monkeypatch):
 
 
 def test_a_request_that_is_displaced_while_its_files_come_is_429(qa, tmp_path, monkeypatch):
-    with serving(qa, tmp_path) as server:
-        work = server.state.work
+    from evoprune_serve.work import Gone
+
+    comes, goes_on = threading.Semaphore(0), threading.Event()
+    with serving(qa, tmp_path, most=2) as server:
         fetch = server.state.sources.fetch
 
-        def displaced(sources, check):
-            (job,) = (job for jobs in work._turns.values() for job in jobs)
-            work.cancel(job)
-            wait(lambda: job.cancelled)
+        def slow(sources, check):
+            comes.release()
+            while not goes_on.wait(0.01):
+                try:
+                    check()
+                except Gone:
+                    goes_on.set()
             return fetch(sources)
 
-        monkeypatch.setattr(server.state.sources, "fetch", displaced)
-        assert error(server, 429)["code"] == "rate_limit_exceeded"
-        assert not any(content.users for content in server.state.store._contents.values())
+        monkeypatch.setattr(server.state.sources, "fetch", slow)
+        threads, found = in_threads(server, 2)
+        assert all(comes.acquire(timeout=60) for _ in threads)
+        other, later = in_threads(server, 1, address="127.0.0.2")
+        for thread in threads + other:
+            thread.join()
+        assert sorted(response.status_code for response in found) == [200, 429]
+        (refused,) = (response for response in found if response.status_code == 429)
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded" and later[0].status_code == 200
+        wait(lambda: not any(content.users for content in server.state.store._contents.values()))
 
 
 def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
@@ -1370,103 +1391,6 @@ def test_downloads_of_requests_that_are_given_up_end(qa, tmp_path, monkeypatch):
         assert text_of(response.json()) == "green"
 
 
-def test_clients_take_turns(qa):
-    """The client that has waited longest comes next. A full queue still admits a client with fewer queued requests."""
-    import asyncio
-
-    from evoprune_serve.errors import ApiError
-    from evoprune_serve.work import Failed, Work
-
-    async def go():
-        work = Work({"demo": qa}, most=4)
-        jobs = [work.admit("a") for _ in range(3)] + [work.admit("b")]
-        late = work.admit("c")
-        event = await jobs[2].next()
-        assert isinstance(event, Failed) and event.problem.status == 429
-        with pytest.raises(ApiError):
-            work.admit("c")
-        with work._changed:
-            for job in (*jobs[:2], jobs[3], late):
-                job.ready = True
-            order = [work._take() for _ in range(4)]
-        assert order == [jobs[0], jobs[3], late, jobs[1]]
-        work._running = None
-        work.close()
-
-    asyncio.run(go())
-
-
-def test_the_inputs_of_a_client_are_opened_one_job_at_a_time(qa, monkeypatch):
-    """The others don't wait for them. The next one is that of the client whose turn is next."""
-    import asyncio
-
-    from evoprune_serve.work import Work
-
-    async def go():
-        work = Work({"demo": qa}, most=8)
-        jobs = [work.admit("a") for _ in range(3)]
-        other, last = work.admit("b"), work.admit("c")
-        opened = SimpleQueue()
-        ends = {job: threading.Event() for job in (*jobs, other, last)}
-
-        def prepare(job):
-            opened.put(job)
-            assert ends[job].wait(120)
-
-        monkeypatch.setattr(work, "_prepare", prepare)
-        try:
-            for job in (*jobs, other, last):
-                work.submit(job, None)
-            assert {opened.get(timeout=60) for _ in range(2)} == {jobs[0], other}
-            with work._changed:  # now it is the turn of the others
-                jobs[0].ready = True
-                assert work._take() is jobs[0]
-            ends[jobs[0]].set()
-            assert opened.get(timeout=60) is last
-            ends[last].set()
-            assert opened.get(timeout=60) is jobs[1]
-            ends[other].set()
-            work._openers.submit(int).result(60)  # a thread has nothing to open
-            assert opened.empty()
-            ends[jobs[1]].set()
-            assert opened.get(timeout=60) is jobs[2]
-        finally:
-            for end in ends.values():
-                end.set()
-            work._running = None
-            work.close()
-
-    asyncio.run(go())
-
-
-def test_inputs_that_the_model_encodes_first_are_not_read_ahead(qa, monkeypatch):
-    """The job does not fail if its inputs are closed before the thread starts to read them."""
-    import asyncio
-
-    from evoprune.session import open_inputs
-    from evoprune_serve.work import Failed, Work
-
-    def fail(self):
-        raise RuntimeError
-
-    async def go():
-        work = Work({"demo": qa})
-        job = work.admit("a")
-        job.opened = open_inputs(qa.session, [str(SAMPLES / "square.mp4")])
-        job.opened.close()
-        try:
-            Context().run(work._begin, job)
-            assert work.waiting == 1 and job.opened
-            monkeypatch.setattr(OpenInput, "begin", fail)
-            Context().run(work._begin, job)
-            event = await asyncio.wait_for(job.next(), 60)  # the first one
-            assert isinstance(event, Failed) and isinstance(event.problem, RuntimeError)
-        finally:
-            work.close()
-
-    asyncio.run(go())
-
-
 def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
     """After many questions, including truncated, invalid and aborted ones, no threads, jobs or file references remain."""
     import httpx
@@ -1482,5 +1406,5 @@ def test_nothing_is_left_in_memory_or_on_the_disk(server, qa, tmp_path):
     work = server.state.work
     wait(lambda: not work.busy and not work.waiting)
     wait(lambda: all(not content.users for content in server.state.store._contents.values()))
-    assert len(list(tmp_path.iterdir())) == 1 and len(work.kept._kept) <= 8
+    assert len(list(tmp_path.iterdir())) == 1 and len(work.kept) <= 8
     assert threading.active_count() <= before + 40 and not math.isnan(work.retry_s())

@@ -166,7 +166,7 @@ def test_without_memory_what_is_kept_goes_first(server, monkeypatch):
     server.client.post("/v1/chat/completions", json=body())
     memory_fails(monkeypatch, times=1)
     assert server.client.post(UNITS, json=body(name="three.mp4")).status_code == 200
-    assert len(server.state.work.kept._kept) == 1
+    assert len(server.state.work.kept) == 1
 
 
 def test_a_search_is_given_up_when_its_client_goes(server, monkeypatch):
