@@ -575,14 +575,8 @@ class VideoStream(Askable):
         return Seen(start_s, end_s, len(windows), sum(tokens), self._count, thinned, self.skipped, self.lag_s)
 
     @torch.inference_mode()
-    def _read(
-        self,
-        question: str,
-        options: GenerationOptions,
-        report: Report,
-        clock: Clock,
-        earlier: Sequence[Turn] | None = None,
-    ) -> PrefillState:
+    def _read(self, request, report: Report, clock: Clock) -> PrefillState:
+        question, options, earlier = request.question, request.options, request.earlier
         self._check_open()
         if options.system not in (None, self._system):
             raise UsageError("the system prompt is fixed when a stream starts", "give it to VideoQA.stream()")

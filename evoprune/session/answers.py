@@ -11,7 +11,7 @@ from typing_extensions import TypeVar  # a torch dependency; typing.TypeVar supp
 from evoprune.errors import DoesNotFit, UsageError, error_record
 from evoprune.language import GenerationOptions, Turn
 from evoprune.report import Report
-from evoprune.session.session import Session
+from evoprune.session.answering import Answering, Inputs, Request
 from evoprune.signatures import takes
 from evoprune.suggestions import Suggesting
 from evoprune.util import Uncopied, check_question, counted, from_keywords
@@ -69,12 +69,11 @@ class Answer(Uncopied, Suggesting, Iterator[str], Generic[Parsed]):
         report: Report,
         pieces: Iterator[str],
         lock: AbstractContextManager | None = None,
-        ids: list[int] | None = None,
-        instances: list[Any] | None = None,
+        answering: Answering | None = None,
     ):
         self.report = report
-        self.ids = [] if ids is None else ids
-        self._instances = [] if instances is None else instances
+        self.ids: list[int] = [] if answering is None else answering.ids
+        self._answering = answering
         self._pieces = pieces
         self._lock = lock or nullcontext()
         self._problem: Exception | None = None
@@ -124,7 +123,8 @@ class Answer(Uncopied, Suggesting, Iterator[str], Generic[Parsed]):
         property generates the rest of the answer if necessary.
         """
         str(self)
-        return self._instances[0] if self._instances else self.report.parsed
+        instance = None if self._answering is None else self._answering.instance
+        return self.report.parsed if instance is None else instance
 
     @property
     def logprobs(self) -> list[dict[str, Any]] | None:
@@ -185,21 +185,12 @@ def _without_traceback(problem: Exception) -> Exception:
     return again
 
 
-class Asked(Protocol):
+class Asked(Inputs, Protocol):
     """The interface of encoded inputs that `Chat` requires, implemented by `asking.Askable`."""
 
-    OVERTAKEN: ClassVar[str]
-    _session: Session
     _lock: AbstractContextManager
 
-    def _answer(
-        self,
-        question: str,
-        generation: GenerationOptions,
-        seed: int | None,
-        on_thoughts: Callable[[str], None] | None,
-        earlier: Sequence[Turn] | None = None,
-    ) -> Answer: ...
+    def _answer(self, request: Request) -> Answer: ...
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None: ...
 
@@ -292,7 +283,7 @@ class Chat(Uncopied):
         generation = replace(generation, system=self.system)
         check_question(question)
         earlier = self._fitting(question, generation)
-        answer = self._inputs._answer(question, generation, seed, on_thoughts, earlier)
+        answer = self._inputs._answer(Request(question, generation, seed, on_thoughts, earlier))
         dropped = len(self._turns) - len(earlier)
         answer.report.conversation = {"turns": len(earlier), "dropped": dropped}
         if earlier and self._inputs._session.loaded.demo:
@@ -301,7 +292,7 @@ class Chat(Uncopied):
             answer.report.warnings.append("history_cut")
         self._latest = latest = object()
         pieces = self._remembered(answer, earlier, latest)
-        return Answer(answer.report, pieces, self._inputs._lock, answer.ids, answer._instances)
+        return Answer(answer.report, pieces, self._inputs._lock, answer._answering)
 
     def _fitting(self, question: str, generation: GenerationOptions) -> list[Turn]:
         """Return the longest sequence of recent turns that fits into the model's context together with the question.

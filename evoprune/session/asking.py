@@ -1,4 +1,4 @@
-"""Answer questions about encoded inputs: read the prompt, then generate the answer.
+"""Ask questions about encoded inputs. answering.py generates the answers.
 
 All answers about the same inputs share the keys and values of their common prompt prefix. Generating a piece of an answer requires
 a lock, and `Answer.text` holds that lock until the answer is complete. Iterating over an answer releases the lock while the
@@ -7,17 +7,18 @@ caller's code runs, so it cannot block other threads.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Unpack, overload
 
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.language import AnswerStream, GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
+from evoprune.language import GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
 from evoprune.model import Clock, Cost
 from evoprune.report import ABOUT_SOUND, EncodingTimes, Report, TokenCounts
+from evoprune.session.answering import Answering, Request
 from evoprune.session.answers import Answer, Chat, Shape
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
@@ -69,18 +70,10 @@ class Askable(ABC, Uncopied):
         """
 
     @abstractmethod
-    def _read(
-        self,
-        question: str,
-        options: GenerationOptions,
-        report: Report,
-        clock: Clock,
-        earlier: Sequence[Turn] | None = None,
-    ) -> PrefillState:
-        """Read a question and return the state from which the answer is decoded.
+    def _read(self, request: Request, report: Report, clock: Clock) -> PrefillState:
+        """Build the prompt for a question, prefill it, and return the state from which the answer is decoded.
 
-        Args:
-            earlier: The conversation so far, or None for a single question.
+        Adds the token counts and anything else known about the prompt to the report.
         """
 
     @abstractmethod
@@ -143,7 +136,7 @@ class Askable(ABC, Uncopied):
             TypeError: If an option is unknown.
         """
         (generation,) = from_keywords(options, GenerationOptions)
-        return self._answer(question, generation, seed, on_thoughts)
+        return self._answer(Request(question, generation, seed, on_thoughts))
 
     @suggests
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
@@ -160,45 +153,32 @@ class Askable(ABC, Uncopied):
         self._session.pruning.method.check_conversation()
         return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
 
-    def _answer(
-        self,
-        question: str,
-        generation: GenerationOptions,
-        seed: int | None,
-        on_thoughts: Callable[[str], None] | None,
-        earlier: Sequence[Turn] | None = None,
-    ) -> Answer:
-        """Answer a question; see `ask`.
-
-        Args:
-            earlier: The conversation so far, or None for a single question.
-        """
+    def _answer(self, request: Request) -> Answer:
+        """Answer a question; see `ask`."""
         self._session.check_process()
-        check_question(question)
-        seed = check_type("seed", seed, int | None)
-        check_type("on_thoughts", on_thoughts, Callable | None)
-        if generation.repetition_penalty is None:
-            generation = replace(
-                generation, repetition_penalty=self._session.loaded.generation.repetition_penalty or 1.0
-            )
+        loaded, options = self._session.loaded, request.options
+        check_question(request.question)
+        seed = check_type("seed", request.seed, int | None)
+        check_type("on_thoughts", request.on_thoughts, Callable | None)
+        if options.repetition_penalty is None:
+            options = replace(options, repetition_penalty=loaded.generation.repetition_penalty or 1.0)
         if seed is None:
             seed = self._session.pruning.seed
         # Fail early if the choices are invalid for this model.
-        generation.choice_ids(self._session.loaded.tokenizer)
-        report = self._report_of(question, generation, seed)
-        ids: list[int] = []
-        instances: list[Any] = []
-        on_thoughts = on_thoughts or (lambda piece: None)
-        pieces = self._pieces(question, generation, seed, report, ids, instances, on_thoughts, earlier)
-        return Answer(report, pieces, self._lock, ids, instances)
+        options.choice_ids(loaded.tokenizer)
+        request = replace(request, options=options, seed=seed)
+        answering = Answering(self._report_of(request))
+        return Answer(answering.report, answering.pieces(self, request), self._lock, answering)
 
-    def _report_of(self, question: str, options: GenerationOptions, seed: int = 0) -> Report:
+    def _report_of(self, request: Request) -> Report:
+        """Return a new report about a question that hasn't been answered yet."""
+        question, options = request.question, request.options
         report = self._blank_report()
         fresh = Report()
         report.id = fresh.id
         report.created_utc = fresh.created_utc
         report.question = question
-        report.generation = options.record(seed)
+        report.generation = options.record(request.seed)
         if options.logprobs is not None:
             report.logprobs = []
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
@@ -208,96 +188,6 @@ class Askable(ABC, Uncopied):
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
             report.warnings.append("always_thinks")
         return report
-
-    def _pieces(
-        self,
-        question: str,
-        options: GenerationOptions,
-        seed: int,
-        report: Report,
-        ids: list[int],
-        instances: list[Any],
-        on_thoughts: Callable[[str], None],
-        turns: Sequence[Turn] | None,
-    ) -> Iterator[str]:
-        """Yield an answer piece by piece and update `report` and `ids` after each piece.
-
-        Args:
-            ids: A list that is updated with the answer's token IDs.
-            instances: A list to which a schema instance is appended if the schema is a class and the answer is complete.
-            on_thoughts: Called with each piece of reasoning text.
-            turns: The conversation so far, or None for a single question.
-
-        Raises:
-            UsageError: If another question is asked before this answer is complete.
-        """
-        self._turn += 1
-        turn = self._turn
-        loaded = self._session.loaded
-        clock = Clock(self._session.device)
-        spent, give_up = self._claim_times()
-        clock.seconds = spent.stages
-        earlier = spent.wall
-        report.time_ms.encode_prune = spent.prune * 1000
-        fill_times(report, clock.seconds, earlier, loaded.device)
-        start = clock.now()
-        packing = loaded.packing
-        packed = packing.seconds
-        constraint = None
-        try:
-            if options.grammar is not None:
-                with clock.stage("prefill"):  # the vocabulary is built only once per model
-                    constraint = loaded.vocabulary.constraint(options.grammar)
-            state = self._read(question, options, report, clock, turns)
-            generated = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, seed, constraint)
-        except BaseException:
-            give_up()
-            raise
-        report.time_ms.ttft_wall = (earlier + clock.now() - start) * 1000
-        report.answer = ""
-        before = packing.seconds
-
-        def update() -> None:
-            ids[:] = generated.ids
-            report.tokens.new = len(ids)
-            report.finish_reason, report.stop_reason = generated.finish_reason, generated.stop_reason
-            if options.choices is not None:
-                report.choices = [asdict(choice) for choice in generated.choices]
-            if report.logprobs is not None:
-                report.logprobs += generated.logprobs_since(len(report.logprobs))
-            clock.seconds["pack"] = packing.seconds - packed
-            total = earlier + clock.now() - start
-            fill_times(report, clock.seconds, total, loaded.device, packing.seconds - before)
-
-        update()
-        try:
-            for piece, thought in clock.each("generate", generated):
-                if thought:
-                    report.thoughts = (report.thoughts or "") + piece
-                    update()
-                    if piece:
-                        on_thoughts(piece)
-                else:
-                    report.answer += piece
-                    update()
-                    yield piece
-                if turn != self._turn:
-                    raise UsageError(self.OVERTAKEN, "finish one answer before asking the next question")
-            update()
-            if options.schema is not None and generated.finish_reason == "stop" and generated.stop_reason is None:
-                value, instance = options.parse(report.answer)
-                instances.append(instance)
-                report.parsed = value
-            thinking = report.thoughts is not None and not report.answer
-            report.thoughts = (report.thoughts or "").rstrip() or None
-            if report.finish_reason == "length" and thinking:
-                report.warnings.append("thoughts_cut")
-            elif report.finish_reason == "length":
-                report.warnings.append("answer_cut")
-            elif report.thoughts and not report.answer and report.stop_reason is None:
-                report.warnings.append("thoughts_only")
-        finally:
-            self._ended(turn)
 
 
 class EncodedInputs(Askable):
@@ -389,7 +279,8 @@ class EncodedInputs(Askable):
         with self._lock:
             self._turn += 1
             clock = Clock(self._session.device)
-            state = self._read(question, options, self._report_of(question, options), clock)
+            request = Request(question, options, seed=0)
+            state = self._read(request, self._report_of(request), clock)
             seconds = sum(clock.seconds.values())
             given = torch.tensor(ids, dtype=torch.int64, device="cpu")
             with clock.stage("generate"):
@@ -440,28 +331,21 @@ class EncodedInputs(Askable):
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         self._fitting_prompt(question, options, earlier)
 
-    def _read(
-        self,
-        question: str,
-        options: GenerationOptions,
-        report: Report,
-        clock: Clock,
-        earlier: Sequence[Turn] | None = None,
-    ) -> PrefillState:
-        """Read a question and return the state from which the answer is decoded.
+    def _read(self, request: Request, report: Report, clock: Clock) -> PrefillState:
+        """Build the prompt for a question, prefill it, and return the state from which the answer is decoded.
 
         If the pruning method reads the question, the visual tokens are selected first.
         """
         with clock.stage("prefill"):
-            prompt = self._fitting_prompt(question, options, earlier)
+            prompt = self._fitting_prompt(request.question, request.options, request.earlier)
         if selects := any(encoding.unselected for encoding in self._encodings):
             with clock.stage("encode"):
-                self._select_for(question, report)
+                self._select_for(request.question, report)
         with clock.stage("prefill"):
             # If tokens are selected again for each question, later prompts cannot reuse this one, so treat every question as the
             # last one.
             last = self.last_question or selects
-            state = self._prefill(prompt, last, goes_on=earlier is not None)
+            state = self._prefill(prompt, last, goes_on=request.earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
             columns = state.cache.length

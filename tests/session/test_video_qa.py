@@ -1,5 +1,6 @@
 """The whole pipeline agrees with transformers at full budget, and answers do not depend on earlier questions."""
 
+import gc
 import os
 import signal
 import threading
@@ -243,6 +244,16 @@ def test_an_answer_that_failed_holds_no_memory_of_what_it_computed():
         with suppress(ZeroDivisionError):
             next(made)
         assert seen[0]() is None and made.report.error
+
+
+def test_a_complete_answer_holds_no_memory_of_its_inputs(loaded):
+    video = VideoQA(loaded, budget=0.25).encode(CLIP)
+    made = video.ask("What happens?", max_new_tokens=2)
+    seen = weakref.ref(video)
+    assert made.text and made.ids
+    del video
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.few(1)
