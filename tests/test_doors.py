@@ -1,8 +1,9 @@
-"""Test that other packages import the public names of a package from its `__init__.py`, and nothing from the files inside it."""
+"""Test that other packages import only the public names of a package, from its `__init__.py`, and that each name is used."""
 
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -34,7 +35,7 @@ MOST_IN_TESTS = 96  # number of inner imports; may only be lowered
 
 def files() -> Iterator[Path]:
     for top in ("evoprune", "evoprune_cli", "plugins", "experiments", "tests"):
-        yield from sorted((ROOT / top).rglob("*.py"))
+        yield from sorted(path for path in (ROOT / top).rglob("*.py*") if path.suffix in (".py", ".pyi"))
 
 
 def room_of(module: str) -> str | None:
@@ -51,12 +52,14 @@ def may_open(path: Path, room: str) -> bool:
 
 def inner_imports(path: Path, code: str) -> Iterator[str]:
     """Yield the imports of a file that bypass the door of another package."""
-    if not re.search(r"^\s*(from|import) +evoprune(_cli|\.\w+)\.", code, re.M):
+    if not re.search(r"^\s*(from|import) +(evoprune(_cli|\.\w+)\.|\.)", code, re.M):
         return  # true of most files, and faster than parsing
+    folder = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(code)):
         modules = []
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            modules = [node.module]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            base = folder[: len(folder) - node.level + 1] if node.level else ()
+            modules = [".".join([*base, node.module])]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         for module in modules:
@@ -75,31 +78,57 @@ def test_other_rooms_come_through_the_door():
     )
     code = "import evoprune.video.frames\ndef f():\n    from evoprune.video.sandbox import worker\nfrom evoprune.video import probe"
     assert len(list(inner_imports(ROOT / "evoprune/session/x.py", code))) == 2
+    assert list(inner_imports(ROOT / "evoprune/session/x.py", "from ..video.frames import probe"))
+    assert list(inner_imports(ROOT / "evoprune/__init__.pyi", "from .video.frames import probe as probe"))
+    assert not list(inner_imports(ROOT / "evoprune/__init__.pyi", "from .video import probe as probe"))
+    assert not list(inner_imports(ROOT / "evoprune/video/__init__.pyi", "from .frames import probe as probe"))
     assert not list(inner_imports(ROOT / "tests/video/x.py", code)) and not list(
         inner_imports(ROOT / "evoprune/video/x.py", code)
     )
 
 
-def declared(room: str) -> tuple[set[str], set[str]]:
-    """Return the names that a door imports for type checkers, and the subset that are modules."""
-    tree = ast.parse((ROOMS[room] / "__init__.py").read_text(encoding="utf-8"))
-    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
-    return {alias.name for node in imports for alias in node.names}, {
-        alias.name for node in imports if node.module == room for alias in node.names
-    }
+@pytest.mark.parametrize("room", ["evoprune", *ROOMS])
+def test_a_door_has_what_it_says(room):
+    door = import_module(room)
+    assert len(set(door.__all__)) == len(door.__all__) and set(door.__all__) <= set(dir(door))
+    for name in door.__all__:
+        assert hasattr(door, name), name
+    assert not hasattr(door, "nothing_of_this_name")
+
+
+def uses(text: str) -> Iterator[tuple[str, str]]:
+    """Yield each name that a file or page imports from a package with a door, or reads from the package, with the package."""
+    text = re.sub(r"^from \.", "from evoprune.", text, flags=re.M)
+    for room, names in re.findall(r"from (evoprune\.\w+|evoprune_cli) import +(\([^)]*\)|.*)", text):
+        yield from ((room, name) for name in re.findall(r"\w+", re.sub(r"#.*| as \w+", "", names)))
+    alias = re.search(r"import methods as (\w+)|$", text)[1] or "methods"
+    yield from (("evoprune.methods", name) for name in re.findall(rf"\b{alias}\.(\w+)", text))
+
+
+@cache
+def used_in(path: Path) -> frozenset[tuple[str, str]]:
+    return frozenset(uses(path.read_text(encoding="utf-8")))
+
+
+def outside(room: str) -> Iterator[Path]:
+    """Yield the files and pages outside a package whose uses of a name make it public. Tests alone do not."""
+    tests, own = ROOT / "tests", ROOMS[room]
+    yield from (path for path in files() if not path.is_relative_to(own) and not path.is_relative_to(tests))
+    yield from (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/*.md"))
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_door_has_what_it_says(room):
-    door = import_module(room)
-    assert len(set(door.__all__)) == len(door.__all__)
-    for name in door.__all__:
-        if name not in declared(room)[1]:
-            assert hasattr(door, name), name
-    typed = declared(room)[0]
-    assert typed <= set(door.__all__)
-    assert not hasattr(door, "nothing_of_this_name")
+def test_every_name_on_a_door_is_used_outside_the_room(room):
+    used = {name for path in outside(room) for found, name in used_in(path) if found == room}
+    unused = {*import_module(room).__all__} - used
+    assert not unused, f"names on the door of {room} that only {room} and tests use: {sorted(unused)}"
+
+
+def test_uses_are_found_however_they_are_written():
+    code = "from evoprune.video import (\n    probe,  # scan\n    Video as V,\n)\nevoprune.methods.get(name)"
+    assert {*uses(code)} == {("evoprune.video", "probe"), ("evoprune.video", "Video"), ("evoprune.methods", "get")}
+    assert {*uses("from .hf import apply as apply")} == {("evoprune.hf", "apply")}
+    assert {*uses("from evoprune import methods as registry\nregistry.get(name)")} == {("evoprune.methods", "get")}
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "evoprune_cli"])

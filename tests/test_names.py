@@ -39,6 +39,7 @@ FILES = (
     "mkv",
     "mp4",
     "pt",
+    "pyi",
     "safetensors",
     "srt",
     "svg",
@@ -81,8 +82,8 @@ NAME_IN_FILE = re.compile(r"`(\w+)(?:\(\))?`,? (?:\(|in )`?((?:[\w-]+/)*[\w-]+\.
 
 @cache
 def sources() -> dict[str, str]:
-    """Return the text of each Python file of the program and the experiments, by path."""
-    files = sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py"))
+    """Return the text of each Python file and stub of the program and the experiments, by path."""
+    files = sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py*") if path.suffix in (".py", ".pyi"))
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
@@ -135,7 +136,7 @@ def used() -> set[str]:
         found |= {
             flag for text in strings(code(path)) if text.startswith("--") for flag in text.split("/")
         }  # --x/--no-x
-        found |= {part for part in re.split(r"[/.]", path) if part != "py"}
+        found |= {part for part in re.split(r"[/.]", path) if part not in ("py", "pyi")}
         for node in code(path):
             for field in ("name", "id", "attr", "arg", "asname", "module"):
                 name = getattr(node, field, None)
@@ -220,9 +221,8 @@ def without_ending(name: str) -> str:
 
 @cache
 def in_objects() -> set[str]:
-    """Return the members of all classes, and all strings except the names on doors. Some strings are names of JSON fields."""
-    doors = {path for path in sources() if Path(path).match("evoprune/*/__init__.py")}
-    found = {text for path in {*sources()} - doors for text in strings(code(path))}
+    """Return the members of all classes, and all strings. Some strings are names of JSON fields."""
+    found = {text for path in sources() for text in strings(code(path))}
     return found.union(*in_classes().values())
 
 

@@ -42,7 +42,15 @@ def modules() -> dict[str, Path]:
 
 @cache
 def tree(name: str) -> ast.Module:
-    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+    """Return the code of a module. The public names of a package are imports in its stub."""
+    code = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    if stub(name).exists():
+        code.body += ast.parse(stub(name).read_text(encoding="utf-8")).body
+    return code
+
+
+def stub(name: str) -> Path:
+    return modules()[name].with_suffix(".pyi")
 
 
 def is_package(name: str) -> bool:
@@ -66,9 +74,10 @@ def targets(name: str, node: ast.AST) -> Iterator[str]:
 
 def imports(name: str) -> Iterator[tuple[str, str]]:
     """Yield each import in a module, at any nesting level: the dotted name, and "file:line"."""
+    path = stub(name) if stub(name).exists() else modules()[name]
     for node in ast.walk(tree(name)):
         for target in targets(name, node):
-            yield target, f"{modules()[name].relative_to(ROOT)}:{node.lineno}"
+            yield target, f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
 def module_of(target: str) -> str | None:
@@ -80,7 +89,7 @@ def module_of(target: str) -> str | None:
 
 @cache
 def import_graph() -> Graph:
-    """Return the imports between modules, without the public names of `evoprune/__init__.py`, which are loaded on first use."""
+    """Return the imports between modules, without the public names of `evoprune/__init__.pyi`, which are loaded on first use."""
     graph: Graph = {name: {} for name in modules()}
     for name in modules():
         for target, where in imports(name):

@@ -5,48 +5,6 @@ selects the visual tokens and returns them as `Encoded`. The weights come from a
 by Hugging Face transformers.
 """
 
-from typing import TYPE_CHECKING
+from evoprune.doors import attach_stub
 
-from evoprune.doors import door
-
-if TYPE_CHECKING:
-    from evoprune.vision.encoder import (
-        Encoded,
-        EncodedRows,
-        EncoderRun,
-        encode_rows,
-    )
-    from evoprune.vision.hooks import Hook
-    from evoprune.vision.patches import ReferenceBlocks, normalised
-    from evoprune.vision.preprocess import patches_of, pixel_patches, resize
-    from evoprune.vision.rows import Rows
-
-__all__ = [
-    "Encoded",
-    "EncodedRows",
-    "EncoderRun",
-    "Hook",
-    "ReferenceBlocks",
-    "Rows",
-    "encode_rows",
-    "normalised",
-    "patches_of",
-    "pixel_patches",
-    "resize",
-]
-
-__getattr__, __dir__ = door(
-    __name__,
-    {
-        "encoder": [
-            "Encoded",
-            "EncodedRows",
-            "EncoderRun",
-            "encode_rows",
-        ],
-        "hooks": ["Hook"],
-        "patches": ["ReferenceBlocks", "normalised"],
-        "preprocess": ["patches_of", "pixel_patches", "resize"],
-        "rows": ["Rows"],
-    },
-)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

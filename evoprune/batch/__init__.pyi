@@ -1,0 +1,12 @@
+from .captions import Captions as Captions
+from .output import RecordFile as RecordFile
+from .output import Settings as Settings
+from .output import Sources as Sources
+from .output import check_size_rule as check_size_rule
+from .ray import answers_on_ray as answers_on_ray
+from .rows import Row as Row
+from .rows import RowReader as RowReader
+from .rows import Span as Span
+from .rows import left_out as left_out
+from .run import answers as answers
+from .table import TableFile as TableFile

@@ -1,0 +1,1 @@
+from .operation_search import RecipeSearch as RecipeSearch

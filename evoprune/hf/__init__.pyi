@@ -1,0 +1,13 @@
+from .columns import Columns as Columns
+from .context import EvoPrune as EvoPrune
+from .context import PrunedModel as PrunedModel
+from .context import apply as apply
+from .context import remove as remove
+from .encoding import PackedTower as PackedTower
+from .encoding import encode as encode
+from .encoding import encode_each as encode_each
+from .inputs import arguments as arguments
+from .inputs import processor_inputs as processor_inputs
+from .inputs import read_patches as read_patches
+from .interface import model_positions as model_positions
+from .interface import takes_encoded as takes_encoded

@@ -1,0 +1,2 @@
+from .feed import LiveFeed as LiveFeed
+from .stream import VideoStream as VideoStream

@@ -1,0 +1,2 @@
+from .search import Moment as Moment
+from .search import Search as Search

@@ -1,0 +1,11 @@
+from .encoder import Encoded as Encoded
+from .encoder import EncodedRows as EncodedRows
+from .encoder import EncoderRun as EncoderRun
+from .encoder import encode_rows as encode_rows
+from .hooks import Hook as Hook
+from .patches import ReferenceBlocks as ReferenceBlocks
+from .patches import normalised as normalised
+from .preprocess import patches_of as patches_of
+from .preprocess import pixel_patches as pixel_patches
+from .preprocess import resize as resize
+from .rows import Rows as Rows
