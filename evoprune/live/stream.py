@@ -12,15 +12,14 @@ that the video starts at the oldest remaining window.
 Units that haven't changed since the previous window are not encoded again, but they may still become tokens in the new window (see
 segments.py).
 
-A frame is processed in four steps: `VideoStream.add` collects it, `_encode` encodes its window, `window_columns` turns the window's
-tokens into prompt columns, and `StreamMemory.read` prefills these columns into the KV cache.
+A frame is processed in four steps: a `Windower` collects it and encodes its window, `window_columns` turns the window's tokens into
+prompt columns (windows.py), and `StreamMemory.read` prefills these columns into the KV cache. One thread feeds frames while other
+threads ask questions; a `Gate` decides which of them goes on (gate.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import floor
-from threading import Event, Lock, RLock
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,28 +30,23 @@ from evoprune.language import (
     LanguageModel,
     PrefillState,
     Prompt,
-    PrunedPrompt,
     Turn,
-    prompt_positions,
-    prune_prompt,
-    timestamps,
 )
+from evoprune.live.gate import Gate, GiveWay, State
 from evoprune.live.omp import release_omp_threads
-from evoprune.live.segments import Earlier, NothingNew, check_carried, encode_segment
-from evoprune.methods import FarthestPoints, Tokens, arange_on, select
+from evoprune.live.segments import check_carried
+from evoprune.live.windows import EncodedWindow, Window, Windower
+from evoprune.methods import arange_on
 from evoprune.model import Clock
 from evoprune.report import EncodingTimes, Report, TokenCounts
 from evoprune.session import (
     Askable,
     EncodedInput,
-    LoadedModel,
-    OpenInput,
     Session,
     StreamOptions,
 )
 from evoprune.util import brief, check_type
-from evoprune.video import FrameChunk, Plan, SamplingOptions, SamplingPlan, Video
-from evoprune.vision import Encoded, EncodedRows, resize
+from evoprune.video import SamplingOptions, Video
 
 CONTEXT = 32_768  # default context length if a model's config does not specify one
 ROOM = 0.75  # fraction of the context available to the video, leaving room for questions and answers
@@ -72,94 +66,6 @@ class Seen:
     thinned: int  # number of windows that have lost tokens
     skipped: int = 0  # number of due frames from a live source that were skipped because the machine was too slow
     lag_s: float | None = None  # lag of the latest frame behind its live source, in seconds; None without a live source
-
-
-@dataclass
-class Window:
-    """A time window of a stream, with C prompt columns remaining in memory."""
-
-    start_s: float
-    end_s: float
-    time: int  # temporal position of the window's first column, counting from the start of the stream
-    whole: int  # number of tokens before thinning
-    # int64 `[C]`: column ranks. Columns with rank 0 are dropped last. Text has the lowest rank among the columns of its frame pair.
-    order: torch.Tensor
-    visual: torch.Tensor  # bool `[C]`: True for visual token columns
-    ids: torch.Tensor  # int64: distinct token IDs in the window's unpruned prompt, for the repetition penalty
-
-    @property
-    def tokens(self) -> int:
-        return int(self.visual.sum())
-
-
-@dataclass(frozen=True)
-class EncodedWindow:
-    """An encoded window of a stream, with its prompt columns.
-
-    Attributes:
-        frames: Number of frames in the window.
-        end: End slot of the window (exclusive).
-        earlier: State for encoding the next window, or None if there is no state or the window is waiting to be prefilled.
-        prompt: Prompt columns, with positions relative to the start of the stream.
-    """
-
-    frames: int
-    end: int
-    encoding: EncodedInput
-    earlier: Earlier | None
-    window: Window
-    prompt: PrunedPrompt
-
-
-class PriorityLock:
-    """A lock that gives answers priority. While an answer waits for the lock or holds it, `pause` blocks the other threads.
-
-    As a result, answers come first, the encoder second, and windows waiting to be prefilled last.
-    """
-
-    def __init__(self):
-        self.lock = RLock()  # for work without priority
-        self.generating = False  # True after the question has been prefilled, so the encoder may run between tokens
-        self._counting = Lock()
-        self._users = 0  # number of answers waiting for the lock or holding it
-        self._calm = Event()  # set if there are none
-        self._calm.set()
-
-    def __enter__(self) -> None:
-        with self._counting:
-            self._users += 1
-            self._calm.clear()
-        try:
-            self.lock.acquire()
-        except BaseException:  # Ctrl-C
-            self._leave()
-            raise
-
-    def __exit__(self, *problem) -> None:
-        self.lock.release()
-        self._leave()
-
-    def _leave(self) -> None:
-        with self._counting:
-            self._users -= 1
-            if not self._users:
-                self._calm.set()
-
-    @property
-    def wanted(self) -> bool:
-        """True if an answer is waiting for the lock or holds it."""
-        return not self._calm.is_set()
-
-    def pause(self) -> None:
-        """Block while a question is being prefilled. While an answer is being generated, block only for a moment."""
-        if self.generating:
-            self._calm.wait(0.02)
-        else:
-            self._calm.wait()
-
-
-class _QuestionWaits(Exception):
-    """Raised to postpone the prefill of a window, because a question takes precedence."""
 
 
 class VideoStream(Askable):
@@ -186,33 +92,24 @@ class VideoStream(Askable):
         self, session: Session, options: StreamOptions, sampling: SamplingOptions, system: str | None, name: str
     ):
         super().__init__(session)
-        self._lock = PriorityLock()
         session.loaded.description.check_streams(session.pruning.method)
+        self._gate = self._lock = Gate()
         self._options = options
         self._sampling = sampling
         self._system = system
         self._name = name
         self._unreported = EncodingTimes()  # time spent for questions since the latest report, on the unfinished window
-        self._gate = Lock()
-        self._feeding = RLock()
         self.skipped = 0
         self.lag_s = None
         self.facts = {}
         self.encoded = 0
-        self._plan: Plan | None = None
-        self._slots = []
-        self._frames = []
-        self._changes_shape = False  # True if any frame so far had a different aspect ratio from the first frame
-        self._origin_s = self._last_s = 0.0
+        # Created with the first frame.
+        self._windows: Windower | None = None
         self._memory: StreamMemory | None = None
+        # Changed only by threads that use the memory, except for `_unfinished`, which is set by questions.
         self._waiting: list[EncodedWindow] = []
-        self._following = 0  # position after the latest window, relative to the start of the stream
         self._latest: EncodedInput | None = None  # encoding of the latest finished window
-        self._earlier: Earlier | None = None  # state for encoding the next window
         self._unfinished: EncodedWindow | None = None  # the unfinished window as seen by the latest question
-        self._count = self._done = 0  # number of frames used so far, and the slot after the last finished window
-        self._open: int | None = None  # turn number of the answer being generated
-        self._problem: str | None = None
 
     def __enter__(self) -> "VideoStream":
         return self
@@ -231,8 +128,9 @@ class VideoStream(Askable):
     @property
     def until_s(self) -> float | None:
         """Timestamp in seconds up to which a question would see the video now, including the unfinished window. Does not block."""
-        if slots := self._slots:
-            return self._origin_s + (slots[-1] + 1) * self.step_s
+        until_s = self._windows and self._windows.until_s
+        if until_s is not None:
+            return until_s
         return self.seen and self.seen.end_s
 
     @property
@@ -258,9 +156,7 @@ class VideoStream(Askable):
             OutOfMemory: There is not enough memory.
             ModelError: The model fails.
         """
-        with self._gate:  # let any waiting question go first
-            pass
-        with self._feeding:
+        with self._gate.window():
             self._check_open()
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise UsageError(f"a frame is {brief(frame)}, not uint8 [H, W, 3]", "give RGB pixels as a numpy array")
@@ -269,60 +165,25 @@ class VideoStream(Askable):
             check_type("time_s", time_s, float)
             if not abs(time_s) <= MAX_TIME_S:  # also if it is NaN
                 raise UsageError(f"the time of a frame is {time_s:g}, not a number of seconds", "give seconds")
-            if self._plan is None:
+            if self._windows is None:
                 self._begin(frame, time_s)
-            if time_s < self._last_s:
-                raise UsageError(
-                    f"a frame at {time_s:g} s comes after one at {self._last_s:g} s", "feed frames in order of time"
-                )
-            self._last_s = time_s
-            slot = floor((time_s - self._origin_s) / self.step_s + 1e-6)
-            size = self._plan.sampling.frames
-            if self._slots and slot // size > self._slots[-1] // size:
-                self._finish((self._slots[-1] // size + 1) * size)
-            if slot < self._done or (self._slots and slot <= self._slots[-1]):
-                return False
-            self._slots.append(slot)
-            scaled = self.scaled(frame)
-            self._frames.append(scaled.copy() if scaled is frame else scaled)  # the caller may reuse its array
-            self._count += 1
-            if slot % size == size - 1:
-                self._finish(slot + 1)
-            return True
+            self._windows.facts = self.facts
+            return self._windows.add(frame, time_s, self._pause, self._finished)
 
     def scaled(self, frame: np.ndarray) -> np.ndarray:
         """Scale a frame to the encoder's input size. Scaled frames can also be passed to `add`.
 
         Until the first frame has been added, the size is unknown, so the frame is returned unchanged.
         """
-        if self._plan is None:
-            return frame
-        plan = self._plan
-        height, width, _ = frame.shape
-        if (height, width) == (plan.height, plan.width):
-            return frame
-        outer = plan.info.width, plan.info.height
-        inner = plan.info.fitted(width, height)
-        inner_height = max(1, round(plan.height * inner[1] / outer[1]))
-        inner_width = max(1, round(plan.width * inner[0] / outer[0]))
-        pixels = (
-            resize(torch.from_numpy(np.ascontiguousarray(frame))[None], inner_height, inner_width)[0].clone().numpy()
-        )
-        if inner == outer:
-            return pixels
-        self._changes_shape = True
-        bordered = np.zeros((plan.height, plan.width, 3), np.uint8)
-        top = (plan.height - inner_height) // 2
-        left = (plan.width - inner_width) // 2
-        bordered[top : top + inner_height, left : left + inner_width] = pixels
-        return bordered
+        return self._windows.scaled(frame) if self._windows else frame
 
     def flush(self) -> None:
         """End the unfinished window early, and encode and prefill its frames. Raises the same errors as `add`."""
-        with self._feeding:
+        with self._gate.window():
             self._check_open()
-            if self._slots:
-                self._finish(self._slots[-1] + 1)
+            if self._windows:
+                self._windows.facts = self.facts
+                self._windows.flush(self._pause, self._finished)
 
     def catch_up(self) -> None:
         """Prefill windows that have been waiting for an answer to finish. Call this method periodically while no frames arrive.
@@ -330,22 +191,23 @@ class VideoStream(Askable):
         Raises the same errors as `add`.
         """
         if self._waiting:
-            with self._feeding, self._lock.lock:
-                if self._open is None:
+            with self._gate.memory():
+                if self._waiting and self._gate.state is not State.GENERATING:
                     self._read_waiting(polite=True)
 
     def close(self) -> None:
         """Free the stream's memory and stop any answer being generated."""
-        self._problem = self._problem or "the stream is closed"  # if the encoder is running, stops it at its next layer
-        with self._feeding, self._lock.lock:
+        self._gate.close("the stream is closed")  # if the encoder is running, this stops it at its next layer
+        with self._gate.window(), self._gate.memory():
             self._turn += 1
-            self._memory, self._latest, self._earlier, self._unfinished = None, None, None, None
-            self._waiting, self._slots, self._frames = [], [], []
+            self._memory, self._latest, self._unfinished, self._waiting = None, None, None, []
+            if self._windows:
+                self._windows.clear()
 
     @property
     def step_s(self) -> float | None:
         """Interval in seconds between the frames used by the stream, or None before the first frame."""
-        return self._plan and self._plan.sampling.seconds_per_frame
+        return self._windows and self._windows.step_s
 
     def _begin(self, frame: np.ndarray, time_s: float) -> None:
         """Plan windows like videos of the same length, and prefill the prompt before the video, which also packs the weights."""
@@ -355,45 +217,35 @@ class VideoStream(Askable):
         )
         info = replace(window, **self.facts)
         session = self._session
-        self._plan = session.loaded.description.plan(info, self._sampling, session.pruning, self._name)
-        self._origin_s = self._last_s = time_s
-        try:
-            loaded = self._session.loaded
-            options = self._options
-            window_tokens = self._plan.encoder.keep
-            room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
-            wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
-            limit = min(wanted, room)  # maximum number of tokens in memory
-            if limit < 2 * window_tokens:
-                problem = f"a memory of {limit:,} tokens is smaller than two windows of {window_tokens:,}"
-                raise UsageError(problem, "use a longer memory, shorter windows (window_s, --window) or a lower budget")
-            check_carried(self._session, self._plan)
-            head, _ = self._ids_around_video("?")
-            positions = loaded.span or room
-            with self._lock.lock:
-                self._memory = StreamMemory(loaded.language, head, limit, window_tokens, positions)
-        except BaseException:
-            self._plan = None
-            raise
+        plan = session.loaded.description.plan(info, self._sampling, session.pruning, self._name)
+        loaded = session.loaded
+        options = self._options
+        window_tokens = plan.encoder.keep
+        room = floor(ROOM * (loaded.model.config.text_config.max_position_embeddings or CONTEXT))
+        wanted = options.memory_tokens or floor(options.memory_s / options.window_s * window_tokens)
+        limit = min(wanted, room)  # maximum number of tokens in memory
+        if limit < 2 * window_tokens:
+            problem = f"a memory of {limit:,} tokens is smaller than two windows of {window_tokens:,}"
+            raise UsageError(problem, "use a longer memory, shorter windows (window_s, --window) or a lower budget")
+        check_carried(session, plan)
+        head, _ = self._ids_around_video("?")
+        positions = loaded.span or room
+        with self._gate.memory():
+            self._memory = StreamMemory(loaded.language, head, limit, window_tokens, positions)
+        self._windows = Windower(session, plan, time_s)
 
-    def _finish(self, end: int) -> None:
-        """Encode the window that ends before slot `end`, and prefill it unless an answer is being generated."""
-        slots = self._slots
-        frames = self._frames
-        done = self._done
-        window = self._unfinished
-        self._slots, self._frames, self._done = [], [], end
-        if not (window and (window.frames, window.end) == (len(slots), end)):
-            window = self._encode(slots, frames, done, end, self._pause)
-        self._earlier, self._following = window.earlier, window.prompt.following
-        with self._lock.lock:
+    def _finished(self, window: EncodedWindow) -> None:
+        """Prefill a finished window, unless an answer is being generated. The answer is stopped if too many windows wait."""
+        with self._gate.memory():
             self._check_open()
-            self._waiting.append(replace(window, earlier=None))
+            self._waiting.append(window)
             self._latest, self._unfinished, self.encoded = window.encoding, None, self.encoded + 1
-            if self._open is not None and len(self._waiting) > MAX_WAITING:
-                self._turn, self._open, self._lock.generating = self._turn + 1, None, False
-            if self._open is None:
-                self._read_waiting(polite=len(self._waiting) <= MAX_WAITING)
+            too_many = len(self._waiting) > MAX_WAITING
+            if too_many and self._gate.state is State.GENERATING:
+                self._turn += 1
+                self._gate.end_answer()
+            if self._gate.state is not State.GENERATING:
+                self._read_waiting(polite=not too_many)
 
     def _look(self) -> EncodedInput | None:
         """Encode the unfinished window for a question, unless the latest question saw the same frames.
@@ -406,16 +258,15 @@ class VideoStream(Askable):
         clock = Clock(self._session.device)
         fresh = None
         start = clock.now()
-        with self._gate, self._feeding:
+        with self._gate.window():
             self._check_open()
             window = None
-            if self._slots:
-                window = self._unfinished
-                frames = len(self._slots)
-                end = self._slots[-1] + 1
-                if not (window and (window.frames, window.end) == (frames, end)):
-                    window = fresh = self._encode(self._slots, self._frames, self._done, end, self._check_open)
+            if self._windows:
+                self._windows.facts = self.facts
+                window, encoded_now = self._windows.look(self._check_open)
+                if window:
                     self._unfinished = window
+                fresh = window if encoded_now else None
             wall = clock.now() - start
             if fresh:
                 encoded = fresh.encoding
@@ -436,71 +287,10 @@ class VideoStream(Askable):
 
         return claimed, give_up
 
-    def _encode(
-        self, slots: Sequence[int], frames: Sequence[np.ndarray], done: int, end: int, pause: Callable[[], None]
-    ) -> EncodedWindow:
-        """Encode a window like a file of the same length, without changing the stream's state.
-
-        Args:
-            slots: Slots of the frames. Time is divided into slots, with one slot per frame at the stream's frame rate.
-            frames: The frames.
-            done: The first slot after the previous window.
-            end: The first slot after this window.
-            pause: Called before each layer of the encoder.
-        """
-        session = self._session
-        base = self._plan
-        step_s = self.step_s
-        count = len(frames)
-        if count % 2:  # for an odd number of frames, repeat the last frame, as Hugging Face does
-            slots = [*slots, slots[-1]]
-            frames = [*frames, frames[-1]]
-        first = max(done, slots[0] // base.sampling.frames * base.sampling.frames)
-        start_s, end_s, *times = (self._origin_s + slot * step_s for slot in (first, end, *slots))
-        sampling = SamplingPlan(start_s, end_s, tuple(times), base.sampling.wanted)
-        grid = len(slots) // 2, *base.grid[1:]
-        budget = session.pruning.budget
-        # A window with a single frame pair is part of a longer video, so the still image budget does not apply.
-        pruning = replace(session.pruning, budget=replace(budget, still=budget.video))
-        plan = replace(
-            base,
-            info=replace(base.info, **self.facts),
-            sampling=sampling,
-            grid=grid,
-            pruning=pruning,
-            unshrunk=None,
-            limited=False,
-        )
-        chunk = FrameChunk(0, np.stack(frames), tuple(plan.sampling.times_s))
-
-        def encoded(earlier: Earlier | None) -> tuple[EncodedInput, EncodedRows, Earlier]:
-            """Encode the window as a segment of a longer video, and return its tokens, its rows, and the state it leaves."""
-            segment = []
-
-            def tower(*given: Any, **options: Any) -> EncodedRows:
-                segment[:] = encode_segment(*given, earlier, pause=pause, **options)
-                return segment[0]
-
-            def frames(*_: Any) -> Iterator[FrameChunk]:
-                yield chunk
-
-            opened = OpenInput(session, plan, frames=frames, tower=tower, threaded=False)
-            return opened.encode(), *segment
-
-        try:
-            encoding, rows, left = encoded(self._earlier)
-        except NothingNew:  # encode the entire window without reusing earlier units
-            encoding, rows, left = encoded(None)
-        if self._changes_shape:
-            encoding = replace(encoding, warnings=(*encoding.warnings, "changing_size"))
-        order = staying_order(rows, encoding.encoded)
-        columns = window_columns(session.loaded, encoding, order, slots, step_s, self._following)
-        return EncodedWindow(count, end, encoding, left, *columns)
-
     def _pause(self) -> None:
         """Let answers go first, and raise UsageError if the stream has been closed. Called before each encoder layer."""
-        self._lock.pause()
-        self._check_open()
+        self._session.check_process()
+        self._gate.pause()
 
     def _read_waiting(self, polite: bool = False, after: Sequence[EncodedWindow] = ()) -> None:
         """Prefill the queued windows.
@@ -510,27 +300,22 @@ class VideoStream(Askable):
             after: Windows to make room for in the cache after prefilling the queued windows.
         """
         self._memory.cache.crop(self._memory.columns)
-        pause = self._give_way if polite else lambda: None
+        pause = self._gate.give_way if polite else lambda: None
         try:
             while self._waiting:
                 self._memory.read(self._waiting[0], pause)
                 self._waiting.pop(0)
             for window in after:
                 self._memory.make_room(window)
-        except _QuestionWaits:
+        except GiveWay:
             return
         except BaseException:  # including Ctrl-C, because the cache may be inconsistent now
-            self._problem = "reading a window was interrupted"
+            self._gate.close("reading a window was interrupted")
             raise
-
-    def _give_way(self) -> None:
-        if self._lock.wanted or self._problem:
-            raise _QuestionWaits
 
     def _check_open(self) -> None:
         self._session.check_process()
-        if self._problem:
-            raise UsageError(self._problem, "start a new stream: VideoQA.stream()")
+        self._gate.check()
 
     def _ids_around_video(
         self, question: str, thinking: bool = False, earlier: Sequence[Turn] = ()
@@ -548,7 +333,7 @@ class VideoStream(Askable):
         return self._report(self._look() or self._latest)
 
     def _report(self, encoding: EncodedInput | None) -> Report:
-        with self._lock:
+        with self._gate:
             self._check_open()
             if encoding is None:
                 raise UsageError("the stream has no frames yet", "feed frames first: add(frame, time_s)")
@@ -572,7 +357,7 @@ class VideoStream(Askable):
         thinned = sum(count < window.whole for count, window in zip(tokens, windows, strict=True))
         start_s = windows[0].start_s
         end_s = windows[-1].end_s
-        return Seen(start_s, end_s, len(windows), sum(tokens), self._count, thinned, self.skipped, self.lag_s)
+        return Seen(start_s, end_s, len(windows), sum(tokens), self._windows.count, thinned, self.skipped, self.lag_s)
 
     @torch.inference_mode()
     def _read(self, request, report: Report, clock: Clock) -> PrefillState:
@@ -599,93 +384,21 @@ class VideoStream(Askable):
             state = language.prefill(language.embed(ids), positions, following + len(ids), memory.cache)
             windows = [*memory.windows, *(encoded.window for encoded in unread)]
             state.prompt_ids = torch.cat([before, *(window.ids for window in windows), ids])
-        self._open, self._lock.generating = self._turn, True
+        self._gate.begin_answer(self._turn)
         return state
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         """Check that a question would fit even in a full memory, because it may fill up before the question is prefilled."""
         self._session.loaded.check_texts(question, earlier=earlier)
         _, ids = self._ids_around_video(question, options.thinking, earlier)
-        with self._lock:
+        with self._gate:
             self._check_open()
             columns = self._memory.most_columns if self._memory else 0
         self._session.loaded.check_context(len(ids), columns, options.max_new_tokens)
 
     def _ended(self, turn: int) -> None:
         release_omp_threads()  # the encoder runs in a different thread
-        if self._open == turn:
-            self._open, self._lock.generating = None, False
-
-
-@torch.inference_mode()
-def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
-    """Rank a window's tokens by how long they should stay in memory.
-
-    The pruning method is asked to select half of the tokens, then a quarter of them, and so on. Tokens that are selected more often
-    stay longer. If the tokens were not chosen by a selector, the `evoprune` method's selector is used.
-
-    Returns:
-        The ranks as int64 `[K]` on the CPU. The token with rank 0 is dropped last.
-    """
-    if stage := rows.plan.token_stage:
-        selector = stage.selector
-        given = rows.selector_input
-    else:
-        unit_to_row = torch.full_like(tokens.unit_to_row, -1)
-        unit_to_row[tokens.kept] = arange_on(len(tokens.kept), unit_to_row.device)
-        selector = FarthestPoints(count=0)
-        seen = rows.selector_input
-        given = Tokens(tokens.features, unit_to_row, rows.plan.grid, seen.seed)
-    often = torch.zeros_like(tokens.kept)
-    count = len(tokens.kept) // 2
-    while count:
-        often += torch.isin(tokens.kept, select(selector, given, count).kept.to(often.device))
-        count //= 2
-    return often.cpu().argsort(descending=True, stable=True).argsort()
-
-
-def window_columns(
-    loaded: LoadedModel,
-    encoding: EncodedInput,
-    order: torch.Tensor,
-    slots: Sequence[int],
-    step_s: float,
-    following: int,
-) -> tuple[Window, PrunedPrompt]:
-    """Build a window and the prompt columns that the language model prefills for it.
-
-    Args:
-        order: The result of `staying_order`.
-        slots: Frame slots, relative to the start of the stream.
-        step_s: Slot length in seconds.
-        following: The first position after the previous window. Only used if the prompt contains timestamps for the frame pairs.
-    """
-    config = loaded.model.config.vision_config
-    span = encoding.plan.sampling
-    (grid,) = encoding.encoded.grids
-    times = ()
-    if config.traits.timestamps:
-        times = timestamps([(slot + 0.5) * step_s for slot in slots])
-    ids, place = loaded.tokenizer.video_columns(grid, times)
-    if times:
-        positions = prompt_positions(len(ids), place.positions(grid, 1.0, None)) + following
-    else:
-        step = 1.0
-        if config.tokens_per_second:
-            step = 2 * step_s * config.tokens_per_second
-        time = torch.tensor([floor(slot / 2 * step) for slot in slots[::2]], dtype=torch.int64, device="cpu")
-        inside = torch.meshgrid(time, *(arange_on(side, "cpu") for side in grid[1:]), indexing="ij")
-        positions = torch.stack(inside).flatten(1)
-    prompt = prune_prompt(ids, [place], [encoding.encoded], positions, loaded.language.embed)
-    stays = torch.full_like(ids, len(order))
-    stays[prompt.columns[prompt.visual]] = order
-    # A frame pair's text stays in memory as long as any of the pair's tokens.
-    for run, tokens in zip(place.around, place.runs, strict=False):
-        first = stays[run.start : run.stop].min()
-        stays[run.start : tokens.start] = stays[tokens.stop : run.stop] = first
-    begins = int(positions[0, 0])
-    window = Window(span.start_s, span.end_s, begins, len(order), stays[prompt.columns], prompt.visual, ids.unique())
-    return window, prompt
+        self._gate.end_answer(turn)
 
 
 class StreamMemory:

@@ -1,6 +1,7 @@
 """Test streams: one window equals a file, memory stays bounded, windows are thinned, and questions leave no trace."""
 
 import math
+import random
 import threading
 import time
 from contextlib import closing
@@ -13,7 +14,9 @@ import torch
 from evoprune.backend import Device
 from evoprune.bundled import DEMOS
 from evoprune.errors import OutOfMemory, UsageError
-from evoprune.live.stream import PriorityLock
+from evoprune.language import LanguageModel
+from evoprune.live import windows
+from evoprune.live.gate import Gate, GiveWay
 from evoprune.session import load_model
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
@@ -77,15 +80,29 @@ def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method
 
 def logits(stream):
     """Return the logits of the first word about the stream so far, without changing the stream."""
-    with stream._lock:
-        answer = stream.ask(QUESTION, max_new_tokens=1)
-        next(answer, None)
-        cache = stream._memory.cache
-        state = [
-            torch.cat([keys[:, :, : cache.length], values[:, :, : cache.length]]) for keys, values in cache._layers
-        ]
-        answer.close()
+    answer = stream.ask(QUESTION, max_new_tokens=1)
+    next(answer, None)
+    cache = stream._memory.cache
+    state = [torch.cat([keys[:, :, : cache.length], values[:, :, : cache.length]]) for keys, values in cache._layers]
+    answer.close()
     return state
+
+
+def waiting(stream):
+    """Return the number of encoded windows that the language model has not read yet, in a stream that has forgotten none."""
+    return stream.encoded - stream.seen.windows
+
+
+def watch_encoder(monkeypatch, watch):
+    """Call `watch` before each layer of the encoder, and return the list of all results of `encode_segment`."""
+    usual, found = windows.encode_segment, []
+
+    def watched(*given, pause, **options):
+        found.append(usual(*given, pause=lambda: (watch(), pause()), **options))
+        return found[-1]
+
+    monkeypatch.setattr(windows, "encode_segment", watched)
+    return found
 
 
 def test_a_question_leaves_no_trace(demo):
@@ -95,11 +112,11 @@ def test_a_question_leaves_no_trace(demo):
         half = asked.ask("How many?", max_new_tokens=8)
         next(half, None)
         fed(asked, 2, start=6.0)  # a window finished during an answer is read after the answer
-        waiting = len(asked._waiting)
+        left = waiting(asked)
         half.close()
         fed(silent, 2, start=6.0)
         assert all(torch.equal(a, b) for a, b in zip(logits(asked), logits(silent), strict=True))
-        assert waiting == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
+        assert left == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
 
 
 @pytest.mark.parametrize("model", ["demo", "qwen3"])
@@ -135,8 +152,7 @@ def test_the_unfinished_window_leaves_no_trace(demo):
 
 def test_what_was_encoded_for_a_question_stays_where_no_frame_came_since(demo, monkeypatch):
     with fed(VideoQA(demo, budget=0.25).stream(window_s=8.0), 3) as stream:
-        encode, encoded = stream._encode, []
-        monkeypatch.setattr(stream, "_encode", lambda *given: encoded.append(1) or encode(*given))
+        encoded = watch_encoder(monkeypatch, lambda: None)
         first, second = (stream.ask(QUESTION) for _ in range(2))
         assert first.text == second.text and len(encoded) == 1
         stream.flush()
@@ -146,10 +162,10 @@ def test_what_was_encoded_for_a_question_stays_where_no_frame_came_since(demo, m
         assert [each.report.time_ms.encode > 0 for each in (first, second, third)] == [True, False, False]
 
 
-def test_the_window_that_is_encoded_is_waited_for(demo):
+def test_the_window_that_is_encoded_is_waited_for(demo, monkeypatch):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0) as stream:
-        begun, goes_on, pause = threading.Event(), threading.Event(), stream._lock.pause
-        stream._lock.pause = lambda: (begun.set(), goes_on.wait(10), pause())
+        begun, goes_on = threading.Event(), threading.Event()
+        watch_encoder(monkeypatch, lambda: (begun.set(), goes_on.wait(10)))
         feeding = threading.Thread(target=fed, args=(stream, 2))
         feeding.start()
         assert begun.wait(10)
@@ -365,7 +381,7 @@ def test_an_answer_that_is_left_unread_does_not_stop_the_stream(demo):
         left = stream.ask("Describe the video.", max_new_tokens=50, temperature=5.0)
         assert list(islice(left, 1))
         fed(stream, 20, start=4.0)
-        assert not stream._waiting and stream.seen.windows == 12
+        assert not waiting(stream) and stream.seen.windows == 12
         with pytest.raises(UsageError, match="went on for too long"):
             str(left)
 
@@ -386,42 +402,125 @@ def test_questions_from_another_thread(demo):
         assert stream.seen.end_s == 24.0
 
 
-def test_the_encoder_waits_while_a_question_is_read(demo):
+@pytest.mark.parametrize("closes", [False, True])
+def test_frames_questions_and_errors_come_at_random_times(demo, monkeypatch, closes):
+    """The encoder is slow and fails now and then, answers are left unread, and the stream may be closed in the middle."""
+    rng = random.Random(int(closes))
+    problems, answers = [], []
+
+    def layer():
+        time.sleep(rng.choice([0, 0, 0.001]))
+        if rng.random() < 0.01:
+            raise RuntimeError("the encoder failed")
+
+    def attempt(function):
+        try:
+            function()
+        except RuntimeError as problem:
+            assert str(problem) == "the encoder failed"
+        except UsageError as problem:
+            assert "another question" in problem.message or (closes and "is closed" in problem.message)
+
+    def feed():
+        for number in range(2, 40):
+            attempt(lambda number=number: stream.add(noise(number, 56), number / 2))
+            if rng.random() < 0.2:
+                attempt(stream.flush if rng.random() < 0.5 else stream.catch_up)
+
+    def ask():
+        answer = stream.ask(QUESTION, max_new_tokens=6, temperature=3.0)
+        pieces = list(islice(answer, rng.choice([0, 1, 9])))
+        if rng.random() < 0.5:
+            answer.close()
+        if pieces:
+            answers.append(answer.report)
+
+    def run(function):
+        try:
+            function()
+        except BaseException as problem:
+            problems.append(problem)
+
+    def keep_asking():
+        while threads[0].is_alive():
+            attempt(ask)
+
+    stream = fed(VideoQA(demo, budget=0.25).stream(window_s=1.0, memory_s=60.0), 1)
+    watch_encoder(monkeypatch, layer)
+    threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in (feed, keep_asking, keep_asking)]
+    for thread in threads:
+        thread.start()
+    if closes:
+        time.sleep(0.1)
+        stream.close()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not problems
+    assert all(each.tokens.visual == each.stream["tokens"] for each in answers)
+    if not closes:
+        monkeypatch.undo()
+        assert stream.ask(QUESTION, max_new_tokens=1).text is not None
+        stream.flush()
+        stream.catch_up()
+        assert not waiting(stream) and stream.seen.windows > 5 and len(answers) > 1
+        stream.close()
+
+
+def test_the_encoder_waits_while_a_question_is_read(demo, monkeypatch):
+    layers, reads, goes_on = [], threading.Event(), threading.Event()
+    prefill = LanguageModel.prefill
+
+    def slow(*given, **options):
+        reads.set()
+        assert goes_on.wait(10)
+        return prefill(*given, **options)
+
     with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 2) as stream:
-        layers, pause = [], stream._lock.pause
-        stream._lock.pause = lambda: (layers.append(1), pause())
+        watch_encoder(monkeypatch, lambda: layers.append(1))
+        monkeypatch.setattr(LanguageModel, "prefill", slow)
+        asking = threading.Thread(target=lambda: stream.ask(QUESTION, max_new_tokens=2).text)
         feeding = threading.Thread(target=fed, args=(stream, 2), kwargs={"start": 2.0})
-        with stream._lock:
-            feeding.start()
-            until = time.monotonic() + 10
-            while not layers and time.monotonic() < until:
-                time.sleep(0.01)
-            time.sleep(0.3)
-            assert len(layers) == 1 and stream.seen.windows == 1  # no further layer ran
+        asking.start()
+        assert reads.wait(10)
+        feeding.start()
+        until = time.monotonic() + 10
+        while not layers and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(layers) == 1 and stream.seen.windows == 1  # no further layer ran
+        goes_on.set()
+        asking.join(30)
         feeding.join(30)
+        stream.catch_up()
         assert len(layers) > 4 and stream.seen.windows == 2
 
 
-def test_a_window_that_a_question_interrupts_is_read_later(demo):
+def test_a_window_that_a_question_interrupts_is_read_later(demo, monkeypatch):
     qa = VideoQA(demo, budget=0.25)
+    usual, layers = Gate.give_way, []
+
+    def give_way(gate):
+        layers.append(1)
+        if len(layers) == 3:  # as if a question came now
+            raise GiveWay
+        usual(gate)
+
     with fed(qa.stream(window_s=2.0), 4) as broken, fed(qa.stream(window_s=2.0), 4) as whole:
         fed(whole, 2, start=4.0)
-        broken._open = 0  # as during an answer, so that the window waits
+        monkeypatch.setattr(Gate, "give_way", give_way)
         fed(broken, 2, start=4.0)
-        broken._open = None
-        broken._lock._calm.clear()  # as a question waiting in another thread does
-        broken._read_waiting(polite=True)
-        assert len(broken._waiting) == 1 and broken.seen.windows == 2
-        broken._lock._calm.set()
+        assert waiting(broken) == 1 and broken.seen.windows == 2 and len(layers) == 3
         broken.catch_up()
-        assert not broken._waiting and broken.seen == whole.seen
+        assert not waiting(broken) and broken.seen == whole.seen
         for a, b in zip(logits(broken), logits(whole), strict=True):
             torch.testing.assert_close(a, b, atol=0.0, rtol=0.0)
 
 
-def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo):
+def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8)
     rows, tokens = [], []
+    found = watch_encoder(monkeypatch, lambda: None)
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, fps=2.0) as stream:
         for number in range(16):
             frame = picture.copy()
@@ -429,7 +528,7 @@ def test_what_has_not_changed_since_the_window_before_is_not_encoded_again(demo)
                 frame[:28, :28] = 60 + 20 * (number // 2)
             stream.add(frame, number / 2)
             if number % 4 == 3:
-                rows.append(stream._latest.encoded.layers[0][1])
+                rows.append(found[-1][0].layers[0][1])
                 tokens.append(stream.seen.tokens)
         assert stream.ask(QUESTION).text
     assert rows == [24, 2, 2, 1] and tokens == [12, 24, 36, 48]
@@ -444,10 +543,11 @@ def test_what_a_window_leaves_to_the_next_one_counts_as_memory(demo, monkeypatch
             with pytest.raises(OutOfMemory, match="168x112 pixels needs more"):
                 stream.add(frame, 0.0)
         monkeypatch.undo()
+        found = watch_encoder(monkeypatch, lambda: None)
         for number in range(8):
             frame[:28, :28] = 30 * number
             stream.add(frame, number / 2)
-        held = sum(each.nbytes for each in stream._earlier.keys_values.values())
+        held = sum(each.nbytes for each in found[-1][1].keys_values.values())
     assert asked == [2 * held] * 2
 
 
@@ -485,30 +585,3 @@ def test_the_array_of_a_frame_may_be_reused(demo):
                 stream.add(held if reused else held.copy(), number / 2)
             kept.append(stream.ask(QUESTION, max_new_tokens=4).ids)
     assert kept[0] == kept[1]
-
-
-def test_the_encoder_waits_for_every_question():
-    """Two questions want the lock. After the first one, the lock is still wanted, and the encoder still waits."""
-    lock, second_has_it, second_ends, seen = PriorityLock(), threading.Event(), threading.Event(), []
-    begun = threading.Event()
-
-    def second():
-        begun.set()
-        with lock:
-            seen.append(lock.wanted)
-            second_has_it.set()
-            second_ends.wait(10)
-
-    with lock:
-        asking = threading.Thread(target=second)
-        asking.start()
-        assert begun.wait(10)
-        time.sleep(0.05)  # by now it waits
-    assert second_has_it.wait(10) and lock.wanted and seen == [True]
-    encoding = threading.Thread(target=lambda: (lock.pause(), seen.append("encoded")))
-    encoding.start()
-    encoding.join(0.05)
-    assert encoding.is_alive() and seen == [True]
-    second_ends.set()
-    asking.join(10), encoding.join(10)
-    assert seen == [True, "encoded"] and not lock.wanted

@@ -49,7 +49,7 @@ SLOW = (
     "evoprune.session.prompting.read_subtitles",
     "evoprune.language.prompt.Tokenizer.encode",
     "evoprune.language.prompt.Tokenizer.render",
-    "evoprune.live.stream.window_columns",
+    "evoprune.live.windows.window_columns",
 )
 
 
