@@ -1,6 +1,7 @@
 """Test on a simulated clock which frames are skipped while they wait for the encoder, and how large the lag grows."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -25,10 +26,6 @@ def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=Tr
     now = [0.0]
     backlog, looked = Backlog(WINDOW_S, STEP_S, lambda: now[0]), []
 
-    def wait_for(ready, patience_s):
-        now[0] += patience_s
-
-    backlog._changed.wait_for = wait_for
     free_s, waiting, window, encoding = 0.0, [], 0, False
     for number in range(round(seconds * 10)):
         now[0] = number / 10
@@ -38,8 +35,9 @@ def live(cost_s, seconds, *, window_cost_s=0.0, busy=lambda now: 0.0, at_once=Tr
             if encoding:
                 backlog.encoded()
                 encoding = False
-            at, found = now[0], backlog.take(0.1)
-            if found is None:
+            at, found = now[0], backlog.take(0.0)
+            if found is None:  # the encoder waits for 0.1 s
+                backlog.rest(0.1, source_waits=False)
                 free_s = at + 0.1
                 break
             waiting.append(found)
@@ -198,7 +196,9 @@ def test_a_frame_right_before_the_end_is_encoded(times, monkeypatch):
         taken = take(backlog, patience_s)
         if taken is None:
             source.go.set()
-            feed._threads[0].join(10)
+            until = time.monotonic() + 10
+            while not backlog.ended and time.monotonic() < until:
+                time.sleep(0.001)
         return taken
 
     monkeypatch.setattr(Backlog, "take", slow)

@@ -145,7 +145,7 @@ class Page:
 
     def _tell_units(self, job: Job, put: Put) -> None:
         work = self._server.work
-        question = job.request.question
+        question = job.assignment.question
         qa = work.session(question)
         Fates.check(qa.session)
         check_one_video(job)
@@ -166,14 +166,14 @@ class Page:
 
     def _tell_moments(self, job: Job, put: Put) -> None:
         check_one_video(job)
-        question = job.request.question
+        question = job.assignment.question
         session = self._server.work.session(question).session
 
         def progress(stage: str, done: int, total: int) -> None:
             job.check()
             put(Told({"stage": stage, "done": done, "of": total}))
 
-        source = job.request.files.inputs()[0]
+        source = job.assignment.files.inputs()[0]
         options = self._server.settings.usual.find
         with Search(session, source, [question.text], options, question.sampling) as search:
             search.run(progress)
@@ -214,7 +214,7 @@ def drawable(session: Session) -> bool:
 
 def check_one_video(job: Job) -> None:
     """Raise ApiError unless a request's messages contain exactly one video."""
-    count = len(job.request.files.names)
+    count = len(job.assignment.files.names)
     if count != 1:
         raise refused(f"the messages have {count} videos; this request takes exactly one", "messages")
 

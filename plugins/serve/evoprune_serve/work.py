@@ -129,7 +129,7 @@ NEXT = {  # the states that may follow each state; ENDED may also follow, see `J
 
 
 @dataclass(frozen=True)
-class Request:
+class Assignment:
     """The work to do for a job once its files have been fetched.
 
     Attributes:
@@ -143,7 +143,7 @@ class Request:
     scope: Scope = field(default_factory=Scope)
 
     def run(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function in the request's scope."""
+        """Call a function in the scope."""
 
         def entered() -> None:
             self.scope.enter()
@@ -166,9 +166,9 @@ class Job:
     A job owns its resources, which depend on its state:
 
         FETCHING             nothing
-        WAITING, OPENING     its `Request`
-        READY, READING       its `Request`; its opened inputs, unless the encoding of an earlier question is reused
-        RUNNING              its `Request`; its opened inputs until the model thread takes them (`take_inputs`)
+        WAITING, OPENING     its `Assignment`
+        READY, READING       its `Assignment`; its opened inputs, unless the encoding of an earlier question is reused
+        RUNNING              its `Assignment`; its opened inputs until the model thread takes them (`take_inputs`)
         ENDED                nothing
 
     `change` goes on to the next state, and `end` ends the job from any state and releases what it owns. Both may be called from any
@@ -188,7 +188,7 @@ class Job:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._lock = threading.Lock()
         self._state = State.FETCHING
-        self._request: Request | None = None
+        self._assignment: Assignment | None = None
         self._inputs: OpenInputs | None = None
 
     @property
@@ -201,18 +201,18 @@ class Job:
             raise Gone
 
     @property
-    def request(self) -> Request:
+    def assignment(self) -> Assignment:
         """The work to do for the job.
 
         Raises:
             Gone: If the job has ended.
         """
-        request = self._request
-        if request is None:
+        assignment = self._assignment
+        if assignment is None:
             raise Gone
-        return request
+        return assignment
 
-    def change(self, state: State, owned: Request | OpenInputs | None = None) -> None:
+    def change(self, state: State, owned: Assignment | OpenInputs | None = None) -> None:
         """Go on to the next state.
 
         Args:
@@ -228,8 +228,8 @@ class Job:
                 if state not in NEXT[self._state]:
                     raise RuntimeError(f"a job cannot be {state.name} after {self._state.name}")
                 self._state = state
-                if isinstance(owned, Request):
-                    self._request = owned
+                if isinstance(owned, Assignment):
+                    self._assignment = owned
                 else:
                     self._inputs = owned or self._inputs
         except BaseException:
@@ -273,12 +273,12 @@ class Job:
             if self._state is State.ENDED:
                 return
             self._state = State.ENDED
-            request, inputs = self._request, self._inputs
-            self._request = self._inputs = None
+            assignment, inputs = self._assignment, self._inputs
+            self._assignment = self._inputs = None
             if last:
                 self._send(last)
-        if request:
-            run(partial(request.close, inputs))
+        if assignment:
+            run(partial(assignment.close, inputs))
 
     async def next(self) -> Event:
         return await self._events.get()
@@ -502,15 +502,15 @@ class Work:
         job.check()
         files = fetch()
         paths = files.paths
-        request = Request(question, task or self._answer, files)
-        if task or encoding_key(request) in self.kept:
-            self._ready(job, request)
+        assignment = Assignment(question, task or self._answer, files)
+        if task or encoding_key(assignment) in self.kept:
+            self._ready(job, assignment)
         else:
-            job.change(State.WAITING, request)
+            job.change(State.WAITING, assignment)
             self._openers.submit(self._prepare_waiting)
         return paths
 
-    def _ready(self, job: Job, owned: Request | OpenInputs) -> None:
+    def _ready(self, job: Job, owned: Assignment | OpenInputs) -> None:
         job.change(State.READY, owned)
         with self._changed:
             self._changed.notify_all()
@@ -544,18 +544,18 @@ class Work:
                 if job is None:
                     return
                 job.change(State.OPENING)
-                request = job.request
+                assignment = job.assignment
                 self._opening.add(job.client)
             try:
-                request.run(self._prepare, job, request)
+                assignment.run(self._prepare, job, assignment)
             finally:
                 with self._changed:
                     self._opening.discard(job.client)
 
-    def _prepare(self, job: Job, request: Request) -> None:
+    def _prepare(self, job: Job, assignment: Assignment) -> None:
         """Open a job's inputs, and start reading them ahead if another job is being answered."""
         try:
-            inputs = self._open(job, request)
+            inputs = self._open(job, assignment)
             self._ready(job, inputs)
         except BaseException as problem:
             self._end(job, Failed(problem))
@@ -565,11 +565,11 @@ class Work:
         if ahead:
             self._read_ahead(job, inputs)
 
-    def _open(self, job: Job, request: Request, tower: Tower | None = None) -> OpenInputs:
+    def _open(self, job: Job, assignment: Assignment, tower: Tower | None = None) -> OpenInputs:
         start = time.perf_counter()
-        question = request.question
+        question = assignment.question
         qa = self.session(question)
-        files = request.files
+        files = assignment.files
         opened = open_inputs(qa.session, files.inputs(), question.sampling, names=files.names, tower=tower)
         try:
             with opened.planning():
@@ -597,8 +597,8 @@ class Work:
             inputs = job and job.inputs
             if not (inputs and self._reserve_ahead(job)):
                 return
-            request = job.request
-        self._openers.submit(request.run, self._read_ahead, job, inputs)
+            assignment = job.assignment
+        self._openers.submit(assignment.run, self._read_ahead, job, inputs)
 
     def _read_ahead(self, job: Job, inputs: OpenInputs) -> None:
         try:
@@ -630,17 +630,17 @@ class Work:
             job.queue_s = start - job.admitted_s - job.opening_s
             try:
                 self._read_next_ahead()
-                request = job.request
-                request.run(self._do, job, request)
+                assignment = job.assignment
+                assignment.run(self._do, job, assignment)
                 self._seconds.append(time.perf_counter() - start)
             except BaseException as problem:
                 self._end(job, Failed(problem))
             finally:
                 self._running = None
                 self._end(job)
-                request = None
+                assignment = None
 
-    def _do(self, job: Job, request: Request) -> None:
+    def _do(self, job: Job, assignment: Assignment) -> None:
         """Run a job's task. If memory runs out before the first event, clear the caches and retry once."""
         said = False
 
@@ -649,13 +649,13 @@ class Work:
             said = True
             job.put(event)
 
-        self._use_threads(self.models[request.question.model])
+        self._use_threads(self.models[assignment.question.model])
         try:
-            request.task(job, put)
+            assignment.task(job, put)
         except OutOfMemory:
             if said or not self._make_room():
                 raise
-            request.task(job, put)
+            assignment.task(job, put)
 
     def _make_room(self) -> bool:
         """Clear everything cached for follow-up questions. Returns False if nothing was cached."""
@@ -669,9 +669,9 @@ class Work:
             self._threads_of = qa
 
     def _answer(self, job: Job, put: Put) -> None:
-        request = job.request
-        question = request.question
-        encoded = self.kept.get(encoding_key(request))
+        assignment = job.assignment
+        question = assignment.question
+        encoded = self.kept.get(encoding_key(assignment))
         kept = encoded is not None
         if encoded is None:
             encoded = self.encode(job)
@@ -710,22 +710,24 @@ class Work:
         Args:
             tower: See `OpenInput`. Used only if the inputs haven't been opened yet, as in a task.
         """
-        request = job.request
+        assignment = job.assignment
 
         def progress(*_: object) -> None:
             job.check()
 
         # They have not been opened if the job has a task, the encoding was evicted since the job became ready, or memory ran out.
-        with job.take_inputs() or self._open(job, request, tower) as opened:
+        with job.take_inputs() or self._open(job, assignment, tower) as opened:
             encoded = opened.encode(progress)
-        self.kept.put(encoding_key(request), encoded, encoded.bytes_with(request.question.generation.max_new_tokens))
+        self.kept.put(
+            encoding_key(assignment), encoded, encoded.bytes_with(assignment.question.generation.max_new_tokens)
+        )
         return encoded
 
 
-def encoding_key(request: Request) -> str:
-    """Return the cache key of a request's encoding, which includes everything the encoding depends on."""
-    question = request.question
-    return repr((question.model, request.files.identity, question.sampling, question.pruning))
+def encoding_key(assignment: Assignment) -> str:
+    """Return the cache key of an assignment's encoding, which includes everything the encoding depends on."""
+    question = assignment.question
+    return repr((question.model, assignment.files.identity, question.sampling, question.pruning))
 
 
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:

@@ -25,7 +25,7 @@ from evoprune_serve.chat import read_chat
 from evoprune_serve.errors import ApiError
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched, LocalFile
-from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Request, State, Told, Work
+from evoprune_serve.work import Assignment, Done, Failed, Gone, Job, Piece, State, Told, Work
 
 LONGEST_S = 60.0
 PIECE = Piece("piece", False, None)
@@ -239,7 +239,7 @@ FOLLOWS = {*pairwise(ORDER[:-1]), (State.FETCHING, State.READY), (State.READY, S
 def in_state(state: State, files: Files, inputs: Inputs) -> Job:
     """Return a job that has gone through all the states up to this one."""
     job = Job("a", asyncio.get_running_loop())
-    owned = {State.WAITING: Request(question(), lambda job, put: None, files), State.READY: inputs}
+    owned = {State.WAITING: Assignment(question(), lambda job, put: None, files), State.READY: inputs}
     for each in ORDER[1 : ORDER.index(state) + 1]:
         if each is State.ENDED:
             job.end()
@@ -275,7 +275,7 @@ def test_a_job_that_has_ended_holds_nothing_and_sends_nothing(state):
         job = in_state(state, files, inputs)
         kept = [weakref.ref(each) for each in (files, inputs)]
         if job.state not in (State.FETCHING, State.ENDED):
-            kept += [weakref.ref(each) for each in (job.request.question, job.request.task, job.request.scope)]
+            kept += [weakref.ref(each) for each in (job.assignment.question, job.assignment.task, job.assignment.scope)]
         job.end(Failed(VideoError("first")))
         job.end(Failed(VideoError("second")))
         job.put(PIECE)
@@ -285,7 +285,7 @@ def test_a_job_that_has_ended_holds_nothing_and_sends_nothing(state):
             assert event.problem.message == "first"
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(job.next(), 0.01)
-        for function in (job.check, job.take_inputs, lambda: job.request):
+        for function in (job.check, job.take_inputs, lambda: job.assignment):
             with pytest.raises(Gone):
                 function()
         del files, inputs
@@ -293,6 +293,39 @@ def test_a_job_that_has_ended_holds_nothing_and_sends_nothing(state):
         assert [each() for each in kept] == [None] * len(kept)
 
     asyncio.run(go())
+
+
+def test_nothing_of_a_request_stays_after_its_answer(qa, monkeypatch):
+    """The caller still has the jobs: one that was answered, one that failed, and one that was given up while it was running."""
+
+    def broken(session, inputs, sampling, names, tower):
+        raise VideoError("broken")
+
+    def endless(job: Job, put) -> None:
+        while True:
+            time.sleep(0.001)
+            job.check()
+
+    async def go(work: Work) -> None:
+        jobs, kept = [work.admit("a") for _ in range(3)], []
+        for job, task in zip(jobs, (None, None, endless), strict=True):
+            asked, files = question(), Files(str(len(kept)))
+            kept += [weakref.ref(asked), weakref.ref(files)]
+            await work.submit(job, asked, lambda files=files: files, task)
+            del asked, files
+            if task:
+                await until(lambda job=job: job.state is State.RUNNING)
+                work.cancel(job)
+            else:
+                (*_, last) = await events_of(job)
+                assert isinstance(last, Failed if job is jobs[1] else Done)
+                del last
+            monkeypatch.setattr("evoprune_serve.work.open_inputs", broken)
+        await until(lambda: gc.collect() >= 0 and not any(each() for each in kept))
+        assert [job.state for job in jobs] == [State.ENDED] * 3
+
+    with working(qa) as work:
+        asyncio.run(go(work))
 
 
 def test_a_job_ends_once_whoever_ends_it_first():
@@ -304,7 +337,7 @@ def test_a_job_ends_once_whoever_ends_it_first():
 
     def steps(job: Job, given: list) -> None:
         given.append(Files())
-        job.change(State.WAITING, Request(asked, lambda job, put: None, given[0]))
+        job.change(State.WAITING, Assignment(asked, lambda job, put: None, given[0]))
         job.change(State.OPENING)
         given.append(Inputs())
         job.change(State.READY, given[1])
