@@ -19,7 +19,7 @@ class GiveWay(Exception):
 class State(Enum):
     """What the answers to questions need at the moment."""
 
-    IDLE = "nobody has asked"
+    IDLE = "no answer is wanted"
     PREFILLING = "a question waits for the memory or is being prefilled, so everything else waits"
     GENERATING = "an answer is being generated, so the encoder goes on slowly, and finished windows wait"
     CLOSED = "the stream is closed or has failed, so everything stops"

@@ -114,7 +114,7 @@ class State(Enum):
     READY = "the model may start working on it"
     READING = "READY, and its inputs are being read ahead"
     RUNNING = "the model works on it"
-    ENDED = "its last event has been sent, or nobody waits for it"
+    ENDED = "its last event has been sent, or its client is gone"
 
 
 NEXT = {  # the states that may follow each state; ENDED may also follow, see `Job.end`
@@ -266,7 +266,7 @@ class Job:
         """End the job: send its last event, and release everything that it owns. Has no effect if the job has already ended.
 
         Args:
-            last: The last event, or None if nobody waits for it.
+            last: The last event, or None if the client is gone.
             run: Called with the function that releases the resources, which may have to wait for a reader.
         """
         with self._lock:
