@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from evoprune.backend import (
     Attention,
-    Device,
     Quantization,
     joined,
     kernels_for,
@@ -22,10 +21,9 @@ from evoprune.backend import (
     to_device,
     without_cudnn,
 )
-from evoprune.methods import Dropping, LayerState, arange_on
+from evoprune.language.attention import STRIP, Attend, Blind, Restricted, attention_for
+from evoprune.methods import Dropping, LayerState
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
-
-STRIP = 1024  # number of query columns that share an attention mask
 
 
 @lru_cache
@@ -84,121 +82,6 @@ def rows_at(x: torch.Tensor | None, rows: torch.Tensor | slice | None) -> torch.
 def put_rows(x: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     """Return a copy of `x` with some rows replaced by `new`. If `rows` is None, all rows are replaced."""
     return new if rows is None else x.index_copy(0, rows, new)
-
-
-def attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    visible_keys: torch.Tensor | None = None,
-    wide: torch.Tensor | None = None,
-    dim: int | None = None,
-) -> torch.Tensor:
-    """Compute causal attention from L query columns to n keys and return the output, `[L, heads * head_dim]`.
-
-    Args:
-        queries: `[1, L, heads, head_dim]`, optionally with bias features appended to each head (`Attention.bias_features`).
-        keys, values: `[1, kv_heads, n, head_dim]`. Consecutive query heads share a key head and a value head. If L is 1, bias
-            features may be appended to each head.
-        bias: `[n]`, the bias to add to each key's attention scores. With a bias of log(cluster size), a key has the same effect as
-            that many identical keys (arXiv 2210.09461, section 3).
-        visible_keys: int64 `[L]`, the number of keys that each query can attend to, in ascending order. The last number must be n.
-            None means that the queries correspond to the last L columns.
-        wide: A buffer from `Attention.room_for_bias`, `[2, kv_heads, n, head_dim + e]`, for keys and values with bias features. It
-            is used by kernels that don't support masks.
-        dim: The head size without bias features. Required if the queries have bias features.
-    """
-    _, columns, heads, given = queries.shape
-    kv_heads, n, whole = keys.shape[1:]
-    dim = dim or given
-    few = 1 < columns <= Quantization.few_rows and Device(queries.device).reads_drafts
-    if few and visible_keys is None and given == whole == dim:
-        # One by one, so that a column's result doesn't depend on the others
-        ends = range(n - columns + 1, n + 1)
-        single = zip(queries.split(1, 1), ends, strict=True)
-        seen = [attend(each, keys[:, :, :end], values[:, :, :end], rows_at(bias, slice(end))) for each, end in single]
-        return torch.cat(seen)
-    if columns == 1:
-        # Treat query heads with shared keys as columns of a single head, so the keys are read only once. This is two to four times
-        # as fast.
-        queries = queries.view(1, kv_heads, -1, given)
-        if whole > given:
-            queries = F.pad(queries, (0, whole - given), value=1.0)
-        if whole > dim:
-            seen = F.scaled_dot_product_attention(queries, keys, values, scale=dim**-0.5)
-            return seen[..., :dim].reshape(1, -1)
-        if bias is not None:
-            bias = bias[None]
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias).reshape(1, -1)
-    # Use the key/value heads as the batch dimension, so that keys aren't repeated and the kernel doesn't have to support grouped
-    # heads.
-    group = heads // kv_heads
-    queries = queries.view(columns, kv_heads, group, given).permute(1, 2, 0, 3)
-    keys = keys.transpose(0, 1)
-    values = values.transpose(0, 1)
-    if visible_keys is None and (bias is None or wide is not None):
-        padded_queries = queries
-        shared = (keys, values)
-        scale = None
-        if bias is not None:
-            for room, tensor in zip(wide[..., :dim], shared, strict=True):
-                room.copy_(tensor[:, 0])
-            if wide.shape[3] > given:
-                padded_queries = F.pad(queries, (0, wide.shape[3] - given), value=1.0)
-            shared = wide[:, :, None]
-            scale = dim**-0.5
-        out = Attention.of(padded_queries).causal(
-            padded_queries, *(t.expand(-1, group, -1, -1) for t in shared), scale=scale
-        )
-        if out is not None:
-            return out[..., :dim].permute(2, 0, 1, 3).reshape(columns, -1)
-    queries = queries[..., :dim]
-    keys, values = (t.expand(-1, group, -1, -1) for t in (keys, values))
-    strips = []  # one mask per query strip, because a single mask would grow quadratically with the prompt length
-    for start in range(0, columns, STRIP):
-        strip = queries[:, :, start : start + STRIP]
-        rows = strip.shape[2]
-        if visible_keys is None:
-            end = n - columns + start + rows
-            mask = torch.ones(rows, end, dtype=torch.bool, device=queries.device).tril(end - rows)
-        else:
-            end = n
-            if start + rows < columns:
-                end = int(visible_keys[start + rows - 1])
-            mask = arange_on(end, queries.device) < visible_keys[start : start + rows, None]
-        if bias is not None:
-            mask = bias[:end].expand(len(mask), -1).masked_fill(~mask, -torch.inf)
-        strips.append(F.scaled_dot_product_attention(strip, keys[:, :, :end], values[:, :, :end], attn_mask=mask))
-    return torch.cat(strips, 2).permute(2, 0, 1, 3).reshape(columns, -1)
-
-
-def columns_of(wide: torch.Tensor | None, columns: torch.Tensor | slice | None) -> torch.Tensor | None:
-    """Select columns of a buffer from `Attention.room_for_bias`. If `columns` is None, return all columns."""
-    return wide if wide is None or columns is None else wide[:, :, columns]
-
-
-def attend_blind(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor | None,
-    wide: torch.Tensor | None,
-    others: torch.Tensor,
-    end: int,
-) -> torch.Tensor:
-    """Compute attention like `attend`, except that columns starting at `end` attend only to the columns in `others` (int64).
-
-    `keys` must include all prompt columns. If there are fewer queries than keys, the queries correspond to the last columns.
-    """
-    before = max(0, queries.shape[1] - (keys.shape[2] - end))  # number of queries before `end`
-    extra = {"wide": columns_of(wide, others)}
-    sighted = attend(queries[:, before:], keys[:, :, others], values[:, :, others], rows_at(bias, others), **extra)
-    if not before:
-        return sighted
-    extra = {"wide": columns_of(wide, slice(end))}
-    first = attend(queries[:, :before], keys[:, :, :end], values[:, :, :end], rows_at(bias, slice(end)), **extra)
-    return torch.cat([first, sighted])
 
 
 def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> torch.Tensor:
@@ -430,16 +313,20 @@ def forward(
     entered = []
     if deepstack is None:
         deepstack = x.new_empty(0, *x.shape)
-    blind = None
     rows = []
+    dim = head_size(config)
     every = cache.sizes_with(sizes, columns)
     for i, layer in enumerate(text.layers):
         pause()
-        if not i or every[i] is not every[i - 1]:
+        if changed := not i or every[i] is not every[i - 1]:
             bias, wide = _bias(every[i], x, config)
-        if dropping:
-            blind, rows = dropping.before(i, len(x))
         count = len(x)
+        final = i == len(every) - 1
+        if dropping:
+            before = _, rows = dropping.before(i, count)
+            attend = _attention_while_dropping(x, dim, (bias, wide), before, last if final else None)
+        elif changed or (final and last < count):
+            attend = attention_for(min(last, count) if final else count, dim, x.device, bias, wide)
         if rows:
             count = len(rows[0])
         entered.append(count)
@@ -448,7 +335,7 @@ def forward(
             *_, keys, values = cache.room(i, len(x))
             x = compiled[i](x, *places, keys, values, bias)
         else:
-            x, *heads = run_layer(layer, x, places, cache, i, config, bias, last, blind, rows, wide)
+            x, *heads = run_layer(layer, x, places, cache, i, config, attend, last, rows)
         if len(deepstack):
             # the last layer may return only the last `last` columns
             x = x + deepstack[0, -len(x) :]
@@ -474,12 +361,41 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
 
 
 def _bias(sizes: torch.Tensor | None, like: torch.Tensor, config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the `bias` and `wide` arguments for applying cluster sizes in `attend`, or None for both if `sizes` is None."""
+    """Return the `bias` and `wide` arguments of `attention_for` for applying cluster sizes, or None for both if `sizes` is None."""
     if sizes is None:
         return None, None
     bias = sizes.log()
     wide = Attention.of(like).room_for_bias(bias, len(like), config.num_key_value_heads, head_size(config))
     return bias.to(like.dtype), wide
+
+
+def _attention_while_dropping(
+    x: torch.Tensor,
+    dim: int,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    before: tuple[tuple[torch.Tensor, int] | None, Sequence[torch.Tensor]],
+    last: int | None,
+) -> Attend:
+    """Return the attention for a layer of a prompt whose tokens are dropped.
+
+    Args:
+        x: The layer's input.
+        dim: The head size.
+        biases: The result of `_bias`.
+        before: The result of `Dropping.before`.
+        last: Number of columns to compute the output for in the last layer, or None in other layers.
+    """
+    bias, wide = biases
+    blind, rows = before
+    if blind is not None:
+        return Blind(dim, rows_at(bias, rows[0] if rows else None), wide, *blind)
+    columns = len(x) if last is None else min(last, len(x))
+    if not rows:
+        return attention_for(columns, dim, x.device, bias, wide)
+    keys, queries, _ = rows
+    if last is None:
+        return Restricted(dim, rows_at(bias, keys), torch.searchsorted(keys, queries, right=True))
+    return attention_for(columns, dim, x.device, rows_at(bias, keys), None)
 
 
 def run_layer(
@@ -489,11 +405,9 @@ def run_layer(
     cache,
     number: int,
     config,
-    bias: torch.Tensor | None = None,
+    attend: Attend,
     last: int = 1,
-    blind: tuple[torch.Tensor, int] | None = None,
     rows: Sequence[torch.Tensor] = (),
-    wide: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a single language model layer on new columns.
 
@@ -504,10 +418,9 @@ def run_layer(
         cache: A `KVCache`, or a `NativeStaticCache` if there is only one column.
         number: The layer index.
         config: The language model config.
-        bias, wide: See `attend`.
+        attend: The attention. In the last layer, its queries are the last columns.
         last: Number of columns to compute the output for if this is the last layer.
-        blind, rows: The results of `Dropping.before`. If a column skips attention or the MLP, its hidden state doesn't change in
-            that step.
+        rows: A result of `Dropping.before`. If a column skips attention or the MLP, its hidden state doesn't change in that step.
 
     Returns:
         A tuple of the columns' output, their queries, all keys, and all values. In the last layer, the output includes only the
@@ -516,8 +429,8 @@ def run_layer(
     attention = layer.self_attn
     mlp = layer.mlp
     eps = config.rms_norm_eps
-    whole = blind is None and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
-    if whole and (fused := _fused(layer, x, places, cache, number, config, bias, wide)):
+    whole = attend.is_causal and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
+    if whole and (fused := _fused(layer, x, places, cache, number, config, attend)):
         return fused
     kv_rows, q_rows, mlp_rows = rows or (None,) * 3
     cos, sin = places
@@ -533,15 +446,7 @@ def run_layer(
         q_rows = mlp_rows = None
     queries = heads_of(attention, "q", rows_at(h, q_rows), config)
     queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
-    given = queries, keys, values, rows_at(bias, kv_rows)
-    if blind is not None:
-        seen = attend_blind(*given, wide, *blind)
-    elif q_rows is not None:
-        seen = attend(*given, torch.searchsorted(kv_rows, q_rows, right=True))
-    elif rows:  # in the last layer, the queries correspond to the last columns
-        seen = attend(*given)
-    else:
-        seen = attend(*given, wide=wide)
+    seen = attend(queries, keys, values)
     x = put_rows(x, q_rows, linear(attention.o_proj, seen, plus=rows_at(x, q_rows)))
     old = rows_at(x, mlp_rows)
     h = norm(old, layer.post_attention_layernorm.weight, eps)
@@ -556,8 +461,7 @@ def _fused(
     cache,
     number: int,
     config,
-    bias: torch.Tensor | None,
-    wide: torch.Tensor | None,
+    attend: Attend,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Run a single layer on all columns using fused kernels and joined weights, or return None if this is not possible.
 
@@ -578,11 +482,9 @@ def _fused(
         *room, keys, values = cache.room(number, len(x))
         dim = head_size(config)
         projected = F.linear(h, *into)
-        more = keys.shape[3] - dim
-        if wide is not None:
-            more = wide.shape[3] - dim
+        more = attend.features or keys.shape[3] - dim
         queries = fast.rotate_put(projected, places, norms, eps, heads, *room, cache.column, more)
-        seen = attend(queries, keys, values, bias, wide=wide, dim=dim)
+        seen = attend(queries, keys, values)
         x, h = fast.add_norm(x.contiguous(), attention.o_proj(seen), layer.post_attention_layernorm.weight, eps)
         return x + mlp.down_proj(fast.silu_times(F.linear(h, gates[0]))), queries[..., :dim], keys, values
     except Exception as problem:

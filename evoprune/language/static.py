@@ -28,6 +28,7 @@ from evoprune.backend import (
 )
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted
+from evoprune.language.attention import OneColumn
 from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_layer
 from evoprune.language.hosted import HostedCache
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
@@ -165,8 +166,9 @@ class NativeStaticCache(StaticCache):
         places = cos_sin_of(self.position[:, None] * self.frequencies, x.dtype)
         # Replace the bias of -inf for the new column with 0, so that attention can see the column.
         self._keys_values[:, 0, :, : self.read, self._dim :].index_fill_(2, self.column, 0)
+        attend = OneColumn(self._dim)  # the keys have the bias
         for number, layer in enumerate(text.layers):
-            x = run_layer(layer, x, places, self, number, config)[0]
+            x = run_layer(layer, x, places, self, number, config, attend)[0]
         return norm(x, text.norm.weight, config.rms_norm_eps)
 
 

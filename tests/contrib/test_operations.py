@@ -101,7 +101,7 @@ def test_the_prompt_and_the_answer_read_as_if_a_mask_barred_what_is_removed(name
 def test_attention_in_strips_of_any_length(strip, monkeypatch):
     method, (embeds, positions) = Operations(recipe=recipe_of(CASES["random-4"])), a_prompt()
     whole = run_method(deep_model(), method, embeds, positions, 1e-9)[0]
-    monkeypatch.setattr(decoder, "STRIP", strip)
+    monkeypatch.setattr("evoprune.language.attention.STRIP", strip)
     assert_close(run_method(deep_model(), method, embeds, positions, 1e-9)[0], whole)
 
 

@@ -82,7 +82,7 @@ def test_a_pass_is_hugging_faces(model, length):
 @pytest.mark.parametrize("strip", [1, 7, 1024])
 def test_columns_that_count_more_than_once(model, cuts, strip, monkeypatch):
     """The reference is transformers' model with a custom mask, which is added to the attention scores."""
-    monkeypatch.setattr(decoder, "STRIP", strip)
+    monkeypatch.setattr("evoprune.language.attention.STRIP", strip)
     embeds, positions = columns()
     counts = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1)) * 9 + 0.5
     counts[40:] = 1
