@@ -50,7 +50,8 @@ FAULTS = [
     Fault("rotation", "evoprune/video/readers/ffmpeg.py", "np.rot90(rgb, -rotation_deg // 90)",
           "np.rot90(rgb, rotation_deg // 90)", "tests/video/test_frames.py"),
     # Frames are too early in a file whose clock does not start at 0.
-    Fault("clock", "evoprune/video/readers/track.py", "origin = info.start_s", "origin = 0.0", "tests/video/test_frames.py"),
+    Fault("clock", "evoprune/video/readers/track.py", "stamp + shift_s - info.start_s", "stamp + shift_s",
+          "tests/video/test_frames.py"),
     # The two frames of a pair come before the color channels.
     Fault("patches", "evoprune/vision/preprocess.py", "permute(0, 2, 5, 3, 6, 8, 1, 4, 7)",
           "permute(0, 2, 5, 3, 6, 1, 8, 4, 7)", "tests/vision/test_preprocess.py"),
@@ -76,7 +77,7 @@ FAULTS = [
     Fault("stop", "evoprune/language/answer.py", "held_back[: held_back.index(self.found)]",
           "held_back[: held_back.index(self.found) + len(self.found)]", "tests/language/test_answer.py"),
     # The cache answers about a file that was replaced.
-    Fault("cache", "evoprune/session/encoding.py", '"video": content,', '"video": plan.info.path,',
+    Fault("cache", "evoprune/session/encoding.py", '"files": content,', '"files": plan.info.path,',
           "tests/session/test_cache.py"),
     # The warning about a damaged video depends only on the last chunk of frames.
     Fault("warning", "evoprune/session/encoding.py", "self.damaged += chunk.damaged", "self.damaged = chunk.damaged",
