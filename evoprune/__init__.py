@@ -3,11 +3,11 @@
 Public names are imported on first use, so `import evoprune` itself takes almost no time.
 """
 
-from evoprune.doors import attach_stub
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_import, _, __all__ = attach_stub(__name__, __file__)
+_import, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 # Suggestions for names that other libraries use.
 _MEANT = dict.fromkeys(

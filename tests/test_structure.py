@@ -16,7 +16,7 @@ from evoprune.model import FAMILIES
 ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in import order: each one imports only from entries before it.
 ORDER = (
-    "doors", "errors", "util", "files", "untrusted", "timeline", "keywords", "suggestions", "signatures", "bundled", "report",
+    "errors", "util", "files", "untrusted", "timeline", "keywords", "suggestions", "signatures", "bundled", "report",
     "backend", "model", "methods", "video", "vision", "language", "session", "hf", "live", "moments", "video_qa", "batch",
     "contrib", "bench",
 )  # fmt: skip

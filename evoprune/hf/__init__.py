@@ -3,6 +3,6 @@
 The model's `generate` and `forward` methods accept the usual inputs from the processor, but run on fewer video tokens.
 """
 
-from evoprune.doors import attach_stub
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,6 +5,6 @@ adds subtitles, and `session` combines the loaded model with its pruning setting
 built on this package.
 """
 
-from evoprune.doors import attach_stub
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

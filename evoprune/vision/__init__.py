@@ -5,6 +5,6 @@ selects the visual tokens and returns them as `Encoded`. The weights come from a
 by Hugging Face transformers.
 """
 
-from evoprune.doors import attach_stub
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

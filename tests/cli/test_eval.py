@@ -316,8 +316,8 @@ def test_defaults(cli, monkeypatch):
         made.append((settings, videos))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "Evaluation", begin)
-    monkeypatch.setattr("evoprune.session.loading.description.describe", lambda options: None)
+    monkeypatch.setattr("evoprune.bench.Evaluation", begin)
+    monkeypatch.setattr("evoprune.session.describe", lambda options: None)
     monkeypatch.setenv("EVOPRUNE_BUDGET", "fast")
     monkeypatch.setenv("EVOPRUNE_MODEL", "some/model")
     assert cli("eval", "--data", DATA).code == 130
