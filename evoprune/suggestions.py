@@ -67,10 +67,12 @@ NOT_OPTIONS = {
     "messages": "a conversation is a chat: qa.encode(path).chat(messages=...).ask(question)",
     "history": "a conversation is a chat: qa.encode(path).chat(messages=...).ask(question)",
     "batch_size": "evoprune.batch.answers answers questions about many videos",
-    "trust_remote_code": "leave it out, because evoprune never runs a model's own code",
+    "trust_remote_code": "False is the only choice, because evoprune never runs a model's own code",
     "token": "set the environment variable HF_TOKEN",
     "use_auth_token": "set the environment variable HF_TOKEN",
 }
+# Options that `EvoPrune`, which wraps a Hugging Face model, has too.
+WRAPPER_OPTIONS = ("budget", "method", "seed")
 
 
 def unknown_keyword(name: str, known: Collection[str]) -> TypeError:
@@ -99,7 +101,8 @@ def _instead(name: str, known: Collection[str]) -> str | None:
     for target in (name, *meant):
         for function, options in OPTIONS_OF.items():
             if _option(target) in options:
-                return f"set {target} in {function}"
+                wrapper = " or EvoPrune" if _option(target) in WRAPPER_OPTIONS else ""
+                return f"set {target} in {function}{wrapper}"
     if near := get_close_matches(name.lower(), known, 1):
         return f"did you mean {near[0]}?"
     for function, options in OPTIONS_OF.items():

@@ -81,7 +81,7 @@ def qa():
         (Qa.ask, "stream", "iterate over the answer"),
         (Qa.ask, "n", "another seed"),
         (Qa.ask, "messages", "chat(messages=...)"),
-        (Qa.load, "trust_remote_code", "leave it out"),
+        (Qa.load, "trust_remote_code", "False is the only choice"),
         (Qa.load, "xyzzy", "known: model, progress, ahead, revision"),
     ],
 )
@@ -206,5 +206,5 @@ def test_a_suggestion_imports_no_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.partition("; ")[2] for line in out[:3]] == [
-        "did you mean evoprune.VideoQA.load?", "set max_new_tokens in VideoQA.ask", "set budget in VideoQA.load",
+        "did you mean evoprune.VideoQA.load?", "set max_new_tokens in VideoQA.ask", "set budget in VideoQA.load or EvoPrune",
     ] and out[3] == "False"  # fmt: skip

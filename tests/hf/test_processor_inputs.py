@@ -82,7 +82,7 @@ def test_what_makes_no_sense_is_refused():
         evoprune.processor_inputs("demo", "no-such.mp4", QUESTION)
     with pytest.raises(UsageError, match="fps and frames"):
         evoprune.processor_inputs("demo", CLIP, QUESTION, fps=1, frames=2)
-    with pytest.raises(TypeError, match="known: fps"):
+    with pytest.raises(TypeError, match="set budget in VideoQA"):
         evoprune.processor_inputs("demo", CLIP, QUESTION, budget=0.1)
     with pytest.raises(UsageError, match="no input given"):
         evoprune.processor_inputs("demo", [], QUESTION)
