@@ -3,6 +3,7 @@
 Does not import torch.
 """
 
+import errno
 import glob
 import os
 import secrets
@@ -178,15 +179,16 @@ def write_file(path: str, content: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], mode: int = 0o666, through_links: bool = True) -> Iterator[BinaryIO]:
     """Context manager that writes a file atomically: a temporary file replaces `path` at the end of the block.
 
-    A file that is replaced keeps its mode and, if possible, its owner. If `path` is a symbolic link, the link's target is replaced.
-    If the block raises an exception, nothing is replaced.
+    A file that is replaced keeps its mode and, if possible, its owner. If the block raises an exception, nothing is replaced.
 
     Args:
         path: The file to write.
         mode: The mode of a new file, which is combined with the umask.
+        through_links: If `path` is a symbolic link, whether to replace the link's target, which must be a regular file. Otherwise,
+            the link itself is replaced, or whatever else is at `path`, except for a folder.
 
     Yields:
         The temporary file, opened for writing.
@@ -194,7 +196,10 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Binar
     Raises:
         OSError: If the file can't be written.
     """
-    path = os.path.realpath(path)
+    if through_links:
+        path = os.path.realpath(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, "not a regular file", path)
     number, unfinished = create_unfinished(path, mode)
     try:
         with open(number, "wb") as file:
@@ -234,8 +239,7 @@ def create_unfinished(path: str, mode: int = 0o666, flags: int = 0) -> tuple[int
     """Create a temporary file that will replace `path` when complete, and open it for reading and writing.
 
     Args:
-        path: The file to be replaced, which is not a symbolic link. If it exists, the temporary file gets its mode and, if
-            possible, its owner.
+        path: The file to be replaced. If it is a regular file, the temporary file gets its mode and, if possible, its owner.
         mode: The mode of a new file, which is combined with the umask.
         flags: More flags for `os.open`.
 
@@ -247,9 +251,10 @@ def create_unfinished(path: str, mode: int = 0o666, flags: int = 0) -> tuple[int
     """
     name = UNFINISHED.format(path, secrets.token_hex(4))
     flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL
-    try:
-        before = os.stat(path)
-    except FileNotFoundError:
+    before = None
+    with suppress(FileNotFoundError):
+        before = os.lstat(path)
+    if before is None or not stat.S_ISREG(before.st_mode):
         return os.open(name, flags, mode), name
     number = os.open(name, flags, 0o600)
     try:

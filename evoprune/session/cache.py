@@ -90,7 +90,8 @@ class Entries:
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with replacing(self.path(key), mode=0o600) as file:  # entries are private
+            # Entries are private. A link in the cache's folder may lead to any file, so it isn't followed.
+            with replacing(self.path(key), mode=0o600, through_links=False) as file:
                 content(file)
         except OSError:
             return False

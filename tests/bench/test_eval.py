@@ -192,9 +192,9 @@ def test_what_leaves_inside_the_language_model_costs_less(loaded):
 
 def test_the_blind_row_sees_nothing_but_size_and_length(loaded, monkeypatch):
     info = probe(SAMPLES / "square.mp4")
-    opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), kind=gray_frames)
+    opened = open_inputs(VideoQA(loaded).session, [info.path], SamplingOptions(frames=4), frames=gray_frames)
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
-    chunks = list(opened.inputs[0].frames(lambda frames: None))
+    chunks = list(gray_frames(opened.plans[0], iter(())))
     assert [chunk.first for chunk in chunks] == [0, 2] and all((chunk.pixels == 128).all() for chunk in chunks)
     assert chunks[0].pixels.shape == (2, info.height, info.width, 3) and chunks[0].pixels.dtype == np.uint8
     run = begun(loaded, replace(SETTINGS, blind=True), videos(("square.mp4", "three.mp4")))

@@ -707,6 +707,7 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
     again = cli(*ask).record
     assert (again["cache"], again["answer"]) == ("miss", first["answer"])
     assert ("cache_not_written" in again["warnings"]) == (kind == "folder")
+    assert Path("/dev/zero").is_char_device()
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,26 @@ def test_private_contents_are_never_readable_by_others(tmp_path):
         assert {each.stat().st_mode & 0o777 for each in tmp_path.iterdir()} == {0o600}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+def test_only_a_regular_file_is_replaced_through_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in ("pipe", "link"):
+        with pytest.raises(OSError, match="not a regular file"), replacing(tmp_path / path) as file:
+            file.write(b"new")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
+def test_a_link_that_is_not_followed_is_replaced(tmp_path):
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "mine").chmod(0o644)
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    with replacing(tmp_path / "link", mode=0o600, through_links=False) as file:
+        file.write(b"new")
+    assert (tmp_path / "mine").read_bytes() == b"mine" and not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_bytes() == b"new" and (tmp_path / "link").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give files to other users")
 def test_a_replaced_file_keeps_its_owner(tmp_path):
     path = tmp_path / "a.json"
