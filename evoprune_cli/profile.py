@@ -31,7 +31,6 @@ QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
 @opt.command(
     *ModelOptions.NAME,
     *ModelOptions.DEVICE,
-    "store_quantized",
     *ModelOptions.RUNNING,
     "seed",
     short="budget method frames size model time_limit form output chart quiet",

@@ -39,6 +39,7 @@ STDIN = "-"
     "max_visual_tokens",
     *GenerationOptions.ANSWER,
     short="question every questions pace window_s memory_s model budget fps json quiet",
+    offline={"help": "Never use the network, except for SOURCE."},
 )
 def watch(
     *,

@@ -273,7 +273,6 @@ OTHER_CASES = {
     ("find", "speech"): Case("speech", {"moments": ANY}, clip="sound.mp4"),
     ("eval", "speech"): Case("speech", {"tflop_3b_prefill": ANY}, clip="sound.mp4"),
     ("eval", "max_subtitle_tokens"): Case(2, {"tflop_3b_prefill": ANY}, HEARD, clip="sound.mp4"),
-    ("profile", "store_quantized"): Case(True, says="needs quantize"),  # its own --quantize is not stored
     ("find", "seek"): Case("exact", {"seek": "exact"}),
     ("verify", "engine"): Case("transformers", {"largest_error": ANY}),
 }
