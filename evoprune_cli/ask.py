@@ -141,9 +141,10 @@ def ask(
             asked = [] if cache else [(paths, sampling)]  # with the disk cache, inputs may not have to be read at all
             ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
             encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
-            startup_s = time.perf_counter() - BEGAN_S
             with progress(not quiet) as show:
-                session = replace(load(pipeline, show, quiet, model=model), startup_seconds=startup_s)
+                session = load(pipeline, show, quiet, model=model)
+                startup_s = time.perf_counter() - BEGAN_S - (session.load_seconds or 0.0)
+                session = replace(session, startup_seconds=startup_s)
                 if history == opt.ON:
                     session.pruning.method.check_conversation()
                 encoded = encode(session, show, ahead=ahead)

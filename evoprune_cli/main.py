@@ -391,4 +391,6 @@ def _suggestion(typed: str | None, known: Sequence[str]) -> str:
     near = get_close_matches(word, [*known, *COMMAND_HINTS], 1)
     if not near:
         return ""
-    return COMMAND_HINTS.get(near[0]) or f"did you mean evoprune {near[0]}? see evoprune --help"
+    if near[0] in known:
+        return f"did you mean evoprune {near[0]}? see evoprune --help"
+    return COMMAND_HINTS[near[0]]
