@@ -141,7 +141,7 @@ class OpenInput:
         cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
         temporary: Whether the files will be deleted when the input is closed, so they cannot be shared with later inputs.
         cores: Maximum number of cores for reading, or None for all cores available to this process.
-        waited_s: Time spent waiting for patches during encoding, in seconds.
+        waited_s: Time the encoding thread spent waiting for patches and transcripts, in seconds.
     """
 
     session: Session
