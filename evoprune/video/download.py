@@ -78,8 +78,9 @@ def _chunks(
         # Pass the password separately to keep it out of httpx2's log.
         auth = (address.username, address.password) if address.userinfo else None
         address = address.copy_with(userinfo=b"")
+        hooks = {"response": [lambda response: _check_redirect(response, name)]}
         with (
-            httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S) as client,
+            httpx2.Client(transport=transport, headers=HEADERS, timeout=TIMEOUT_S, event_hooks=hooks) as client,
             closing(_response(client, address, auth, name)) as response,
         ):
             if not response.is_success:
@@ -134,6 +135,24 @@ def _response(client: httpx2.Client, address: httpx2.URL, auth: tuple[str, str] 
         request = response.next_request
         auth = None  # httpx2 keeps the header if the redirect stays on the same host
     raise VideoError(f"{name} redirects more than {MAX_REDIRECTS} times", HINTS[404])
+
+
+def _check_redirect(response: httpx2.Response, name: str) -> None:
+    """Raise VideoError if a response redirects to an invalid address, or to one that is neither http nor https.
+
+    This check runs before httpx2 follows the redirect, because what httpx2 says about such addresses depends on its version.
+    """
+    if not response.has_redirect_location:
+        return
+    try:
+        target = httpx2.URL(response.headers["Location"])
+    except httpx2.InvalidURL:
+        target = None
+    if target is not None and target.scheme not in ("", "http", "https"):
+        problem = f"{name} redirects to an address of {target.scheme}:, and only http and https are read"
+        raise VideoError(problem, HINTS[404])
+    if target is None or (target.scheme and not target.host and not target.path.startswith("/")):
+        raise VideoError(f"{name} redirects to an invalid address", HINTS[404])
 
 
 def _check_beginning(beginning: bytes, content_type: str, name: str) -> None:
