@@ -86,7 +86,7 @@ class LiveSource:
         self.waits = is_file and pace == "source"
         self._tell = tell
         self._closing = threading.Event()
-        self._worker = None
+        self._request = None
         self.facts: dict = {}
 
     def frames(self, due: Due) -> Iterator[TimedFrame]:
@@ -150,38 +150,33 @@ class LiveSource:
     def close(self) -> None:
         """Stop reading from the source. Can be called from any thread."""
         self._closing.set()
-        if worker := self._worker:
-            worker.kill()
+        if request := self._request:
+            request.kill()
 
     def _connected(self, due: Due, fresh: bool) -> Iterator:
         """Start a `LiveReader` in a worker process. Yields its facts first, then its frames. The process is killed on exit."""
         variables = {}
         if self._source and "://" in self._source:
             variables = {name: os.environ[name] for name in URL_VARIABLES if name in os.environ}
-        with borrow(self.name, fresh, variables) as worker:
-            self._worker = worker
+        with borrow(self.name, fresh, variables) as request:
+            self._request = request
             if self._closing.is_set():
                 raise VideoError(f"{self.name} is closed")
             try:
                 descriptor = None if self._source else sys.stdin.fileno()
-                worker.send(worker.request("live", self._arguments), descriptor)
-                yield worker.answer()
+                yield request.ask("live", descriptor, **self._arguments)
                 memory = None
                 shape = None
-                while True:
-                    worker.send(worker.request("next", {"after_s": due()}))
-                    if (header := worker.answer()) is None:
-                        return
+                while (header := request.ask("next", after_s=due())) is not None:
                     self._update_facts(header)
                     if shape != (new := (1, header["height"], header["width"], 3)):
                         shape = new
                         memory = FrameMemory(prod(new))
-                    frames = worker.ask_to_fill(memory, shape, {})
-                    worker.answer()
+                    frames, _ = request.fill(memory, shape)
                     yield header["time_s"], frames[0].copy(), header["clock_gap_s"]
                     del frames  # lets the worker reuse the memory
             finally:
-                self._worker, worker.busy = None, True
+                self._request = None
 
     def _update_facts(self, header: dict) -> None:
         """Update `facts` with a frame's HDR format, because some sources do not specify the format in the stream header."""

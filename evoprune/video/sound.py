@@ -83,16 +83,13 @@ def _read_once(info: Video, start_s: float, end_s: float, fresh: bool) -> Iterat
     size = 4 * round(PIECE_S * AUDIO_RATE)
     # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * size)
-    with borrow(info.path, fresh) as worker:
-        message = worker.request("sound", {"info": asdict(info), "start_s": start_s, "end_s": end_s})
+    with borrow(info.path, fresh) as request:
+        request.ask("sound", info=asdict(info), start_s=start_s, end_s=end_s)
         done = False
         after_s = -math.inf
         while not done:
-            content = worker.ask_to_fill(memory, (size,), message)
-            message = {}
-            said = worker.answer()
+            content, said = request.fill(memory, (size,))
             done = said["done"]
-            worker.busy = not done  # makes `borrow` kill the process if the caller stops early
             at_s = float(said["start_s"])
             count = said["samples"]
             if not count and done:
@@ -104,3 +101,4 @@ def _read_once(info: Video, start_s: float, end_s: float, fresh: bool) -> Iterat
             del samples, content
             after_s = piece.end_s
             yield piece
+        request.finish()

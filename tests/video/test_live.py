@@ -292,7 +292,7 @@ def test_only_the_process_that_opens_a_url_gets_the_proxy(served, clip, monkeypa
         live = LiveSource(source, reconnects=0)
         with closing(live.frames(lambda: 0.0)) as frames:
             next(frames)
-            with open(f"/proc/{live._worker.pid}/environ", "rb") as file:
+            with open(f"/proc/{live._request.process.pid}/environ", "rb") as file:
                 assert (b"user:secret" in file.read()) == wanted
 
 
@@ -301,7 +301,7 @@ def test_a_decoder_that_crashes_is_another_end_of_a_connection(served):
     for time_s, _ in live.frames(lambda: times[-1] + 0.1 if times else 0.0):
         times.append(time_s)
         if len(times) == 5:
-            live._worker.kill()
+            live._request.kill()
         if len(times) == 20:
             live.close()
     assert len(times) >= 20 and times == sorted(times)

@@ -59,26 +59,18 @@ class Stopped(Exception):
 
 
 class WorkerProcess:
-    """A process that reads videos. It handles one request at a time.
+    """A process that reads videos. `borrow` lends it for one `Request` at a time.
 
     Args:
         variables: Environment variables in addition to `worker_environment`.
-
-    Attributes:
-        path: Path of the current video, used in error messages.
-        busy: True while the process is working on a request or has read only part of a video.
-        stopped: True after `stop` has been called.
     """
 
     def __init__(self, variables: Mapping[str, str] = MappingProxyType({})):
-        self.path = ""
-        self.busy = False
-        self._answered = False
-        self._oom_kills = Host().oom_kills()
-        self.stopped = False
         here, there = socket.socketpair()
         here.settimeout(SILENCE_S)
         self._channel = Channel(here)
+        self._answered = False
+        self._oom_kills = Host().oom_kills()
         self._stderr = os.fdopen(os.memfd_create("evoprune-stderr"), "rb", buffering=0)
         # Editable installs are found through an import hook. The worker doesn't have this hook, so it needs the package's parent
         # folder.
@@ -98,110 +90,28 @@ class WorkerProcess:
             )
         self.pid = self._process.pid
 
-    def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build a task's message. Raises VideoError if the path is relative and the current folder no longer exists."""
-        try:
-            folder = None if os.path.isabs(self.path) else os.getcwd()
-        except FileNotFoundError as error:
-            raise VideoError(
-                f"cannot read {self.path}: the current folder no longer exists", "change to another folder"
-            ) from error
-        return {"task": task, "folder": folder, "arguments": arguments}
+    @property
+    def has_exited(self) -> bool:
+        return self._process.poll() is not None
 
-    def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
-        """Ask the process to fill an array with the next frames of a video or the next bytes of a clip.
+    def send(self, message: dict[str, Any], descriptor: int | None) -> None:
+        """Send a message. Raises OSError if the process has exited, or VideoError if the message is too long."""
+        self._channel.send(message, descriptor)
 
-        Args:
-            memory: Shared memory from which to take the array.
-            shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
-            more: Additional entries for the message.
+    def receive(self) -> dict[str, Any] | Heartbeat:
+        """Wait for an answer or a heartbeat. Raises TimeoutError after `SILENCE_S`, and the errors of `Channel.receive`."""
+        message, _ = self._channel.receive(SILENCE_S)
+        self._answered |= isinstance(message, dict)
+        return message
 
-        Returns:
-            A uint8 array in shared memory, with the given shape. The contents are valid only after `answer` has returned.
-
-        Raises:
-            VideoError: The system's file size limit is too low for the shared memory.
-            UsageError: Too many files are open.
-            MemoryError: There is not enough memory.
-        """
-        try:
-            frames, number, descriptor = memory.take(shape)
-        except OSError as error:
-            self.busy = True  # the process is in the middle of a video, so it cannot read another video
-            if error.errno == errno.EFBIG:
-                message = "the file size limit is too low for a few frames"
-                raise VideoError(message, "raise it: ulimit -f unlimited") from error
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise process_error("share frames with the process that reads videos", error, "read") from error
-            raise MemoryError(f"no memory for frames: {error.strerror}") from error
-        try:
-            self.send({"shape": shape, "piece": number, **more}, descriptor)
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
-        return frames
-
-    def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        """Send a request to the process. Call `answer` for the result.
-
-        Raises:
-            Crash, OutOfMemory, Stopped: The process has exited.
-        """
-        self.busy = True
-        try:
-            self._channel.send(message, descriptor)
-        except OSError as error:
-            raise self._crash() from error
-
-    def answer(self) -> Any:
-        """Wait for the result of the pending request and return it. Raises the same errors as `replies`."""
-        *_, result = self.replies()
-        return result
-
-    def replies(self) -> Iterator[Any]:
-        """Yield about one `Heartbeat` a second until the pending request is finished, and then its result.
-
-        Raises:
-            Crash: The process crashed or exceeded its memory limit. `with_retry` catches this error and starts over once.
-            Stopped: Another thread called `stop`.
-            VideoError, OutOfMemory, UsageError: See `run_task`.
-        """
-        while isinstance(message := self._receive(), Heartbeat):
-            yield message
-        yield self._result(message)
-
-    def _receive(self) -> dict[str, Any] | Heartbeat:
-        try:
-            return self._channel.receive(SILENCE_S)[0]
-        except TimeoutError as error:
-            message = f"reading {self.path} is stuck: no progress for {SILENCE_S:g} s"
-            raise VideoError(message, HINT) from error
-        except (OSError, EOFError, ValueError, RecursionError) as error:
-            raise self._crash() from error
-
-    def _result(self, message: dict[str, Any]) -> Any:
-        self._answered = True
-        # An earlier video may have exhausted this process's memory. Raising Crash causes a retry in a new process.
-        if limit := message.get("memory"):
-            raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
-        self.busy = False
-        if error := message.get("error"):
-            raise ERRORS[error.pop("type")](**error)
-        if bug := message.get("bug"):
-            problem = RuntimeError(bug.splitlines()[-1])
-            problem.add_note(bug)
-            raise problem
-        return message["result"]
-
-    def _crash(self) -> Crash | OutOfMemory | Stopped:
-        if self.stopped:
-            return Stopped()
+    def crash(self, path: str) -> Crash | OutOfMemory:
+        """Return the error for a process that has exited or sent an invalid answer while it was reading the video at `path`."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
         if code == -signal.SIGKILL and Host().oom_kills() > self._oom_kills:
             hint = "close other programs, give the container more memory, or convert the video to a smaller size"
-            return OutOfMemory(f"out of memory: the system ended the decoder of {self.path}", hint, stage="read")
+            return OutOfMemory(f"out of memory: the system ended the decoder of {path}", hint, stage="read")
         hint = HINT
         if code is None:
             end = "its answer is invalid"
@@ -211,17 +121,16 @@ class WorkerProcess:
             end = f"exit code {code}"
             if not self._answered:
                 hint = f"{HINT}; or sys.executable, {sys.executable}, is not Python"
-        problem = Crash(f"the decoder crashed on {self.path} ({end})", hint)
+        problem = Crash(f"the decoder crashed on {path} ({end})", hint)
         problem.add_note(os.pread(self._stderr.fileno(), 2**16, 0).decode(errors="replace"))
         return problem
 
     def kill(self) -> None:
-        """Kill the process. May be called from any thread. If a thread is waiting in `answer`, Crash is raised there."""
+        """Kill the process. A thread that waits for an answer gets the error of `crash`."""
         self._process.kill()
 
     def stop(self) -> None:
-        """Kill the process. If a thread is waiting in `answer`, Stopped is raised there at once, even during blocking disk I/O."""
-        self.stopped = True
+        """Kill the process and end a wait for its answer at once, even while the process is blocked by disk I/O."""
         self._channel.shut()
         self.kill()
 
@@ -235,40 +144,189 @@ class WorkerProcess:
             self._process.wait(1)
 
 
-class InProcess:
-    """A substitute for `WorkerProcess` that handles requests in the current process when `answer` is called."""
+class Request:
+    """A request to a worker process, which handles nothing else until the request ends. Created by `borrow`.
 
-    def __init__(self):
+    A request ends when the task raises an error, or when the caller calls `finish`.
+
+    Args:
+        process: The process.
+        path: Path of the video, used in error messages.
+    """
+
+    def __init__(self, process: WorkerProcess, path: str):
+        self.process = process
+        self.path = path
+        self.is_finished = False
+        self._stopped = False
+
+    def ask(self, task: str, descriptor: int | None = None, **arguments: Any) -> Any:
+        """Start a task, wait for its result, and return it.
+
+        Args:
+            task: A task of the worker process (see `worker`).
+            descriptor: A file descriptor to send to the process.
+            arguments: Arguments of the task.
+
+        Raises:
+            VideoError: The path is relative and the current folder no longer exists. See also `replies`.
+        """
+        self._send(self._message(task, arguments), descriptor)
+        return self._answer()
+
+    def ask_slowly(self, task: str, **arguments: Any) -> Iterator[Any]:
+        """Start a task and yield its `replies`. Raises the same errors as `ask`."""
+        self._send(self._message(task, arguments))
+        yield from self.replies()
+
+    def fill(self, memory: FrameMemory, shape: tuple[int, ...]) -> tuple["np.ndarray", Any]:
+        """Return an array with the next contents, and the process's facts about them. Raises the errors of `ask_to_fill`."""
+        array = self.ask_to_fill(memory, shape)
+        return array, self._answer()
+
+    def ask_to_fill(
+        self,
+        memory: FrameMemory,
+        shape: tuple[int, ...],
+        *,
+        last: bool = False,
+        task: str | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> "np.ndarray":
+        """Ask the process to fill an array with the next frames, samples, or bytes.
+
+        Args:
+            memory: Shared memory from which to take the array.
+            shape: `(n, H, W, 3)` for frames, `(n,)` for bytes.
+            last: Whether this is the last array of frames.
+            task: A task to start first. A message of its own would take as long as reading a small image.
+            arguments: The arguments of this task.
+
+        Returns:
+            A uint8 array in shared memory, with the given shape. The contents are valid only after `replies` has ended.
+
+        Raises:
+            VideoError: The system's file size limit is too low for the shared memory. See also `replies`.
+            UsageError: Too many files are open.
+            MemoryError: There is not enough memory.
+        """
+        message = self._message(task, arguments) if task else {}
+        try:
+            array, number, descriptor = memory.take(shape)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                message = "the file size limit is too low for a few frames"
+                raise VideoError(message, "raise it: ulimit -f unlimited") from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise process_error("share frames with the process that reads videos", error, "read") from error
+            raise MemoryError(f"no memory for frames: {error.strerror}") from error
+        try:
+            self._send({"shape": shape, "piece": number, "last": last, **message}, descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        return array
+
+    def replies(self) -> Iterator[Any]:
+        """Yield about one `Heartbeat` a second until the process has an answer, and then the answer.
+
+        Raises:
+            Crash: The process crashed or exceeded its memory limit. `with_retry` catches this error and starts over once.
+            Stopped: Another thread called `stop`.
+            VideoError, OutOfMemory, UsageError: See `run_task`.
+        """
+        while isinstance(message := self._receive(), Heartbeat):
+            yield message
+        yield self._result(message)
+
+    def finish(self) -> None:
+        """End the request, so that the process can be used for others."""
+        self.is_finished = True
+
+    def kill(self) -> None:
+        """Kill the process. May be called from any thread. If a thread is waiting for an answer, Crash is raised there."""
+        self.process.kill()
+
+    def stop(self) -> None:
+        """Kill the process. May be called from any thread. If a thread is waiting for an answer, Stopped is raised there."""
+        self._stopped = True
+        self.process.stop()
+
+    def _message(self, task: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            folder = None if os.path.isabs(self.path) else os.getcwd()
+        except FileNotFoundError as error:
+            raise VideoError(
+                f"cannot read {self.path}: the current folder no longer exists", "change to another folder"
+            ) from error
+        return {"task": task, "folder": folder, "arguments": dict(arguments)}
+
+    def _send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+        try:
+            self.process.send(message, descriptor)
+        except OSError as error:
+            raise self._crash() from error
+
+    def _answer(self) -> Any:
+        *_, result = self.replies()
+        return result
+
+    def _receive(self) -> dict[str, Any] | Heartbeat:
+        try:
+            return self.process.receive()
+        except TimeoutError as error:
+            message = f"reading {self.path} is stuck: no progress for {SILENCE_S:g} s"
+            raise VideoError(message, HINT) from error
+        except (OSError, EOFError, ValueError, RecursionError) as error:
+            raise self._crash() from error
+
+    def _result(self, message: dict[str, Any]) -> Any:
+        # An earlier video may have exhausted this process's memory. Raising Crash causes a retry in a new process.
+        if limit := message.get("memory"):
+            raise Crash(f"reading {self.path} takes more than {limit / 2**30:.1f} GiB of memory", HINT)
+        if error := message.get("error"):
+            self.finish()
+            raise ERRORS[error.pop("type")](**error)
+        if bug := message.get("bug"):
+            self.finish()
+            problem = RuntimeError(bug.splitlines()[-1])
+            problem.add_note(bug)
+            raise problem
+        return message["result"]
+
+    def _crash(self) -> Crash | OutOfMemory | Stopped:
+        return Stopped() if self._stopped else self.process.crash(self.path)
+
+
+class InProcess(Request):
+    """A `Request` that is handled in the current process, when its result is needed. It cannot be killed."""
+
+    def __init__(self, path: str):
         from evoprune.video.sandbox.worker import Server
 
-        self.path = ""
-        self.busy = False
+        self.path = path
+        self.is_finished = False
         self._server = Server()
         self._pending: Callable[[], Any] = lambda: None
 
-    def request(self, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {"task": task, "arguments": arguments}
-
-    def ask_to_fill(self, memory: FrameMemory, shape: tuple[int, ...], more: dict[str, Any]) -> "np.ndarray":
+    def ask_to_fill(self, memory, shape, *, last=False, task=None, arguments=MappingProxyType({})) -> "np.ndarray":
         import numpy as np
 
         array = np.empty(shape, np.uint8)
-        self._pending = partial(self._server.result, more, array)
+        message = {"task": task, "arguments": dict(arguments)} if task else {}
+        self._pending = partial(self._server.result, message, array)
         return array
 
-    def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        if descriptor is not None:
-            message["arguments"] |= {"descriptor": os.dup(descriptor)}
-        self._pending = partial(self._server.result, message)
-
-    def answer(self) -> Any:
-        return self._pending()
-
     def replies(self) -> Iterator[Any]:
-        yield self.answer()
+        yield self._pending()
 
     def kill(self) -> None:
-        """Do nothing, because requests in the current process cannot be killed."""
+        """Do nothing."""
+
+    def _send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+        if descriptor is not None:
+            message["arguments"]["descriptor"] = os.dup(descriptor)
+        self._pending = partial(self._server.result, message)
 
     def close(self) -> None:
         self._server.close()
@@ -316,7 +374,7 @@ class Scope:
     def __init__(self):
         self._outer: Scope | None = None  # enclosing scope inherited by the current thread
         self._stopped = False
-        self._workers: set[WorkerProcess] = set()
+        self._requests: set[Request] = set()
 
     def enter(self) -> None:
         """Make this the current thread's scope, nested in any scope that the thread inherited."""
@@ -332,8 +390,8 @@ class Scope:
         """Stop all reading in this scope immediately. Stopped is raised in any thread that uses or requests a worker process."""
         with _lock:
             self._stopped = True
-            for worker in list(self._workers):
-                worker.stop()
+            for request in list(self._requests):
+                request.stop()
 
     @staticmethod
     def check() -> None:
@@ -365,19 +423,19 @@ class Scope:
         return True
 
     @contextmanager
-    def using(self, worker: WorkerProcess) -> Iterator[None]:
-        """Allow `stop` to kill a worker process during a `with` block. Raises Stopped if the scope has already been stopped."""
+    def using(self, request: Request) -> Iterator[None]:
+        """Allow `stop` to stop a request during a `with` block. Raises Stopped if the scope has already been stopped."""
         with _lock:
             if self._stopped:
                 raise Stopped
-            self._workers.add(worker)
+            self._requests.add(request)
         try:
-            outer = self._outer.using(worker) if self._outer else nullcontext()
+            outer = self._outer.using(request) if self._outer else nullcontext()
             with outer:
                 yield
         finally:
             with _lock:
-                self._workers.discard(worker)
+                self._requests.discard(request)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("evoprune-scope", default=None)
@@ -391,49 +449,54 @@ def warm_up() -> None:
 
 
 @contextmanager
-def borrow(
-    path: str, fresh: bool = False, variables: Mapping[str, str] | None = None
-) -> Iterator[WorkerProcess | InProcess]:
-    """Yield a worker process for reading one video, reusing an idle process if possible.
+def borrow(path: str, fresh: bool = False, variables: Mapping[str, str] | None = None) -> Iterator[Request]:
+    """Yield a request to a worker process for reading one video, reusing an idle process if possible.
 
-    On exit, the process becomes idle again. It is killed instead if a request is still pending, if the process was stopped, or if
-    there are already enough idle processes. If worker processes are not `POSSIBLE`, requests run in the current process.
+    On exit, the process becomes idle again if the request is finished and there aren't enough idle processes already. Otherwise, it
+    is killed. If worker processes are not `POSSIBLE`, requests run in the current process.
 
     Args:
         path: Path of the video, for error messages.
         fresh: Whether to start a new process.
-        variables: Additional environment variables for a new process. The caller must leave this process busy.
+        variables: Additional environment variables for a new process. The caller must not finish this request.
     """
     if not POSSIBLE:
-        with closing(InProcess()) as here:
-            yield here
+        with closing(InProcess(path)) as request:
+            yield request
         return
-    worker = None
-    while worker is None:
-        with _lock:
-            if _idle and not (fresh or variables):
-                worker = _idle.pop()
-        if worker is None:
-            try:
-                worker = WorkerProcess(variables) if variables else WorkerProcess()
-            except OSError as error:
-                raise process_error("start the process that reads videos", error, "read") from error
-        elif worker._process.poll() is not None:  # the process exited while idle, so this video was not the cause
-            worker.end()
-            worker = None
-    worker.path = path
+    process = None
+    if not (fresh or variables):
+        process = _idle_process()
+    if process is None:
+        try:
+            process = WorkerProcess(variables) if variables else WorkerProcess()
+        except OSError as error:
+            raise process_error("start the process that reads videos", error, "read") from error
+    request = Request(process, path)
     scope = _scope.get()
     try:
-        using = scope.using(worker) if scope else nullcontext()
+        using = scope.using(request) if scope else nullcontext()
         with using:
-            yield worker
+            yield request
     finally:
         with _lock:
-            kept = not (worker.busy or worker.stopped) and len(_idle) < _max_idle()
+            kept = request.is_finished and len(_idle) < _max_idle()
             if kept:
-                _idle.append(worker)
+                _idle.append(process)
         if not kept:
-            worker.end()
+            process.end()
+
+
+def _idle_process() -> WorkerProcess | None:
+    """Return an idle process, which is no longer idle then, or None. Processes that exited while idle are discarded."""
+    while True:
+        with _lock:
+            if not _idle:
+                return None
+            process = _idle.pop()
+        if not process.has_exited:
+            return process
+        process.end()
 
 
 @atexit.register
@@ -478,9 +541,11 @@ def run_task(
     """
 
     def replies(fresh: bool) -> Iterator[Any]:
-        with borrow(path, fresh) as worker:
-            worker.send(worker.request(task, arguments))
-            yield from worker.replies()
+        with borrow(path, fresh) as request:
+            for reply in request.ask_slowly(task, **arguments):
+                if not isinstance(reply, Heartbeat):
+                    request.finish()
+                yield reply
 
     with closing(with_retry(replies)) as both:
         for reply in both:
@@ -554,22 +619,21 @@ def _stream_once(
     shapes = [(size, info.height, info.width, 3) for size in sizes]
     memory = FrameMemory(max(map(prod, shapes)))
     frames_filled = 0  # total number of frames in the filled arrays
-    with borrow(info.path, fresh) as worker:
-        begin = worker.request("frames", {"info": asdict(info), "times_s": list(times_s), **how})
-        # Open the video and request the first array in the same message, because a round trip takes as long as reading a small
-        # image.
-        next_array = worker.ask_to_fill(memory, shapes[0], begin | {"last": len(shapes) == 1})
+    with borrow(info.path, fresh) as request:
+        begin = {"info": asdict(info), "times_s": list(times_s), **how}
+        next_array = request.ask_to_fill(memory, shapes[0], last=len(shapes) == 1, task="frames", arguments=begin)
         for number in range(1, len(shapes) + 1):
-            for reply in worker.replies():
+            for reply in request.replies():
                 if isinstance(reply, Heartbeat):
                     yield Heartbeat(frames_filled + reply.done)
             filled = next_array, reply
             frames_filled += len(next_array)
             next_array = None
             if number < len(shapes):
-                next_array = worker.ask_to_fill(memory, shapes[number], {"last": number + 1 == len(shapes)})
+                next_array = request.ask_to_fill(memory, shapes[number], last=number + 1 == len(shapes))
                 yield filled
                 filled = None  # drop this reference, so that the memory is reused once the caller drops its own
+        request.finish()
     yield filled
 
 
@@ -601,13 +665,11 @@ def stream_clip(
 def _clip_pieces(info: Video, how: dict[str, Any], fresh: bool) -> Iterator[dict[str, Any] | tuple[int, memoryview]]:
     # Declare twice the actual size so that each piece gets its own memory, which the worker releases after use.
     memory = FrameMemory(2 * CLIP_PIECE)
-    with borrow(info.path, fresh) as worker:
-        worker.send(worker.request("clip", {"info": asdict(info), **how}))
-        yield worker.answer()
+    with borrow(info.path, fresh) as request:
+        yield request.ask("clip", info=asdict(info), **how)
         done = False
         while not done:
-            content = worker.ask_to_fill(memory, (CLIP_PIECE,), {})
-            written = worker.answer()
+            content, written = request.fill(memory, (CLIP_PIECE,))
             done = written["done"]
-            worker.busy = not done  # causes `borrow` to kill the process if the caller stops early
             yield written["at"], content.data[: written["bytes"]]
+        request.finish()
