@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from functools import wraps
-from numbers import Integral, Real
+from itertools import islice
+from numbers import Integral, Number, Real
 from os import PathLike
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
-from evoprune.errors import UsageError, is_out_of_memory
+from evoprune.errors import UsageError, VideoError, is_out_of_memory
 
 # Matches characters that change the text direction, and control characters interpreted by terminals (except tab and newline).
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -30,6 +31,8 @@ WEB = re.compile("https?://", re.IGNORECASE)  # matches the scheme of a web addr
 # Matches a URL, even with a leading folder. The lookbehind keeps the time for a long text linear.
 ADDRESS = re.compile(r"(?<![a-z\d+.-])([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # matches a web address without a scheme
+# Matches words that look like files: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
+PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which can't be read as a file
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
@@ -37,6 +40,7 @@ TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
 TAGS_AFTER = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # maximum length of a path in a message, in characters
+MOST_PLACES = 1000  # maximum number of folders searched for a file
 SOME = 10  # maximum number of items listed in a message
 
 
@@ -149,11 +153,16 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     return f"did you mean {listed(near, 'or')}? "
 
 
-def missing_hint(path: str, usual: str) -> str:
+def missing_hint(path: str, usual: str, meant: str = "") -> str:
     """Return a hint on how to correct a nonexistent path.
 
-    For a URL, the hint says what to pass instead. For a misspelled path, it suggests a file with a similar name, followed by
-    `usual`. If no file has a similar name, the hint is just `usual`.
+    For a URL, the hint says what to pass instead. For a misspelled path, it suggests an existing path with a similar name, followed
+    by `usual`. If there is none, the hint is just `usual`.
+
+    Args:
+        path: The nonexistent path.
+        usual: What the hint says in any case.
+        meant: A suggestion from `did_you_mean`, which replaces the suggestion of a path.
     """
     if path.startswith("data:"):
         return "write it to a file and give its path"
@@ -167,28 +176,82 @@ def missing_hint(path: str, usual: str) -> str:
         if WEB.match(path):
             return DOWNLOAD_HINT
         return "download it first; only http:// and https:// URLs are read directly"
-    if near := near_file(path):
-        return f"did you mean {shown(near)}? {usual}".rstrip()
-    return usual
+    if not meant and (near := near_file(path)):
+        meant = f"did you mean {shown(near)}? "
+    return f"{meant}{usual}".rstrip()
 
 
 def near_file(path: str) -> str | None:
-    """Find a file in the same folder whose name resembles a misspelled path. Returns None if there is no match.
+    """Find an existing path that resembles a nonexistent one. Returns None if there is no match.
 
-    File names are compared without their extensions; otherwise, all videos in a folder would look similar. If the extensions
-    differ, the rest of the name must be nearly identical.
+    Misspelled folders are corrected like file names. Otherwise, a file with the same name is searched in neighboring folders.
     """
-    folder, name = os.path.split(path)
-    try:
-        names = [] if os.path.lexists(path) else os.listdir(folder or os.curdir)
-    except (OSError, ValueError):  # the folder can't be read, or its name is invalid
-        return None
+    place = os.sep * path.startswith(os.sep)
+    for name in filter(None, path.split(os.sep)):
+        names = _names_in(place)
+        if name not in (*names, os.curdir, os.pardir):
+            name = _near_name(name, names)
+        if name is None:
+            return _same_name(path)
+        place = os.path.join(place, name)
+    return None if os.path.normpath(place) == os.path.normpath(path) else place
+
+
+def _near_name(name: str, names: Sequence[str]) -> str | None:
+    """Return the name that resembles a misspelled one most, or None.
+
+    Names are compared without their extensions; otherwise, all videos in a folder would look similar. If the extensions differ, the
+    rest of the name must be nearly identical.
+    """
     stem, extension = os.path.splitext(name.lower())
-    stems = {each: os.path.splitext(each)[0].lower() for each in names}
-    alike = [stems[each] for each in names if each.lower().endswith(extension)]
-    near = get_close_matches(stem, alike, 1) or get_close_matches(stem, stems.values(), 1, 0.8)
-    found = get_close_matches(name, [each for each in names if stems[each] in near], 1, 0.0)
-    return os.path.join(folder, found[0]) if found else None
+    parts = {each: os.path.splitext(each.lower()) for each in names}
+    alike = [parts[each][0] for each in names if parts[each][1] == extension]
+    near = get_close_matches(stem, alike, 1) or get_close_matches(stem, [each for each, _ in parts.values()], 1, 0.8)
+    found = get_close_matches(name, [each for each in names if parts[each][0] in near], 1, 0.0)
+    return found[0] if found else None
+
+
+def _same_name(path: str) -> str | None:
+    """Find a path with the same name in the current folder, or in a folder above, next to, or inside the folder of `path`."""
+    folder, name = os.path.split(path)
+    above = os.path.dirname(folder)
+    inside = (os.path.join(place, each) for place in dict.fromkeys((folder, above)) for each in _names_in(place))
+    found = (os.path.join(place, name) for place in ("", above, *islice(inside, MOST_PLACES)))
+    return next((each for each in found if name and os.path.lexists(each)), None)
+
+
+def _names_in(folder: str) -> list[str]:
+    """Return the names in a folder in order, or an empty list if it can't be read."""
+    try:
+        return sorted(os.listdir(folder or os.curdir))
+    except (OSError, ValueError):  # the folder can't be read, or its name is invalid
+        return []
+
+
+def looks_like_input(value: Any) -> bool:
+    """Return True for an existing path, a word that looks like one, and everything that isn't text, such as an array of frames."""
+    if isinstance(value, list | tuple):
+        return any(map(looks_like_input, value))
+    if not isinstance(value, str):
+        return not isinstance(value, Mapping | Number | NoneType)
+    try:
+        return PATH.fullmatch(value) is not None or os.path.lexists(value)
+    except ValueError:  # not a valid filename
+        return False
+
+
+def check_order(inputs: Any, question: Any, call: str) -> None:
+    """Check that an input and the question about it aren't swapped.
+
+    Args:
+        call: The right call, for the hint.
+
+    Raises:
+        VideoError: If the input is text that doesn't look like a path, and the question looks like an input.
+    """
+    if isinstance(inputs, str) and not looks_like_input(inputs) and looks_like_input(question):
+        message = f"no such file: {shown(inputs)} (the question and the input are swapped)"
+        raise VideoError(message, f"the input comes first: {call}")
 
 
 def is_url(path: Any) -> bool:

@@ -37,7 +37,7 @@ from evoprune.session import (
 )
 from evoprune.signatures import takes
 from evoprune.suggestions import Suggesting, SuggestingClass
-from evoprune.util import Uncopied, brief, check_type, from_keywords
+from evoprune.util import Uncopied, brief, check_order, check_type, from_keywords
 from evoprune.video import GivenInput, Input, SamplingOptions
 
 if TYPE_CHECKING:
@@ -262,9 +262,11 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
 
         Raises:
             UsageError: If an input was encoded by a different model or with different pruning settings.
+            VideoError: If the input and the question are swapped.
             EvopruneError: If `encode` or `EncodedInputs.ask` fails.
         """
         (generation,) = from_keywords(options, GenerationOptions)
+        check_order(inputs, question, "qa.ask(path, question)")
         given = inputs if isinstance(inputs, list | tuple) else [inputs]
         with ExitStack() as stack:
             opened: list[EncodedInputs | OpenInputs] = []
@@ -368,6 +370,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         (finding,) = from_keywords(options, FindOptions)
         check_type("progress", progress, Callable | None)
         _check_cache(cache)
+        check_order(path, query, "qa.find(path, query)")
         _refuse_frames(path, "write the frames to a video file")
         source, *others = inputs_of(path)
         if others:

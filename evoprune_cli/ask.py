@@ -13,11 +13,11 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from evoprune.errors import UsageError, VideoError
+from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
-from evoprune.util import check_text, clock, counted, is_url, listed, missing_hint, shown, without_password
+from evoprune.util import PATH, check_text, clock, counted, is_url, listed, shown, without_password
 from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load
@@ -40,15 +40,12 @@ from evoprune_cli.terminal import (
     stdout,
     tell,
 )
+from evoprune_cli.words import ASK, STDIN, check_folders, check_words, exists, split_words
 
 if TYPE_CHECKING:
     from evoprune.session import Answer, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
     from evoprune.video import Plan, Video
 
-STDIN = "-"
-USAGE = 'evoprune ask video.mp4 "What happens?"'
-# Matches words that look like files: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
-PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
 PROMPT = "> "  # printed before each question
 HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
@@ -125,6 +122,7 @@ def ask(
             questions = _questions(inputs, given, interactive)
             check_history(history, interactive, compare)
             pipeline = options()
+            check_folders(inputs, questions or ["What happens?"], pipeline.model.model)
             from evoprune.session import ReadAhead, describe, probed
             from evoprune.video import choose_decoder
 
@@ -182,7 +180,7 @@ def check_history(
 ) -> None:
     """Raise UsageError if --history can't be combined with the other options. `prompt` is True for an interactive prompt."""
     if history not in (None, opt.ON, opt.OFF):
-        raise UsageError(f"--history {history}", f"use {opt.ON} or {opt.OFF}")
+        raise UsageError(f"--history {history!r} is unknown", f"use {opt.ON} or {opt.OFF}")
     if history and not prompt:
         raise UsageError("--history applies only to questions at a prompt", hint)
     if history == opt.ON and compare:
@@ -202,65 +200,12 @@ def why_single_questions(history: str | None, session: "Session", compare: bool 
     return None
 
 
-def split_words(words: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Split the positional arguments into inputs and the question, which is None if missing.
-
-    If there is more than one word, the last word is treated as the question unless it is an existing file or looks like a filename.
-    """
-    *before, last = words
-    if before and not _exists(last) and not PATH.fullmatch(last):
-        return tuple(before), last
-    return tuple(words), None
-
-
-def check_words(inputs: Sequence[str], question: str | None) -> None:
-    """Check that all inputs exist if there are several. A single input is checked later, when it is opened.
-
-    Raises:
-        VideoError: If an input doesn't exist.
-        UsageError: If stdin is given twice, or if some words aren't files and look like an unquoted question.
-    """
-    if inputs.count(STDIN) > 1:
-        raise UsageError("standard input is given twice", "it can be read only once")
-    if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
-        (only,) = inputs
-        if not _exists(only) and not PATH.search(only):
-            raise VideoError(f"no such file: {only}", missing_hint(only, f"the video comes first: {USAGE}"))
-    missing = [word for word in inputs if not _exists(word)]
-    if len(inputs) == 1 or not missing:
-        return
-    name = missing[0]
-    last = inputs[-1]
-    if name == inputs[0] and not PATH.fullmatch(name):
-        raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and images come first: {USAGE}"))
-    if not PATH.fullmatch(name):
-        words = [*missing, *filter(None, [question])]
-        hint = f"quote the question: {USAGE}; for more questions: -Q"
-        if any(word.startswith("-") for word in words):
-            hint = "words after -- are not options: put options before it"
-        elif question is None and _exists(last):
-            hint = f"quote the question and put it last: {USAGE}"
-        raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
-    hint = "check the path"
-    if name == last and question is None:
-        hint += f"; to ask it as a question: -Q {name}"
-    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
-
-
 def check_generation(generation: GenerationOptions, json: bool) -> None:
     """Raise UsageError for --logprobs without --json, or for `--choices options`, which is only supported by `evoprune batch`."""
     if generation.choices_from_rows:
         raise UsageError("--choices options works only in a batch", "give two or more texts")
     if generation.logprobs is not None and not json:
         raise UsageError("--logprobs works only with JSON records", "add --json")
-
-
-def _exists(word: str) -> bool:
-    """Return True if a word appears to be an input: "-", a URL, or an existing path. No files are read."""
-    try:
-        return word == STDIN or is_url(word) or os.path.lexists(word)
-    except ValueError:  # not a valid filename
-        return False
 
 
 def _encode(
@@ -315,8 +260,8 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
 
 def _usage(inputs: Sequence[str]) -> str:
     """Return an example command for a hint, using the user's own inputs if they exist."""
-    if not all(map(_exists, inputs)):
-        return USAGE
+    if not all(map(exists, inputs)):
+        return ASK
     names = " ".join(shlex.quote(without_password(shown(path))) for path in inputs)
     question = "What happens?" if len(inputs) == 1 else "What differs?"
     return f'evoprune ask {names} "{question}"'

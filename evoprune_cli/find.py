@@ -11,7 +11,6 @@ from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOp
 from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
 from evoprune.video import SamplingOptions, choose_decoder, probe, warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.ask import split_words
 from evoprune_cli.moment_files import MomentFiles
 from evoprune_cli.running import SOME_FAILED, is_one_of, load, print_text
 from evoprune_cli.terminal import (
@@ -27,6 +26,7 @@ from evoprune_cli.terminal import (
     stdout,
     tell,
 )
+from evoprune_cli.words import check_not_swapped, split_words
 
 if TYPE_CHECKING:
     from evoprune.batch import Row
@@ -244,6 +244,7 @@ def _report_failure(problem: VideoError | OutOfMemory, name: str, json: bool) ->
 def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]:
     """Split the positional arguments into videos and queries. `more` contains the queries from -Q."""
     videos, query = split_words(words)
+    check_not_swapped("find", videos, query or next(iter(more), None))
     queries = more
     if query is not None:
         queries = [query, *more]

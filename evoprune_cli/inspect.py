@@ -25,6 +25,7 @@ from evoprune_cli.terminal import (
     progress,
     stdout,
 )
+from evoprune_cli.words import check_not_model
 
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment", "tags")  # sections with names as keys
 ONLY_IF_SET = (
@@ -106,6 +107,7 @@ def inspect(
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
+    check_not_model(video, "evoprune inspect -m")
     facts = {} if video is None else {"video": {"path": without_password(video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:

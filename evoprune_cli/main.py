@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 import evoprune
 from evoprune.errors import EvopruneWarning, PluginWarning, UsageError, first_line
 from evoprune_cli import terminal
-from evoprune_cli.ask import USAGE, ask
+from evoprune_cli.ask import ask
 from evoprune_cli.batch import batch
 from evoprune_cli.eval import evaluate
 from evoprune_cli.find import find
@@ -34,6 +34,7 @@ from evoprune_cli.tune import tune
 from evoprune_cli.variables import warn_of_unknown
 from evoprune_cli.verify import verify
 from evoprune_cli.watch import watch
+from evoprune_cli.words import ASK
 
 # Base class of parser errors. Some Typer versions bundle click and others import it, so look it up among Typer's base classes.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -45,7 +46,7 @@ COMMAND_HINTS = {
     **dict.fromkeys(("version", "v"), "evoprune --version"),
     **dict.fromkeys(("model", "models", "pull", "download"), MODELS_HINT),
     **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
-    **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), USAGE),
+    **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), ASK),
     **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red circle" finds moments'),
     **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i opens a prompt for questions"),
     **dict.fromkeys(
@@ -366,16 +367,16 @@ def _hint(text: str) -> str:
     if "unexpected extra argument" in text and "--" in sys.argv:
         return "words after -- are not options: put options before it"
     if _command() == "ask" and "unexpected extra argument" in text:
-        return f"quote the question: {USAGE}; for more questions: -Q"
+        return f"quote the question: {ASK}; for more questions: -Q"
     if _command() == "watch" and "unexpected extra argument" in text:
         return 'put -Q before a question: evoprune watch SOURCE -Q "What happens?"'
     if _command() == "ask" and "Missing argument" in text:
-        return USAGE
+        return ASK
     known = [*(command.name for command in app.registered_commands), *plugged()]
     if (typed := _command()) in known:
         return f"see evoprune {typed} --help-all"
     if typed is not None and os.path.exists(typed):
-        return f"to ask about a video: {USAGE}"
+        return f"to ask about a video: {ASK}"
     return _suggestion(typed, known) or "see evoprune --help"
 
 

@@ -16,6 +16,7 @@ from evoprune.video import Video
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
 from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
+from evoprune_cli.words import check_not_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 UNITS = (28, 32)  # side lengths of a unit in supported models, in pixels
@@ -125,6 +126,7 @@ def profile(
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     evoprune profile --pictures -b 0.25,0.1 --time-limit 3600
     """
+    check_not_model(video, "evoprune profile -m")
     bits = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
     pipeline = options()
     settings = {

@@ -7,6 +7,7 @@ from evoprune.session import ModelOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import check_writable, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, print_traceback, progress
+from evoprune_cli.words import check_not_model
 
 DIFFERENCE = 7  # exit code if any check finds a difference
 
@@ -54,6 +55,7 @@ def verify(
     """
     begun = time.perf_counter()
     check_output()
+    check_not_model(path, "evoprune verify -m")
     check_writable(output, inputs=[path or ""])
     pipeline = options()
     results = None

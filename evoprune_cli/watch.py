@@ -104,7 +104,7 @@ def watch(
     if every is not None:
         every_s = parse_time(every)
         if every_s <= 0:
-            raise UsageError(f"--every is {every}", "give a time above 0")
+            raise UsageError(f"--every is {every}, not above 0", "give a time above 0")
     if questions == STDIN and source == STDIN:
         raise UsageError("standard input is both the video and the questions", "give one of them as a file")
     if not all(text.strip() for text in asked):

@@ -4,6 +4,7 @@ import json
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,31 @@ def test_a_path_that_was_probably_meant(tmp_path, name, near):
     for each in ("holiday.mp4", "note.md", "frames"):
         (tmp_path / each).touch()
     assert near_file(str(tmp_path / name)) == (near and str(tmp_path / near))
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("sample/square.mp4", "samples/square.mp4"),
+        ("sample/sqare.mp4", "samples/square.mp4"),
+        ("./smaples/scene/crosing.mp4", "samples/scenes/crossing.mp4"),
+        ("square.mp4", "samples/square.mp4"),
+        ("clips/square.mp4", "samples/square.mp4"),
+        ("samples/crossing.mp4", "samples/scenes/crossing.mp4"),
+        ("videos/README.md", "README.md"),
+        ("sample/", "samples"),
+        ("dmeo", None),  # README is not near enough
+        ("other/nothing.mp4", None),
+        ("samples/../samples/square.mp4", None),  # exists
+    ],
+)
+def test_misspelled_and_wrong_folders(tmp_path, monkeypatch, given, near):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples" / "scenes").mkdir(parents=True)
+    for each in ("samples/square.mp4", "samples/scenes/crossing.mp4", "README.md"):
+        (tmp_path / each).touch()
+    found = near_file(given)
+    assert (found and str(Path(found))) == near
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def variants(settings: EvalSettings) -> list[Variant]:
         UsageError: If the settings are invalid.
     """
     if settings.score not in SCORES:
-        raise UsageError(f"score is {settings.score!r}", f"use {' or '.join(SCORES)}")
+        raise UsageError(f"score is {settings.score!r}, which is unknown", f"use {' or '.join(SCORES)}")
     pruned = [Variant(METHOD, *pair) for pair in swept(settings.methods, settings.budgets)]
     unpruned = [Variant(FULL)]
     if settings.blind:

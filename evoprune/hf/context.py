@@ -101,7 +101,7 @@ class EvoPrune:
         # Parse the budget before checking types, because the error raised by `parse` lists the presets.
         budget = Budget.parse(self.budget)
         if self.positions not in ("host", "qwen"):
-            raise UsageError(f"positions is {self.positions!r}", "use host or qwen")
+            raise UsageError(f"positions is {self.positions!r}, which is unknown", "use host or qwen")
         if not isinstance(self.pack, bool) and self.pack != INT8:
             raise UsageError(
                 f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to encode without packing"

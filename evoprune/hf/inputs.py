@@ -19,7 +19,7 @@ from evoprune.model import VisionConfig
 from evoprune.report import VideoFacts, warning_text, warning_title
 from evoprune.session import ModelOptions, describe, inputs_of, prompt_about, with_subtitles
 from evoprune.signatures import takes
-from evoprune.util import check_question, from_keywords
+from evoprune.util import check_order, check_question, from_keywords
 from evoprune.video import GivenInput, Input, InputLimits, Plan, SamplingOptions, probe, read_chunks
 from evoprune.vision import normalised, patches_of
 
@@ -70,6 +70,7 @@ def processor_inputs(
     (options,) = from_keywords({"seek": "exact"} | sampling, SamplingOptions)
     if options.max_visual_tokens is None:  # the user's program runs the model, on an unknown device
         options = replace(options, max_visual_tokens=options.MAX_VISUAL_TOKENS)
+    check_order(inputs, question, "evoprune.processor_inputs(model, inputs, question)")
     check_question(question)
     given = inputs_of(inputs, sampling.get("frame_rate"), times_s)
     options.check_one_file(len(given))

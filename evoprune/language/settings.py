@@ -8,7 +8,7 @@ from evoprune.errors import UsageError
 from evoprune.language.schema import SchemaOfClass, checked_value, instance_of, read_schema, schema_of
 from evoprune.model import GenerationSettings
 from evoprune.untrusted import rules_of
-from evoprune.util import brief, check_types, is_text, option, shown
+from evoprune.util import brief, check_types, is_text, option, shorten, shown
 
 if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
@@ -124,7 +124,7 @@ class GenerationOptions:
     def __post_init__(self):
         check_types(self)
         if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "ask for at least one token")
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}, not 1 or more", "ask for at least one token")
         for name, hint in SAMPLING_HINTS.items():
             value = getattr(self, name)
             if value is not None:
@@ -133,9 +133,9 @@ class GenerationOptions:
                 except ValueError as problem:
                     raise UsageError(str(problem), hint) from None
         if not self.top_p:
-            raise UsageError(f"top_p is {self.top_p}", SAMPLING_HINTS["top_p"])
+            raise UsageError(f"top_p is {self.top_p}, not above 0", SAMPLING_HINTS["top_p"])
         if self.think not in THINK:
-            raise UsageError(f"think is {self.think!r}", f"use {' or '.join(THINK)}")
+            raise UsageError(f"think is {self.think!r}, which is unknown", f"use {' or '.join(THINK)}")
         object.__setattr__(self, "stop", _checked_stops(self.stop))
         object.__setattr__(self, "choices", _checked_choices(self.choices))
         self._check_choices()
@@ -145,11 +145,16 @@ class GenerationOptions:
             object.__setattr__(self, "schema", schema_of(self.schema))
         self.grammar  # noqa: B018 (checked here)
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise UsageError(f"logprobs is {self.logprobs}", f"use 0 (only the chosen token) to {MOST_LOGPROBS}")
+            raise UsageError(
+                f"logprobs is {self.logprobs}, not from 0 to {MOST_LOGPROBS}",
+                f"use 0 (only the chosen token) to {MOST_LOGPROBS}",
+            )
 
     def _check_choices(self) -> None:
         if self.choice_score not in CHOICE_SCORES:
-            raise UsageError(f"choice_score is {self.choice_score!r}", f"use {' or '.join(CHOICE_SCORES)}")
+            raise UsageError(
+                f"choice_score is {self.choice_score!r}, which is unknown", f"use {' or '.join(CHOICE_SCORES)}"
+            )
         if self.choices is None:
             if self.choice_score != "sum":
                 raise UsageError(
@@ -280,6 +285,10 @@ def _checked_choices(given: Any) -> str | list[str] | None:
     texts = list(given)
     if not all(map(is_text, texts)):
         raise UsageError("a choice is not valid text", "write it in UTF-8")
-    if len(texts) < 2 or len(set(texts)) < len(texts) or not all(text.strip() for text in texts):
-        raise UsageError(f"choices is {brief(','.join(texts))}", hint)
+    if not all(text.strip() for text in texts):
+        raise UsageError(f"choices is {brief(','.join(texts))}, with an empty text", hint)
+    if len(texts) < 2:
+        raise UsageError(f"choices is {brief(','.join(texts))}, which is {'only one text' if texts else 'empty'}", hint)
+    if twice := [text for text in texts if texts.count(text) > 1]:
+        raise UsageError(f"choices is {brief(','.join(texts))}, with {shorten(twice[0], 60)!r} twice", hint)
     return texts

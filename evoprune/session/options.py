@@ -200,7 +200,7 @@ class ModelOptions:
             )
         if not is_id(name):
             meant = near_hint(name) or did_you_mean(name, DEMOS)
-            hint = missing_hint(name, f"{meant}a hub id is org/name; {MODEL_HINT}")
+            hint = missing_hint(name, f"a hub id is org/name; {MODEL_HINT}", meant)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None
 
@@ -328,7 +328,7 @@ class StreamOptions:
         for name in ("window_s", "memory_s", "memory_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{name} is {value:g}", "give a number above 0")
+                raise UsageError(f"{name} is {value:g}, not above 0", "give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -375,11 +375,11 @@ class FindOptions:
         check_types(self)
         for name in ("top", "total_tokens"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}", "give 1 or more")
+                raise UsageError(f"{name} is {getattr(self, name)}, not 1 or more", "give 1 or more")
         if self.min_score is not None and not 0 <= self.min_score <= 1:
-            raise UsageError(f"min_score is {self.min_score:g}", "give a number from 0 to 1")
+            raise UsageError(f"min_score is {self.min_score:g}, not from 0 to 1", "give a number from 0 to 1")
         if self.segment_s is not None and not 0 < self.segment_s < math.inf:
-            raise UsageError(f"segment_s is {self.segment_s:g}", "give a number above 0")
+            raise UsageError(f"segment_s is {self.segment_s:g}, not above 0", "give a number above 0")
         if self.prompt is not None and "{}" not in self.prompt:
             raise UsageError(
                 f"prompt is {self.prompt!r}, without {{}} for the query",

@@ -32,7 +32,7 @@ Deviations = Annotated[tuple[float, float, float], Rule.list_of(Rule.number(1e-6
 
 def _check_at_least(min_value: int, name: str, value: float | None) -> None:
     if value is not None and not min_value <= value < math.inf:
-        raise UsageError(f"{name} is {value}", f"give a number, {min_value} or more")
+        raise UsageError(f"{name} is {value}, not {min_value} or more", f"give a number, {min_value} or more")
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,26 @@ class SamplingOptions:
         if not self.subtitles:
             raise UsageError("subtitles is empty", "give none, auto or a file")
         if self.max_subtitle_tokens < 1:
-            raise UsageError(f"max_subtitle_tokens is {self.max_subtitle_tokens}", "give 1 or more, or no subtitles")
+            raise UsageError(
+                f"max_subtitle_tokens is {self.max_subtitle_tokens}, not 1 or more", "give 1 or more, or no subtitles"
+            )
         check_seek(self.seek)
         if not 0 < self.frame_rate < math.inf:
-            raise UsageError(f"frame_rate is {self.frame_rate:g}", "give a number above 0")
+            raise UsageError(f"frame_rate is {self.frame_rate:g}, not above 0", "give a number above 0")
         if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
-            raise UsageError(f"max_visual_tokens is {self.max_visual_tokens}", "give 1 or more")
+            raise UsageError(f"max_visual_tokens is {self.max_visual_tokens}, not 1 or more", "give 1 or more")
         if self.fps is not None and self.frames is not None:
             raise UsageError("fps and frames cannot be combined", "give one of the two")
         for name, time_s in (("start", self.start_s), ("end", self.end_s)):
             if time_s is not None and not math.isfinite(time_s):
-                raise UsageError(f"{name} is {time_s}", "give seconds from the start, or negative seconds from the end")
+                raise UsageError(
+                    f"{name} is {time_s}, not a time in seconds",
+                    "give seconds from the start, or negative seconds from the end",
+                )
         _check_at_least(2, "max_frames", self.max_frames)
         _check_at_least(1, "frames", self.frames)
         if self.fps is not None and not 0 < self.fps < math.inf:
-            raise UsageError(f"fps is {self.fps:g}", "give a number above 0")
+            raise UsageError(f"fps is {self.fps:g}, not above 0", "give a number above 0")
 
     @property
     def subtitle_file(self) -> str | None:

@@ -23,8 +23,8 @@ from evoprune.language import LanguageModel
 from evoprune.report import Report
 from evoprune.session import EncodedInputs, ReadAhead, asking, encoding
 from evoprune.video import frames
-from evoprune_cli.ask import split_words
 from evoprune_cli.terminal import stdout
+from evoprune_cli.words import split_words
 from tests.cli.screen import visible
 from tests.loading import edit
 from tests.video.files import numbered_frames, write_said, write_video
@@ -241,6 +241,47 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
 def test_what_is_no_input_is_named(cli, words, code, says):
     result = cli("ask", *words, stdin="", terminal=True)
     assert (result.code, result.out) == (code, "") and says in result.err
+
+
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        (("ask", "What?", CLIP), f'evoprune ask {CLIP} "What?"'),
+        (("ask", "What?", "gone.mp4"), 'evoprune ask gone.mp4 "What?"'),
+        (("ask", "What", "is it?", CLIP, OTHER), f'evoprune ask {CLIP} {OTHER} "What is it?"'),
+        (("ask", "Is it $5?", "a clip.mp4", CLIP), None),
+        (("find", "a red circle", CLIP), f'evoprune find {CLIP} "a red circle"'),
+    ],
+)
+def test_a_question_before_its_video_is_called_swapped(cli, line, right):
+    result = cli(*line)
+    assert (result.code, result.out) == (3, "")
+    if right:
+        assert "the question and the input are swapped" in result.err and result.err.endswith(f": {right}\n")
+
+
+def test_a_folder_of_videos_has_the_command_for_all_of_them(cli, tmp_path):
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    for name in ("b.mp4", "a.mp4"):
+        (folder / name).touch()
+    result = cli("ask", str(folder), "What is it?", "-m", "demo-scenes")
+    assert result.code == 3 and f"no images in the folder {folder}, but 2 videos" in result.err
+    one, every = re.findall(r"(evoprune .*?)(?:;|$)", result.err.splitlines()[1])
+    assert shlex.split(one) == ["evoprune", "ask", str(folder / "a.mp4"), "What is it?"]
+    assert shlex.split(every) == [
+        "evoprune",
+        "batch",
+        str(folder),
+        "-Q",
+        "What is it?",
+        "-m",
+        "demo-scenes",
+        "-o",
+        "answers.jsonl",
+    ]
+    other = cli("inspect", str(folder))
+    assert "but 2 videos" in other.err and str(folder / "a.mp4") in other.err
 
 
 DATA = "data:video/mp4;base64," + "A" * 9000
@@ -649,7 +690,7 @@ def test_peak_is_flat_from_a_minute_to_two_hours(tmp_path):
         (["--fps", "1", "--frames", "2"], "--fps and --frames cannot be combined"),
         (["--store-quantized"], "--store-quantized needs --quantize"),
         (["--choices", "a,b", "--stop", "c"], "--choices and --stop cannot be combined"),
-        (["--logprobs", "99"], "--logprobs is 99"),
+        (["--logprobs", "99"], "--logprobs is 99, not from 0 to 20"),
     ],
 )
 def test_errors_name_options_as_they_are_typed(cli, words, said):

@@ -28,7 +28,9 @@ def test_ask_chooses(cli):
     record = cli(*asked, "--json", "--choice-score", "mean").record
     assert [each["text"] for each in record["choices"]] == ["red", "green", "blue"] and record["answer"] == "green"
     for given, wrong in (
-        ("red", "--choices is 'red'"),
+        ("red", "--choices is 'red', which is only one text"),
+        ("red,", "--choices is 'red', which is only one text"),
+        ("red,green,red", "--choices is 'red,green,red', with 'red' twice"),
         ("options", "works only in a batch"),
         ("a,\udcff", "not valid text"),
     ):

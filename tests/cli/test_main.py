@@ -765,6 +765,11 @@ def test_every_hint_about_a_command_names_one_that_there_is():
         ("verify samples/sqare.mp4", "samples/square.mp4"),
         ("ask samples/square.mp4 What? --subtitles samples/question.jsonl", "samples/questions.jsonl"),
         ("ask samples/square.mp4 What? -m sampels", "samples"),
+        ("ask sample/square.mp4 What?", "samples/square.mp4"),
+        ("inspect square.mp4", "samples/square.mp4"),
+        ("ask samples/square.mp4 What? -m dmeo", "demo"),
+        ("inspect -m Demo", "demo"),
+        ("batch samples/square.mp4 -Q What -o - -m demoscenes", "demo-scenes"),
     ],
 )
 def test_a_misspelt_file_has_the_near_name_in_the_hint(cli, command, near):
@@ -785,6 +790,23 @@ def test_addresses_that_are_not_read_say_what_is(cli, given, hint):
     for words in ((given, "What?"), ("samples/square.mp4", given, "What?")):
         result = cli("ask", *words)
         assert result.code == 3 and result.err.endswith(f"hint: {hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("inspect dmeo", "demo is a model: evoprune inspect -m demo"),
+        ("verify demo-scenes", "demo-scenes is a model: evoprune verify -m demo-scenes"),
+        (
+            "profile Qwen/Qwen3-VL-4B-Instruct",
+            "Qwen/Qwen3-VL-4B-Instruct is a model: evoprune profile -m Qwen/Qwen3-VL-4B-Instruct",
+        ),
+        ("ask demo What?", 'demo is a model: evoprune ask video.mp4 "What happens?" -m demo'),
+    ],
+)
+def test_a_model_in_the_place_of_a_video(cli, line, hint):
+    result = cli(*line.split())
+    assert result.code == 3 and result.err.endswith(f"\nhint: {hint}\n")
 
 
 def test_a_name_that_no_file_is_like_gets_none(cli):

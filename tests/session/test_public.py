@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import evoprune
-from evoprune.errors import UsageError
+from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.session import Session, open_inputs
 from evoprune.session.options import FindOptions, ModelOptions, PipelineOptions, PruneOptions, StreamOptions
@@ -171,6 +171,23 @@ def test_objects_say_in_a_line_what_they_are(demo):
     assert "method 'none', budget 1.0, " in repr(evoprune.VideoQA.load("demo", method="none", budget=0.1))
     pruned = evoprune.EvoPrune(method="none", budget=0.1)(model)
     assert repr(pruned) == "<PrunedModel: none at budget 1, not active>"
+
+
+@pytest.mark.parametrize(
+    "video", ["clip.mp4", Path("clip.mp4"), ["a.mp4", "b.mp4"], "samples", b"bytes", np.zeros((2, 28, 28, 3))]
+)
+def test_a_question_before_its_video_is_called_swapped(demo, video):
+    calls = {
+        "qa.ask(path, question)": lambda: demo.ask("What happens?", video),
+        "qa.find(path, query)": lambda: demo.find("a red circle", video),
+        "processor_inputs": lambda: evoprune.processor_inputs("demo", "What happens?", video),
+    }
+    for right, call in calls.items():
+        with pytest.raises(VideoError, match="the question and the input are swapped") as caught:
+            call()
+        assert right in caught.value.hint
+    with pytest.raises(VideoError, match=r"^no such file: clip\.mp4\nhint"):
+        demo.encode("clip.mp4")
 
 
 def test_a_question_is_a_text(demo):

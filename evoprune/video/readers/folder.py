@@ -13,6 +13,7 @@ from av.video.frame import VideoFrame
 
 from evoprune.errors import LFS, LFS_HINT, UsageError, VideoError
 from evoprune.files import FileMemo
+from evoprune.util import counted
 from evoprune.video.info import FOLDER, Video
 from evoprune.video.input_files import Folder, image_number
 from evoprune.video.readers import colour, ffmpeg
@@ -55,7 +56,11 @@ def _list(folder: str) -> tuple[list[str], bool]:
     images = inside.images
     if not images:
         hint = f"files that count as images: {', '.join(Folder.IMAGES)}; evoprune batch takes folders of videos"
-        raise VideoError(f"no images in the folder {folder}", hint)
+        message = f"no images in the folder {folder}"
+        if inside.videos:
+            message += f", but {counted(len(inside.videos), 'video')}"
+            hint = f"give the path of a video, such as {inside.videos[0]}; evoprune batch takes folders of videos"
+        raise VideoError(message, hint)
     names = [os.path.basename(os.path.splitext(image)[0]) for image in images]
     if len({len(fraction) for name in names for fraction in FRACTION.findall(name)}) > 1:
         hint = "use the same number of decimals in all names, such as 0.25 and 0.50, or whole numbers"

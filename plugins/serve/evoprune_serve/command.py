@@ -309,7 +309,7 @@ def _name(model: str) -> str:
 def _above_0(flag: str, text: str) -> float:
     seconds = parse_time(text)
     if seconds <= 0:
-        raise UsageError(f"{flag} {text}", "use a time above 0")
+        raise UsageError(f"{flag} {text} is not above 0", "use a time above 0")
     return seconds
 
 
