@@ -68,9 +68,7 @@ def tower_of(model):
     visual = getattr(getattr(model, "model", None), "visual", None)
     if not (isinstance(visual, Tower) or _is_one_of(visual, [family.tower for family in FAMILIES.values()])):
         what = f"an object of class {type(model).__name__}"
-        raise ModelError(
-            f"{what} has no vision tower of Qwen4-Exp, Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL", SUPPORTED
-        )
+        raise ModelError(f"{what} has no vision tower of a supported model", SUPPORTED)
     try:
         VisionConfig.of(visual.config).check()
     except ValueError as problem:

@@ -48,6 +48,8 @@ EndIds = Annotated[  # IDs of the tokens that end an answer, possibly with repet
 class Family:
     """The settings that differ between model families."""
 
+    series: tuple[str, ...]  # names of the published series, as in messages and hub IDs
+    published: tuple[str, ...]  # published checkpoints whose configuration isn't bundled
     model: str  # name of the model class in transformers, without the ForConditionalGeneration suffix
     tower: str  # name of the vision tower class in transformers
     hidden_act: str  # the tower's activation function
@@ -68,6 +70,8 @@ class Family:
 
 
 _QWEN2_5 = Family(
+    series=("Qwen2.5-VL",),
+    published=("Qwen2.5-VL-32B-Instruct", "Qwen2.5-VL-72B-Instruct"),
     model="Qwen2_5_VL",
     tower="Qwen2_5_VisionTransformerPretrainedModel",
     hidden_act="silu",
@@ -85,6 +89,11 @@ _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _QWEN3_PICTURE = _HALF | {"min_pixels": 65_536, "max_pixels": 16_777_216, "of_all_frames": False}
 _QWEN3_TEXT = {"rope_theta": 5e5, "mrope_section": [24, 20, 20], "rms_norm_eps": 1e-6}
 _QWEN3 = Family(
+    series=("Qwen3-VL",),
+    published=(
+        "Qwen3-VL-32B-Instruct",
+        *(f"Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B")),
+    ),
     model="Qwen3VL",
     tower="Qwen3VLVisionModel",
     hidden_act="gelu_pytorch_tanh",
@@ -121,6 +130,8 @@ _QWEN3_5_EXPERTS = {
 }
 _QWEN3_5 = replace(
     _QWEN3,
+    series=("Qwen3.8", "Qwen3.6", "Qwen3.5"),
+    published=(),
     model="Qwen3_5",
     tower="Qwen3_5VisionModel",
     text=_QWEN3_5_TEXT,
@@ -132,6 +143,8 @@ FAMILIES = {
     QWEN2_5: _QWEN2_5,
     QWEN2: replace(
         _QWEN2_5,
+        series=("Qwen2-VL",),
+        published=("Qwen2-VL-2B-Instruct", "Qwen2-VL-7B-Instruct", "Qwen2-VL-72B-Instruct"),
         model="Qwen2VL",
         tower="Qwen2VisionTransformerPretrainedModel",
         hidden_act="quick_gelu",
@@ -143,6 +156,7 @@ FAMILIES = {
     QWEN3: _QWEN3,
     QWEN3_MOE: replace(
         _QWEN3,
+        published=("Qwen3-VL-235B-A22B-Instruct", "Qwen3-VL-30B-A3B-Thinking", "Qwen3-VL-235B-A22B-Thinking"),
         model="Qwen3VLMoe",
         tower="Qwen3VLMoeVisionModel",
         text=_QWEN3_TEXT | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
@@ -150,7 +164,11 @@ FAMILIES = {
     ),
     QWEN3_5: _QWEN3_5,
     QWEN3_5_MOE: replace(
-        _QWEN3_5, model="Qwen3_5Moe", tower="Qwen3_5MoeVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS
+        _QWEN3_5,
+        published=("Qwen3.5-122B-A10B", "Qwen3.5-397B-A17B"),
+        model="Qwen3_5Moe",
+        tower="Qwen3_5MoeVisionModel",
+        text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS,
     ),
     QWEN4: replace(
         _QWEN3_5, model="Qwen4Exp", tower="Qwen4ExpVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS | DEFAULTS

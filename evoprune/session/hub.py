@@ -10,6 +10,7 @@ from typing import Any
 
 import evoprune
 from evoprune.errors import ModelError, first_line
+from evoprune.model import FAMILIES
 from evoprune.util import listed
 
 # Bundled copies of published config.json files, so that benchmarks can run without network access.
@@ -17,25 +18,21 @@ BUNDLED_CONFIGS = {
     f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
 }
 # Hub IDs of supported Qwen models that "did you mean" hints may suggest.
-PUBLISHED = (
-    *BUNDLED_CONFIGS,
-    *(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
-    *(f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("32B", "72B")),
-    *(f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("32B", "235B-A22B")),
-    *(f"Qwen/Qwen3-VL-{size}-Thinking" for size in ("2B", "4B", "8B", "32B", "30B-A3B", "235B-A22B")),
-    *(f"Qwen/Qwen3.5-{size}" for size in ("122B-A10B", "397B-A17B")),
-)
+PUBLISHED = (*BUNDLED_CONFIGS, *(f"Qwen/{name}" for family in FAMILIES.values() for name in family.published))
 SETTINGS = ("config.json", "*processor_config.json")  # files read by `describe`
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer, and chat template
-MODEL_HINT = (
-    "evoprune runs Qwen3.8, Qwen3.6, Qwen3.5, Qwen3-VL, Qwen2.5-VL and Qwen2-VL, such as Qwen/Qwen2.5-VL-3B-Instruct, "
-    "and its demos"
-)
+SERIES = sorted({name for family in FAMILIES.values() for name in family.series}, reverse=True)  # newest first
+MODEL_HINT = f"evoprune runs {listed(SERIES)}, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 HUB_SECONDS = 5.0
 LONGEST_NAME = 200  # maximum number of characters of a name to correct; comparing longer ones would take seconds
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
-_ORIGINAL = re.compile(r"qwen((2|2\.5|3)-vl|3\.\d)-([\d.]+b(-a\d+b)?|flash-next)(-instruct|-thinking)?", re.IGNORECASE)
+# Matches the name of a series, however it is punctuated: Qwen2.5-VL is also found in qwen25vl.
+_SERIES = "|".join(name.replace("Qwen", "qwen-?").replace(".", "[._]?").replace("-VL", "[-_]?vl") for name in SERIES)
+_KNOWN = re.compile(_SERIES, re.IGNORECASE)
+_ORIGINAL = re.compile(
+    rf"({'|'.join(map(re.escape, SERIES))})-([\d.]+b(-a\d+b)?|flash-next)(-instruct|-thinking)?", re.IGNORECASE
+)
 
 
 def is_id(name: str) -> bool:
@@ -87,7 +84,7 @@ def kind_hint(name: str) -> str:
     if _CONVERTED.search(name):
         instead = downloadable_id(name) or "the original checkpoint"
         return f"the name suggests GGUF or MLX weights, which evoprune does not support; use {instead}; "
-    if re.search(r"qwen-?((3|2[._]?5?)[-_]?vl|3[._]?[5-9])", name, re.IGNORECASE):
+    if _KNOWN.search(name):
         return ""
     return f"{MODEL_HINT}; "
 
