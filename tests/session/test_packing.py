@@ -63,7 +63,8 @@ def want(load) -> list[list[int]]:
 def test_answers_are_the_same_however_many_were_asked_before(load, want):
     for first in range(len(QUESTIONS)):
         loaded = load()
-        assert (before := waiting(loaded)) and not loaded.packing.seconds
+        before = waiting(loaded)
+        assert before and not loaded.packing.seconds
         qa = VideoQA(loaded, budget=0.25)
         video = qa.encode(CLIP)
         for number in [*range(first, len(QUESTIONS)), *range(first)]:

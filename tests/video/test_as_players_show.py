@@ -192,7 +192,8 @@ def test_pixels_that_are_not_square(aspect, rotation, size, ending, tmp_path):
     (chunk,) = read_chunks(info, [0.0, 0.15])
     assert chunk.pixels.shape[1:3] == size[::-1] and not chunk.other_size
     with closing(LiveReader(str(path), "wide", 1.0)) as reader:
-        assert (header := reader.next(0.0)) and (header["width"], header["height"]) == size
+        header = reader.next(0.0)
+        assert (header["width"], header["height"]) == size
         shown = np.empty((1, *size[::-1], 3), np.uint8)
         reader.fill(shown)
     np.testing.assert_array_equal(shown[0], chunk.pixels[0])
