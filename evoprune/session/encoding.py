@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -26,9 +26,9 @@ from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, own_code
 from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
-from evoprune.session.patches import PatchChunk, content_key, patch_bytes
+from evoprune.session.patches import content_key, patch_bytes
 from evoprune.session.prompting import with_subtitles
-from evoprune.session.reading import Reading, Readings, probed
+from evoprune.session.reading import Reading, Readings, SharedChunks, probed
 from evoprune.session.session import Session
 from evoprune.session.speech import with_speech
 from evoprune.timeline import Timeline, account, this_thread
@@ -75,11 +75,11 @@ class _PatchSource:
     ahead: ReadAhead | None
     filter: FrameFilter | None
 
-    def __call__(self, reading: Reading[PatchChunk]) -> Iterator[PatchChunk]:
+    def __call__(self, reading: Reading[FrameChunk]) -> Iterator[FrameChunk]:
         """Yield the patches in the thread of a `Reading`, and update the number of frames that it has read."""
         return self.patches(reading.timeline, reading.at_least)
 
-    def patches(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[PatchChunk]:
+    def patches(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         """Yield the patches in chunks, calling `on_frames` with the number of frames read so far."""
         frames = self._frames(timeline, on_frames)
         if self.filter is not None:
@@ -89,7 +89,7 @@ class _PatchSource:
                 on_frames(chunk.end)
                 with timeline.stage("preprocess"):
                     patches = patches_of(chunk.pixels, self.plan, self.limits, self.device)
-                yield PatchChunk(patches, chunk.end, chunk.times_s, chunk.damaged, chunk.other_size, chunk.moved)
+                yield replace(chunk, pixels=patches)
 
     def _frames(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
         """Yield the sampled frames in chunks, from the prefetch if it has them."""
@@ -121,7 +121,7 @@ class _Seen:
     other_size: bool = False
     moved: bool = False
 
-    def add(self, chunk: PatchChunk) -> None:
+    def add(self, chunk: FrameChunk) -> None:
         self.read_s += chunk.times_s
         self.damaged += chunk.damaged
         self.other_size |= chunk.other_size
@@ -158,9 +158,9 @@ class OpenInput:
     def __post_init__(self):
         self.cores = self.session.loaded.cores
         self.waited_s = 0.0
-        # The key of this input's patches in the patch store, or None if they aren't stored.
-        self._patch_key: Hashable | None = None
-        self._reading: Reading[PatchChunk] | None = None
+        # This input's patches in the patch store, or None if they aren't stored.
+        self._stored_patches: SharedChunks[FrameChunk] | None = None
+        self._reading: Reading[FrameChunk] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
@@ -306,7 +306,7 @@ class OpenInput:
                 except OutOfMemory as problem:
                     if problem.stage != "encode" or piece_units == pieces[-1]:
                         raise
-                if self._patch_key is None:
+                if self._stored_patches is None:
                     self._release_reading()
                 loaded.patches.clear()
                 empty_cache()
@@ -320,11 +320,11 @@ class OpenInput:
         total = self.plan.sampling.frames
         for chunk in self._chunks(timeline, progress):
             seen.add(chunk)
-            yield chunk.patches
+            yield chunk.pixels
             if progress:
                 progress("encode", chunk.end, total)
 
-    def _chunks(self, timeline: Timeline, progress: Progress | None) -> Iterator[PatchChunk]:
+    def _chunks(self, timeline: Timeline, progress: Progress | None) -> Iterator[FrameChunk]:
         """Yield the patches in chunks, reporting the number of frames read so far in the meantime."""
         if not self.threaded:
             yield from self._source.patches(timeline, lambda frames: None)
@@ -342,7 +342,7 @@ class OpenInput:
             report()
             yield chunk
 
-    def _start_reading(self) -> Reading[PatchChunk]:
+    def _start_reading(self) -> Reading[FrameChunk]:
         """Return the `Reading` that produces this input's patches, starting it if necessary.
 
         Raises:
@@ -360,7 +360,7 @@ class OpenInput:
         """Whether later runs on the same files may reuse this input's patches."""
         return self.frames is None and not self.temporary
 
-    def _shared_reading(self) -> Reading[PatchChunk] | None:
+    def _shared_reading(self) -> Reading[FrameChunk] | None:
         """Return a `Reading` whose patches are kept in the model's patch store, or None if they cannot be stored."""
         if not self._shares:
             return None
@@ -369,27 +369,26 @@ class OpenInput:
         key = content_key(self.plan, limits, device)
         if key is None:
             return None
-        reading = self.session.loaded.patches.open(key, patch_bytes(self.plan, limits), device, self._source)
-        if reading:
-            self._patch_key = key
-        return reading
+        size = patch_bytes(self.plan, limits)
+        self._stored_patches = self.session.loaded.patches.open(key, size, device, self._source)
+        return self._stored_patches and self._stored_patches.read()
 
     def _release_reading(self) -> None:
         """Release this input's `Reading`. If the patches are needed again, a new `Reading` is started."""
         with self._lock:
             reading = self._reading
-            key = self._patch_key
-            self._reading = self._patch_key = None
+            stored = self._stored_patches
+            self._reading = self._stored_patches = None
         if reading is None:
             return
-        if key is None:
+        if stored is None:
             reading.close()
         else:
             keep = True
             if self.plan.info.is_folder and reading.is_complete:
                 # A damaged image is replaced with a neighbor that may not be part of the key.
                 keep = not any(chunk.damaged for chunk in reading.chunks())
-            self.session.loaded.patches.close(key, reading, keep)
+            self.session.loaded.patches.close(stored, keep)
         self.timeline.add(reading.timeline.take())
 
     @property

@@ -7,32 +7,15 @@ patches take 116 MB (151 MB for Qwen3-VL).
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 
 import torch
 
 from evoprune.backend import Device, empty_cache
-from evoprune.session.reading import Reading, states_of
-from evoprune.video import Folder, InputLimits, Plan
+from evoprune.session.reading import Reading, SharedChunks, states_of
+from evoprune.video import Folder, FrameChunk, InputLimits, Plan
 
 LIMIT_BYTES = 2**29  # maximum size in bytes, for each input and for all unused inputs together
 SHARE = 4  # patches in use take at most 1 / SHARE of the available memory
-
-
-@dataclass(frozen=True)
-class PatchChunk:
-    """The patches of a chunk of consecutive frames. See `FrameChunk` for the other fields."""
-
-    patches: torch.Tensor  # uint8 `[rows, values]`, on the device that computed them
-    end: int
-    times_s: tuple[float, ...]
-    damaged: int = 0
-    other_size: bool = False
-    moved: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return self.patches.nbytes
 
 
 class PatchStore:
@@ -44,13 +27,13 @@ class PatchStore:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES):
         self.limit_bytes = limit_bytes
-        self._entries: OrderedDict[Hashable, Reading[PatchChunk]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, SharedChunks[FrameChunk]] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(
-        self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[PatchChunk]]
-    ) -> Reading[PatchChunk] | None:
-        """Return the `Reading` for a key, starting a new one if necessary. The caller must release it using `close`.
+        self, key: Hashable, size: int, device: torch.device, source: Callable[[Reading], Iterator[FrameChunk]]
+    ) -> SharedChunks[FrameChunk] | None:
+        """Return the entry for a key, and start reading its patches if necessary. The caller must release it using `close`.
 
         Args:
             key: The input's key, from `content_key`.
@@ -59,39 +42,39 @@ class PatchStore:
             source: Function that produces the patches; see `Reading`.
 
         Returns:
-            The `Reading`, or None if the patches exceed the limit or `device` is low on memory. If memory is low, all unused
-            patches are evicted as well.
+            The entry, or None if the patches exceed the limit or `device` is low on memory. If memory is low, all unused patches
+            are evicted as well.
         """
         with self._lock:
-            reading = self._entries.get(key)
-            if reading is None or not reading.acquire():
+            entry = self._entries.get(key)
+            if entry is None or not entry.acquire():
                 if size > self.limit_bytes:
                     return None
                 available = Device(device).available_memory()
-                used = sum(each.size for each in self._entries.values() if each.is_used)
+                used = sum(each.size for each in self._entries.values() if each.users)
                 if available is not None and SHARE * (used + size) > available:
                     self._drop_unused(0)
                     return None
-                reading = self._entries[key] = Reading(source, shared=True, size=size)
-                reading.acquire()
-            return reading
+                entry = self._entries[key] = SharedChunks(key, source, size=size)
+                entry.acquire()
+            return entry
 
-    def close(self, key: Hashable, reading: Reading[PatchChunk], keep: bool = True) -> None:
-        """Release a `Reading` returned by `open`, which may have failed and been replaced in the meantime.
+    def close(self, entry: SharedChunks[FrameChunk], keep: bool = True) -> None:
+        """Release an entry returned by `open`, which may have failed and been replaced in the meantime.
 
-        When the last user releases a `Reading`, its patches stay in the store if it is complete and `keep` is True; otherwise, it
-        is stopped.
+        When the last user releases an entry, its patches stay in the store if they are complete and `keep` is True. Otherwise, they
+        are discarded, and the thread that produces them is stopped.
         """
         with self._lock:
-            if not reading.release():
+            if not entry.release():
                 return
-            if reading.is_complete and keep:
-                self._entries.move_to_end(key)
+            if entry.is_complete and keep:
+                self._entries.move_to_end(entry.key)
                 self._drop_unused(self.limit_bytes)
                 return
-            if self._entries.get(key) is reading:
-                del self._entries[key]
-        reading.close()
+            if self._entries.get(entry.key) is entry:
+                del self._entries[entry.key]
+        entry.stop()
 
     def clear(self) -> bool:
         """Evict all unused patches. Return True if any patches were evicted."""
@@ -103,13 +86,13 @@ class PatchStore:
 
     def _drop_unused(self, limit_bytes: int) -> bool:
         """Evict the least recently used patches until the unused patches fit the limit. Return True if any were evicted."""
-        unused = [(key, reading) for key, reading in self._entries.items() if not reading.is_used]
-        total = sum(reading.size for _, reading in unused)
+        unused = [entry for entry in self._entries.values() if not entry.users]
+        total = sum(entry.size for entry in unused)
         dropped = False
-        for key, reading in unused:
+        for entry in unused:
             if total > limit_bytes or not limit_bytes:
-                del self._entries[key]
-                total -= reading.size
+                del self._entries[entry.key]
+                total -= entry.size
                 dropped = True
         return dropped
 

@@ -10,7 +10,7 @@ Timing doesn't affect the result: no matter how far ahead the thread is, a consu
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import closing
 from contextvars import Context, copy_context
 from enum import Enum, auto
@@ -69,11 +69,11 @@ class Reading(Generic[T]):
     """An input that a background thread reads ahead as soon as its turn comes. Close it after use.
 
     Args:
-        source: Called in the thread when its turn comes. Returns an iterator that produces the chunks.
+        source: Called in the thread when its turn comes. Returns an iterator that produces the chunks. None starts no thread; see
+            `finished`.
         group: The group in which to take turns and share a memory limit. The default is a new group without a limit.
         shared: Whether to keep chunks after they are taken, so that multiple consumers can each get all chunks. A shared `Reading`
             also continues if the thread that created it is stopped, whereas an unshared `Reading` stops along with that thread.
-        size: Total size of the chunks in bytes, if known in advance.
         drop: Called for each remaining chunk on close.
 
     Attributes:
@@ -87,21 +87,18 @@ class Reading(Generic[T]):
 
     def __init__(
         self,
-        source: Callable[["Reading[T]"], Iterator[T]],
+        source: Callable[["Reading[T]"], Iterator[T]] | None,
         group: Readings | None = None,
         *,
         shared: bool = False,
-        size: int = 0,
         drop: Callable[[T], None] = lambda chunk: None,
     ):
-        self.size = size
         self.state = State.WAITING
         self.timeline = Timeline()
         self.frames = 0
         self.chunk_bytes = 0
         self.taken = False
         self.problem: BaseException | None = None
-        self._users = 0
         self._group = group or Readings()
         self._changed = self._group.changed
         self._shared = shared
@@ -111,8 +108,22 @@ class Reading(Generic[T]):
         self._next = 0  # index of the next chunk to take
         self._pid = os.getpid()
         self._scope = Scope()
+        self._thread: threading.Thread | None = None
+        if source is not None:
+            self._start(source)
+
+    @classmethod
+    def finished(cls, chunks: Iterable[T]) -> "Reading[T]":
+        """Return a complete `Reading` of existing chunks, which any number of consumers can get."""
+        reading = cls(None, shared=True)
+        reading._chunks = [*chunks]
+        reading._group.held_bytes = sum(map(size_of, reading._chunks))
+        reading.state = State.COMPLETE
+        return reading
+
+    def _start(self, source: Callable[["Reading[T]"], Iterator[T]]) -> None:
         # With a copy of the context, stopping the current thread's scope also stops the new thread.
-        context = Context() if shared else copy_context()
+        context = Context() if self._shared else copy_context()
         # Only the thread refers to `source`, so whatever `source` refers to can be freed as soon as the thread ends, even if
         # the chunks are kept. Use a daemon thread, so a hanging read cannot prevent the program from exiting.
         work = (self._work, source)
@@ -141,24 +152,6 @@ class Reading(Generic[T]):
     @property
     def has_ended(self) -> bool:
         return self.state in (State.COMPLETE, State.FAILED, State.CLOSED)
-
-    @property
-    def is_used(self) -> bool:
-        """Whether any user of a shared `Reading` has not released it yet."""
-        return self._users > 0
-
-    def acquire(self) -> bool:
-        """Add a user of a shared `Reading`, who must call `release`. Return False if it cannot be used any more."""
-        with self._changed:
-            usable = self.is_complete or (self.is_here and not self.has_ended)
-            self._users += usable
-            return usable
-
-    def release(self) -> bool:
-        """Remove a user of a shared `Reading`. Return True if it was the last one."""
-        with self._changed:
-            self._users -= 1
-            return self._users == 0
 
     def at_least(self, frames: int) -> None:
         """Raise the frame count to `frames`, unless it is already higher."""
@@ -215,7 +208,7 @@ class Reading(Generic[T]):
         self._scope.stop()
 
     def join(self) -> None:
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread and self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE_S)
         self.problem = None  # breaks a reference cycle that includes the traceback
 
@@ -304,6 +297,66 @@ class Reading(Generic[T]):
             if self.problem is not None:
                 raise self.problem
             return None
+
+
+class SharedChunks(Generic[T]):
+    """Chunks shared by several users, as kept by a store: data, and the `Reading` that produces them until it is complete.
+
+    The store's lock protects the methods, except `read` and `stop`.
+
+    Args:
+        key: The key in the store.
+        source, group: See `Reading`.
+        size: Total size of the chunks in bytes, if known in advance.
+
+    Attributes:
+        users: Number of users that have not released the chunks yet.
+    """
+
+    def __init__(
+        self,
+        key: Hashable,
+        source: Callable[[Reading[T]], Iterator[T]],
+        group: Readings | None = None,
+        *,
+        size: int = 0,
+    ):
+        self.key = key
+        self.size = size
+        self.users = 0
+        self._reading: Reading[T] | None = Reading(source, group, shared=True)
+        self._chunks: tuple[T, ...] = ()  # set once the `Reading` is complete
+
+    @property
+    def is_complete(self) -> bool:
+        return self._reading is None
+
+    def acquire(self) -> bool:
+        """Add a user, who must call `release`. Return False if nobody can use the chunks any more.
+
+        This is the case after a failure, and in a forked process while the thread has not finished.
+        """
+        reading = self._reading
+        usable = reading is None or reading.is_complete or (reading.is_here and not reading.has_ended)
+        self.users += usable
+        return usable
+
+    def read(self) -> Reading[T]:
+        """Return a `Reading` of the chunks, which may already be complete. Users must not close it."""
+        return self._reading or Reading.finished(self._chunks)
+
+    def release(self) -> bool:
+        """Remove a user. Return True if it was the last one."""
+        self.users -= 1
+        if self._reading is not None and self._reading.is_complete:
+            self._chunks = tuple(self._reading.chunks())
+            self._reading = None
+        return not self.users
+
+    def stop(self) -> None:
+        """Stop the thread that produces the chunks, unless it has finished."""
+        if self._reading is not None:
+            self._reading.close()
 
 
 def stop_all(readings: list[Reading]) -> None:

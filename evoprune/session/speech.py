@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
 from evoprune.session.hub import cached_folder, fetch, reach
-from evoprune.session.reading import Reading, Readings, state_of, stop_all
+from evoprune.session.reading import Reading, Readings, SharedChunks, state_of
 from evoprune.timeline import Timeline
 from evoprune.untrusted import loads
 from evoprune.util import file_stats, installed_version, open_safetensors
@@ -179,32 +179,32 @@ class _SpeechRequest:
         path = os.path.abspath(info.path)
         return cls(info, path, state_of(path), span, model, bool(options.offline), options.cores)
 
-    def begin(self) -> Reading["_Piece"]:
+    def begin(self) -> SharedChunks["_Piece"]:
         """Return this request's transcription, starting it if necessary. The caller must call `release` when it is done."""
         with _lock:
-            reading = _readings.get(self)
-            if reading is None or not reading.acquire():
-                reading = _readings[self] = Reading(self._pieces, _group(), shared=True)
-                reading.acquire()
-            _readings.move_to_end(self)
-            return reading
+            spoken = _transcripts.get(self)
+            if spoken is None or not spoken.acquire():
+                spoken = _transcripts[self] = SharedChunks(self, self._pieces, _group())
+                spoken.acquire()
+            _transcripts.move_to_end(self)
+            return spoken
 
-    def release(self, reading: Reading["_Piece"]) -> None:
+    def release(self, spoken: SharedChunks["_Piece"]) -> None:
         """End the use of a transcription that `begin` returned, which may have failed and been replaced in the meantime."""
-        stopped = []
         with _lock:
-            if reading.release() and not reading.is_complete:
-                stopped.append(reading)
-                if _readings.get(self) is reading:
-                    del _readings[self]
-            unused = [key for key, each in _readings.items() if not each.is_used]
-            for key in unused[: max(0, len(_readings) - MAX_TRANSCRIPTS)]:
-                stopped.append(_readings.pop(key))
-        stop_all(stopped)
+            stopped = spoken.release() and not spoken.is_complete
+            if stopped and _transcripts.get(self) is spoken:
+                del _transcripts[self]
+            unused = [key for key, each in _transcripts.items() if not each.users]
+            for key in unused[: max(0, len(_transcripts) - MAX_TRANSCRIPTS)]:
+                del _transcripts[key]
+        if stopped:
+            spoken.stop()
 
     def wait_for_transcript(self, timeline: Timeline, cache: "Cache | None", progress: Progress | None) -> Transcript:
         """Start the transcription unless it is already running, and wait for the transcript."""
-        reading = self.begin()
+        spoken = self.begin()
+        reading = spoken.read()
         total = max(1, round(self.span[1] - self.span[0]))
 
         def tell() -> None:
@@ -216,7 +216,7 @@ class _SpeechRequest:
                 tell()
                 pieces = list(reading.chunks(tell))
         finally:
-            self.release(reading)
+            self.release(spoken)
         timeline.add(reading.timeline.take())
         language = next((piece.language for piece in pieces if piece.language), None)
         lines = [line for piece in pieces for line in piece.lines]
@@ -306,7 +306,7 @@ class _Piece:
 
 
 _lock = threading.RLock()
-_readings: OrderedDict[_SpeechRequest, Reading[_Piece]] = OrderedDict()
+_transcripts: OrderedDict[_SpeechRequest, SharedChunks[_Piece]] = OrderedDict()
 
 
 @lru_cache(maxsize=1)
@@ -319,7 +319,7 @@ def _forget() -> None:
     """Discard all state in a forked child process, where the threads don't exist."""
     global _lock
     _lock = threading.RLock()
-    _readings.clear()
+    _transcripts.clear()
     _group.cache_clear()
     _whisper.cache_clear()
 

@@ -33,6 +33,7 @@ from evoprune.video.temporary import temporary_file
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
@@ -128,7 +129,9 @@ class FrameChunk:
     """A chunk of frames for consecutive requested times."""
 
     first: int  # index of the first frame's requested time
-    pixels: "np.ndarray"  # uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, C-contiguous
+    # uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, C-contiguous; or the same frames resized and cut into patches,
+    # uint8 `[rows, values]`, on the device that computed them
+    pixels: "np.ndarray | Tensor"
     times_s: tuple[float, ...]  # actual frame timestamps from the first frame; may be earlier than the requested times
     damaged: int = 0  # number of damaged packets (or images, in a folder) found since the previous chunk
     other_size: bool = False  # whether any frame differed in size from the video and was scaled

@@ -16,8 +16,8 @@ from evoprune.backend import Device
 from evoprune.errors import VideoError
 from evoprune.session import encoding, patches
 from evoprune.session.encoding import open_inputs
-from evoprune.session.patches import PatchChunk, PatchStore
-from evoprune.video import SamplingOptions, read_chunks
+from evoprune.session.patches import PatchStore
+from evoprune.video import FrameChunk, SamplingOptions, read_chunks
 from evoprune.video_qa import VideoQA
 from tests.video.files import numbered_frame, spoil, write_image
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_kept_is_read_again(loaded, read, monkeypatch, why):
     for _ in range(2):
         qa.encode(CLIP, frames=8)
     assert len(read) == 3
-    assert why == "too large" or not [each for each in loaded.patches._entries.values() if each.is_used]
+    assert why == "too large" or not [each for each in loaded.patches._entries.values() if each.users]
 
 
 def test_what_shows_other_frames_is_not_kept(loaded, read):
@@ -219,7 +219,7 @@ def source(count=3, gate=None):
         for number in range(count):
             if gate and number:
                 assert gate.wait(10)
-            yield PatchChunk(torch.full((2, 6), number, dtype=torch.uint8), number, ())
+            yield FrameChunk(number, torch.full((2, 6), number, dtype=torch.uint8), ())
 
     return chunks
 
@@ -229,9 +229,9 @@ def test_the_least_recently_used_goes_first():
     for key in "abc":
         held[key] = store.open(key, 40, CPU, source())
         for _ in range(2):
-            assert [chunk.end for chunk in held[key].chunks()] == [0, 1, 2]
+            assert [chunk.end for chunk in held[key].read().chunks()] == [0, 1, 2]
     for key in "bac":  # entries in use are never evicted
-        store.close(key, held[key])
+        store.close(held[key])
     assert list(store._entries) == ["a", "c"]
     assert store.open("a", 40, CPU, source()) is held["a"]
     assert store.clear() and list(store._entries) == ["a"] and not store.clear()
@@ -242,20 +242,37 @@ def test_two_users_share_what_is_being_read():
     store, gate = PatchStore(), threading.Event()
     first = store.open("a", 40, CPU, source(gate=gate))
     second = store.open("a", 40, CPU, source())
-    assert first is second
-    store.close("a", first)  # the other reader still needs it
+    assert first is second and first.read() is second.read()
+    store.close(first)  # the other reader still needs it
     gate.set()
-    assert len(list(second.chunks())) == 3
-    store.close("a", second)
+    assert len(list(second.read().chunks())) == 3
+    store.close(second)
     assert store._entries["a"] is second
+
+
+def test_the_store_keeps_data_only():
+    """While patches are in use or kept, nothing refers to the thread that has produced them, nor to its source."""
+    store, made = PatchStore(), source()
+    first, second = (store.open("a", 40, CPU, made) for _ in range(2))
+    reading, ended = weakref.ref(first.read()), weakref.ref(made)
+    assert len(list(first.read().chunks())) == 3
+    del made
+    store.close(first)
+    gc.collect()
+    assert reading() is None and ended() is None
+    assert [chunk.end for chunk in second.read().chunks()] == [0, 1, 2]
+    store.close(second)
+    third = store.open("a", 40, CPU, source(10**9))
+    assert [chunk.end for chunk in third.read().chunks()] == [0, 1, 2]
+    store.close(third)
 
 
 def test_what_nobody_needs_any_more_ends():
     store, gate, before = PatchStore(), threading.Event(), threading.active_count()
-    reading = store.open("a", 40, CPU, source(10**9, gate))
+    entry = store.open("a", 40, CPU, source(10**9, gate))
     threading.Timer(0.05, gate.set).start()
-    store.close("a", reading)
-    assert not store._entries and not reading.is_complete
+    store.close(entry)
+    assert not store._entries and not entry.read().is_complete
     until = time.monotonic() + 10
     while threading.active_count() > before:
         assert time.monotonic() < until
@@ -277,14 +294,14 @@ def test_a_failed_reading_is_not_shared():
         yield
 
     def working(reading):
-        yield PatchChunk(torch.zeros(1, 1, dtype=torch.uint8), 1, (0.0,))
+        yield FrameChunk(0, torch.zeros(1, 1, dtype=torch.uint8), (0.0,))
 
     store = PatchStore()
     failed = store.open("key", 1, CPU, failing)
     with pytest.raises(VideoError, match="too many files"):
-        list(failed.chunks())
+        list(failed.read().chunks())
     again = store.open("key", 1, CPU, working)
-    assert len(list(again.chunks())) == 1
-    store.close("key", failed)
-    store.close("key", again)
+    assert len(list(again.read().chunks())) == 1
+    store.close(failed)
+    store.close(again)
     assert store.open("key", 1, CPU, failing) is again

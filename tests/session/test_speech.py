@@ -129,12 +129,12 @@ def test_a_failed_transcription_is_released_without_stopping_the_next_one(clip, 
     LoudModel.problem = RuntimeError("no memory")
     failed = wanted.begin()
     with pytest.raises(ModelError):
-        list(failed.chunks())
+        list(failed.read().chunks())
     LoudModel.problem = None
     following = wanted.begin()
     assert following is not failed
     wanted.release(failed)
-    assert any(piece.lines for piece in following.chunks())
+    assert any(piece.lines for piece in following.read().chunks())
     wanted.release(following)
 
 

@@ -89,11 +89,12 @@ def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):
         ahead = stack.enter_context(closing(in_flight([path, path], opener(qa), qa.loaded)))
         first, second = (next(ahead)[1] for _ in range(2))
         begun(path)
-        (kept,) = qa.loaded.patches._entries.values()
+        (entry,) = qa.loaded.patches._entries.values()
+        kept = entry.read()
         with at_once():
             first.close()
             ahead.close()
-        assert kept.is_used and not kept.has_ended
+        assert entry.users and not kept.has_ended
 
         def wait():
             with suppress(isolation.Stopped):
