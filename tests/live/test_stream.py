@@ -78,12 +78,17 @@ def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method
     assert ours.stream["tokens"] == theirs.tokens.visual and ours.stream["frames"] == theirs.sampling.frames
 
 
+def keys_of(cache):
+    """Return the keys of all columns in the first layer, `[1, kv_heads, length, head_dim]`."""
+    return cache.room(0, 0)[2]
+
+
 def logits(stream):
     """Return the logits of the first word about the stream so far, without changing the stream."""
     answer = stream.ask(QUESTION, max_new_tokens=1)
     next(answer, None)
     cache = stream._memory.cache
-    state = [torch.cat([keys[:, :, : cache.length], values[:, :, : cache.length]]) for keys, values in cache._layers]
+    state = [torch.cat(cache.room(layer, 0)[2:]) for layer in range(len(cache.lengths))]
     answer.close()
     return state
 
@@ -236,17 +241,17 @@ def test_what_is_left_keeps_its_keys(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=8.0) as stream:
         fed(stream, 8)
         cache, head = stream._memory.cache, stream._memory._head
-        keys, order = cache._layers[0][0][0, :, head : cache.length].clone(), stream._memory.windows[0].order
+        keys, order = keys_of(cache)[0, :, head:].clone(), stream._memory.windows[0].order
         fed(stream, 2, start=8.0)
         left = len(stream._memory.windows[0].order)
         assert 0 < left < len(order)
-        assert torch.equal(cache._layers[0][0][0, :, head : head + left], keys[:, (order < left).nonzero()[:, 0]])
+        assert torch.equal(keys_of(cache)[0, :, head : head + left], keys[:, (order < left).nonzero()[:, 0]])
 
 
 def test_the_beginning_can_be_moved_without_a_change_of_distances(demo):
     with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 6) as stream:
         memory = stream._memory
-        keys = memory.cache._layers[0][0]
+        keys = keys_of(memory.cache)
         whole = slice(memory._head, memory.cache.length)
         old = keys[0, :, whole].clone()
         with torch.inference_mode():
@@ -303,7 +308,7 @@ def test_qwen3_reads_a_moved_window_as_the_first_one(qwen3):
             assert len(memory.windows) == 1 and memory.following == stream._memory._head + size
             assert memory._moved == (size if later else 0)
             visual = memory.windows[0].visual.nonzero()[:, 0] + stream._memory._head
-            keys.append(memory.cache._layers[0][0][0, :, visual])
+            keys.append(keys_of(memory.cache)[0, :, visual])
     torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-4)
 
 
