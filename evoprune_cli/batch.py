@@ -155,7 +155,7 @@ def batch(
     tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
     kind = partial(TableFile, rows=rows) if table else RecordFile
     opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
-    with tally, closing(opened) as file, progress(not quiet) as show:
+    with tally, closing(opened) as file, progress(not quiet and sys.stderr.isatty()) as show:
         sources = Sources(settings)
         left = sources.remaining(rows, file.earlier_records)
         ready = partial(tally.start, file, len(left), show)

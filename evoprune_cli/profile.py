@@ -15,7 +15,7 @@ from evoprune.util import without_password, words_of
 from evoprune.video import Video
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
-from evoprune_cli.terminal import WIDTH, check_output, note, page_width, progress
+from evoprune_cli.terminal import WIDTH, check_output, page_width, progress, tell
 from evoprune_cli.words import check_not_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -187,8 +187,10 @@ def profile(
             begun=begun,
         )
         needs = run.needs()
-        if needs.seconds >= NOTED_S and not quiet:
-            note(f"needs about {size_text(needs.memory)} of memory and at least {needs.seconds:.0f} s")
+        if needs.expected >= NOTED_S and not quiet:
+            weights = "random weights with the dimensions of" if run.model.random else "the weights of"
+            needed = f"about {size_text(needs.memory)} of memory and about {needs.expected:.0f} s"
+            tell(f"{weights} {run.model.id}: needs {needed} (at most {time_limit:g} s: --time-limit)")
         for results in run.run(show):  # noqa: B007
             pass
     deliver()

@@ -20,6 +20,7 @@ from evoprune.util import clock, counted, harmless, one_line, roughly, size
 
 # When this process started, on the clock of `time.perf_counter`. Until here, it has been busy starting Python and importing.
 BEGAN_S = time.perf_counter() - time.process_time()
+PLAIN_EVERY_S = 15.0  # if stderr is not a terminal, progress is printed as a line after this many seconds
 LEAST_S = 1.0  # the progress line shows the estimated remaining time only after this many seconds
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # Options that can be set using environment variables.
@@ -303,9 +304,9 @@ def encoding(show: Callable[[str, int, int], None]) -> Callable[[str, int, int],
 class Line:
     """A progress line that shows the current step with its count, the elapsed time, and the estimated remaining time."""
 
-    def __init__(self, what: str, now: Callable[[], float] = time.monotonic):
+    def __init__(self, what: str, now: Callable[[], float] = time.monotonic, started_at: float | None = None):
         self._now = now
-        self._started_at = now()
+        self._started_at = now() if started_at is None else started_at
         self._what = what
         self._total = 0
         self.show(what)
@@ -349,15 +350,37 @@ def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
     return step
 
 
+class PlainLines:
+    """Prints the current step every `PLAIN_EVERY_S` seconds, for a stderr that is not a terminal."""
+
+    def __init__(self):
+        self._started_at = self._printed_at = time.monotonic()
+        self._line: Line | None = None
+
+    def show(self, *step: Any) -> None:
+        """Set the current step; see `Line.show`. Steps between two printed lines are dropped."""
+        now = time.monotonic()
+        if now - self._printed_at < PLAIN_EVERY_S:
+            return
+        if self._line is None:
+            self._line = Line(step[0], started_at=self._started_at)
+        self._line.show(*step)
+        self._printed_at = now
+        tell(self._line.text(WIDTH))
+
+
 @contextmanager
 def progress(active: bool, timing: bool = False) -> Iterator:
-    """Show a progress line while the block runs, provided that stderr is a terminal. Yields `Line.show`.
+    """Show a progress line while the block runs. Yields `Line.show`. If stderr isn't a terminal, print a line now and then instead.
 
     With `timing`, the line isn't animated because a spinner thread would affect measurements. The yielded function then accepts
     only `what`.
     """
-    if not active or not sys.stderr.isatty():
+    if not active:
         yield lambda what, done=0, total=0, detail="": None
+        return
+    if not sys.stderr.isatty():
+        yield PlainLines().show
         return
     from rich.console import Console
     from rich.live import Live

@@ -55,7 +55,7 @@ from evoprune.bench.profile_rows import (
 from evoprune.bench.shared import COUNTED, WARM_UP, TimeLimit, after_tower_below, after_tower_note, paced, swept
 from evoprune.errors import ModelError, OutOfMemory, UsageError, memory_guard
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, prune_prompt
-from evoprune.methods import EncoderPlan, MethodChain, PruneConfig, TowerShape, arange_on
+from evoprune.methods import Budget, EncoderPlan, MethodChain, PruneConfig, TowerShape, arange_on
 from evoprune.model import PATCHES, Clock, Config, Cost, Model, QwenVL, matmul_rate
 from evoprune.session import (
     BUNDLED_CONFIGS,
@@ -72,6 +72,11 @@ from evoprune.video import InputLimits, Video
 from evoprune.vision import encode_rows
 
 Progress = Callable[[str], None]
+
+# For estimating the duration of a run, measured with the 3B model's dimensions on a CPU.
+SLOWER = 3.0  # time of a row, divided by its number of operations at the speed of plain matrix products
+FIXED_SHARE = 0.2  # time of a pruned row relative to budget 1.0, in addition to its budget
+LOAD_BYTES_PER_S = 2**28  # how fast random weights are generated and packed
 
 
 class Profile:
@@ -125,7 +130,7 @@ class Profile:
         Raises:
             UsageError: If the run would exceed the time limit.
         """
-        needs = needs_of(self.model, self.cases, self.settings.new_tokens)
+        needs = needs_of(self.model, self.cases, self.settings, self.limit.seconds)
         if needs.seconds > self.limit.left:
             total = needs.seconds + self.limit.spent
             alone = f"Hugging Face and budget 1.0 take at least {total:.0f} s on this machine with {self.model.id}"
@@ -175,17 +180,25 @@ def load(model: ModelDescription, cases: Sequence[Case]) -> LoadedModel:
 
 
 class Needs(NamedTuple):
-    """The resources required by a profiling run: memory in bytes, and a lower bound on its duration in seconds."""
+    """The resources required by a profiling run.
+
+    Attributes:
+        memory: The memory in bytes.
+        seconds: A lower bound on the duration, in seconds.
+        expected: An estimate of the duration, in seconds, including loading. The time limit is its upper bound.
+    """
 
     memory: int
     seconds: float
+    expected: float
 
 
-def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) -> Needs:
-    """Estimate the memory for the largest case, and the time to run Hugging Face transformers and budget 1.0 on the first case.
+def needs_of(model: ModelDescription, cases: Sequence[Case], settings: ProfileSettings, limit_s: float) -> Needs:
+    """Estimate the memory for the largest case, and the time.
 
-    The time is the number of operations divided by this machine's matrix product speed, which is measured for 0.1 s. It does not
-    include loading, packing, or the pruning methods.
+    The lower bound is the time to run Hugging Face transformers and budget 1.0 once on the first case: the number of operations
+    divided by this machine's matrix product speed, which is measured for 0.1 s. It does not include loading, packing, or the
+    pruning methods. The estimate includes them, and all rounds and cases.
 
     Raises:
         UsageError: If the device cannot be used.
@@ -200,10 +213,15 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], new_tokens: int) ->
     flop = cost.tower_flop([units] * (config.vision_config.depth + 1), grid[0], windows)
     prompt = units + text_tokens(config.vision_config, cases[0], model.limits["video"])
     flop += cost.prefill_flop(prompt)
-    flop += (new_tokens - 1) * cost.prefill_flop(1)
+    flop += (settings.new_tokens - 1) * cost.prefill_flop(1)
     seconds = 2 * flop / matmul_rate(dtype, str(device))
+    shares = [Budget.parse(budget).video for _, budget in swept(settings.methods, settings.budgets)]
+    rows = 2 + sum(FIXED_SHARE + share for share in shares) * len(settings.quantize)
+    frames = sum(prod(case_grid(case, model.limits["video"])) for case in cases) / units
+    rounds = (settings.warmups + settings.repetitions) * frames * rows / 2
+    expected = rounds * SLOWER * seconds + cost.parameters * dtype.itemsize / LOAD_BYTES_PER_S
     working = max(working_memory(config, case, model.limits["video"], dtype.itemsize) for case in cases)
-    return Needs(cost.parameters * dtype.itemsize + working, seconds)
+    return Needs(cost.parameters * dtype.itemsize + working, seconds, min(expected, limit_s))
 
 
 def quantized_models(

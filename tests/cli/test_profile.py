@@ -7,11 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from evoprune.bench import Case, ProfileSettings
+from evoprune.bench import Case, Profile, ProfileSettings
 from evoprune.bench import profile as measuring
 from evoprune.bench.profile_results import ProfileResults
 from evoprune.errors import ModelError
 from evoprune.methods import Budget
+from evoprune.session import ModelOptions
 from tests.cli.screen import visible
 
 CLIP = "samples/square.mp4"
@@ -241,5 +242,27 @@ def test_a_run_that_surely_takes_longer_than_its_limit_is_refused_before_it_load
 def test_what_a_long_run_takes_is_said_before_it(profile, monkeypatch):
     monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e6)
     result = profile("--time-limit", "1000")
-    assert result.code == 0 and re.fullmatch("needs about [0-9]+ MiB of memory and at least [0-9]+ s\n", result.err)
+    needed = r"the weights of \S+: needs about \d+ MiB of memory and about \d+ s "
+    assert result.code == 0 and re.fullmatch(rf"{needed}\(at most 1000 s: --time-limit\)\n", result.err)
     assert profile("--time-limit", "1000", "-q").err == ""
+
+
+def test_the_expected_duration_counts_rounds_and_rows_up_to_the_limit(tiny_folder, monkeypatch):
+    def expected(limit_s=1e9, **settings):
+        usual = {"budgets": (0.1,), "methods": ("random",), "warmups": 1, "repetitions": 1, "time_limit_s": limit_s}
+        run = Profile(ProfileSettings(**usual | settings), ModelOptions(str(tiny_folder)), [Case(4, 112, 168)])
+        return run.needs().expected
+
+    monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e6)
+    one = expected()
+    assert expected(repetitions=3) == pytest.approx(2 * one, rel=0.01)
+    assert one < expected(budgets=(0.1, 0.5)) < expected(budgets=(0.1, 0.5), methods=("random", "divprune")) < 2 * one
+    assert expected(limit_s=one / 2) == one / 2
+
+
+def test_progress_is_printed_in_plain_lines_if_stderr_is_no_terminal(profile, monkeypatch):
+    monkeypatch.setattr("evoprune_cli.terminal.PLAIN_EVERY_S", 0.0)
+    lines = profile().err.splitlines()
+    assert any(re.fullmatch(r"round 1 of 1: evoprune -b 0.5, 4 frames of 112x168, 0:\d\d", line) for line in lines)
+    assert all("\x1b" not in line and "\r" not in line for line in lines)
+    assert profile("-q").err == ""
