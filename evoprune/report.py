@@ -20,6 +20,7 @@ from math import ceil, floor
 from typing import Any
 
 from evoprune.bundled import DEMOS
+from evoprune.suggestions import Suggesting
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
 SCHEMA = "evoprune/answer@1"
@@ -332,7 +333,7 @@ class Environment:
 
 
 @dataclass
-class Report:
+class Report(Suggesting):
     """The record of a question: the answer or the error, together with all measurements.
 
     `inputs` contains the facts about each input. With a single input, `video`, `sampling`, `pruning`, and `subtitles` repeat the

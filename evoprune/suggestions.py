@@ -1,11 +1,13 @@
 """Suggestions for Python callers who use a wrong name: the option or function that they probably meant. Does not import torch.
 
-`signatures.suggests` uses them for keyword arguments, and `Suggesting` and `evoprune/__init__.py` for attributes.
+`signatures.suggests` uses them for keyword arguments, and `Suggesting`, `door` and `evoprune/__init__.py` for attributes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import lazy_loader
 
 # For each option or argument, its names in other libraries and on the command line. If an entry has several names before the colon,
 # the first name that the called function has is suggested. A name with a value is suggested as a whole.
@@ -91,14 +93,11 @@ def unknown_keyword(name: str, known: Collection[str]) -> TypeError:
 def _instead(name: str, known: Collection[str]) -> str | None:
     from evoprune.keywords import OPTIONS_OF
 
-    others = [(target, names.split()) for target, names in OTHER_NAMES.items()]
-    meant = [each for targets, names in others if name in names for each in targets.split() if each != name]
-    for target in meant:
-        if _option(target) in known:
-            return f"did you mean {target}?"
+    if target := other_name(name, known):
+        return f"did you mean {target}?"
     if name in NOT_OPTIONS:
         return NOT_OPTIONS[name]
-    for target in (name, *meant):
+    for target in (name, *_meant(name)):
         for function, options in OPTIONS_OF.items():
             if _option(target) in options:
                 wrapper = " or EvoPrune" if _option(target) in WRAPPER_OPTIONS else ""
@@ -109,6 +108,16 @@ def _instead(name: str, known: Collection[str]) -> str | None:
         if near := get_close_matches(name.lower(), options, 1, 0.8):
             return f"set {near[0]} in {function}"
     return None
+
+
+def other_name(name: str, known: Collection[str]) -> str | None:
+    """Return the known option that has this name in another library or on the command line, maybe with a value, or None."""
+    return next((target for target in _meant(name) if _option(target) in known), None)
+
+
+def _meant(name: str) -> list[str]:
+    others = [(targets.split(), names.split()) for targets, names in OTHER_NAMES.items()]
+    return [target for targets, names in others if name in names for target in targets if target != name]
 
 
 def _option(target: str) -> str:
@@ -131,6 +140,18 @@ def unknown_attribute(owner: str, name: str, instead: Mapping[str, str], known: 
     return AttributeError(f"{owner} has no attribute {name!r}" + (f"; did you mean {meant}?" if meant else ""))
 
 
+def door(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package, which imports the names in its stub on first use."""
+    load, names, public = lazy_loader.attach_stub(package, file)
+
+    def find(name: str) -> Any:
+        if name in public:
+            return load(name)
+        raise unknown_attribute(f"module {package!r}", name, {}, public)
+
+    return find, names, public
+
+
 class Suggesting:
     """Base class for objects whose errors about missing attributes suggest the right expression."""
 
@@ -141,7 +162,7 @@ class Suggesting:
         def __getattr__(self, name: str) -> Any:
             if hasattr(type(self), name):  # a property has raised an AttributeError; raise it again
                 return object.__getattribute__(self, name)
-            raise unknown_attribute(f"{type(self).__name__!r} object", name, self.MEANT, dir(type(self)))
+            raise unknown_attribute(f"{type(self).__name__!r} object", name, self.MEANT, dir(self))
 
 
 class SuggestingClass(type):

@@ -92,6 +92,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         "answer": "qa.ask(path, question)",
         "chat": "qa.encode(path).chat()",
         "search": "qa.find(path, query)",
+        "batch": "evoprune.batch.answers",
         "report": "answer.report, or qa.encode(path).report",
         "model": "qa.loaded.model",
         "device": "qa.loaded.device",

@@ -1,7 +1,6 @@
 """`evoprune eval`: measures accuracy and cost at each budget, and reports the results as tables and a chart."""
 
 import shlex
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,12 @@ from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress
+from evoprune_cli.typed import typed
 
 FORMATS = ("table", "csv")
 # Options allowed with --resume DIR even without --data, because they don't affect the results.
 ALLOWED_WITH_RESUME = (
-    "--resume", "--processes", "--chart", "--format", "--json", "-q", "--quiet", "--debug", "--device", "--threads", "--offline",
-    "--store-quantized",
+    "resume", "processes", "chart", "form", "json", "quiet", "debug", "device", "threads", "offline", "store_quantized",
 )  # fmt: skip
 
 
@@ -115,15 +114,14 @@ def evaluate(
         raise UsageError(f"--json and --format {form} cannot be combined", "leave one out")
     if data is None and resume is None:
         raise UsageError(
-            "no questions", "give --data FILE, a JSONL or CSV file whose rows have video, question and answer"
+            "no questions",
+            "give --data FILE, a JSONL or CSV file whose rows have video, question and answer: evoprune eval --data my.jsonl",
         )
     from evoprune.bench import EvalSettings
 
     if data is None:
         check_output()
-        if refused := [
-            arg for arg in sys.argv[2:] if arg[:1] == "-" and arg.partition("=")[0] not in ALLOWED_WITH_RESUME
-        ]:
+        if refused := [flag for name, flag in typed().options().items() if name not in ALLOWED_WITH_RESUME]:
             hint = "leave it out, or give all settings, including --data"
             raise UsageError(f"{refused[0]} cannot be used with --resume, which has the settings of its run", hint)
         settings = EvalSettings.stored(Path(resume), pipeline.model)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
@@ -28,9 +28,10 @@ from evoprune_cli.eval import evaluate
 from evoprune_cli.find import find
 from evoprune_cli.inspect import inspect
 from evoprune_cli.methods import methods
-from evoprune_cli.options import Command
+from evoprune_cli.options import Command, example_of, option_hint
 from evoprune_cli.profile import profile
 from evoprune_cli.tune import tune
+from evoprune_cli.typed import Typed, remember, typed
 from evoprune_cli.variables import warn_of_unknown
 from evoprune_cli.verify import verify
 from evoprune_cli.watch import watch
@@ -70,6 +71,9 @@ COMMAND_HINTS = {
     **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
 }
 
+# Examples for hints, of commands whose docstrings begin with other ones.
+EXAMPLES = {"ask": ASK}
+
 # Error numbers of failed writes to redirected output. Errors with a filename refer to an input file instead.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -95,6 +99,7 @@ class Group(TyperGroup):
         """Treat `help COMMAND` as `COMMAND --help`."""
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
+        remember(Typed(None, args))
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx):
@@ -264,6 +269,7 @@ def _show_warning(usual: Callable[..., None], message: Warning, category: type[W
 def _outcome() -> int:
     """Run the command, report any error, and return the exit code."""
     streams = sys.stdout, sys.stderr
+    remember(Typed())
     try:
         # In standalone mode, click would print errors in its own format. Commands return their exit codes.
         columns = min(shutil.get_terminal_size().columns, terminal.WIDTH)
@@ -341,12 +347,13 @@ def _report(problem: Exception) -> int:
         text = re.sub(r"Input should be a valid (integer|number), unable to parse .*", r"not a valid \1", text)
         text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
         text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint contains the suggestion
-        problem = UsageError(text, _hint(problem.format_message()))
+        text = re.sub(r" \(Possible options: .*\)$", "", text)
+        problem = UsageError(text, _hint(problem))
     error = terminal.failure(problem)
-    if "--json" in sys.argv[1:] and not getattr(problem, "reported", False):
-        if schema := SCHEMAS.get(_command()):
+    if typed().wants("json") and not getattr(problem, "reported", False):
+        if schema := SCHEMAS.get(typed().command or _word()):
             terminal.print_document({"schema": schema, "error": error})
-        elif _command() != "profile":  # `profile` has --format json instead of --json
+        elif typed().command != "profile":  # `profile` has --format json instead of --json
             from evoprune.report import Report
 
             terminal.print_json(Report(finish_reason="error", error=error))
@@ -354,44 +361,44 @@ def _report(problem: Exception) -> int:
     return error["code"]
 
 
-def _command() -> str | None:
-    """Return the subcommand typed by the user: the first word other than an option or `help`."""
-    return next((word for word in sys.argv[1:] if not word.startswith("-") and word != "help"), None)
+def _word() -> str | None:
+    """Return the word that the user typed in the place of a command: the first word other than an option."""
+    return next((word for word in typed().words if not word.startswith("-")), None)
 
 
-def _hint(text: str) -> str:
-    """Return a hint for a command line error, given the parser's error message."""
-    dashed = [word for word in sys.argv[2:] if word.startswith("-") and os.path.exists(word)]
-    if dashed and "--" not in sys.argv:
+def _hint(problem: Exception) -> str:
+    """Return a hint for an error of the parser."""
+    command, words = typed().command, typed().words
+    text = problem.format_message()
+    if command is None:
+        return _suggestion(_word()) or "see evoprune --help"
+    dashed = [word for word in words if word.startswith("-") and os.path.exists(word)]
+    if dashed and "--" not in words:
         return f"if you mean the file, write ./{dashed[0]}"
-    if "unexpected extra argument" in text and "--" in sys.argv:
+    if "unexpected extra argument" in text and "--" in words:
         return "words after -- are not options: put options before it"
-    if _command() == "ask" and "unexpected extra argument" in text:
-        return f"quote the question: {ASK}; for more questions: -Q"
-    if _command() == "watch" and "unexpected extra argument" in text:
+    if command == "watch" and "unexpected extra argument" in text:
         return 'put -Q before a question: evoprune watch SOURCE -Q "What happens?"'
-    if _command() == "ask" and "Missing argument" in text:
-        return ASK
+    if "Missing argument" in text and (example := EXAMPLES.get(command) or example_of(problem.ctx.command)):
+        return example
+    see = f"see evoprune {command} --help-all"
+    if "No such option" in text:
+        flag = next(
+            (word for word in words if word.startswith(problem.option_name)), problem.option_name
+        )  # -fps, not -f
+        return option_hint(flag.partition("=")[0], problem.ctx) + see
+    return see
+
+
+def _suggestion(word: str | None) -> str:
+    """Return a hint that suggests a command with a meaning or name similar to a word, or "" if there is none."""
     known = [*(command.name for command in app.registered_commands), *plugged()]
-    if (typed := _command()) in known:
-        return f"see evoprune {typed} --help-all"
-    if typed is not None and os.path.exists(typed):
+    if word is None:
+        return COMMAND_HINTS["version"] if typed().words[:1] in (["-V"], ["-v"], ["-version"]) else ""
+    if os.path.exists(word):
         return f"to ask about a video: {ASK}"
-    return _suggestion(typed, known) or "see evoprune --help"
-
-
-def _suggestion(typed: str | None, known: Sequence[str]) -> str:
-    """Return a hint that suggests a command with a meaning or name similar to the typed word, or "" if there is none."""
-    if typed is None:
-        if sys.argv[1:2] in (["-V"], ["-v"], ["-version"]):
-            return COMMAND_HINTS["version"]
-        return ""
-    word = typed.lower()
-    if word in COMMAND_HINTS:
-        return COMMAND_HINTS[word]
-    near = get_close_matches(word, [*known, *COMMAND_HINTS], 1)
+    word = word.lower()
+    near = [word] if word in COMMAND_HINTS else get_close_matches(word, [*known, *COMMAND_HINTS], 1)
     if not near:
         return ""
-    if near[0] in known:
-        return f"did you mean evoprune {near[0]}? see evoprune --help"
-    return COMMAND_HINTS[near[0]]
+    return COMMAND_HINTS.get(near[0]) or f"did you mean evoprune {near[0]}? see evoprune --help"

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
@@ -21,8 +22,10 @@ from evoprune.errors import UsageError
 from evoprune.methods import Budget, MethodText
 from evoprune.session import PipelineOptions
 from evoprune.signatures import named
+from evoprune.suggestions import other_name
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import only_answers_on_stdout
+from evoprune_cli.typed import Typed, remember
 
 MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
 
@@ -281,6 +284,7 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
 # Help is plain text, so it can be piped, and a narrow terminal doesn't cut off option names. `--help` lists the most common options
 # on one screen. `--help-all` lists all options, grouped by panel.
 
+GENERAL_VALUES = {"auto", "none", "on", "off", "text", "full"}  # values of several options, which suggest none of them
 COMPLETION_WIDTH = 60  # maximum length of the help text shown by shells next to an option
 EVERYTHING = "evoprune.help_all"  # key in a context's `meta` if its help lists all options
 
@@ -316,6 +320,7 @@ class Command(TyperCommand):
         """
         if ctx.resilient_parsing:
             return []
+        remember(Typed(ctx.info_name, args, ctx))
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
@@ -358,3 +363,44 @@ class Command(TyperCommand):
         if not ctx.meta.get(EVERYTHING):
             formatter.write_paragraph()
             formatter.write_text(f"All options: {ctx.command_path} --help-all")
+
+
+def example_of(command: TyperCommand) -> str | None:
+    """Return the first example in a command's help, or None if there is none."""
+    return next(iter(re.findall(r"^ *(evoprune .+)$", command.help or "", re.M)), None)
+
+
+def option_hint(flag: str, context: Any) -> str:
+    """Return the start of a hint that suggests the right option for an unknown one, or an empty string.
+
+    Suggestions are, in this order: an option with this name in other libraries; an option that takes the name as its value; the
+    same option of another command; an option with a similar name; an option that takes a part of the name as its value (`-b fast`
+    for --answer-fast).
+    """
+    name = flag.lstrip("-").replace("-", "_").lower()
+    flags = _long_flags(context.command.params)
+    values = {
+        item.value: f"{max(param.opts, key=len)} {item.value}"
+        for param in context.command.params
+        for item in param.shell_complete(context, "")
+        if item.value not in GENERAL_VALUES
+    }
+    if found := name if name in flags else other_name(name, flags):  # the name itself has a single dash
+        option, _, value = found.partition("=")
+        return f"did you mean {' '.join([flags[option], value.strip(chr(39))]).strip()}? "
+    if name in values:
+        return f"did you mean {values[name]}? "
+    for other in context.parent.command.commands.values():
+        if name in _long_flags(other.params):
+            return f"{flag} is an option of evoprune {other.name}; "
+    near = [flags[each] for each in get_close_matches(name, flags, 1)]
+    near += [values[part] for part in name.split("_") if part in values]
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _long_flags(params: Iterable[Any]) -> dict[str, str]:
+    """Return the long flags of options by their names and by the flags' own words, such as max_new_tokens."""
+    options = [param for param in params if param.param_type_name == "option" and not param.hidden]
+    longest = {param.name: max(param.opts, key=len) for param in options}
+    flags = [flag for param in options for flag in (*param.opts, *param.secondary_opts) if flag.startswith("--")]
+    return longest | {flag[2:].replace("-", "_"): flag for flag in flags}

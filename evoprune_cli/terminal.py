@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
 from evoprune.util import clock, counted, harmless, one_line, roughly, size
+from evoprune_cli.typed import typed
 
 # When this process started, on the clock of `time.perf_counter`. Until here, it has been busy starting Python and importing.
 BEGAN_S = time.perf_counter() - time.process_time()
@@ -24,7 +25,7 @@ PLAIN_EVERY_S = 15.0  # if stderr is not a terminal, progress is printed as a li
 LEAST_S = 1.0  # the progress line shows the estimated remaining time only after this many seconds
 COLORS = {"error:": "31;1", "hint:": "36", "warning:": "33;1", "note:": "2"}
 # Options that can be set using environment variables.
-FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "-m", "EVOPRUNE_BUDGET": "-b", "EVOPRUNE_THREADS": "--threads"}
+FROM_ENVIRONMENT = {"EVOPRUNE_MODEL": "model", "EVOPRUNE_BUDGET": "budget", "EVOPRUNE_THREADS": "threads"}
 GLUE = "\0"  # replaces spaces where lines must not break; printable text doesn't contain this character
 
 _stdout: TextIO | None = None  # the real stdout while `sys.stdout` is stderr
@@ -200,15 +201,14 @@ def failure(problem: BaseException) -> dict:
     record = error_record(problem)
     for name, option in FROM_ENVIRONMENT.items():
         value = os.environ.get(name)
-        typed = any(word in (value, f"{option}{value}") or word.endswith(f"={value}") for word in sys.argv)
-        if value and not typed and repr(value) in record["message"]:
+        if value and typed().source(option) == "ENVIRONMENT" and repr(value) in record["message"]:
             record["hint"] = f"{record['hint'] or ''}; the value comes from {name}".lstrip("; ")
     return record
 
 
 def print_traceback(problem: BaseException) -> None:
     """Print the traceback of an exception if `--debug` or EVOPRUNE_DEBUG enables tracebacks."""
-    if "--debug" in sys.argv[1:] or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
+    if typed().wants("debug") or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
         traceback.print_exception(problem)
 
 
@@ -252,7 +252,7 @@ def print_titled(title: str, text: str) -> None:
     Lines aren't broken inside command-line arguments, even at spaces, because most arguments with spaces are paths.
     """
     text = printable(text)
-    for word in sys.argv[1:]:
+    for word in typed().words:
         if " " in word.strip():
             text = text.replace(word, word.replace(" ", GLUE))
     first, *rest = (line.replace(GLUE, " ") for line in _folded(f"{title} {text}", len(title) + 1))

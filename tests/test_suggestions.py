@@ -1,7 +1,9 @@
 """Errors about wrong names of options and attributes say what to use instead."""
 
 import asyncio
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -151,6 +153,29 @@ def test_names_of_other_libraries_lead_to_public_ones(qa):
         answer.strip()
     assert answer.report.answer is None, "an error reads nothing"
     assert f"{answer:>7}|{answer}" == "  green|green"
+
+
+def test_objects_and_packages_suggest_the_attribute_that_was_meant(qa):
+    video = qa.encode(CLIP, frames=4)
+    near = {
+        "ask": (video, "aks"),
+        "report": (video, "raport"),
+        "undo": (video.chat(), "undoo"),
+        "add": (qa.stream(), "ad"),
+        "tokens": (video.report, "token"),
+        "clear": (evoprune.Cache(), "clean"),
+        "budget": (EvoPrune(budget=0.5), "bugdet"),
+        "features": (video.encoded, "feature"),
+        "start_s": (evoprune.Moment("a dog", 0.0, 1.0, 0.5, 0.9), "strat_s"),
+        "answers": (batch, "answer"),
+        "available": (evoprune.methods, "avalable"),
+        "evoprune.batch.answers": (qa, "batch"),
+    }
+    for right, (thing, wrong) in near.items():
+        with pytest.raises(AttributeError, match=rf"has no attribute '{wrong}'; did you mean {right}\?"):
+            getattr(thing, wrong)
+    report = pickle.loads(pickle.dumps(copy.deepcopy(video.report)))
+    assert report == video.report and not hasattr(report, "__array__")
 
 
 def test_an_attribute_error_inside_a_property_is_not_hidden(qa):

@@ -3,6 +3,6 @@
 Every kernel and CUDA graph has a fallback in plain PyTorch, used if the kernel can't run or if `EVOPRUNE_PLAIN=1` is set.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

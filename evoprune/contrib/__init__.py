@@ -1,5 +1,5 @@
 """Pruning methods from the literature, included for comparison, and their helpers. Like plug-ins, they load via entry points."""
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

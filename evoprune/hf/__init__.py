@@ -3,6 +3,6 @@
 The model's `generate` and `forward` methods accept the usual inputs from the processor, but run on fewer video tokens.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

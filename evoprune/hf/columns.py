@@ -13,12 +13,13 @@ from torch.nn.functional import pad
 
 from evoprune.errors import UsageError
 from evoprune.methods import arange_on
+from evoprune.suggestions import Suggesting
 
 PAST = "evoprune"  # KV cache attribute, which is inherited by copies of the cache
 
 
 @dataclass(frozen=True, repr=False)
-class Columns:
+class Columns(Suggesting):
     """Maps the columns of a pruned batch to columns of the original batch.
 
     Columns of the pruned batch are called places, to distinguish them from columns of the original batch.

@@ -36,6 +36,7 @@ from evoprune.model import Clock
 from evoprune.report import EQUAL_SCORES, Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, pruning_facts
 from evoprune.signatures import explained, suggests, takes
+from evoprune.suggestions import Suggesting, unknown_attribute
 from evoprune.util import brief, budget_text, check_types, from_keywords, option
 from evoprune.vision import Encoded
 
@@ -65,7 +66,7 @@ def _checked_init(init: Callable) -> Callable:
 
 
 @dataclass(frozen=True)
-class EvoPrune:
+class EvoPrune(Suggesting):
     """Pruning settings for a Hugging Face model. Call this object with a model to get a context manager that prunes inside it.
 
     If `pack` is set, the context manager also stores a packed copy of the tower (`hf.encoding.PackedTower`), which takes as much
@@ -203,10 +204,10 @@ class PrunedModel:
     if not TYPE_CHECKING:  # with `__getattr__`, type checkers would accept any attribute
 
         def __getattr__(self, name: str):
-            problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+            owner = f"{type(self).__name__!r} object"
             if hasattr(vars(self).get("model"), name):
-                problem += f"; use model.{name}: {SWITCH}"
-            raise AttributeError(problem)
+                raise AttributeError(f"{owner} has no attribute {name!r}; use model.{name}: {SWITCH}")
+            raise unknown_attribute(owner, name, {}, dir(self))
 
         def __call__(self, *_: object, **__: object) -> NoReturn:
             raise TypeError(f"call the model itself: {SWITCH}")

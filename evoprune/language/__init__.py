@@ -4,6 +4,6 @@
 remaining tokens. The resulting `PrefillState` is then used by an `AnswerStream` to generate the answer.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

@@ -1,5 +1,5 @@
 """Answers questions about live video, which is encoded in time windows and stored in a memory of limited size."""
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

@@ -3,6 +3,6 @@
 Importing this package loads neither torch nor the methods. Names that require torch are imported lazily, on first use.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

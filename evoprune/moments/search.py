@@ -35,6 +35,7 @@ from evoprune.session import (
     Session,
     speech_of,
 )
+from evoprune.suggestions import Suggesting
 from evoprune.util import check_question
 from evoprune.video import GivenInput, Input, Plan, SamplingOptions, Subtitles, Video, probe, read_subtitles
 
@@ -58,7 +59,7 @@ APART_S = SEGMENT_S  # a gap of at least this many seconds splits a moment into 
 
 
 @dataclass(frozen=True)
-class Moment:
+class Moment(Suggesting):
     """A time span of a video that matches a query. Times are in seconds from the video's first frame.
 
     `score` is the probability (0 to 1) of the answer that indicates a match, rather than the opposite answer. It combines the score

@@ -5,6 +5,6 @@ adds subtitles, and `session` combines the loaded model with its pruning setting
 built on this package.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

@@ -21,6 +21,7 @@ from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.reading import PATIENCE_S, Reading, Readings, probed, state_of, stop_all
 from evoprune.session.speech import begin_speech
 from evoprune.signatures import takes
+from evoprune.suggestions import Suggesting
 from evoprune.util import brief, from_keywords
 from evoprune.video import FrameChunk, Plan, SamplingOptions, Scope, read_chunks
 
@@ -55,7 +56,7 @@ class _Prefetch:
         return self.request == request and self.state == state_of(self.path) is not None and not failed
 
 
-class ReadAhead(Readings):
+class ReadAhead(Readings, Suggesting):
     """Prefetches inputs one by one while the model is loading. Close it after use.
 
     Invalid inputs don't raise an error at this stage. The session raises the error later, when it opens the input.

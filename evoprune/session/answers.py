@@ -195,7 +195,7 @@ class Asked(Inputs, Protocol):
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None: ...
 
 
-class Chat(Uncopied):
+class Chat(Uncopied, Suggesting):
     """A multi-turn conversation about encoded inputs. Use `Askable.chat` to start one.
 
     The prompt for each question contains all previous turns, formatted using the chat template, and the keys and values of the

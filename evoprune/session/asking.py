@@ -25,6 +25,7 @@ from evoprune.session.memory import TEXT
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.session import Session
 from evoprune.signatures import suggests, takes
+from evoprune.suggestions import Suggesting
 from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
 from evoprune.video import Plan
 from evoprune.vision import Encoded
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
 
-class Askable(ABC, Uncopied):
+class Askable(ABC, Uncopied, Suggesting):
     """Base class for encoded inputs that can answer questions, one at a time.
 
     All questions share the inputs' keys and values in the KV cache. Threads asking questions at the same time wait for each other.

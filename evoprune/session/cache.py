@@ -25,6 +25,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.files import FileMemo, replacing, unfinished_pattern
+from evoprune.suggestions import Suggesting
 from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
 from evoprune.vision import Encoded
@@ -53,7 +54,7 @@ def own_code() -> str:
 
 
 @dataclass(frozen=True)
-class Entries:
+class Entries(Suggesting):
     """A cache stored in a folder on disk. Multiple processes can safely use it at the same time."""
 
     folder: Path  # created when the first entry is written

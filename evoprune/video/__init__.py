@@ -5,6 +5,6 @@ read. The decoders in `readers` are based on PyAV (FFmpeg), decord, and Pillow. 
 the decoders in a separate process, so that a malformed file cannot crash the calling program.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

@@ -5,6 +5,6 @@ selects the visual tokens and returns them as `Encoded`. The weights come from a
 by Hugging Face transformers.
 """
 
-import lazy_loader
+from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__)

@@ -38,6 +38,7 @@ from evoprune.methods import (
     select,
 )
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, without_autocast
+from evoprune.suggestions import Suggesting
 from evoprune.vision.families import embed, merge_patches, tower_layers
 from evoprune.vision.hooks import Hook, selector_hooks
 from evoprune.vision.layout import bincount_fixed, cat, geometry, window_order
@@ -57,7 +58,7 @@ ROWS_AT_ONCE = 512  # number of rows of the cosine-similarity matrix to hold in 
 
 
 @dataclass(frozen=True, repr=False)
-class Encoded:
+class Encoded(Suggesting):
     """One encoded video, or the concatenation of several encoded videos, ready for the language model."""
 
     features: torch.Tensor  # `[K, D]`, the tokens

@@ -736,6 +736,36 @@ def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
     assert "Did you mean" not in error
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("ask a.mp4 Why? --answer-fast", "did you mean --budget fast? see evoprune ask --help-all"),
+        ("ask a.mp4 Why? --buget=0.1", "did you mean --budget? "),
+        ("ask a.mp4 Why? -fps 2", "did you mean --fps? "),
+        ("ask a.mp4 Why? --num-frames 3", "did you mean --frames? "),
+        ("ask a.mp4 Why? --load-in-4bit", "did you mean --quantize int4? "),
+        ("ask a.mp4 Why? --every 5s", "--every is an option of evoprune watch; "),
+        ("batch --keyframes", "did you mean --seek keyframes? "),
+        ("find a.mp4 dog --max-results 3", "did you mean --top? "),
+        ("methods --jsn", "did you mean --json? "),
+        ("ask a.mp4 Why? --xyzzy", "see evoprune ask --help-all"),
+    ],
+)
+def test_an_unknown_option_leads_to_the_right_one(cli, line, hint):
+    result = cli(*line.split())
+    error, hinted = result.err.splitlines()
+    assert result.code == 2 and error.startswith("error: No such option: -") and "Possible" not in error
+    assert hinted.startswith(f"hint: {hint}")
+
+
+@pytest.mark.parametrize("command", ["ask", "batch", "eval", "find", "tune", "watch"])
+def test_a_missing_argument_has_an_example(cli, command):
+    result = cli(command)
+    assert result.code == 2 and len(result.err.splitlines()) == 2
+    example = re.search(rf"evoprune {command} \S+.*", result.err.splitlines()[1])[0]
+    assert "--help" not in example and cli(*shlex.split(example)[1:], "--help").code == 0
+
+
 @pytest.mark.parametrize(("line", "same"), [("help", "--help"), ("help ask", "ask --help")])
 def test_help_is_a_word_too(cli, line, same):
     result = cli(*line.split())
