@@ -51,7 +51,7 @@ def test_a_command_of_another_package_is_one_of_evoprune(cli, plug):
     assert "--times" in cli("greet", "--help").out and "--debug" in cli("greet", "--help-all").out
     done = cli("greet", "Ann", "--times", "2")
     assert (done.code, done.err.strip()) == (6, "hello hello Ann")  # stdout is for answers
-    assert cli("greet", "--tims").err.splitlines()[1] == "hint: see evoprune greet --help-all"
+    assert cli("greet", "--tims").err.splitlines()[1] == "hint: did you mean --times? see evoprune greet --help-all"
 
 
 BROKEN = {"missing": "import no_such_module", "ending": "raise SystemExit(3)", "wrong": "greet = 3"}
