@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
@@ -15,7 +16,7 @@ from itertools import islice
 from numbers import Integral, Number, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from evoprune.errors import UsageError, VideoError, is_out_of_memory
 
@@ -40,6 +41,7 @@ TAGS_BEFORE = re.compile(rf"\A\s*+(?:{_TAG}\s*+)+")
 TAGS_AFTER = re.compile(rf"(?:\n[ \t]*+{_TAG}[ \t\r]*+){{1,64}}\s*+\Z")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LONGEST = 200  # maximum length of a path in a message, in characters
+T = TypeVar("T")
 MOST_PLACES = 1000  # maximum number of folders searched for a file
 SOME = 10  # maximum number of items listed in a message
 
@@ -598,6 +600,25 @@ def overlapping(change: Callable[[], Iterator[None]]) -> Callable[[], AbstractCo
                     shared.__exit__(None, None, None)
 
     return block
+
+
+def in_a_thread(function: Callable[[], T], name: str) -> T:
+    """Run a function in a new daemon thread, wait for it, and return its result. Ctrl-C interrupts the wait.
+
+    The function sees the caller's context variables. Its OpenMP workers exit together with the thread.
+    """
+    from concurrent.futures import Future
+
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as problem:
+            done.set_exception(problem)
+
+    threading.Thread(target=copy_context().run, args=(run,), name=name, daemon=True).start()
+    return done.result()
 
 
 def check_question(question: Any) -> None:

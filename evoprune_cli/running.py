@@ -7,9 +7,7 @@ import os
 import re
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
@@ -23,7 +21,7 @@ from evoprune.files import OPEN_FILES, write_file
 from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
 from evoprune.session import PipelineOptions
-from evoprune.util import install_hint
+from evoprune.util import in_a_thread, install_hint
 from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:
@@ -66,22 +64,8 @@ def prepare() -> None:
         hint = "close other programs, or give the container more memory"
         raise OutOfMemory(f"too little memory: {figures}", hint, stage="load")
     keep_freed_memory()
-    _import_torch()
-
-
-def _import_torch() -> None:
-    """Import torch in a thread, because an import in the main thread would delay Ctrl-C until torch is imported."""
-    imported: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            imported.set_result(import_module("torch"))
-        except BaseException as problem:
-            imported.set_exception(problem)
-
-    if "torch" not in sys.modules:
-        threading.Thread(target=run, name="evoprune-import", daemon=True).start()
-        imported.result()
+    if "torch" not in sys.modules:  # an import in the main thread would delay Ctrl-C
+        in_a_thread(partial(import_module, "torch"), "evoprune-import")
 
 
 def load(

@@ -1,26 +1,24 @@
 """The `evoprune serve` command. Its dependencies are only imported when it runs."""
 
+import errno
 import gc
 import logging
 import os
 import re
 import secrets
 import socket
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
-from evoprune.util import counted, parse_time
+from evoprune.util import counted, in_a_thread, parse_time
 from evoprune.video import SamplingOptions, warm_up
 from evoprune_cli import load, prepare, progress, tell
 from evoprune_cli import options as opt
@@ -37,7 +35,6 @@ ANY = ("0.0.0.0", "::")  # for comparison only  # noqa: S104
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 BACKLOG = 512  # maximum number of connections waiting to be accepted
-T = TypeVar("T")
 UNTAKEN_S = 60  # maximum time without acknowledgment of response data by a client, in seconds
 
 
@@ -110,7 +107,9 @@ def serve(
     file_age: opt.option(str, "--file-age TIME", "How long to keep an uploaded file.", LIMITS) = "24h",
     options: opt.MakeOptions,
     log_contents: opt.option(bool, "--log-contents", "Also log questions and answers.", opt.OUTPUT) = False,
-    quiet: opt.Quiet = False,
+    quiet: opt.option(
+        bool, "-q --quiet", "Print only warnings and errors, and the address if --port is 0.", opt.OUTPUT
+    ) = False,
 ) -> int:
     """Serve one or several models over OpenAI's protocol.
 
@@ -163,13 +162,15 @@ def serve(
     with listening, private_folder() as folder:
         with progress(not quiet) as show, answering(listening) as waiting:
             try:
-                # Importing torch in the main thread would swallow exceptions raised by signal handlers.
-                in_a_thread(partial(import_module, "evoprune_serve.app"))
+                # Importing torch in the main thread would swallow exceptions raised by signal handlers. The main thread must not
+                # compute anything either, so that only the model thread has a group of OpenMP workers. With a second group, there
+                # would be more threads than cores, so libgomp would put the workers to sleep between operations.
+                in_a_thread(partial(import_module, "evoprune_serve.app"), "evoprune-load")
                 from evoprune_serve.app import Settings, make_app
                 from evoprune_serve.ending import CLOSING_S, EndingServer
             except ImportError as problem:
                 raise _missing(problem) from problem
-            models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet))
+            models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet), "evoprune-load")
         settings = Settings(
             folder=folder,
             usual=pipeline,
@@ -200,28 +201,10 @@ def serve(
         gc.freeze()
         verb = "is" if len(models) == 1 else "are"
         page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
-        tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
+        if not quiet or port == 0:  # a port that the system picked is known only from here
+            tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
         EndingServer(config, app.state.server.work, waiting).run(sockets=[listening])
     return 0
-
-
-def in_a_thread(function: Callable[[], T]) -> T:
-    """Run a function in a new thread and return its result. Its OpenMP workers exit together with the thread.
-
-    The main thread must not compute anything itself, so that only the model thread has a group of OpenMP workers. With a second
-    group, there would be more threads than cores, so libgomp would put the workers to sleep between operations instead of letting
-    them spin.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(function())
-        except BaseException as problem:
-            done.set_exception(problem)
-
-    threading.Thread(target=copy_context().run, args=(run,), name="evoprune-load", daemon=True).start()
-    return done.result()
 
 
 def _loaded(
@@ -351,8 +334,17 @@ def _listening(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as problem:
         listening.close()
         reason = getattr(problem, "strerror", None) or problem
-        raise UsageError(f"cannot listen at {host}:{port}: {reason}", "choose another --port or --host") from problem
+        raise UsageError(f"cannot listen at {host}:{port}: {reason}", _listening_hint(problem, port)) from problem
     return listening
+
+
+def _listening_hint(problem: Exception, port: int) -> str:
+    number = getattr(problem, "errno", None)
+    if number == errno.EADDRINUSE:
+        return f"is evoprune serve already running there? use it, stop it (lsof -i :{port} shows it), or use --port {port + 1}"
+    if number == errno.EACCES and port < 1024:
+        return "ports below 1024 need special rights; choose another --port, such as 8000"
+    return "choose another --port or --host"
 
 
 def _missing(problem: ImportError) -> UsageError:

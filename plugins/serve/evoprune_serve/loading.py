@@ -38,7 +38,7 @@ def _answer(kind: str, content: str, *headers: str) -> bytes:
 
 
 ANSWERS = {
-    b"/health": _answer("application/json", '{"status": "loading"}'),
+    b"/health": _answer("application/json", '{"status":"loading"}'),
     b"/": _answer(
         "text/html; charset=utf-8", PAGE, f"Refresh: {REFRESH_S}", "Content-Security-Policy: default-src 'none'"
     ),
@@ -58,12 +58,13 @@ def answering(listening: socket.socket) -> Iterator[list[socket.socket]]:
     ending, wake = socket.socketpair()
     thread = threading.Thread(target=_accept, args=(listening, wake, waiting), name="evoprune-loading", daemon=True)
     with ending, wake:
-        thread.start()
         try:
+            thread.start()
             yield waiting
         except BaseException:
             ending.close()
-            thread.join()
+            if thread.is_alive():  # unless Ctrl-C was pressed before it started
+                thread.join()
             for connection in waiting:
                 connection.close()
             raise

@@ -274,7 +274,7 @@ def test_while_the_model_loads(tmp_path):
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             for _ in range(2):
                 health = client.get("/health")
-                assert (health.status_code, health.json()) == (503, {"status": "loading"})
+                assert (health.status_code, health.text) == (503, '{"status":"loading"}')
                 assert int(health.headers["retry-after"]) > 0
             page = client.get("/")
             assert page.status_code == 503 and "loading" in page.text and page.headers["refresh"]
@@ -285,6 +285,7 @@ def test_while_the_model_loads(tmp_path):
                 raw.recv(1)
             taken = run("--port", str(port))
             assert taken.returncode == 2 and "cannot listen" in taken.stderr
+            assert f"lsof -i :{port}" in taken.stderr and f"use --port {port + 1}" in taken.stderr
             released.set()
             assert server.wait(START_S) == 4
             with suppress(ConnectionError):
@@ -338,6 +339,22 @@ def test_requests_from_before_it_is_ready_are_answered(tmp_path):
         finally:
             server.terminate()
         assert "Traceback" not in server.stderr.read()
+
+
+@pytest.mark.full
+def test_quiet_prints_no_address_of_a_known_port(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line, environment = command("--port", str(port), "-q")
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as server:
+        try:
+            wait_for_health(port)
+        finally:
+            server.terminate()
+        assert server.stderr.read() == ""
+    with serving(tmp_path, "-q") as (_, port):  # a port that the system picks is printed
+        assert port
 
 
 def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
