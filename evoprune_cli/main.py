@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 import evoprune
 from evoprune.errors import EvopruneWarning, PluginWarning, UsageError, first_line
+from evoprune.report import SCHEMA
 from evoprune_cli import terminal
 from evoprune_cli.ask import ask
 from evoprune_cli.batch import batch
@@ -354,9 +355,8 @@ def _report(problem: Exception) -> int:
         if schema := SCHEMAS.get(typed().command or _word()):
             terminal.print_document({"schema": schema, "error": error})
         elif typed().command != "profile":  # `profile` has --format json instead of --json
-            from evoprune.report import Report
-
-            terminal.print_json(Report(finish_reason="error", error=error))
+            asked = {"question": None, "answer": None, "finish_reason": "error"}  # there is no question yet
+            terminal.print_document({"schema": SCHEMA, **asked, "error": error})
     terminal.print_error(error["message"], error["hint"])
     return error["code"]
 

@@ -86,8 +86,8 @@ def tune(
 
     No labels are needed. The unpruned model answers first. Each setting then reads these answers, and is judged by the share of
     tokens at which its first choice is the same, and by the time to the first token. The last line shows the values of -b and
-    --method for the fastest setting that passes. Exit code 6: the run finished, but some videos failed, or no setting is certain to
-    pass.
+    --method for the fastest setting that passes, or -b full if none does. Exit code 6: the run finished, but some videos failed, or
+    no setting is certain to pass.
 
     With --operations, find a recipe for the method `operations` instead: the order in which a model's layers skip operations on
     visual tokens. -o writes the recipe, for --method operations:recipe=FILE.json.

@@ -35,8 +35,7 @@ class TuneResults(Results):
         if found["error"]:
             notes.append(f"{found['error']['message']}: not everything was tried")
         output += folded(notes, width, break_on_hyphens=False)
-        if options := found["options"]:
-            output += ["", f"-b {options['budget']:g} --method {options['method']}"]
+        output += ["", *_advice(found)]
         return "\n".join(output) + "\n"
 
     def chart(self) -> str | None:
@@ -96,6 +95,21 @@ COLUMNS: list[Column[Row]] = [
     ),
     Column("videos", lambda row: f"{row['videos']}", "videos: number of videos it was tried on", drop=3),
 ]
+
+
+def _advice(document: dict[str, Any]) -> list[str]:
+    """Return the lines that say what to use. The last one consists of options to copy."""
+    if options := document["options"]:
+        return ["use these options:", _options(options)]
+    goal = f"nothing faster certainly agrees on {100 * document['settings']['agree']:g}% of the tokens"
+    best = [_options(row) for row in document["rows"] if row["name"] == document["best"]]
+    if best:
+        return [f"{goal}; the best setting:", *best, "to be certain, do not prune:", "-b full"]
+    return [f"{goal}, so do not prune:", "-b full"]
+
+
+def _options(setting: dict[str, Any]) -> str:
+    return f"-b {setting['budget']:g} --method {setting['method']}"
 
 
 def _verdict(document: dict[str, Any]) -> str:

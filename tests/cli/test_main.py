@@ -758,6 +758,23 @@ def test_an_unknown_option_leads_to_the_right_one(cli, line, hint):
     assert hinted.startswith(f"hint: {hint}")
 
 
+@pytest.mark.parametrize("line", ["ask --json", "watch --json", "aks --json", "ask a.mp4 Why? --jsn --json"])
+def test_the_error_of_a_line_without_a_question_has_no_fields_of_an_answer(cli, line):
+    record = cli(*line.split()).record
+    assert record == {
+        "schema": "evoprune/answer@1",
+        "question": None,
+        "answer": None,
+        "finish_reason": "error",
+        "error": {
+            "code": 2,
+            "type": "usage",
+            "stage": None,
+            **{each: record["error"][each] for each in ("message", "hint")},
+        },
+    }
+
+
 @pytest.mark.parametrize("command", ["ask", "batch", "eval", "find", "tune", "watch"])
 def test_a_missing_argument_has_an_example(cli, command):
     result = cli(command)

@@ -1,6 +1,7 @@
 """`evoprune tune`: its output, files and refused inputs, and that the options it finds work."""
 
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -35,7 +36,8 @@ def test_a_table_a_chart_and_options_that_are_used(tune, cli, tiny_folder, tmp_p
     assert "agreement" in "".join(ElementTree.parse(chart).getroot().itertext())
     options = document["options"]
     assert f"{options['method']} -b {options['budget']:g}" == name
-    last = result.out.splitlines()[-1]
+    use, last = result.out.splitlines()[-2:]
+    assert use == "use these options:"
     assert last == f"-b {options['budget']:g} --method {options['method']}"
     answer = cli("ask", CLIPS[0], "What?", "-m", str(tiny_folder), "--frames", "4", *last.split(), "-n", "2", "--json")
     pruning = answer.record["pruning"]
@@ -64,10 +66,15 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     assert "is not a complete" in cli(*ask, recipe.replace("t.json", "u.json"), "-b", "0.3").err
 
 
-@pytest.mark.full
 def test_none_passes(tune):
     result = tune("--agree", "0.99")
-    assert result.code == 6
+    assert result.code == 6 and all(len(line) <= 80 for line in result.out.splitlines())
+    *_, advice = result.out.split("\n\n")
+    assert re.fullmatch(
+        "nothing faster certainly agrees on 99% of the tokens; the best setting:\n"
+        "-b 0.2 --method \\S+\nto be certain, do not prune:\n-b full\n",
+        advice,
+    )
     assert "cannot prove that 99% agree" in result.err
     assert "no setting certainly agrees on 99% of the tokens; the best is" in " ".join(result.out.split())
 
