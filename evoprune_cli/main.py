@@ -75,6 +75,8 @@ COMMAND_HINTS = {
 # Examples for hints, of commands whose docstrings begin with other ones.
 EXAMPLES = {"ask": ASK}
 
+WHOLE = 1000  # maximum length of a description of a command, in characters
+
 # Error numbers of failed writes to redirected output. Errors with a filename refer to an input file instead.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -102,6 +104,12 @@ class Group(TyperGroup):
             args = [*args[1:], "--help"]
         remember(Typed(None, args))
         return super().parse_args(ctx, args)
+
+    def format_commands(self, ctx, formatter):
+        """Write the commands with their whole descriptions, which click would cut off in a narrow terminal."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(WHOLE)) for name, command in commands.items()])
 
     def get_params(self, ctx):
         """Return the options, which are all flags. Their defaults are set to False because Typer would use pydantic for None."""

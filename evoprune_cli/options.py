@@ -24,7 +24,7 @@ from evoprune.session import PipelineOptions
 from evoprune.signatures import named
 from evoprune.suggestions import other_name
 from evoprune.util import OPTION, Option, kinds_of, words_of
-from evoprune_cli.terminal import only_answers_on_stdout
+from evoprune_cli.terminal import GLUE, only_answers_on_stdout
 from evoprune_cli.typed import Typed, remember
 
 MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
@@ -310,6 +310,18 @@ COMMON_PARAMETERS = [
 ]
 
 
+EXAMPLE = re.compile(r"^.*\bevoprune .*$(?<!\.)", re.M)  # a line of a description that is a command, not a sentence
+
+
+def _continued(example: str, width: int) -> str:
+    """Break a command into lines that the shell joins. Quoted arguments stay whole."""
+    if len(example) <= width:
+        return example
+    words = re.sub(r"([\"']).*?\1", lambda quoted: quoted[0].replace(" ", GLUE), example)
+    how = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    return " \\\n".join(textwrap.wrap(words, width - 2, **how)).replace(GLUE, " ")
+
+
 class Command(TyperCommand):
     """A Typer command with a short help text (`--help`) and a full help text (`--help-all`)."""
 
@@ -327,6 +339,15 @@ class Command(TyperCommand):
         """Run the command with stdout reserved for its answers."""
         with only_answers_on_stdout():
             return super().invoke(ctx)
+
+    def format_help_text(self, ctx, formatter) -> None:
+        """Write the description. Examples that are too long for the terminal are continued on the next line, as in a shell."""
+        whole = self.help
+        try:
+            self.help = re.sub(EXAMPLE, lambda found: _continued(found[0], formatter.width), whole or "")
+            super().format_help_text(ctx, formatter)
+        finally:
+            self.help = whole
 
     def format_options(self, ctx, formatter) -> None:
         """Write the options: for the full help, all options grouped by panel; otherwise, only the most common options."""
@@ -367,7 +388,9 @@ class Command(TyperCommand):
 
 def example_of(command: TyperCommand) -> str | None:
     """Return the first example in a command's help, or None if there is none."""
-    return next(iter(re.findall(r"^ *(evoprune .+)$", command.help or "", re.M)), None)
+    return next(
+        (line.strip() for line in EXAMPLE.findall(command.help or "") if line.strip().startswith("evoprune ")), None
+    )
 
 
 def option_hint(flag: str, context: Any) -> str:

@@ -59,8 +59,6 @@ def only_answers_on_stdout() -> Iterator[None]:
 
 def columns() -> int:
     """Return the width of stderr messages in columns (at most 80)."""
-    if not sys.stderr.isatty():
-        return WIDTH
     return min(WIDTH, width_of(sys.stderr))
 
 

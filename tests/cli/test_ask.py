@@ -284,6 +284,12 @@ def test_a_folder_of_videos_has_the_command_for_all_of_them(cli, tmp_path):
     assert "but 2 videos" in other.err and str(folder / "a.mp4") in other.err
 
 
+def test_stats_follow_columns_even_in_a_pipe(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = cli("ask", CLIP, QUESTION, "--frames", "4").err.splitlines()
+    assert any(line.startswith("prefill") for line in lines) and max(map(len, lines)) <= 40
+
+
 DATA = "data:video/mp4;base64," + "A" * 9000
 LONG = "a" * 300 + ".mp4"
 

@@ -351,6 +351,17 @@ def test_help_keeps_names_of_options_whole_on_narrow_terminals(cli, monkeypatch)
     assert all(len(line) <= 40 for line in out.splitlines() if not line.startswith(("  evoprune", "  echo")))
 
 
+@pytest.mark.parametrize("command", ["", "ask", "batch", "eval", "find", "watch"])
+def test_help_is_wrapped_and_not_cut_on_narrow_terminals(cli, monkeypatch, command):
+    wide = cli(*command.split(), "--help").out
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = cli(*command.split(), "--help").out
+    assert all(len(line) <= 40 for line in narrow.splitlines() if not line.startswith("  export"))
+    assert "..." not in narrow.replace("]...", "").replace("}...", "")
+    narrow, wide = (re.sub(r"\\\n|\s", "", text) for text in (narrow, wide))
+    assert narrow == wide
+
+
 def test_help_and_what_is_wrong_with_inputs_need_no_torch():
     names = ("ask", "batch", "watch", "eval", "tune", "inspect", "profile", "verify", "methods")
     helps = [("--help",), ("--version",), *((name, "--help-all") for name in names)]
