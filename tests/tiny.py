@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from evoprune.model import FAMILIES
+from evoprune.model import FAMILIES, Config, QwenVL
 from evoprune.vision import Encoded
 
 _NAMES = (
@@ -175,6 +175,15 @@ def tiny_model(seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4):
             elif name.endswith("A_log"):  # decay rates of the DeltaNet heads
                 weight.uniform_(1, 16, generator=random).log_()
     return model
+
+
+def native_model(seed: int = 0, family: str = "qwen2_5_vl") -> QwenVL:
+    """Return the same model as `tiny_model`, as loaded by evoprune itself."""
+    host = tiny_model(seed, family)
+    model = QwenVL.empty(Config.parse(host.config.to_dict()))
+    model.load_state_dict(host.state_dict(), assign=True)
+    model.tie()
+    return model.requires_grad_(False)
 
 
 def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4) -> Path:

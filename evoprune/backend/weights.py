@@ -23,7 +23,7 @@ def prepare(model, packs: bool = True) -> Packing:
     """
     packing = Packing()
     if uses_kernels(model.device):
-        if model.native:
+        if model.native and model.config.text_config.delta_net is None:
             join(model)
         join_tower(model.model.visual)
     if packs and is_host(model.device):

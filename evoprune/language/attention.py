@@ -197,6 +197,29 @@ class Blind:
         return attend(queries, keys[:, :, visible], values[:, :, visible])
 
 
+def additive_mask(
+    columns: int, before: int, like: torch.Tensor, sizes: torch.Tensor | None = None, window: int | None = None
+) -> torch.Tensor:
+    """Return a causal mask with cluster sizes for all layers, `[1, 1, columns, before + columns]`, as transformers takes it.
+
+    Args:
+        columns: Number of new columns.
+        before: Number of columns before them.
+        like: A tensor with the dtype and device of the attention scores.
+        sizes: float32 `[n]`, the cluster sizes of all columns, and possibly of later ones. None means that all sizes are 1, and the
+            mask is boolean.
+        window: Number of columns that each new column attends to, including itself, or None for all columns.
+    """
+    end = before + columns
+    keys, queries = arange_on(end, like.device), arange_on(columns, like.device)[:, None] + before
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    if sizes is not None:
+        mask = torch.where(mask, sizes[:end].log().to(like.dtype), -torch.inf)
+    return mask[None, None]
+
+
 def _grouped(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

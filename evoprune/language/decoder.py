@@ -1,4 +1,4 @@
-"""Run the language model (Qwen2, Qwen2.5, or Qwen3) on prompt tokens or a generated token.
+"""Run the language model (Qwen2, Qwen2.5, Qwen3, or Qwen3.5) on prompt tokens or a generated token.
 
 This works with any module tree that uses Hugging Face weight names, including `model.weights.QwenVL` and transformers models. Each
 prompt or answer token is called a *column*. Queries and keys are rotated by three positions at once (M-RoPE, arXiv 2409.12191,
@@ -7,7 +7,9 @@ transformers. Torch autocast has no effect in this module.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,20 @@ import torch.nn.functional as F
 from evoprune.backend import (
     Attention,
     Quantization,
+    form_of_layers,
     joined,
     kernels_for,
     linear,
     to_device,
     without_cudnn,
 )
-from evoprune.language.attention import STRIP, Attend, Blind, Restricted, attention_for
+from evoprune.language import hybrid
+from evoprune.language.attention import STRIP, Attend, Blind, Restricted, additive_mask, attention_for
+from evoprune.language.hybrid import DeltaState, Pass, Vectors
 from evoprune.methods import Dropping, LayerState
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
+
+MASK_STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of Gated DeltaNets
 
 
 @lru_cache
@@ -112,6 +119,9 @@ class ColumnIds:
 class KVCache(ColumnIds):
     """KV cache containing the keys and values of all columns read so far, except for columns dropped by a layer.
 
+    Gated DeltaNets have no keys and values. Instead, the cache contains their states after all columns, and after each of the last
+    few columns if these were read in a single pass. Only these columns can be cropped, and all columns at once.
+
     Args:
         model: The model to cache keys and values for.
         capacity: Number of columns to allocate (at least 1), either a single number for all layers or one number per layer. When a
@@ -126,8 +136,15 @@ class KVCache(ColumnIds):
         weight = model.model.language_model.norm.weight
         depth = config.num_hidden_layers
         capacities = [capacity] * depth if isinstance(capacity, int) else capacity
+        linear = [getattr(config, "delta_net", None) is not None and config.is_linear(layer) for layer in range(depth)]
+        capacities = [0 if skips else columns for columns, skips in zip(capacities, linear, strict=True)]
         shapes = [(1, config.num_key_value_heads, columns, head_size(config)) for columns in capacities]
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
+        # States of all layers, or None for attention layers, from before the last few columns to after all columns. The first list
+        # is also that of the empty cache.
+        self._empty = [DeltaState.initial(config, weight) if skips else None for skips in linear]
+        self._states = [self._empty]
+        self._recurrent = any(linear)
         # Number of leading columns that differ between layers because some layers have dropped columns. The cache cannot be cropped
         # within this range.
         self._uneven_until = 0
@@ -138,27 +155,51 @@ class KVCache(ColumnIds):
 
     @property
     def capacity(self) -> int:
-        """Number of columns allocated in each layer."""
-        return min(keys.shape[2] for keys, _ in self._layers)
+        """Number of columns allocated in each attention layer."""
+        return min(keys.shape[2] for (keys, _), state in zip(self._layers, self._empty, strict=True) if state is None)
+
+    @property
+    def states(self) -> Sequence[DeltaState | None]:
+        """The state of each Gated DeltaNet after all columns, or None for attention layers."""
+        return self._states[-1]
+
+    @property
+    def least(self) -> int:
+        """The smallest length, except for 0, that the cache can be cropped to."""
+        if self._recurrent:
+            return max(self._uneven_until, self.length + 1 - len(self._states))
+        return self._uneven_until
 
     def crop(self, length: int) -> None:
         """Drop all columns after the first `length` columns.
 
         Raises:
-            ValueError: If the cache has fewer columns, or cropping to `length` would split the range of columns that differ between
-                layers. Cropping to 0 is always possible.
+            ValueError: If the cache has fewer columns; or cropping to `length` would split the range of columns that differ between
+                layers, or require a state that is no longer known. Cropping to 0 is always possible.
         """
-        if not (0 <= length <= self.length and (length >= self._uneven_until or not length)):
+        if not (0 <= length <= self.length and (length >= self.least or not length)):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
         lengths = [max(0, end - (self.length - length)) for end in self.lengths]
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
         sizes = [cropped.get(id(sizes)) for sizes in self.sizes]
         whole = self._uneven_until if length else 0
+        states = [self._empty]
+        if length and self._recurrent:
+            states = self._states[: len(self._states) - (self.length - length)]
         # Assign all attributes in a single statement, so that a signal (Ctrl-C) cannot leave them partially updated.
-        self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
+        self.length, self.lengths, self.sizes, self._uneven_until, self._states = length, lengths, sizes, whole, states
+
+    def copy(self) -> Self:
+        """Return a copy, which can be extended without changing the original."""
+        made = copy(self)
+        made._layers = [(keys.clone(), values.clone()) for keys, values in self._layers]
+        made._ids, made.lengths, made.sizes = [*self._ids], [*self.lengths], [*self.sizes]
+        return made
 
     def keep(self, columns: torch.Tensor) -> None:
         """Drop all columns except `columns`, which move to the front of the cache but keep their M-RoPE positions.
+
+        The states of Gated DeltaNets still include the dropped columns.
 
         Args:
             columns: Indices of the columns to keep, int64 `[n]` on the CPU, in ascending order.
@@ -172,9 +213,10 @@ class KVCache(ColumnIds):
         columns = to_device(columns, self._layers[0][0].device)
         count = len(columns)
         sized = {id(sizes): sizes[columns] for sizes in self.sizes if sizes is not None}
-        for stored in self._layers:
-            for tensor in stored:
+        for stored, state in zip(self._layers, self.states, strict=True):
+            for tensor in stored if state is None else ():
                 tensor[:, :, :count] = tensor[:, :, columns]
+        self._states = self._states[-1:]
         self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
         self._ids, self.length, self.lengths = ids, count, [count] * len(self.lengths)
 
@@ -189,24 +231,30 @@ class KVCache(ColumnIds):
         like = self._layers[0][0].new_empty(0).float()
         cos, sin = rotation(config, by, like)
         first, end, _ = columns.indices(self.length)
-        for keys, _ in self._layers:
-            for start in range(first, end, STRIP):  # copying all keys at once would increase peak memory
+        for (keys, _), state in zip(self._layers, self.states, strict=True):
+            for start in (
+                range(first, end, STRIP) if state is None else ()
+            ):  # copying all keys at once would increase peak memory
                 strip = keys[0, :, start : min(end, start + STRIP)]
                 strip.copy_(rotate(strip.transpose(0, 1).float(), cos, sin).transpose(0, 1))
 
-    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def put(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, after: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the keys and values of new columns to a layer. They become valid when `add` is called.
 
         Args:
             layer: The layer index.
             keys, values: `[1, kv_heads, L, head_dim]`.
+            after: Number of columns that were written before but are not valid yet.
 
         Returns:
-            Views of the layer's keys and values, including the new columns, `[1, kv_heads, lengths[layer] + L, head_dim]` each.
+            Views of the layer's keys and values, including the new columns, `[1, kv_heads, lengths[layer] + after + L, head_dim]`
+            each.
         """
-        *room, known_keys, known_values = self.room(layer, keys.shape[2])
+        *room, known_keys, known_values = self.room(layer, after + keys.shape[2])
         for target, new in zip(room, (keys, values), strict=True):
-            target[:] = new[0]
+            target[:, after:] = new[0]
         return known_keys, known_values
 
     def room(self, layer: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -221,13 +269,18 @@ class KVCache(ColumnIds):
         end = before + columns
         if end > (full := stored[0].shape[2]):
             # Grow one layer at a time, so that there are never two copies of more than one layer in memory.
-            more = (0, 0, 0, max(end, full * 3 // 2) - before)
-            stored = self._layers[layer] = tuple(F.pad(tensor[:, :, :before], more) for tensor in stored)
+            more = (0, 0, 0, max(end, full * 3 // 2) - full)
+            stored = self._layers[layer] = tuple(F.pad(tensor, more) for tensor in stored)
         known = tuple(tensor[:, :, :end] for tensor in stored)
         return *(tensor[0, :, before:] for tensor in known), *known
 
     def add(
-        self, read: int, columns: Sequence[int], sizes: Sequence[torch.Tensor | None], ids: torch.Tensor | None
+        self,
+        read: int,
+        columns: Sequence[int],
+        sizes: Sequence[torch.Tensor | None],
+        ids: torch.Tensor | None,
+        states: Sequence[Sequence[DeltaState | None]] = (),
     ) -> None:
         """Make new columns valid after all layers have written their keys and values.
 
@@ -236,14 +289,20 @@ class KVCache(ColumnIds):
             columns: Number of these columns stored in each layer.
             sizes: The cluster sizes of the old and new columns in each layer.
             ids: The token IDs of the columns that were read, int64 `[read]`, or None if they are unknown.
+            states: The states of all layers after each column that was read, or only after the last one. May be empty if there are
+                no Gated DeltaNets.
         """
         self._record(self.length, read, ids)
         length = self.length + read
         lengths = [before + more for before, more in zip(self.lengths, columns, strict=True)]
         sizes = list(sizes)
         whole = length if len(set(columns)) > 1 else self._uneven_until
+        if states:
+            states = [*(self._states[-1:] if len(states) == read else []), *states]
+        else:
+            states = self._states
         # As in `crop`, a signal must not leave the attributes partially updated.
-        self.length, self.lengths, self.sizes, self._uneven_until = length, lengths, sizes, whole
+        self.length, self.lengths, self.sizes, self._uneven_until, self._states = length, lengths, sizes, whole, states
 
     def sizes_with(self, sizes: torch.Tensor | None, columns: int) -> list[torch.Tensor | None]:
         """Return the cluster sizes of the cached columns followed by the new columns, for each layer.
@@ -306,10 +365,16 @@ def forward(
     config = model.config.text_config
     text = model.model.language_model
     x = inputs_embeds
+    deltas = [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
+    if deltas and not dropping and form_of_layers(x.device, True, False):
+        return _in_few_operations(model, x, positions, cache, sizes, ids, pause)[-last:]
     compiled = None if dropping else Quantization.compiled_layers(text.layers, x, config)
     if compiled:
         x = x.float()
     places = rotation(config, positions, x)
+    vectors = iter(hybrid.vectors_of(deltas, config))
+    each = columns <= Quantization.few_rows and not dropping  # whether the states after each column are kept
+    states: list[list[DeltaState | None]] = [[None] * len(text.layers) for _ in range(columns if each else 1)]
     entered = []
     if deepstack is None:
         deepstack = x.new_empty(0, *x.shape)
@@ -331,7 +396,15 @@ def forward(
             count = len(rows[0])
         entered.append(count)
         entering = x
-        if compiled:
+        if (state := cache.states[i]) is not None:
+            if compiled:
+                x, inputs, recurrent = compiled[i](x, *state)
+                after = hybrid.states_of(inputs, recurrent)
+            else:
+                x, after = run_delta_layer(layer, x, state, config, next(vectors))
+            for of_column, new in zip(states, after[-len(states) :], strict=True):
+                of_column[i] = new
+        elif compiled:
             *_, keys, values = cache.room(i, len(x))
             x = compiled[i](x, *places, keys, values, bias)
         else:
@@ -347,9 +420,57 @@ def forward(
                 every[i + 1 :] = [rows_at(every[i], stay)] * (len(every) - i - 1)
         if rows:
             every[i] = rows_at(every[i], rows[0])
-    hidden = norm(x[-last:].to(inputs_embeds.dtype), text.norm.weight, config.rms_norm_eps)
-    cache.add(columns, entered, every, ids)
+    hidden = norm(x[-last:].to(inputs_embeds.dtype), text.norm.weight, config)
+    cache.add(columns, entered, every, ids, states if deltas else ())
     return hidden
+
+
+def _in_few_operations(
+    model,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    cache: KVCache,
+    sizes: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    pause: Callable[[], None],
+) -> torch.Tensor:
+    """Run a model with Gated DeltaNets using `hybrid.run`, and return the hidden states of all new columns. See `forward`."""
+    config = model.config.text_config
+    every = cache.sizes_with(sizes, len(x))
+    before = cache.length
+    states = _PassStates(cache)
+    hidden = []
+    strip = len(x) if every[0] is None else MASK_STRIP
+    for start in range(0, len(x), strip):
+        part = x[start : start + strip]
+        mask = None
+        if every[0] is not None or (before and len(part) > 1):
+            mask = additive_mask(len(part), before + start, part, every[0])
+        places = rotation(config, positions[:, start : start + strip], part)
+        states.read = start
+        hidden.append(hybrid.run(model.model.language_model, config, part, places, states, mask, pause))
+    cache.add(len(x), [len(x)] * len(every), every, ids, [states.after])
+    return torch.cat(hidden)
+
+
+class _PassStates:
+    """A KV cache during a pass over new columns, for `hybrid.run`. Implements `hybrid.States`."""
+
+    def __init__(self, cache: KVCache):
+        self.read = 0  # number of columns that earlier strips of the pass have read
+        self._cache = cache
+        self._passes = [state and Pass(state) for state in cache.states]
+
+    @property
+    def after(self) -> list[DeltaState | None]:
+        """The states of all layers after all columns."""
+        return [each and each.after for each in self._passes]
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cache.put(layer, keys, values, self.read)
+
+    def memory(self, layer: int) -> Pass:
+        return self._passes[layer]
 
 
 @torch.inference_mode()
@@ -427,15 +548,13 @@ def run_layer(
         last columns.
     """
     attention = layer.self_attn
-    mlp = layer.mlp
-    eps = config.rms_norm_eps
     whole = attend.is_causal and not rows and (len(x) <= last or number < config.num_hidden_layers - 1)
     if whole and (fused := _fused(layer, x, places, cache, number, config, attend)):
         return fused
     kv_rows, q_rows, mlp_rows = rows or (None,) * 3
     cos, sin = places
-    h = norm(x, layer.input_layernorm.weight, eps)
-    keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config) for name in "kv")
+    h = norm(x, layer.input_layernorm.weight, config)
+    keys, values = (heads_of(attention, name, rows_at(h, kv_rows), config)[0] for name in "kv")
     keys = rotate(keys, rows_at(cos, kv_rows), rows_at(sin, kv_rows))
     keys, values = cache.put(number, *(tensor[None].transpose(1, 2) for tensor in (keys, values)))
     if number == config.num_hidden_layers - 1:  # only the output of the last columns is used
@@ -444,14 +563,49 @@ def run_layer(
         cos = cos[-last:]
         sin = sin[-last:]
         q_rows = mlp_rows = None
-    queries = heads_of(attention, "q", rows_at(h, q_rows), config)
+    queries, gate = heads_of(attention, "q", rows_at(h, q_rows), config)
     queries = rotate(queries, rows_at(cos, q_rows), rows_at(sin, q_rows))[None]
     seen = attend(queries, keys, values)
+    if gate is not None:
+        # With several threads, an element's last bit can depend on the number of elements.
+        rows = gate.flatten(1).split(1 if len(gate) <= Quantization.few_rows else len(gate))
+        seen = seen * torch.cat([row.sigmoid() for row in rows])
     x = put_rows(x, q_rows, linear(attention.o_proj, seen, plus=rows_at(x, q_rows)))
-    old = rows_at(x, mlp_rows)
-    h = norm(old, layer.post_attention_layernorm.weight, eps)
-    new = linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=old)
-    return put_rows(x, mlp_rows, new), queries, keys, values
+    return put_rows(x, mlp_rows, _mlp(layer, rows_at(x, mlp_rows), config)), queries, keys, values
+
+
+def run_delta_layer(
+    layer, x: torch.Tensor, before: DeltaState, config, vectors: Vectors
+) -> tuple[torch.Tensor, list[DeltaState]]:
+    """Run a single layer with a Gated DeltaNet on new columns.
+
+    Args:
+        layer: The layer module.
+        x: `[L, hidden]`, the hidden states of the new columns.
+        before: The state before the new columns.
+        config: The language model config.
+        vectors: The layer's vectors.
+
+    Returns:
+        The columns' output, and the state after each column, or only after the last one if there are more than a few columns.
+    """
+    delta = layer.linear_attn
+    memory = Pass(before)
+    h = norm(x, layer.input_layernorm.weight, config)
+    if len(x) <= Quantization.few_rows:
+        new, recurrent = hybrid.read_one_by_one(delta, config, h, memory, vectors)
+        after = hybrid.states_of(memory.inputs, recurrent)
+    else:
+        new = hybrid.delta_net(delta, config, h, memory, vectors)
+        after = [memory.after]
+    return _mlp(layer, x + new, config), after
+
+
+def _mlp(layer, x: torch.Tensor, config) -> torch.Tensor:
+    """Return the output of a layer, given the hidden states after its attention or Gated DeltaNet."""
+    mlp = layer.mlp
+    h = norm(x, layer.post_attention_layernorm.weight, config)
+    return linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
 
 
 def _fused(

@@ -7,7 +7,7 @@ import torch
 
 from evoprune.backend import Device, Packing, Quantization, to_device
 from evoprune.errors import ModelError, call, not_a_number_error
-from evoprune.language import decoder, hosted, static
+from evoprune.language import decoder, hosted, hybrid, static
 from evoprune.language.decoder import KVCache
 from evoprune.language.hosted import HostedCache
 from evoprune.language.pruned import PrunedPrompt
@@ -38,7 +38,9 @@ class LanguageModel:
     @property
     def can_crop(self) -> bool:
         """Whether the KV cache can be cropped. Recurrent layers don't support cropping, so callers keep a copy instead."""
-        return not self._hosted or hosted.can_crop(self.model)
+        if self._hosted:
+            return hosted.can_crop(self.model)
+        return not hybrid.has_deltas(self.model)
 
     @property
     def can_capture(self) -> bool:
@@ -57,7 +59,11 @@ class LanguageModel:
         Models run by transformers are excluded: their layers round several columns differently than a single one, and quantized
         layers and routers would turn such differences into larger ones.
         """
-        return not self._hosted and Device(self.model.model.language_model.norm.weight.device).reads_drafts
+        return (
+            not self._hosted
+            and self.can_crop
+            and Device(self.model.model.language_model.norm.weight.device).reads_drafts
+        )
 
     @property
     def reads_drafts_exactly(self) -> bool:

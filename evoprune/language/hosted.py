@@ -18,11 +18,10 @@ from evoprune.backend import (
 )
 from evoprune.errors import call
 from evoprune.language import hybrid
-from evoprune.language.decoder import ColumnIds, all_sizes
+from evoprune.language.attention import additive_mask
+from evoprune.language.decoder import MASK_STRIP, ColumnIds, all_sizes
 from evoprune.methods import arange_on
 from evoprune.model import HostedVL, without_autocast
-
-STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of linear attention
 
 
 class HostedCache(ColumnIds):
@@ -72,15 +71,57 @@ def reads_ids(model: HostedVL) -> bool:
 
 
 def run_modules(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None, **kwargs):
-    """Run a language model using its transformers module, `text`. See `hybrid.run` for arguments and results."""
+    """Run a language model using its transformers module, `text`. See `run` for arguments and results."""
     kwargs |= {"attention_mask": mask, cache_name(): states, "use_cache": True}
     return text(inputs_embeds=x[None], position_ids=places, **kwargs).last_hidden_state[0]
 
 
+def run_few(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
+    """Run a language model with few operations. See `run` for arguments and results."""
+    cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places[1:]))
+    first, second = sin.chunk(2, -1)
+    cos_sin = cos, torch.cat([-first, second], -1)
+    return hybrid.run(text, text.config, x, cos_sin, ModuleStates(states), mask)
+
+
+class ModuleStates:
+    """A transformers cache for `hybrid.run`. Implements `hybrid.States`."""
+
+    def __init__(self, states):
+        self._states = states
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._states.update(keys, values, layer)
+
+    def memory(self, layer: int) -> "ModuleMemory":
+        return ModuleMemory(self._states.layers[layer])
+
+    def read_one(self, delta, x: torch.Tensor) -> torch.Tensor:
+        return delta(x[None], self._states)[0]
+
+
+class ModuleMemory:
+    """The state of a Gated DeltaNet in a transformers cache. Implements `hybrid.Memory`."""
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    @property
+    def recurrent(self) -> torch.Tensor | None:
+        state = self._layer.recurrent_states[0]
+        return None if state is None else state[0]
+
+    def extend(self, inputs: torch.Tensor, kernel: int) -> torch.Tensor:
+        return self._layer.update_conv_state(inputs.T[None], conv_kernel_size=kernel)[0]
+
+    def put(self, recurrent: torch.Tensor) -> None:
+        self._layer.update_recurrent_state(recurrent[None])
+
+
 def run_for(model: HostedVL, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return the function for running the layers on a device: `run_modules` or `hybrid.run`, which differ in rounding."""
+    """Return the function for running the layers on a device: `run_modules` or `run_few`, which differ in rounding."""
     only_modules = can_crop(model) or hasattr(model.model.language_model, "hyper_connection_mixer")
-    return run_modules if only_modules else form_of_layers(device, hybrid.run, run_modules)
+    return run_modules if only_modules else form_of_layers(device, run_few, run_modules)
 
 
 @torch.inference_mode()
@@ -131,7 +172,7 @@ def forward(
         cache.length = -1  # invalid until all layers have read all columns
     hidden = []
     places = torch.cat([arange_on(columns, "cpu")[None] + before, positions])[:, None]
-    step = columns if every is None else STRIP
+    step = columns if every is None else MASK_STRIP
     for start in range(0, columns, step):
         strip = slice(start, min(start + step, columns))
         hidden.append(
@@ -171,14 +212,7 @@ def _read(
     """
     given = {}
     if sizes is not None or window is not None or (before and len(embeds) > 1):
-        end = before + len(embeds)
-        keys, queries = arange_on(end, embeds.device), arange_on(len(embeds), embeds.device)[:, None] + before
-        mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
-        if sizes is not None:
-            mask = torch.where(mask, sizes[:end].log().to(embeds.dtype), -torch.inf)
-        given["attention_mask"] = mask[None, None]
+        given["attention_mask"] = additive_mask(len(embeds), before, embeds, sizes, window)
     if deepstack is not None and len(deepstack):
         given["deepstack_visual_embeds"] = list(deepstack[:, strip])
         given["visual_pos_masks"] = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)

@@ -1,67 +1,187 @@
-"""Run language models with mostly linear attention (Qwen3.5), using fewer operations than transformers.
+"""Language models with mostly linear attention (Qwen3.5): their Gated DeltaNets, and all layers in as few operations as possible.
 
-Reading a pruned prompt on a GPU is launch-bound, so this module implements norms, attention, and Gated DeltaNets with fewer kernel
-launches. Linear layers and experts are still called as modules, because their weights come in many formats. On a CPU, where
-arithmetic dominates the run time, the transformers modules are used instead. They are also used for Gated DeltaNets that read a
-single column.
+Reading a pruned prompt on a GPU is launch-bound, so `run` implements norms, attention, and Gated DeltaNets with few kernel
+launches. It runs both evoprune's own module tree and transformers modules, whose linear layers and experts may have many formats.
+On a CPU, where arithmetic dominates the run time, language/decoder.py runs the layers, and uses the Gated DeltaNets of this module.
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, and processes each chunk in closed form (arXiv 2406.06484, section 3).
 If `S` is the state before a chunk, the state after the chunk is `A S + B`. `A` and `B` are computed for all chunks at once, so this
-product is the only operation that has to wait for the previous chunk, compared with nine operations in transformers.
+product is the only operation that has to wait for the previous chunk, compared with nine operations in transformers. A few columns
+are read one by one instead.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from evoprune.backend import kernels_for
-from evoprune.model import rotate
+from evoprune.backend import kernels_for, linear
+from evoprune.model import head_size, rotate
 
 CHUNK = 64  # columns per chunk, same as in transformers
 STRIP = 32 * CHUNK  # number of columns that a DeltaNet reads at a time, using 0.5 GiB in Qwen3.5-4B
 TINY = 1e-6  # epsilon added to the squared length of queries and keys in normalization
 
 
-def run(text, x: torch.Tensor, places: torch.Tensor, states, mask: torch.Tensor | None) -> torch.Tensor:
+class Memory(Protocol):
+    """The state of a Gated DeltaNet, which a pass over new columns replaces."""
+
+    # float32 `[value_heads, key_dim, value_dim]`; transformers has None instead of zeros before the first column
+    recurrent: torch.Tensor | None
+
+    def extend(self, inputs: torch.Tensor, kernel: int) -> torch.Tensor:
+        """Append new inputs of the convolution, `[L, channels]`.
+
+        Args:
+            kernel: The kernel size of the convolution.
+
+        Returns:
+            The inputs of the last columns and the new ones, `[channels, n]`, where n is at most L + kernel - 1.
+        """
+
+    def put(self, recurrent: torch.Tensor) -> None:
+        """Replace the recurrent state."""
+
+
+class DeltaState(NamedTuple):
+    """The state of a Gated DeltaNet after some columns. Its tensors are never changed in place, so they can be shared."""
+
+    inputs: torch.Tensor  # `[kernel - 1, channels]`, the last inputs of the convolution
+    recurrent: torch.Tensor  # float32 `[value_heads, key_dim, value_dim]`
+
+    @classmethod
+    def initial(cls, config, like: torch.Tensor) -> Self:
+        """Return the state before the first column.
+
+        Args:
+            config: The language model config.
+            like: A tensor with the dtype and device of the hidden states.
+        """
+        net = sizes_of(config)
+        shape = net.linear_num_value_heads, net.linear_key_head_dim, net.linear_value_head_dim
+        inputs = like.new_zeros(net.linear_conv_kernel_dim - 1, net.channels)
+        return cls(inputs, like.new_zeros(shape, dtype=torch.float32))
+
+
+def states_of(inputs: torch.Tensor, recurrent: Sequence[torch.Tensor]) -> list[DeltaState]:
+    """Return the state after each column of a pass.
+
+    Args:
+        inputs: `[kernel - 1 + L, channels]`, the inputs of the convolution, starting with those before the pass.
+        recurrent: The recurrent state after each column.
+    """
+    kept = len(inputs) - len(recurrent)
+    return [DeltaState(inputs[i : i + kept], each) for i, each in enumerate(recurrent, 1)]
+
+
+class Pass:
+    """A pass over new columns that starts from a `DeltaState`. Implements `Memory`."""
+
+    def __init__(self, before: DeltaState):
+        self._last, self.recurrent = before
+        self.inputs = self._last  # as in `states_of`, but only of the latest call of `extend`
+
+    def extend(self, inputs: torch.Tensor, kernel: int) -> torch.Tensor:
+        self.inputs = torch.cat([self._last.to(inputs.dtype), inputs])
+        self._last = self.inputs[len(inputs) :].clone()  # a view would keep all inputs in memory
+        return self.inputs.T
+
+    def put(self, recurrent: torch.Tensor) -> None:
+        self.recurrent = recurrent.clone()
+
+    @property
+    def after(self) -> DeltaState:
+        """The state after all columns."""
+        return DeltaState(self._last, self.recurrent)
+
+
+class States(Protocol):
+    """The states of all layers, which `run` updates."""
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the keys and values of new columns to an attention layer, and return all of them. See `KVCache.put`."""
+
+    def memory(self, layer: int) -> Memory:
+        """Return the state of a Gated DeltaNet."""
+
+    def read_one(self, delta: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Run a transformers module of a Gated DeltaNet on a single column, `[1, hidden]`."""
+
+
+class Vectors(NamedTuple):
+    """Vectors of a Gated DeltaNet, in float32."""
+
+    rate: torch.Tensor  # the negated decay rates of the heads, computed from `A_log`
+    offset: torch.Tensor  # `dt_bias`
+    scale: torch.Tensor  # the weight of the norm
+    unit: torch.Tensor  # the RMS norm gain that scales each head's features to a length of 1
+
+
+def run(
+    text,
+    config,
+    x: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    states: States,
+    mask: torch.Tensor | None,
+    pause: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
     """Run the language model on new columns and return their hidden states after the final norm, `[L, hidden]`.
 
     Args:
-        text: The language model's transformers module.
+        text: The language model's module, from either evoprune or transformers.
+        config: The language model config.
         x: `[L, hidden]`, the embeddings of the new columns.
-        places: int64 `[4, 1, L]`, the index and the three M-RoPE positions of each column.
-        states: The transformers cache of the preceding columns, updated in place by each layer.
+        cos_sin: The cosines and sines from `decoder.rotation`.
+        states: The states of the preceding columns, updated by each layer.
         mask: The attention mask, `[1, 1, L, n]`, where n is the total number of columns, including new columns. None means plain
             causal attention, which is allowed only if `states` is empty or L is 1.
+        pause: Called before each layer. It may wait or raise an exception.
     """
     layers = text.layers
-    eps = text.config.rms_norm_eps
+    eps = config.rms_norm_eps
     # Convert the vectors of all layers together, which takes no more operations than converting a single layer's vectors.
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)] + [text.norm]
     gains = iter(_stacked(norm.weight for norm in norms) + 1)
     head_gains = iter(
         _stacked(norm.weight for at in _parts(layers, "self_attn") for norm in (at.q_norm, at.k_norm)) + 1
     )
-    deltas = _parts(layers, "linear_attn")
-    rates = iter(-_stacked(delta.A_log for delta in deltas).exp())  # negated decay rates of the heads
-    offsets = iter(_stacked(delta.dt_bias for delta in deltas))
-    scales = iter(_stacked(delta.norm.weight for delta in deltas))
-    dim = deltas[0].head_k_dim
-    unit = x.new_full((dim,), dim**-0.5, dtype=torch.float32)
-    cos, sin = (turn[0, :, None] for turn in text.rotary_emb(x[None], places[1:]))
-    first, second = sin.chunk(2, -1)
-    cos_sin = cos, torch.cat([-first, second], -1)
+    vectors = iter(vectors_of(_parts(layers, "linear_attn"), config))
     x, normed = add_norm(x, None, next(gains), eps)
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        pause()
         if hasattr(layer, "self_attn"):
-            new = attention(layer.self_attn, normed, cos_sin, states, mask, (next(head_gains), next(head_gains)), eps)
-        elif len(x) == 1:
-            new = layer.linear_attn(normed[None], states)[0]
+            both = next(head_gains), next(head_gains)
+            new = attention(layer.self_attn, number, config, normed, cos_sin, states, mask, both)
         else:
-            new = delta_net(layer.linear_attn, normed, states, next(rates), next(offsets), next(scales), unit)
+            new = _read(layer.linear_attn, number, config, normed, states, next(vectors))
         x, normed = add_norm(x, new, next(gains), eps)
-        x, normed = add_norm(x, layer.mlp(normed[None])[0], next(gains), eps)
+        x, normed = add_norm(x, _mlp(layer.mlp, normed), next(gains), eps)
     return normed
+
+
+def vectors_of(deltas: Sequence[nn.Module], config) -> list[Vectors]:
+    """Return the vectors of Gated DeltaNets. Those of several layers take no more operations than those of a single layer."""
+    if not deltas:
+        return []
+    dim = sizes_of(config).linear_key_head_dim
+    rates = -_stacked(delta.A_log for delta in deltas).exp()
+    offsets = _stacked(delta.dt_bias for delta in deltas)
+    scales = _stacked(delta.norm.weight for delta in deltas)
+    unit = rates.new_full((dim,), dim**-0.5)
+    return [Vectors(*each, unit) for each in zip(rates, offsets, scales, strict=True)]
+
+
+def has_deltas(model) -> bool:
+    """Return True if any layer of a model is a Gated DeltaNet."""
+    return any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers)
+
+
+def sizes_of(config):
+    """Return the object with the sizes of a model's Gated DeltaNets: its `DeltaNet` config, or the transformers config itself."""
+    return getattr(config, "delta_net", config)
 
 
 def _parts(layers, name: str) -> list:
@@ -93,38 +213,56 @@ def add_norm(
     return total, F.rms_norm(total.float(), gain.shape, gain, eps).to(total.dtype)
 
 
+def _mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if _has_forward(mlp):
+        return mlp(x[None])[0]
+    return linear(mlp.down_proj, linear(mlp.up_proj, x, times=linear(mlp.gate_proj, x, silu=True)))
+
+
+def _read(delta: nn.Module, number: int, config, x: torch.Tensor, states: States, vectors: Vectors) -> torch.Tensor:
+    if len(x) > 1:
+        return delta_net(delta, config, x, states.memory(number), vectors)
+    if _has_forward(delta):
+        return states.read_one(delta, x)
+    return read_one_by_one(delta, config, x, states.memory(number), vectors)[0]
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Return True for a transformers module. The modules of evoprune's own tree only have weights."""
+    return type(module).forward is not nn.Module.forward
+
+
 def attention(
     module,
+    number: int,
+    config,
     x: torch.Tensor,
     cos_sin: tuple[torch.Tensor, torch.Tensor],
-    states,
+    states: States,
     mask: torch.Tensor | None,
     gains: tuple[torch.Tensor, torch.Tensor],
-    eps: float,
 ) -> torch.Tensor:
     """Run a gated attention layer. Return its output, `[L, hidden]`, and add the new keys and values to `states`.
 
     Args:
-        module: The layer's transformers module.
+        module: The layer's module.
+        number: The layer index.
+        config, states, mask: See `run`.
         x: `[L, hidden]`, the normalized layer input.
         cos_sin: The cosines and sines from `decoder.rotation`, which rotate only the leading features of each head.
-        states, mask: See `run`.
         gains: The weights of the query norm and the key norm.
     """
     length = len(x)
-    dim = module.head_dim
+    dim = head_size(config)
     queries, gate = module.q_proj(x).view(length, -1, 2 * dim).chunk(2, -1)
     keys, values = (project(x).view(length, -1, dim) for project in (module.k_proj, module.v_proj))
     heads = keys.shape[1]
-    wide = cos_sin[0].shape[-1]
     normed = [
-        add_norm(part.reshape(-1, dim), None, gain, eps)[1].view(part.shape)
+        add_norm(part.reshape(-1, dim), None, gain, config.rms_norm_eps)[1].view(part.shape)
         for part, gain in zip((queries, keys), gains, strict=True)
     ]
-    both = torch.cat(normed, 1)
-    both = torch.cat([rotate(both[..., :wide], *cos_sin), both[..., wide:]], -1)
-    queries, keys = both.tensor_split([-heads], 1)
-    known = states.update(keys.transpose(0, 1)[None], values.transpose(0, 1)[None], module.layer_idx)
+    queries, keys = rotate(torch.cat(normed, 1), *cos_sin).tensor_split([-heads], 1)
+    known = states.put(number, keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
     # Use a separate dimension for query heads with shared keys, so that the keys aren't repeated in memory.
     queries = queries.view(length, heads, -1, dim).permute(1, 2, 0, 3)
     keys, values = (each.transpose(0, 1).expand(-1, queries.shape[1], -1, -1) for each in known)
@@ -133,16 +271,8 @@ def attention(
     return module.o_proj((seen.permute(2, 0, 1, 3).reshape(gate.shape) * gate.sigmoid()).flatten(1))
 
 
-def delta_net(
-    delta,
-    x: torch.Tensor,
-    states,
-    rate: torch.Tensor,
-    offset: torch.Tensor,
-    scale: torch.Tensor,
-    unit: torch.Tensor,
-) -> torch.Tensor:
-    """Run a Gated DeltaNet. Return its output, `[L, hidden]`, and update its states in `states`.
+def delta_net(delta: nn.Module, config, x: torch.Tensor, memory: Memory, vectors: Vectors) -> torch.Tensor:
+    """Run a Gated DeltaNet. Return its output, `[L, hidden]`, and update its state.
 
     As in transformers, everything between the weight products is computed in float32. Tensors have the shape [key heads, group,
     chunks, columns, features], where a group consists of value heads with shared queries and keys. Queries and keys are broadcast
@@ -150,45 +280,43 @@ def delta_net(
     effect.
 
     Args:
-        delta: The layer's transformers module.
+        delta: The layer's module, from either evoprune or transformers.
+        config: The language model config.
         x: `[L, hidden]`, the normalized layer input.
-        states: See `run`.
-        rate: float32, the negated exponential of the layer's `A_log`.
-        offset: float32, the layer's `dt_bias`.
-        scale: float32, the weight of the layer's norm.
-        unit: float32, the RMS norm gain that scales each head's features to a length of 1.
+        memory: The layer's state.
+        vectors: The layer's vectors.
     """
     if len(x) > STRIP:
-        return torch.cat([delta_net(delta, part, states, rate, offset, scale, unit) for part in x.split(STRIP)])
+        return torch.cat([delta_net(delta, config, part, memory, vectors) for part in x.split(STRIP)])
+    net = sizes_of(config)
     length = len(x)
-    dim = delta.head_k_dim
-    value_dim = delta.head_v_dim
-    heads = delta.num_k_heads
-    group = delta.num_v_heads // delta.num_k_heads
+    dim = net.linear_key_head_dim
+    value_dim = net.linear_value_head_dim
+    heads = net.linear_num_key_heads
+    group = net.linear_num_value_heads // heads
     padding = -length % CHUNK
     chunks = (length + padding) // CHUNK
     by_head = (heads, group, chunks, CHUNK, 1)
     by_chunk = (heads * group, chunks)
 
-    layer_state = states.layers[delta.layer_idx]
-    kernel = delta.conv_kernel_size
-    state = layer_state.recurrent_states[0]
-    projected = delta.in_proj_qkv(x).T[None]
-    # The convolution also needs the last few columns from earlier passes
-    seen = layer_state.update_conv_state(projected, conv_kernel_size=kernel)
-    seen = F.pad(seen, (kernel - 1 - (seen.shape[-1] - length), padding))
-    mixed = F.silu(F.conv1d(seen, delta.conv1d.weight, delta.conv1d.bias, groups=seen.shape[1]))[0]
-    qk, v = mixed.split([2 * delta.key_dim, delta.value_dim])
+    kernel = net.linear_conv_kernel_dim
+    seen = memory.extend(
+        delta.in_proj_qkv(x), kernel
+    )  # the convolution also needs the last few columns from earlier passes
+    before = kernel - 1 - (seen.shape[1] - length)
+    if before or padding:
+        seen = F.pad(seen, (before, padding))
+    qk, v = _convolved(delta, seen).split([2 * heads * dim, heads * group * value_dim])
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
     # The queries should also be divided by the square root of `dim`, but the final norm cancels this factor, apart from its
     # epsilon.
-    qk = F.rms_norm(qk, (dim,), unit, TINY / dim)
+    qk = F.rms_norm(qk, (dim,), vectors.unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
     beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, padding)).view(by_head)
-    log_decay = rate * F.softplus(delta.in_proj_a(x) + offset)
+    log_decay = vectors.rate * F.softplus(delta.in_proj_a(x) + vectors.offset)
     # Logarithm of the cumulative decay since the start of the chunk
     log_decay_in_chunk = F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
     # Decay from when column j writes to when column i reads, [..., i, j]
@@ -207,18 +335,65 @@ def delta_net(
     written, overwritten = torch.bmm(kept, solved).view(*by_chunk, dim, -1).split([value_dim, dim], -1)
     overwritten.diagonal(0, -2, -1).sub_(decay_in_chunk[:, :, :, -1].reshape(*by_chunk, 1))
 
-    first = qk.new_zeros(heads * group, dim, value_dim) if state is None else state[0]
+    first = qk.new_zeros(heads * group, dim, value_dim) if memory.recurrent is None else memory.recurrent
     before = torch.cat([first[:, None], written], 1)  # the state before each chunk, and the state after the last chunk
     for i in range(chunks):
         before[:, i + 1].baddbmm_(overwritten[:, i], before[:, i], alpha=-1)
-    layer_state.update_recurrent_state(before[None, :, -1])
+    memory.put(before[:, -1])
     del kept, written, overwritten  # frees a third of the memory
 
     before = before[:, :-1].reshape(-1, dim, value_dim)
     values, backward = solved.split([value_dim, dim], -1)
     values = torch.baddbmm(values, backward, before, alpha=-1)
     out = torch.bmm((q * decay_in_chunk).view(-1, CHUNK, dim), before).baddbmm_(own, values)
-    out = F.rms_norm(out, (value_dim,), scale, delta.norm.variance_epsilon * dim)
-    out = out.view(heads * group, -1, value_dim)[:, :length].transpose(0, 1)
-    gate = F.silu(delta.in_proj_z(x).view(out.shape))
+    return _gated(delta, config, x, out.view(heads * group, -1, value_dim)[:, :length].transpose(0, 1), vectors)
+
+
+def read_one_by_one(
+    delta: nn.Module, config, x: torch.Tensor, memory: Memory, vectors: Vectors
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run a Gated DeltaNet on a few columns, whose results don't depend on one another. See `delta_net` for the arguments.
+
+    Returns:
+        The output, `[L, hidden]`, and the recurrent state after each column.
+    """
+    net = sizes_of(config)
+    dim = net.linear_key_head_dim
+    heads = net.linear_num_key_heads
+    count = net.linear_num_value_heads
+    kernel = net.linear_conv_kernel_dim
+    seen = memory.extend(delta.in_proj_qkv(x), kernel)
+    state = memory.recurrent
+    out, states = [], []
+    for i, row in enumerate(x.split(1)):
+        qk, v = _convolved(delta, seen[:, i : i + kernel]).split([2 * heads * dim, count * net.linear_value_head_dim])
+        # As in `delta_net`, the queries are not divided by the square root of `dim`.
+        qk = F.rms_norm(qk.view(2, heads, 1, dim).float(), (dim,), vectors.unit, TINY / dim)
+        q, k = qk.expand(-1, -1, count // heads, -1).reshape(2, count, dim, 1).unbind(0)
+        beta = delta.in_proj_b(row).sigmoid().view(count, 1, 1)
+        decay = (vectors.rate * F.softplus(delta.in_proj_a(row) + vectors.offset)).exp().view(count, 1, 1)
+        state = state * decay
+        state = torch.baddbmm(state, k, (v.view(count, 1, -1) - torch.bmm(k.mT, state)) * beta)
+        out.append(torch.bmm(q.mT, state))
+        states.append(state)
+    memory.put(state)
+    return _gated(delta, config, x, torch.cat(out, 1).transpose(0, 1), vectors), states
+
+
+def _convolved(delta: nn.Module, seen: torch.Tensor) -> torch.Tensor:
+    """Apply the convolution to its inputs, `[channels, kernel - 1 + L]`. Returns the queries, keys, and values, `[channels, L]`."""
+    return F.silu(F.conv1d(seen[None], delta.conv1d.weight, delta.conv1d.bias, groups=len(seen)))[0]
+
+
+def _gated(delta: nn.Module, config, x: torch.Tensor, out: torch.Tensor, vectors: Vectors) -> torch.Tensor:
+    """Return the output of a Gated DeltaNet, `[L, hidden]`.
+
+    Args:
+        out: float32 `[L, value_heads, value_dim]`, what the heads read from the state, using queries that are not divided by the
+            square root of the key dimension.
+    """
+    net = sizes_of(config)
+    eps = config.rms_norm_eps * net.linear_key_head_dim
+    out = F.rms_norm(out, out.shape[-1:], vectors.scale, eps)
+    gate = linear(delta.in_proj_z, x, silu=True).view(out.shape)
     return delta.out_proj(gate.mul_(out).flatten(1))

@@ -27,10 +27,11 @@ from evoprune.backend import (
     without_cudnn,
 )
 from evoprune.errors import DeviceWarning, first_line
-from evoprune.language import hosted
+from evoprune.language import hosted, hybrid
 from evoprune.language.attention import OneColumn
 from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_layer
 from evoprune.language.hosted import HostedCache
+from evoprune.language.hybrid import DeltaState
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
 # Number of tokens that an answer must have, and must still be allowed to grow by, before a graph is captured. Capturing a graph
@@ -169,7 +170,64 @@ class NativeStaticCache(StaticCache):
         attend = OneColumn(self._dim)  # the keys have the bias
         for number, layer in enumerate(text.layers):
             x = run_layer(layer, x, places, self, number, config, attend)[0]
-        return norm(x, text.norm.weight, config.rms_norm_eps)
+        return norm(x, text.norm.weight, config)
+
+
+class DeltaStaticCache(StaticCache):
+    """A static cache for evoprune's own models with Gated DeltaNets, which `hybrid.run` runs. Implements `hybrid.States`."""
+
+    def __init__(self, model, capacity: int):
+        super().__init__(model, capacity)
+        config = model.config.text_config
+        like = model.model.language_model.norm.weight
+        self._bias = like.new_zeros(capacity)  # attention bias per column, for all attention layers
+        shape = (2, 1, config.num_key_value_heads, capacity, head_size(config))
+        self._layers = [
+            FixedMemory(DeltaState.initial(config, like))
+            if config.is_linear(layer)
+            else StaticLayer(like.new_zeros(shape), self.column)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.frequencies = to_device(frequencies_of(config)[0], like.device)
+
+    def _copy(self, cache: KVCache, bias: torch.Tensor) -> None:
+        self._bias[: len(bias)] = bias
+        for number, (own, state) in enumerate(zip(self._layers, cache.states, strict=True)):
+            if isinstance(own, FixedMemory):
+                own.copy(state)
+            else:
+                own.copy(*cache.room(number, 0)[2:], len(bias))
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._layers[layer].update(keys, values)
+
+    def memory(self, layer: int) -> "FixedMemory":
+        return self._layers[layer]
+
+    def run(self, model, x: torch.Tensor) -> torch.Tensor:
+        self._bias.index_fill_(0, self.column, 0)
+        places = cos_sin_of(self.position[:, None] * self.frequencies, x.dtype)
+        mask = self._bias[None, None, None, : self.read]
+        return hybrid.run(model.model.language_model, model.config.text_config, x, places, self, mask)
+
+
+class FixedMemory:
+    """The state of a Gated DeltaNet at fixed addresses, for steps of one column. Implements `hybrid.Memory`."""
+
+    def __init__(self, state: DeltaState):
+        self._inputs, self.recurrent = state
+
+    def copy(self, state: DeltaState) -> None:
+        self._inputs.copy_(state.inputs)
+        self.recurrent.copy_(state.recurrent)
+
+    def extend(self, inputs: torch.Tensor, kernel: int) -> torch.Tensor:
+        every = torch.cat([self._inputs, inputs])
+        self._inputs.copy_(every[1:])
+        return every.T
+
+    def put(self, recurrent: torch.Tensor) -> None:
+        self.recurrent.copy_(recurrent)
 
 
 class HostedStaticCache(StaticCache):
@@ -265,6 +323,8 @@ _caches_lock = threading.Lock()
 def new_cache(model, columns: int) -> StaticCache:
     if isinstance(model, HostedVL):
         return HostedStaticCache(model, columns)
+    if hybrid.has_deltas(model):
+        return DeltaStaticCache(model, columns)
     return NativeStaticCache(model, columns)
 
 

@@ -36,7 +36,7 @@ def warm_up(model: QwenVL, encoded: Encoded, native: bool) -> None:
     prompt = prune_prompt(ids, [place], [encoded], positions, language.embed)
     state = language.prefill(prompt.embeds, prompt.positions, len(ids), None, prompt.sizes, None, prompt.deepstack)
     list(TokenStream(state, GenerationOptions(max_new_tokens=2), eos_ids=()))
-    steps = static.NativeStaticCache(model, static.MIN_COLUMNS)
+    steps = static.new_cache(model, static.MIN_COLUMNS)
     steps.fill(state.cache, len(ids) + 1, static.MIN_COLUMNS)
     static.step(model, steps)
 

@@ -475,4 +475,4 @@ class Dropping:
     def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
         """Project a layer's input `x` to queries ("q") or keys ("k"), without rotary embeddings: `[C, heads, head_dim]`."""
         config = self._model.config.text_config
-        return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config.rms_norm_eps), config)
+        return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config), config)[0]

@@ -136,7 +136,6 @@ _QWEN3_5 = replace(
     tower="Qwen3_5VisionModel",
     text=_QWEN3_5_TEXT,
     vision={"num_position_embeddings": 2304, "patch_size": 16},  # no DeepStack
-    native=False,
     answer_windows=False,
 )
 FAMILIES = {
@@ -169,9 +168,14 @@ FAMILIES = {
         model="Qwen3_5Moe",
         tower="Qwen3_5MoeVisionModel",
         text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS,
+        native=False,
     ),
     QWEN4: replace(
-        _QWEN3_5, model="Qwen4Exp", tower="Qwen4ExpVisionModel", text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS | DEFAULTS
+        _QWEN3_5,
+        model="Qwen4Exp",
+        tower="Qwen4ExpVisionModel",
+        text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS | DEFAULTS,
+        native=False,
     ),
 }
 
@@ -270,6 +274,11 @@ class DeltaNet:
     @property
     def key_size(self) -> int:
         return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def channels(self) -> int:
+        """Number of features that pass through the convolution: all queries, keys, and values."""
+        return 2 * self.key_size + self.value_size
 
     @property
     def value_size(self) -> int:
@@ -395,7 +404,7 @@ class Config:
             vision |= {"embed_dim": wide, "hidden_size": vision["out_hidden_size"]}
             vision["mlp_ratio"] = vision["intermediate_size"] // wide
         text["rope_parameters"] = {"rope_type": "default"} | text["rope_parameters"]
-        if not FAMILIES[family].native:
+        if self.text_config.delta_net or not FAMILIES[family].native:
             text["model_type"] = f"{family}_text"
             vision["model_type"] = f"{family}_vision"
         return {"model_type": family, **content}

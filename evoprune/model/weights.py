@@ -1,4 +1,4 @@
-"""Module trees for the weights of Qwen2-VL, Qwen2.5-VL, and Qwen3-VL models, using the same names as in Hugging Face.
+"""Module trees for the weights of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, and Qwen3.5 models, using the same names as in Hugging Face.
 
 The modules have no forward pass. Instead, their weights are used by `vision/tower.py` and `language/decoder.py`. Because the names
 are the same, these files can also run a model loaded using transformers. Models loaded by evoprune itself don't require
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from evoprune.backend import shared_copy
-from evoprune.model.config import Config, TextConfig, VisionConfig, head_size
+from evoprune.model.config import Config, DeltaNet, TextConfig, VisionConfig, head_size
 
 
 class Tree(nn.Module):
@@ -82,32 +82,61 @@ def _embedding(count: int, wide: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(weight)
 
 
+def _attention(config: TextConfig) -> Tree:
+    wide = config.hidden_size
+    head = head_size(config)
+    biased = not config.head_norms
+    queries = config.num_attention_heads * head
+    keys = config.num_key_value_heads * head
+    return Tree(
+        q_proj=nn.Linear(wide, (1 + config.output_gate) * queries, bias=biased),
+        k_proj=nn.Linear(wide, keys, bias=biased),
+        v_proj=nn.Linear(wide, keys, bias=biased),
+        o_proj=nn.Linear(queries, wide, bias=False),
+        **{name: nn.RMSNorm(head) for name in ("q_norm", "k_norm") if config.head_norms},
+    )
+
+
+class DeltaWeights(Tree):
+    """The weights of a Gated DeltaNet."""
+
+    def __init__(self, net: DeltaNet, wide: int):
+        heads = net.linear_num_value_heads
+        super().__init__(
+            in_proj_qkv=nn.Linear(wide, net.channels, bias=False),
+            in_proj_z=nn.Linear(wide, net.value_size, bias=False),
+            in_proj_b=nn.Linear(wide, heads, bias=False),
+            in_proj_a=nn.Linear(wide, heads, bias=False),
+            conv1d=nn.Conv1d(net.channels, net.channels, net.linear_conv_kernel_dim, groups=net.channels, bias=False),
+            norm=nn.RMSNorm(net.linear_value_head_dim),
+            out_proj=nn.Linear(net.value_size, wide, bias=False),
+        )
+        for name in ("A_log", "dt_bias"):
+            vector = torch.empty(heads, dtype=torch.float32, device=torch.get_default_device())
+            self.register_parameter(name, nn.Parameter(vector))
+
+
 class LanguageModel(Tree):
     """The language model weights, excluding the output layer."""
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
-        head = head_size(config)
-        biased = not config.head_norms
-        queries = config.num_attention_heads * head
-        keys = config.num_key_value_heads * head
+
+        def layer(number: int) -> Tree:
+            linear = config.is_linear(number)
+            reads = (
+                {"linear_attn": DeltaWeights(config.delta_net, wide)} if linear else {"self_attn": _attention(config)}
+            )
+            return Tree(
+                input_layernorm=nn.RMSNorm(wide),
+                post_attention_layernorm=nn.RMSNorm(wide),
+                **reads,
+                mlp=_mlp(("gate_proj", "up_proj", "down_proj"), wide, config.intermediate_size, bias=False),
+            )
+
         super().__init__(
             embed_tokens=_embedding(config.vocab_size, wide),
-            layers=nn.ModuleList(
-                Tree(
-                    input_layernorm=nn.RMSNorm(wide),
-                    post_attention_layernorm=nn.RMSNorm(wide),
-                    self_attn=Tree(
-                        q_proj=nn.Linear(wide, queries, bias=biased),
-                        k_proj=nn.Linear(wide, keys, bias=biased),
-                        v_proj=nn.Linear(wide, keys, bias=biased),
-                        o_proj=nn.Linear(queries, wide, bias=False),
-                        **{name: nn.RMSNorm(head) for name in ("q_norm", "k_norm") if config.head_norms},
-                    ),
-                    mlp=_mlp(("gate_proj", "up_proj", "down_proj"), wide, config.intermediate_size, bias=False),
-                )
-                for _ in range(config.num_hidden_layers)
-            ),
+            layers=nn.ModuleList(map(layer, range(config.num_hidden_layers))),
             norm=nn.RMSNorm(wide),
         )
         self.config = config

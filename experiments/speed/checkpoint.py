@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.model import Config, QwenVL
-from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe
+from evoprune.model import Model
+from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe, load_model
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # size of the published vocabulary without special tokens
@@ -31,7 +31,8 @@ def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
     """Write bf16 weights and the config, tokenizer, and processor settings to `folder`, which must not exist yet."""
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
-    _write_weights(made, describe(ModelOptions(model, load_format="dummy")).config, shards)
+    options = ModelOptions(model, device="cpu", dtype="bf16", load_format="dummy")
+    write_weights(made, load_model(describe(options), pack=False).model, shards)
     write_settings(made, model)
     made.rename(folder)
 
@@ -47,12 +48,12 @@ def write_settings(folder: Path, model: str = MODEL) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
 
 
-def _write_weights(folder: Path, config: Config, shards: int) -> None:
-    """Write random weights under the names used in published checkpoints."""
+def write_weights(folder: Path, model: Model, shards: int) -> None:
+    """Write a model's weights under the names used in published checkpoints. Tied weights are written once."""
     from safetensors.torch import save_file
 
-    model = QwenVL.random(config, torch.bfloat16, torch.device("cpu"))
-    weights = {_published(name): weight for name, weight in model.named_parameters()}
+    older = not model.config.text_config.head_norms  # Qwen2-VL and Qwen2.5-VL
+    weights = {_published(name) if older else name: weight for name, weight in model.named_parameters()}
     total = sum(weight.nbytes for weight in weights.values())
     seen = 0
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
@@ -69,7 +70,7 @@ def _write_weights(folder: Path, config: Config, shards: int) -> None:
 
 
 def _published(name: str) -> str:
-    """Return a weight's name in published checkpoints: the inverse of `name_in_memory` (session/loading/weights.py)."""
+    """Return a weight's name in older published checkpoints: the inverse of `name_in_memory` (session/loading/weights.py)."""
     return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 

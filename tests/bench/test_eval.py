@@ -270,7 +270,9 @@ def test_more_copies_of_the_model_than_fit_are_refused(loaded, monkeypatch):
 @pytest.mark.parametrize("kind", parameters("int8"))
 def test_copies_are_counted_as_they_are_read(tmp_path, monkeypatch, kind):
     """transformers reads all weights in the dtype of their files, before they are quantised."""
-    loaded = evaluation.load_model(str(save_tiny(tmp_path, family="qwen3_5")), dtype="fp32", quantize=kind)
+    loaded = evaluation.load_model(
+        str(save_tiny(tmp_path, family="qwen3_5")), engine="transformers", dtype="fp32", quantize=kind
+    )
     run = begun(loaded, SETTINGS, videos(CLIPS[:1]))
     monkeypatch.setattr(Device, "available_memory", lambda self: 3 * loaded.weights_bytes)
     monkeypatch.setattr(evaluation, "map_in_processes", lambda *_: pytest.fail("processes were started"))

@@ -15,7 +15,7 @@ from evoprune.language.prompt import prompt_positions, video_positions
 from evoprune.session import load_model
 from tests.backend.recorder import Graphs
 from tests.language.test_generate import Steps
-from tests.tiny import NATIVE, save_tiny, tiny_model
+from tests.tiny import NATIVE, native_model, save_tiny, tiny_model
 
 NEW = 12
 
@@ -91,7 +91,7 @@ def test_what_a_constraint_raises_is_no_failure_of_a_graph(model, graphs, proble
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("family", NATIVE)
 def test_a_graph_decodes_the_tokens_of_the_plain_decoder(family, sizes, graphs):
-    model = tiny_model(family=family)
+    model = native_model(family=family)
     expected = plainly(model, state_of(model, sizes=sizes))
     answer = stream(model, state_of(model, sizes=sizes))
     assert list(answer) == expected
@@ -159,14 +159,14 @@ def test_quantised_weights_in_buffers_have_no_graph(hosted):
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 def test_the_logits_of_a_step_are_those_of_the_plain_decoder(family, dtype, near):
-    model, ids = tiny_model(family=family).to(dtype), [5, 17, 9, 200]
+    model, ids = native_model(family=family).to(dtype), [5, 17, 9, 200]
     state, also = state_of(model, sizes=True), state_of(model, sizes=True)
     with torch.inference_mode():
         steps = static.new_cache(model, 64)
         steps.fill(also.cache, also.next_position, 64)
         for number, token in enumerate(ids):
             position = torch.full((3, 1), state.next_position + number)
-            embeds = model.get_input_embeddings()(torch.tensor([token]))
+            embeds = model.model.language_model.embed_tokens(torch.tensor([token]))
             expected = decoder.logits(model, embeds, position, state.cache)[0]
             steps.token.fill_(token)
             static.step(model, steps)
@@ -394,8 +394,8 @@ def answer(model, columns: int, new: int, **how) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_graph_decodes_the_same_tokens(family, dtype, joined):
-    model = tiny_model(family=family).to(DEVICE, dtype)
-    if joined:
+    model = native_model(family=family).to(DEVICE, dtype)
+    if joined and model.config.text_config.delta_net is None:
         layers.join(model)
     for columns, sizes in ((40, True), (30, False), (600, True), (500, False)):
         made = {}
@@ -413,7 +413,8 @@ def test_a_graph_decodes_the_same_tokens(family, dtype, joined):
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_graph_decodes_the_tokens_of_transformers_modules(family, dtype, tmp_path):
-    model = load_model(str(save_tiny(tmp_path, family=family)), dtype=dtype, device=DEVICE, pack=False).model
+    folder = str(save_tiny(tmp_path, family=family))
+    model = load_model(folder, engine="transformers", dtype=dtype, device=DEVICE, pack=False).model
     for columns, sizes in ((40, True), (30, False)):
         made = {}
         for how in ("graph", "step"):

@@ -1,6 +1,7 @@
 """A decoder layer with quantized weights, which the compiled library computes."""
 
 import weakref
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
 from operator import is_not
 from typing import Self
@@ -10,13 +11,26 @@ from torch import nn
 
 from evoprune.backend.cpu import four_bits
 from evoprune.backend.cpu.compiled import Linear, library, working_memory
+from evoprune.backend.layers import is_unhooked_linear
+
+DTYPES = torch.float32, torch.bfloat16
 
 
 class _Layer(Structure):
     _fields_ = (
         *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, c_void_p) for name in ("before", "after", "q_norm", "k_norm")),
-        ("dim", c_int64),
+        *((name, c_int64) for name in ("dim", "rotated")),
+        ("gated", c_int),
+        ("eps", c_float),
+    )
+
+
+class _DeltaLayer(Structure):
+    _fields_ = (
+        *((name, Linear) for name in ("qkv", "z", "out", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("before", "after", "a", "b", "rate", "offset", "scale", "conv")),
+        *((name, c_int64) for name in ("kernel", "key_heads", "heads", "key_dim", "value_dim")),
         ("eps", c_float),
     )
 
@@ -30,54 +44,88 @@ class _Columns(Structure):
 
 
 class CompiledLayer:
-    """A decoder layer of Qwen2, Qwen2.5, or Qwen3, as one call of `layer.c`.
+    """A decoder layer of Qwen2, Qwen2.5, Qwen3, or Qwen3.5, as one call of `layer.c`. See the subclasses.
 
     Use `CompiledLayer.of` to create one.
+
+    Args:
+        linears: The layer's quantized linear layers, in the order of the C structure.
+        vectors: The other tensors, in the same order. The C structure holds only their addresses.
+        floats: Size of the working memory for each row, in floats, not counting the MLP and a linear layer's working memory.
     """
 
-    def __init__(self, linears: list[nn.Module], norms: list[torch.Tensor | None], dim: int, eps: float):
+    def __init__(self, linears: list[nn.Module], vectors: Sequence[torch.Tensor | None], floats: int):
         self.linears = linears
-        self._norms = [norm if norm is None else norm.float() for norm in norms]  # the structure holds only addresses
-        addresses = (norm if norm is None else norm.data_ptr() for norm in self._norms)
-        self._structure = byref(_Layer(*(each.structure() for each in linears), *addresses, dim, eps))
-        q, k, _, _, gate, _, _ = linears
-        self._heads = q.out_features // dim
-        # Working memory for each row, not counting the scores: the normalized input, queries, keys, values, the attention's result,
-        # the two halves of the MLP, and the working memory of a linear layer
-        floats = q.in_features + 2 * q.out_features + 2 * k.out_features + 2 * gate.out_features
-        self._room_bytes = 4 * floats + four_bits.room_bytes(max(each.in_features for each in linears))
+        self._vectors = [each if each is None else each.detach().float().contiguous() for each in vectors]
+        gate = linears[-3]
+        self._floats = floats
+        self._mlp_floats = gate.in_features + 2 * gate.out_features
+        self._rest_bytes = four_bits.room_bytes(max(each.in_features for each in linears))
 
     @classmethod
-    def of(cls, layer: nn.Module, config) -> Self | None:
+    def of(cls, layer: nn.Module, config) -> "CompiledAttention | CompiledDelta | None":
         """Return a layer's compiled form, or None if it has none.
 
         Args:
-            layer: The layer module. Its norms must not be replaced later.
+            layer: The layer module. Its norms and other vectors must not be replaced later.
             config: The language model config.
         """
         if library() is None:
             return None
-        attention = layer.self_attn
-        linears = [attention._modules[f"{name}_proj"] for name in "qkvo"]
-        linears += [layer.mlp._modules[f"{name}_proj"] for name in ("gate", "up", "down")]
+        form = CompiledDelta if hasattr(layer, "linear_attn") else CompiledAttention
+        linears = [layer.get_submodule(path) for path in (*form.PATHS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
         for each in linears:
             if not hasattr(each, "structure") or each._forward_hooks or each._forward_pre_hooks:
                 return None
         made = _known.get(layer)
         if made is None or any(map(is_not, linears, made.linears)):
-            made = _known[layer] = cls._made(layer, linears, config)
+            made = _known[layer] = form.made(layer, linears, config)
         return made
 
+    def _addresses(self) -> list[object]:
+        return [
+            *(each.structure() for each in self.linears),
+            *(each if each is None else each.data_ptr() for each in self._vectors),
+        ]
+
+    def _room(self, rows: int, more: int = 0) -> torch.Tensor:
+        floats = max(self._floats + more, self._mlp_floats)
+        return working_memory(rows, 4 * floats + self._rest_bytes)
+
+
+def _norms(layer: nn.Module, config) -> list[torch.Tensor]:
+    """Return the weights of a layer's norms, which apply to the hidden states."""
+    return [_gain(norm, config) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+
+
+def _gain(norm: nn.Module, config) -> torch.Tensor:
+    weight = norm.weight.float()
+    return weight if getattr(config, "delta_net", None) is None else weight + 1
+
+
+class CompiledAttention(CompiledLayer):
+    """A decoder layer with attention."""
+
+    PATHS = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+
+    def __init__(self, linears: list[nn.Module], norms: list[torch.Tensor | None], dim: int, rotated: int, eps: float):
+        q, k, _, o, *_ = linears
+        gated = q.out_features > o.in_features
+        floats = q.in_features + q.out_features + (1 + gated) * o.in_features + 2 * k.out_features
+        super().__init__(linears, norms, floats)
+        self._structure = byref(_Layer(*self._addresses(), dim, rotated, gated, eps))
+        self._heads = o.in_features // dim
+
     @classmethod
-    def _made(cls, layer: nn.Module, linears: list[nn.Module], config) -> Self | None:
+    def made(cls, layer: nn.Module, linears: list[nn.Module], config) -> Self | None:
         attention = layer.self_attn
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        weights = [None if norm is None else norm.weight.detach() for norm in norms]
-        dim = attention.q_proj.out_features // config.num_attention_heads
-        if dim % 8 or norms[0].weight.dtype not in (torch.float32, torch.bfloat16):
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        dim = attention.o_proj.in_features // config.num_attention_heads
+        if dim % 8 or layer.input_layernorm.weight.dtype not in DTYPES:
             return None
-        return cls(linears, weights, dim, config.rms_norm_eps)
+        gains = [*_norms(layer, config), *(norm and _gain(norm, config) for norm in norms)]
+        rotated = 2 * sum(config.rope_parameters["mrope_section"])
+        return cls(linears, gains, dim, rotated, config.rms_norm_eps)
 
     def __call__(
         self,
@@ -107,11 +155,66 @@ class CompiledLayer:
         cache = _Columns(
             keys.data_ptr(), values.data_ptr(), kv_heads, count, keys.stride(1), keys.dtype == torch.bfloat16
         )
-        room = working_memory(rows, self._room_bytes + 4 * self._heads * count)
+        room = self._room(rows, self._heads * count)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (bias, y, room)]
         given = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), byref(cache), *pointers)
         library().evoprune_layer(self._structure, *given, rows, torch.get_num_threads())
         return y
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, CompiledLayer] = weakref.WeakKeyDictionary()
+class CompiledDelta(CompiledLayer):
+    """A decoder layer with a Gated DeltaNet."""
+
+    PATHS = tuple(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj"))
+
+    def __init__(self, linears: list[nn.Module], vectors: list[torch.Tensor], net, eps: float):
+        qkv, *_ = linears
+        heads = net.linear_num_value_heads
+        # The room for the heads doesn't depend on the number of rows.
+        floats = qkv.in_features + net.channels + 2 * net.value_size + 2 * heads * net.linear_key_head_dim
+        super().__init__(linears, vectors, floats)
+        sizes = net.linear_conv_kernel_dim, net.linear_num_key_heads, heads, net.linear_key_head_dim
+        self._structure = byref(_DeltaLayer(*self._addresses(), *sizes, net.linear_value_head_dim, eps))
+
+    @classmethod
+    def made(cls, layer: nn.Module, linears: list[nn.Module], config) -> Self | None:
+        net = config.delta_net
+        delta = layer.linear_attn
+        gates = [delta.in_proj_a, delta.in_proj_b]
+        if net.linear_key_head_dim % 8 or net.linear_value_head_dim % 8 or delta.norm.weight.dtype not in DTYPES:
+            return None
+        if not all(map(is_unhooked_linear, gates)):
+            return None
+        vectors = [gate.weight for gate in gates]
+        vectors += [-delta.A_log.float().exp(), delta.dt_bias, delta.norm.weight, delta.conv1d.weight[:, 0].T]
+        return cls(linears, [*_norms(layer, config), *vectors], net, config.rms_norm_eps)
+
+    def __call__(
+        self, x: torch.Tensor, inputs: torch.Tensor, recurrent: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute the layer's output for new columns.
+
+        Args:
+            x: The layer's input, float32 `[L, hidden]`.
+            inputs: The last inputs of the convolution, `[kernel - 1, channels]`.
+            recurrent: The recurrent state, float32 `[value_heads, key_dim, value_dim]`.
+
+        Returns:
+            The layer's output, float32 `[L, hidden]`; the last and the new inputs of the convolution, float32 `[kernel - 1 + L,
+            channels]`; and the recurrent state after each column, float32 `[L, value_heads, key_dim, value_dim]`.
+        """
+        rows = len(x)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        known = len(inputs)
+        every = torch.empty(known + rows, inputs.shape[1], dtype=torch.float32, device="cpu")
+        every[:known] = inputs
+        after = torch.empty(rows, *recurrent.shape, dtype=torch.float32, device="cpu")
+        tensors = x, every, recurrent.contiguous(), after, y, self._room(rows)
+        library().evoprune_delta_layer(
+            self._structure, *(tensor.data_ptr() for tensor in tensors), rows, torch.get_num_threads()
+        )
+        return y, every, after
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, CompiledAttention | CompiledDelta | None] = weakref.WeakKeyDictionary()

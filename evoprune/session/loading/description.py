@@ -161,6 +161,12 @@ class ModelDescription:
         return traits.native and self.quantization is None and self.config.text_config.sliding_window is None
 
     @property
+    def recurrent(self) -> bool:
+        """Whether some layers are Gated DeltaNets, whose state includes all tokens that they have read."""
+        text = self.config.text_config
+        return any(map(text.is_linear, range(text.num_hidden_layers)))
+
+    @property
     def can_be_quantized(self) -> bool:
         """Whether evoprune can quantize the weights. False for mixture-of-experts models and already quantized checkpoints."""
         return self.quantization is None and self.config.text_config.experts is None
@@ -173,6 +179,10 @@ class ModelDescription:
                 number of layers.
         """
         method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
+        if method.language and self.recurrent:
+            works = method.before.name if method.before.members else "evoprune"
+            problem = f"method {method.name} acts inside the language model, which has recurrent layers here"
+            raise UsageError(problem, f"use {works}, or a model without recurrent layers, such as Qwen3-VL")
         if method.language and not self.native:
             works = method.before.name if method.before.members else "evoprune"
             problem = f"method {method.name} acts inside the language model, which transformers runs here"
@@ -187,6 +197,9 @@ class ModelDescription:
         if method.reads_question or method.language or method.input:
             hint = "use one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {method.name} cannot prune a stream", hint)
+        if self.recurrent:
+            problem = f"the recurrent layers of {self.id} cannot forget the oldest tokens"
+            raise UsageError(problem, "use a model without recurrent layers, such as Qwen/Qwen3-VL-4B-Instruct")
         if not self.native:
             problem = f"the language model of {self.id} is run by transformers, which cannot forget the oldest tokens"
             raise UsageError(problem, self.to_be_native)

@@ -478,15 +478,16 @@ def load_weights(
     as_stored = []
     if quantize != "none":
         as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
-    # Buffers that are recomputed from the config, even though older checkpoints include them
-    computed = re.compile(r"(^|\.)(inv_freq|position_ids)$")
+    # Buffers that are recomputed from the config, even though older checkpoints include them, and layers that predict several
+    # tokens at once (MTP), which transformers ignores too
+    ignored = re.compile(r"(^|\.)(inv_freq|position_ids)$|^mtp\.")
     tensors = {}
     homes = {}
     unused = []
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
-            if not computed.search(name):
+            if not ignored.search(name):
                 unused.append(stored)
             continue
         weight = content.get_tensor(stored)
@@ -536,12 +537,15 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     width = 1
     if native:
         width = text.intermediate_size
+    net = text.delta_net
+    if native and net:
+        net = replace(net, layer_types=net.layer_types[-depth:])  # the last layer may differ from those before it
     small = replace(
         config,
         vision_config=replace(
             vision, depth=depth, fullatt_block_indexes=full, deepstack_visual_indexes=tuple(range(levels))
         ),
-        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=width),
+        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=width, delta_net=net),
     )
     model = QwenVL.random(small, dtype, device)
     prepare(model, packs=False)

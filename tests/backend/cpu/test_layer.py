@@ -12,9 +12,10 @@ from evoprune.language.decoder import KVCache, forward
 from evoprune.session import calibrate
 from tests.compiled import compiled, library, use  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
-from tests.tiny import QWEN3_TEXT, tiny_model
+from tests.tiny import QWEN3_5_TEXT, QWEN3_TEXT, native_model
 
-FAMILIES = ["qwen2_5_vl", "qwen3_vl"]  # the second one normalizes queries and keys
+# The second one normalizes queries and keys. The third one has Gated DeltaNets and gated attention.
+FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 COLUMNS = 20
 row_major = pytest.mark.skipif(
     not quantize._has_row_major_products(), reason="this CPU has no fast and exact products of row-major weights"
@@ -24,8 +25,11 @@ row_major = pytest.mark.skipif(
 @pytest.fixture(scope="module", params=FAMILIES)
 def plain(request):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(QWEN3_TEXT, "head_dim", 32)  # row-major weights need multiples of 32
-        return tiny_model(family=request.param)
+        for text in (QWEN3_TEXT, QWEN3_5_TEXT):
+            patch.setitem(text, "head_dim", 32)  # row-major weights need multiples of 32
+        # Values of one head that fill whole steps of the compiled loop, and some that don't
+        patch.setitem(QWEN3_5_TEXT, "linear_value_head_dim", 72)
+        return native_model(family=request.param)
 
 
 @pytest.fixture(params=["int8", "int4", "int8, bf16"])

@@ -460,7 +460,7 @@ def test_the_index_says_which_copy_of_a_tensor_counts(tmp_path, place, renamed):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_transformers_would_ignore_the_index(tmp_path, same):
-    weights, files = in_shards(tmp_path, "qwen3_5")
+    weights, files = in_shards(tmp_path, "qwen3_5_moe")
     shard = load_file(files[1])
     name = next(name for name in weights if name not in shard)
     save_file(shard | {name: weights[name] if same else weights[name] + 1}, files[1])
@@ -468,6 +468,13 @@ def test_transformers_would_ignore_the_index(tmp_path, same):
         assert load_model(str(tmp_path)).model
     else:
         assert f"{files[1]} contains a different copy of {name} than {files[0].name}" in error_of(tmp_path)
+
+
+@pytest.mark.filterwarnings("error::evoprune.errors.ModelWarning")
+def test_layers_that_predict_several_tokens_are_ignored(tmp_path):
+    folder = save_tiny(tmp_path, family="qwen3_5")
+    change(folder, lambda weights: weights.update({"mtp.fc.weight": torch.ones(2, 2)}))
+    assert load_model(str(folder)).facts().engine == "native"
 
 
 def test_shards_without_an_index_are_named(tmp_path):
