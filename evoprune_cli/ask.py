@@ -3,12 +3,11 @@
 import contextlib
 import math
 import os
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import PATH, check_text, clock, counted, is_url, listed, shown, without_password
 from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
+from evoprune_cli.prompt import PROMPT, check_history, typed_questions, why_single_questions
 from evoprune_cli.running import load
 from evoprune_cli.terminal import (
     BEGAN_S,
@@ -37,7 +37,6 @@ from evoprune_cli.terminal import (
     print_warning,
     printable,
     progress,
-    stdout,
     tell,
 )
 from evoprune_cli.words import ASK, STDIN, check_folders, check_words, exists, split_words
@@ -47,11 +46,42 @@ if TYPE_CHECKING:
     from evoprune.video import Plan, Video
 
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
-PROMPT = "> "  # printed before each question
-HELP = "type a question and press Enter; q or Ctrl-D: quit; Ctrl-C: stop an answer; /help: show this line"
-HELP_CHAT = f"{HELP}; /new: clear the conversation; /undo: remove the last question"
-HELPS = ("/help", "help", "?")
-ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskArguments:
+    """The arguments of `evoprune ask`."""
+
+    words: opt.argument(
+        list[str],
+        "INPUT",
+        "Videos and images (files, folders of frames, URLs, or - for stdin), then the question in quotes. "
+        "Without a question or -Q, the question is read from stdin.",
+    )
+    more: opt.option(
+        list[str] | None,
+        "-Q --question TEXT",
+        "Question to ask; repeatable. Inputs are encoded once for all.",
+    ) = None
+    interactive: opt.option(
+        bool,
+        "-i --interactive",
+        "Ask questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal; a question on the command "
+        "line is optional.",
+    ) = False
+    history: opt.History = None
+    compare: opt.option(
+        bool,
+        "--compare",
+        "Also answer without pruning, and print both answers; with --json in the field `compare` of the same line.",
+    ) = False
+    show_thoughts: opt.ShowThoughts = False
+    options: opt.PipelineArguments
+    json: opt.Json = False
+    stats: opt.Stats = None
+    quiet: opt.Quiet = False
+    verbose: opt.Verbose = False
+    cache: opt.Cache = False
 
 
 @opt.command(
@@ -61,39 +91,7 @@ ENDS = ("exit", "quit", "q", "/exit", "/quit", "/q", "/bye")
     *GenerationOptions.ANSWER,
     short="more interactive compare model budget fps frames start_s end_s max_new_tokens json quiet verbose",
 )
-def ask(
-    *,
-    words: opt.argument(
-        list[str],
-        "INPUT",
-        "Videos and images (files, folders of frames, URLs, or - for stdin), then the question in quotes. "
-        "Without a question or -Q, the question is read from stdin.",
-    ),
-    more: opt.option(
-        list[str] | None,
-        "-Q --question TEXT",
-        "Question to ask; repeatable. Inputs are encoded once for all.",
-    ) = None,
-    interactive: opt.option(
-        bool,
-        "-i --interactive",
-        "Ask questions at a prompt: q or Ctrl-D ends it, Ctrl-C stops an answer. Needs a terminal; a question on the command "
-        "line is optional.",
-    ) = False,
-    history: opt.History = None,
-    compare: opt.option(
-        bool,
-        "--compare",
-        "Also answer without pruning, and print both answers; with --json in the field `compare` of the same line.",
-    ) = False,
-    show_thoughts: opt.ShowThoughts = False,
-    options: opt.MakeOptions,
-    json: opt.Json = False,
-    stats: opt.Stats = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-    cache: opt.Cache = False,
-) -> int:
+def ask(given: AskArguments) -> int:
     """Ask a question about videos or images. The answer goes to stdout, everything else to stderr.
 
     \b
@@ -105,99 +103,151 @@ def ask(
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
-    inputs, first = split_words(words)
-    given = list(more or [])
-    if first is not None:
-        given.insert(0, first)
-    questions = given or [""]
-    several = interactive or len(given) > 1
-    shown = {"interactive": interactive, "several": several, "show_thoughts": show_thoughts}
+    inputs, question = split_words(given.words)
+    asked = [*([] if question is None else [question]), *(given.more or [])]
     names = [without_password(path) for path in inputs]
-    talk = Conversation(names, json, stats, quiet, verbose, **shown)
-    with contextlib.ExitStack() as cleanup:
-        try:
-            check_output()
-            check_words(inputs, first)
-            warm_up()  # warms up while this process imports its dependencies
-            questions = _questions(inputs, given, interactive)
-            check_history(history, interactive, compare)
-            pipeline = options()
-            check_folders(inputs, questions or ["What happens?"], pipeline.model.model)
-            from evoprune.session import ReadAhead, describe, probed
-            from evoprune.video import choose_decoder
-
-            choose_decoder(pipeline.sampling.decoder)
-            check_text(*questions, pipeline.generation.system)
-            check_generation(pipeline.generation, json)
-            with progress(not quiet and any(map(is_url, inputs))) as show:
-                how = {"offline": pipeline.model.offline, "progress": downloading(show)}
-                paths = [cleanup.enter_context(local_file(path, **how)) for path in inputs]
-            sampling = pipeline.sampling
-            infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
-            model = describe(pipeline.model)
-            _check_inputs(infos, model, sampling, quiet)
-            asked = [] if cache else [(paths, sampling)]  # with the disk cache, inputs may not have to be read at all
-            ahead = cleanup.enter_context(ReadAhead(model, asked, pipeline.pruning))
-            encode = partial(_encode, names, paths, questions, pipeline, cache, quiet)
-            with progress(not quiet) as show:
-                session = load(pipeline, show, quiet, model=model)
-                startup_s = time.perf_counter() - BEGAN_S - (session.load_seconds or 0.0)
-                session = replace(session, startup_seconds=startup_s)
-                if history == opt.ON:
-                    session.pruning.method.check_conversation()
-                encoded = encode(session, show, ahead=ahead)
-            ahead.close()
-            encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if compare else None
-            chat = None
-            if interactive:
-                why_single = why_single_questions(history, session, compare)
-                if why_single is None:
-                    chat = encoded.chat(pipeline.generation.system)
-            talk.begin(encoded, pipeline.generation, encode_full, chat)
-            if not interactive:
-                encoded.last_question = len(questions) == 1 and not compare
-                for question in questions:
-                    talk.answer(question)
-                return 0
-            for question in [*questions]:
-                talk.attempt(question)
-            if not quiet:
-                names = listed([os.path.basename(os.path.abspath(path)) for path in names])
-                tell(f"Ask about {names}. /help for help, q or Ctrl-D to end.")
-                if why_single and history is None:
-                    tell(f"Questions are independent: {why_single}.")
-            for question in typed_questions(meanwhile=session.loaded.packing.meanwhile, chat=chat):
-                questions.append(question)
-                talk.attempt(question, typed=True)
-        except BaseException as problem:
-            talk.break_off(problem, questions[talk.answered :])
-            raise
+    shown = {"interactive": given.interactive, "several": given.interactive or len(asked) > 1}
+    talk = Conversation(
+        names, given.json, given.stats, given.quiet, given.verbose, **shown, show_thoughts=given.show_thoughts
+    )
+    talk.questions = asked or [""]
+    with contextlib.ExitStack() as cleanup, talk.recording_failures():
+        check_output()
+        check_words(inputs, question)
+        warm_up()  # warms up while this process imports its dependencies
+        talk.questions = _questions(inputs, asked, given.interactive)
+        request = Request(inputs, names, talk.questions, _parse(given))
+        checked = _check(request, given.quiet, cleanup)
+        _run(request, checked, given, talk, cleanup)
     return 0
 
 
-def check_history(
-    history: str | None, prompt: bool, compare: bool = False, hint: str = "leave it out, or add -i"
+@dataclass(frozen=True)
+class Request:
+    """What to ask about which inputs, and how.
+
+    Attributes:
+        inputs: The inputs as typed.
+        names: The inputs without passwords, for messages and records.
+        questions: The questions, to which an interactive prompt appends.
+        pipeline: The options that determine the answers.
+    """
+
+    inputs: Sequence[str]
+    names: Sequence[str]
+    questions: list[str]
+    pipeline: PipelineOptions
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Inputs that can be read and fit into the context, found without torch and the weights.
+
+    Attributes:
+        paths: The inputs as local files.
+        model: The model's description.
+        download_s: Time to download the inputs, in seconds.
+        description_s: Time to download the model's small files, in seconds, or 0 if the model is local.
+    """
+
+    paths: list[str]
+    model: "ModelDescription"
+    download_s: float
+    description_s: float
+
+
+def _parse(given: AskArguments) -> PipelineOptions:
+    """Return the options that determine the answers, after checking their combinations."""
+    check_history(given.history, given.interactive, given.compare)
+    pipeline = given.options.parse()
+    check_generation(pipeline.generation, given.json)
+    return pipeline
+
+
+def _check(request: Request, quiet: bool, cleanup: contextlib.ExitStack) -> Checked:
+    """Check everything that can be checked before loading the model. Downloads inputs from the web until `cleanup` ends."""
+    from evoprune.session import describe, probed
+    from evoprune.video import choose_decoder
+
+    pipeline = request.pipeline
+    sampling = pipeline.sampling
+    check_folders(request.inputs, request.questions or ["What happens?"], pipeline.model.model)
+    choose_decoder(sampling.decoder)
+    check_text(*request.questions, pipeline.generation.system)
+    began = time.perf_counter()
+    with progress(not quiet and any(map(is_url, request.inputs))) as show:
+        how = {"offline": pipeline.model.offline, "progress": downloading(show)}
+        paths = [cleanup.enter_context(local_file(path, **how)) for path in request.inputs]
+    downloaded = time.perf_counter()
+    infos = [probed(path, folder_fps=sampling.frame_rate) for path in paths]
+    probed_at = time.perf_counter()
+    model = describe(pipeline.model)
+    description_s = 0.0 if pipeline.model.local_folder() else time.perf_counter() - probed_at
+    _check_inputs(infos, model, sampling, quiet)
+    return Checked(paths, model, downloaded - began, description_s)
+
+
+def _run(
+    request: Request, checked: Checked, given: AskArguments, talk: "Conversation", cleanup: contextlib.ExitStack
 ) -> None:
-    """Raise UsageError if --history can't be combined with the other options. `prompt` is True for an interactive prompt."""
-    if history not in (None, opt.ON, opt.OFF):
-        raise UsageError(f"--history {history!r} is unknown", f"use {opt.ON} or {opt.OFF}")
-    if history and not prompt:
-        raise UsageError("--history applies only to questions at a prompt", hint)
-    if history == opt.ON and compare:
-        raise UsageError("--compare applies only to single questions", "leave out --compare or --history on")
+    """Load the model while the inputs are being read, encode the inputs, and answer the questions."""
+    from evoprune.session import ReadAhead
+
+    pipeline = request.pipeline
+    asked = (
+        [] if given.cache else [(checked.paths, pipeline.sampling)]
+    )  # with the disk cache, there may be nothing to read
+    ahead = cleanup.enter_context(ReadAhead(checked.model, asked, pipeline.pruning))
+    encode = partial(_encode, request, checked.paths, given.cache, given.quiet)
+    with progress(not given.quiet) as show:
+        session = _load(pipeline, checked, given.quiet, show)
+        if given.history == opt.ON:
+            session.pruning.method.check_conversation()
+        encoded = encode(session, show, ahead=ahead)
+    ahead.close()
+    encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if given.compare else None
+    if given.interactive:
+        why_single = why_single_questions(given.history, session, given.compare)
+        chat = encoded.chat(pipeline.generation.system) if why_single is None else None
+        talk.begin(encoded, pipeline.generation, encode_full, chat)
+        _converse(
+            request, talk, session, chat, [] if given.quiet else _greeting(request.names, why_single, given.history)
+        )
+        return
+    talk.begin(encoded, pipeline.generation, encode_full)
+    encoded.last_question = len(request.questions) == 1 and not given.compare
+    for question in request.questions:
+        talk.answer(question)
 
 
-def why_single_questions(history: str | None, session: "Session", compare: bool = False) -> str | None:
-    """Return the reason why prompt questions are independent of each other, or None if they form a conversation."""
-    if history:
-        return None if history == opt.ON else "--history off"
-    if compare:
-        return "--compare applies only to single questions"
-    if session.pruning.method.reads_question:
-        return f"{session.pruning.method.name} prunes for a single question"
-    if session.loaded.demo:
-        return "the demo models know only single questions (use --history on to keep earlier questions)"
-    return None
+def _load(pipeline: PipelineOptions, checked: Checked, quiet: bool, show: Callable[..., None]) -> "Session":
+    """Load the model. The model's small files, which may have been downloaded, are part of the load time."""
+    session = load(pipeline, show, quiet, model=checked.model)
+    load_s = (session.load_seconds or 0.0) + checked.description_s
+    startup_s = time.perf_counter() - BEGAN_S - checked.download_s - load_s
+    return replace(session, load_seconds=load_s, startup_seconds=startup_s)
+
+
+def _greeting(names: Sequence[str], why_single: str | None, history: str | None) -> list[str]:
+    """Return the lines printed before the interactive prompt."""
+    files = listed([os.path.basename(os.path.abspath(path)) for path in names])
+    lines = [f"Ask about {files}. /help for help, q or Ctrl-D to end."]
+    if why_single and history is None:
+        lines.append(f"Questions are independent: {why_single}.")
+    return lines
+
+
+def _converse(
+    request: Request, talk: "Conversation", session: "Session", chat: "Chat | None", greeting: Sequence[str]
+) -> None:
+    """Answer the questions from the command line, and then typed questions."""
+    for question in [*request.questions]:
+        talk.attempt(question)
+    for line in greeting:
+        tell(line)
+    for question in typed_questions(meanwhile=session.loaded.packing.meanwhile, chat=chat):
+        request.questions.append(question)
+        talk.attempt(question, typed=True)
 
 
 def check_generation(generation: GenerationOptions, json: bool) -> None:
@@ -209,13 +259,11 @@ def check_generation(generation: GenerationOptions, json: bool) -> None:
 
 
 def _encode(
-    inputs: Sequence[str],
+    request: Request,
     paths: list[str],
-    questions: list[str],
-    options: PipelineOptions,
     cache: bool,
     quiet: bool,
-    session,
+    session: "Session",
     show: Callable[..., None],
     full: bool = False,
     ahead: "ReadAhead | None" = None,
@@ -224,14 +272,14 @@ def _encode(
     from evoprune.session import Cache, open_inputs
 
     show("reading")
-    sampling = options.sampling
+    sampling = request.pipeline.sampling
     stored = Cache() if cache else None
-    given = {"names": inputs, "cache": stored, "ahead": ahead, "progress": encoding(show)}
+    given = {"names": request.names, "cache": stored, "ahead": ahead, "progress": encoding(show)}
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
         plans = opened.plans
-        if questions:
+        if request.questions:
             with opened.planning():
-                session.longest_prompt(plans, questions, options.generation)
+                session.longest_prompt(plans, request.questions, request.pipeline.generation)
         if not quiet and not full:
             for plan in plans:
                 _note_limits(plan.full, sampling)
@@ -347,6 +395,7 @@ class Conversation:
     prompt, each answer gets a single line.
 
     Attributes:
+        questions: All questions so far.
         answered: The number of questions answered or failed so far.
     """
 
@@ -364,6 +413,7 @@ class Conversation:
     ):
         """Store the options of the command. `inputs` are display names, and `several` is True for more than one question."""
         self._show_thoughts = show_thoughts
+        self.questions = [""]
         self.answered = 0
         self._names = inputs
         self._json = json
@@ -458,6 +508,15 @@ class Conversation:
             if self._chat and self._chat.messages == messages and not self._quiet:
                 tell("The stopped answer and its question were removed.")
         return True
+
+    @contextlib.contextmanager
+    def recording_failures(self) -> Iterator[None]:
+        """Call `break_off` for all unanswered questions if the block fails or is interrupted."""
+        try:
+            yield
+        except BaseException as problem:
+            self.break_off(problem, self.questions[self.answered :])
+            raise
 
     def break_off(self, problem: BaseException, unanswered: list[str]) -> None:
         """Print statistics after a failure and, with --json, an error record for each unanswered question."""
@@ -557,82 +616,3 @@ def _print_warnings(report: Report, names: Sequence[str] | None = None) -> None:
     for name, video in warned(report):
         if name != "limited" and (names is None or name in names):  # a note has already described the limit
             print_warning(name, video)
-
-
-def typed_questions(
-    twice: bool = True,
-    meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    chat: "Chat | None" = None,
-) -> Iterator[str]:
-    """Yield the questions typed at a prompt, one per line, until Ctrl-D or a command such as "q" ends the prompt.
-
-    This function also executes all other prompt commands, such as /new. Empty lines are skipped.
-
-    Args:
-        twice: Whether Ctrl-C must be pressed twice in a row to quit, because the first press may have been intended to stop an
-            answer.
-        meanwhile: Returns a context manager that is active while the prompt waits for input.
-        chat: The conversation for /new and /undo.
-
-    Raises:
-        KeyboardInterrupt: If the user presses Ctrl-C at the prompt.
-    """
-    with contextlib.suppress(ImportError):  # without readline, users can still type but not edit
-        import readline  # editing and history for `input`  # noqa: F401
-    warned = False
-    while True:
-        try:
-            with _output_on_stderr(), meanwhile():
-                line = input(PROMPT)
-        except UnicodeDecodeError:
-            print_error("the question is not valid text", "write it in UTF-8")
-            continue
-        except EOFError:
-            note()
-            return
-        except KeyboardInterrupt:
-            if warned or not twice:
-                note()
-                raise
-            note("\nto quit: q or Ctrl-D, or Ctrl-C again")
-            warned = True
-            continue
-        warned = False
-        word = line.strip().lower()
-        if word in ENDS:
-            return
-        if word in HELPS:
-            tell(HELP_CHAT if chat else HELP)
-        elif chat and word == "/new":
-            chat.clear()
-            tell("conversation cleared")
-        elif chat and word == "/undo":
-            question = chat.undo()
-            tell("nothing to undo" if question is None else f"removed: {shown(question)}")
-        elif word in ("/new", "/undo"):
-            tell(f"nothing to {'undo' if word == '/undo' else 'clear'}: questions are independent")
-        elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
-            tell(f"{word.split()[0]} must be alone on its line: nothing was done")
-        elif command := re.match(r"/[\w-]*(?=\s|$)", word):
-            tell(f"unknown command {command[0]}, so nothing was asked; /help lists the commands")
-        elif re.match(r"--|-[a-z]", word):
-            hint = "options go on the command line: quit with q, then run evoprune ask with them"
-            print_error(f"{word.split()[0]} looks like an option, so nothing was asked", hint)
-        elif word:
-            yield line
-
-
-@contextlib.contextmanager
-def _output_on_stderr() -> Iterator[None]:
-    """Redirect stdout to stderr because `input` and readline print the prompt to stdout, which is reserved for answers."""
-    stdout().flush()
-    number = stdout().fileno()
-    kept = os.dup(number)
-    os.dup2(sys.stderr.fileno(), number)
-    try:
-        with contextlib.redirect_stdout(stdout()):  # `input` uses readline only if `sys.stdout` is the real stdout
-            yield
-    finally:
-        stdout().flush()
-        os.dup2(kept, number)
-        os.close(kept)

@@ -77,7 +77,7 @@ def batch(
         "never replaces a file that is not named by a record in FILE.",
         opt.OUTPUT,
     ) = None,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     on: opt.option(
         str,
         "--on",
@@ -117,7 +117,7 @@ def batch(
         raise UsageError(f"--on {on} is unknown", f"use {' or '.join(PLACES)}")
     if address and on != "ray":
         raise UsageError("--address applies only to a Ray cluster", "add --on ray")
-    pipeline = options()
+    pipeline = options.parse()
     from evoprune.batch import (
         Captions,
         RecordFile,

@@ -62,7 +62,7 @@ def evaluate(
         opt.SWEEP,
         **opt.one_of("text", "likelihood"),
     ) = "text",
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     processes: opt.option(
         int,
         "--processes N",
@@ -107,7 +107,7 @@ def evaluate(
     evoprune eval --data my.jsonl -b 0.25,0.1 --method evoprune,divprune -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
-    pipeline = options()
+    pipeline = options.parse()
     if form not in FORMATS:
         raise UsageError(f"--format {form!r} is unknown", f"one of {', '.join(FORMATS)}")
     if json and form != "table":

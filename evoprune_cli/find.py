@@ -67,7 +67,7 @@ def find(
     more: opt.option(
         list[str] | None, "-Q --query TEXT", "What to find; repeatable. Each segment is encoded once for all queries."
     ) = None,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     srt: opt.option(str | None, "--srt FILE", "Write the moments as subtitles, with query and score.", FILES) = None,
     chapters: opt.option(
         str | None, "--chapters FILE", "Write the moments as chapters, in FFmpeg's metadata format.", FILES
@@ -127,7 +127,7 @@ def find(
     """
     check_output()
     videos, queries = _words(words, list(more or []))
-    pipeline = options()
+    pipeline = options.parse()
     check_text(*queries, pipeline.find.prompt)
     pipeline.find.check_queries(queries)
     choose_decoder(pipeline.sampling.decoder)

@@ -84,7 +84,7 @@ def inspect(
         "--overlay FILE",
         f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). Loads the model.",
     ) = None,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     scan: opt.option(
         bool, "--scan", "Decode the whole video and report damage, true length and variable frame rate."
     ) = False,
@@ -130,7 +130,9 @@ def inspect(
     return 0
 
 
-def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool) -> Iterator[dict]:
+def _about_machine(
+    options: opt.PipelineArguments, overlay: str | None, scan: bool, clear_cache: bool
+) -> Iterator[dict]:
     """Yield information about versions, devices, decoders, and caches, followed by the model if the user specified one."""
     if clear_cache:
         from evoprune.session import Cache
@@ -145,7 +147,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
         raise UsageError("--scan needs a video", "evoprune inspect clip.mp4 --scan")
     if overlay is not None:
         raise UsageError("--overlay needs a video", "evoprune inspect clip.mp4 --overlay clip.png")
-    model = options().model
+    model = options.parse().model
     from evoprune.session import describe, weights_of
     from evoprune_cli.inspection import environment_facts
 
@@ -157,7 +159,7 @@ def _about_machine(options: opt.MakeOptions, overlay: str | None, scan: bool, cl
 
 
 def _about_video(
-    video: str, options: opt.MakeOptions, overlay: str | None, scan: bool, clear_cache: bool
+    video: str, options: opt.PipelineArguments, overlay: str | None, scan: bool, clear_cache: bool
 ) -> Iterator[dict]:
     """Yield information about a video, its scan, the model's plan, and the overlay, each section as soon as it is ready."""
     if clear_cache:
@@ -165,7 +167,7 @@ def _about_video(
     from evoprune.video import local_file, probe
     from evoprune.video import scan as scan_video
 
-    pipeline = options()
+    pipeline = options.parse()
     pipeline = replace(pipeline, model=replace(pipeline.model, model=pipeline.model.model or "demo"))
     rate = pipeline.sampling.frame_rate
     ending = os.path.splitext(overlay or "")[1].lower()

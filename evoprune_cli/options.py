@@ -8,9 +8,9 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import partial, wraps
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
@@ -26,8 +26,6 @@ from evoprune.suggestions import other_name
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import GLUE, only_answers_on_stdout
 from evoprune_cli.typed import Typed, remember
-
-MakeOptions = Callable[[], PipelineOptions]  # builds options from the command line; raises UsageError
 
 # Shell completion. Typer offers the returned words that start with the typed text. If there are none, the shell offers files. Typer
 # identifies the parameters of a completion function by their types and by the name `incomplete`.
@@ -99,9 +97,10 @@ def argument(declared: Any, metavar: str, text: str) -> Any:
 def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Return a decorator for command functions that adds pipeline options, `--debug` and `--help-all`.
 
-    The decorator replaces the function's `options` parameter with one command-line option for each of `names`. The function
-    receives a `MakeOptions` as the argument and calls it itself, so invalid values are reported like all other errors in the
-    command. All other pipeline options keep their defaults.
+    A command function either has a keyword parameter for each of its own arguments, or a single parameter whose type is a dataclass
+    with a field for each of them. The decorator replaces the argument `options` with one command-line option for each of `names`.
+    The function gets the typed values as `PipelineArguments`, and parses them itself, so invalid values are reported like all other
+    errors in the command. All other pipeline options keep their defaults.
 
     Args:
         names: The pipeline options that the command accepts: names of fields of the dataclasses in `PipelineOptions`.
@@ -116,16 +115,21 @@ def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Cal
     pipeline = [_parameter(kind.PANEL, each, declared[name]) for name, (kind, each) in offered.items()]
 
     def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        own_parameters = list(signature(function).parameters.values())
+        kind = own_parameters[0].annotation if own_parameters else None
+        if is_dataclass(kind):
+            own_parameters = [_own_parameter(field) for field in fields(kind)]
+
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
             if names:
                 resumed = given.get("resume") and given.get("data", "") is None  # the earlier run specifies the model
                 typed = {name: given.pop(name) for name in declared}
-                given["options"] = partial(_build_options, declared, typed, check_model=not resumed)
-            return function(**given)
+                given["options"] = PipelineArguments(declared, typed, check_model=not resumed)
+            return function(kind(**given)) if is_dataclass(kind) else function(**given)
 
         parameters = []
-        for own in signature(function).parameters.values():
+        for own in own_parameters:
             if own.name == "options":
                 parameters += pipeline
             else:
@@ -137,6 +141,12 @@ def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Cal
         return run
 
     return decorate
+
+
+def _own_parameter(field: Field) -> Parameter:
+    """Convert a field of a command's own dataclass to a Typer command parameter."""
+    default = Parameter.empty if field.default is MISSING else field.default
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
 
 
 def _flags(name: str, declared: Option) -> str:
@@ -169,22 +179,36 @@ def _parameter(panel: str, field: Any, declared: Option) -> Parameter:
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _build_options(declared: dict[str, Option], typed: dict[str, Any], *, check_model: bool) -> PipelineOptions:
-    """Build pipeline options from command-line values.
+@dataclass(frozen=True)
+class PipelineArguments:
+    """The typed values of a command's pipeline options, by name, before they are parsed.
 
-    Raises:
-        UsageError: If a value is invalid.
-        ModelError: If `check_model` is True, and the model is neither a folder nor a hub ID.
+    Attributes:
+        check_model: Whether to look for a local model.
     """
-    try:
-        parsed = {name: declared[name].parse(value) for name, value in typed.items() if declared[name].parse}
-        options = PipelineOptions.of(**typed | parsed)
-    except UsageError as problem:
-        problem.message = _as_typed(problem.message, declared)
-        raise
-    if check_model and options.model.model:  # empty if `inspect` describes only this machine or a video
-        options.model.local_folder()  # check the model before the imports, which take seconds
-    return options
+
+    declared: dict[str, Option]
+    typed: dict[str, Any]
+    check_model: bool
+
+    def parse(self) -> PipelineOptions:
+        """Return the options.
+
+        Raises:
+            UsageError: If a value is invalid.
+            ModelError: If `check_model` is True, and the model is neither a folder nor a hub ID.
+        """
+        try:
+            parsers = {name: option.parse for name, option in self.declared.items() if option.parse}
+            options = PipelineOptions.of(
+                **self.typed | {name: parse(self.typed[name]) for name, parse in parsers.items()}
+            )
+        except UsageError as problem:
+            problem.message = _as_typed(problem.message, self.declared)
+            raise
+        if self.check_model and options.model.model:  # empty if `inspect` describes only this machine or a video
+            options.model.local_folder()  # check the model before the imports, which take seconds
+        return options
 
 
 def _as_typed(message: str, declared: dict[str, Option]) -> str:

@@ -70,7 +70,7 @@ def profile(
         "Measure images instead of clips: 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or --size.",
         opt.SWEEP,
     ) = False,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     load_format: opt.option(
         str | None,
         "--load-format",
@@ -128,7 +128,7 @@ def profile(
     """
     check_not_model(video, "evoprune profile -m")
     bits = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
-    pipeline = options()
+    pipeline = options.parse()
     settings = {
         **opt.sweep(budget, method), "seed": pipeline.pruning.seed,
         "quantize": bits, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,

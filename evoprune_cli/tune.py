@@ -72,7 +72,7 @@ def tune(
         **opt.METHODS,
     ) = None,
     operations: opt.option(bool, "--operations", "Find a recipe for the method operations instead.", opt.SWEEP) = False,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     output: opt.option(
         str | None, "-o --output FILE.json", "Also write the results to FILE as JSON.", opt.OUTPUT
     ) = None,
@@ -117,7 +117,7 @@ def tune(
     settings["methods"] = tuple(opt.listed(method))
     for name in settings["methods"]:
         MethodText(name).check()
-    pipeline = options()
+    pipeline = options.parse()
     settings |= {"seed": pipeline.pruning.seed, "model": pipeline.model, "sampling": pipeline.sampling}
     settings["think"] = pipeline.generation.think
     tuning = None

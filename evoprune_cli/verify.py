@@ -31,7 +31,7 @@ def verify(
         "Time limit of the whole run, including loading: checks that would start later are skipped.",
         min=0,
     ) = None,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     output: opt.option(
         str | None,
         "-o --output FILE.json",
@@ -57,7 +57,7 @@ def verify(
     check_output()
     check_not_model(path, "evoprune verify -m")
     check_writable(output, inputs=[path or ""])
-    pipeline = options()
+    pipeline = options.parse()
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:

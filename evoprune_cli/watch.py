@@ -18,7 +18,8 @@ from evoprune.session import ModelOptions, PruneOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, parse_time, size
 from evoprune.video import LiveSource, warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.ask import Conversation, check_generation, check_history, typed_questions, why_single_questions
+from evoprune_cli.ask import Conversation, check_generation
+from evoprune_cli.prompt import check_history, typed_questions, why_single_questions
 from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import check_output, columns, note, print_error, print_titled, printable, progress, tell
 
@@ -80,7 +81,7 @@ def watch(
         "Source",
     ) = 5,
     show_thoughts: opt.ShowThoughts = False,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     json: opt.Json = False,
     stats: opt.Stats = None,
     quiet: opt.Quiet = False,
@@ -114,7 +115,7 @@ def watch(
     if questions is not None:
         _check_questions(questions)
     check_history(history, prompt, hint="leave it out, or leave out -Q and --questions")
-    pipeline = options()
+    pipeline = options.parse()
     check_text(*asked, pipeline.generation.system)
     check_generation(pipeline.generation, json)
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evoprune
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS
 from evoprune.errors import VideoError
 from evoprune.language import LanguageModel
 from evoprune.report import Report
-from evoprune.session import EncodedInputs, ReadAhead, asking, encoding
+from evoprune.session import EncodedInputs, ModelOptions, ReadAhead, asking, encoding
 from evoprune.video import frames
 from evoprune_cli.terminal import stdout
 from evoprune_cli.words import split_words
@@ -282,6 +284,24 @@ def test_a_folder_of_videos_has_the_command_for_all_of_them(cli, tmp_path):
     ]
     other = cli("inspect", str(folder))
     assert "but 2 videos" in other.err and str(folder / "a.mp4") in other.err
+
+
+def test_downloads_of_small_files_are_part_of_loading(cli, monkeypatch):
+    describe, local_folder = evoprune.session.describe, ModelOptions.local_folder
+    slow_s = 0.5
+
+    def slowly(options):
+        time.sleep(slow_s)
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelOptions, "local_folder", local_folder)
+            return describe(options)
+
+    monkeypatch.setattr(evoprune.session, "describe", slowly)
+    usual = cli("ask", CLIP, QUESTION, "--frames", "4", "--json").record["time_ms"]
+    monkeypatch.setattr(ModelOptions, "local_folder", lambda options: None)  # as for a model from the hub
+    remote = cli("ask", CLIP, QUESTION, "--frames", "4", "--json").record["time_ms"]
+    assert usual["load"] < 1000 * slow_s <= remote["load"]
+    assert remote["startup"] > 0
 
 
 def test_stats_follow_columns_even_in_a_pipe(cli, monkeypatch):

@@ -31,7 +31,7 @@ def mcp(
     allow_dir: opt.option(
         list[str] | None, "--allow-dir DIR", "Read videos and images below this folder; repeatable.", "Access"
     ) = None,
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     cache: opt.Cache = False,
     quiet: opt.Quiet = False,
 ) -> int:
@@ -44,7 +44,7 @@ def mcp(
     evoprune mcp --allow-dir ~/Videos
     evoprune mcp --allow-dir ~/Videos -m Qwen/Qwen2.5-VL-3B-Instruct
     """
-    pipeline = options()
+    pipeline = options.parse()
     if not allow_dir:
         raise UsageError("no folder may be read", "name folders with videos: --allow-dir DIR")
     videos = Videos(Folders(allow_dir), pipeline, cache, quiet)

@@ -105,7 +105,7 @@ def serve(
         int, "--max-files MIB", "Maximum total size of the files that clients sent.", LIMITS, min=1
     ) = 8192,
     file_age: opt.option(str, "--file-age TIME", "How long to keep an uploaded file.", LIMITS) = "24h",
-    options: opt.MakeOptions,
+    options: opt.PipelineArguments,
     log_contents: opt.option(bool, "--log-contents", "Also log questions and answers.", opt.OUTPUT) = False,
     quiet: opt.option(
         bool, "-q --quiet", "Print only warnings and errors, and the address if --port is 0.", opt.OUTPUT
@@ -118,7 +118,7 @@ def serve(
     evoprune serve -m Qwen/Qwen2.5-VL-3B-Instruct --allow-dir ~/videos
     EVOPRUNE_API_KEY=secret evoprune serve --host 0.0.0.0 --allow-urls
     """
-    pipeline = options()
+    pipeline = options.parse()
     key = _key(api_key, api_key_file)
     if host not in LOOPBACK and key is None and not no_auth:
         hint = f"--api-key-file FILE, or {KEY}; --no-auth serves everyone without a key"
