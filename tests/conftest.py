@@ -76,6 +76,10 @@ def pytest_runtest_makereport(call):
     return report
 
 
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, metavar="N", help="run at most N cases of each parametrized test")
+
+
 def pytest_configure(config):
     """Hide GPUs from this process and its children, so that `auto` means the CPU, unless `-m` asks for CUDA tests.
 
@@ -111,8 +115,10 @@ def pytest_sessionstart(session):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Keep n evenly spaced cases of each test marked `few(n)` in the default run, and mark its other cases `full`.
+
+    `--cases N` does the same for all tests, with n at most N.
 
     All tests of experiments, which users never run, are marked `full` too. Tests marked `cuda` are skipped without a visible GPU.
     """
@@ -123,10 +129,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker("full")
         if item.get_closest_marker("cuda"):
             item.add_marker(needs_gpu)
-        if item.get_closest_marker("few"):
-            cases[item.nodeid.partition("[")[0]].append(item)
+        cases[item.nodeid.partition("[")[0]].append(item)
     for all_of_it in cases.values():
-        (count,) = all_of_it[0].get_closest_marker("few").args
+        few = all_of_it[0].get_closest_marker("few")
+        count = min(few.args[0] if few else len(all_of_it), config.option.cases or len(all_of_it))
         stay = {round(n * len(all_of_it) / count) for n in range(count)}
         for number, item in enumerate(all_of_it):
             if number not in stay:

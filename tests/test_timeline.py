@@ -65,6 +65,7 @@ def nested(chance: random.Random, thread: int, start: float, end: float, depth: 
     return made
 
 
+@pytest.mark.few(50)
 @pytest.mark.parametrize("seed", range(200))
 def test_stages_and_wall_time_add_up(seed):
     """The stages minus the overlap are the time in which the thread did something, for any interleaving."""

@@ -95,7 +95,7 @@ def same(folder, name: str) -> None:
         )
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(15)
 @some("public")
 def test_as_recorded(folder, name):
     same(folder, name)

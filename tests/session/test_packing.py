@@ -43,7 +43,7 @@ def waiting(loaded) -> int:
     return sum(layer.waits for layer in loaded.model.modules() if isinstance(layer, PackedLinear))
 
 
-def ids_of(video, question, n=12) -> list[int]:
+def ids_of(video, question, n=6) -> list[int]:
     """Return the tokens of a sampled answer, which differ if any number differs."""
     made = video.ask(question, max_new_tokens=n, temperature=1.0, seed=1)
     assert made.text is not None

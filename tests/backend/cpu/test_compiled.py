@@ -73,6 +73,7 @@ def answer(layer, x):
         return layer(x)
 
 
+@pytest.mark.few(37)
 @pytest.mark.parametrize("large", [NONE, LARGE], ids=["none", "large"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
@@ -84,6 +85,7 @@ def test_eight_bits_are_multiplied_by_float32(compiled, outputs, length, count, 
     check_product(made, x, x.double() @ weights.T, layer.bias)
 
 
+@pytest.mark.few(37)
 @pytest.mark.parametrize("large", [NONE, LARGE], ids=["none", "large"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])

@@ -137,6 +137,7 @@ def test_every_request_is_answered():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
 @pytest.mark.parametrize("state", ["idle", "loading", "answering"])
 def test_signals_end_it(tmp_path, state, number, code):
@@ -152,6 +153,7 @@ def test_signals_end_it(tmp_path, state, number, code):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.few(2)
 @pytest.mark.parametrize("moment_s", [0.3, 0.6, 0.9, 1.2, 1.8])
 def test_ctrl_c_ends_it_before_it_serves(moment_s):
     with started(SAY_BEGUN="1") as server:
@@ -164,6 +166,7 @@ def test_ctrl_c_ends_it_before_it_serves(moment_s):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gap_s", [0, 0.02, 0.1])
 def test_ctrl_c_twice_says_nothing_more(gap_s):
     with greeted() as server:

@@ -171,6 +171,7 @@ def test_signals_end_it(tmp_path, number, code):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.few(3)
 @pytest.mark.parametrize("moment_s", [0.3, 0.4, 0.8, 0.9, 1.0, 1.2])
 def test_ctrl_c_ends_it_before_it_serves(tmp_path, moment_s):
     line, environment = command("--port", "0")
@@ -185,6 +186,7 @@ def test_ctrl_c_ends_it_before_it_serves(tmp_path, moment_s):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gap_s", [0, 0.02, 0.1])
 def test_ctrl_c_twice_says_nothing_more(tmp_path, gap_s):
     with serving(tmp_path) as (server, _):
