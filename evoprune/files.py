@@ -32,6 +32,12 @@ COARSE_TICK_NS = 2 * 10**9
 Value = TypeVar("Value")
 
 
+def cache_folder() -> Path:
+    """Return the cache folder set in EVOPRUNE_CACHE_DIR, which defaults to `evoprune` in the user's cache folder."""
+    standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
+    return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
+
+
 class FileIdentity(NamedTuple):
     """Values that change whenever a file is modified or replaced, or an entry of a folder is added, removed, or renamed.
 

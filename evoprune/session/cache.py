@@ -24,7 +24,7 @@ import torch
 
 import evoprune
 from evoprune.errors import UsageError
-from evoprune.files import FileMemo, replacing, unfinished_pattern
+from evoprune.files import FileMemo, cache_folder, replacing, unfinished_pattern
 from evoprune.suggestions import Suggesting
 from evoprune.untrusted import loads
 from evoprune.util import brief, check_type, file_stats, open_safetensors
@@ -35,12 +35,6 @@ WEIGHTS_LIMIT_BYTES = 32 * 2**30
 SPEECH_LIMIT_BYTES = 64 * 2**20
 MOST_HASHES = 4096  # maximum number of files whose content hashes are kept in memory
 OPTIONAL = ("size", "deepstack")  # optional fields of `Encoded`, which may be missing from an entry
-
-
-def cache_folder() -> Path:
-    """Return the cache folder set in EVOPRUNE_CACHE_DIR, which defaults to `evoprune` in the user's cache folder."""
-    standard = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "evoprune")
-    return Path(os.path.expanduser(os.environ.get("EVOPRUNE_CACHE_DIR") or standard))
 
 
 @cache

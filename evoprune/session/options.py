@@ -13,6 +13,7 @@ from evoprune.bundled import DEMOS
 from evoprune.errors import OTHER_MODELS, ModelError, UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, EncoderPlan, Grid, MethodText, TowerShape
+from evoprune.session.gguf.folder import gguf_files, gguf_folder
 from evoprune.session.hub import MODEL_HINT, is_id, near_hint
 from evoprune.util import (
     brief,
@@ -169,8 +170,16 @@ class ModelOptions:
 
     @property
     def folder(self) -> Path:
-        """The folder of a bundled or local model. For a hub ID, this path usually doesn't exist."""
-        return DEMOS[self.model].folder if self.model in DEMOS else Path(os.path.expanduser(self.model))
+        """The folder of a bundled or local model. For a hub ID, this path usually doesn't exist.
+
+        For GGUF files, it is a folder with small files made from them (see `gguf_folder`).
+
+        Raises:
+            ModelError: If the model name means GGUF files that evoprune cannot use.
+        """
+        if self.model in DEMOS:
+            return DEMOS[self.model].folder
+        return gguf_folder(self.model) or Path(os.path.expanduser(self.model))
 
     def local_folder(self) -> Path | None:
         """Return the folder of a bundled or local model, or None if the model name is a hub ID.
@@ -214,7 +223,9 @@ class ModelOptions:
 
         Returns None if the folder contains none of these files.
         """
-        return file_state(file for pattern in MODEL_FILES for file in self.folder.glob(pattern))
+        folder = self.folder
+        files = gguf_files(folder) or [file for pattern in MODEL_FILES for file in folder.glob(pattern)]
+        return file_state(files)
 
 
 @dataclass(frozen=True)

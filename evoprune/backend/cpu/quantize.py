@@ -497,6 +497,7 @@ class Quantization:
         run: Callable[[nn.Module], None],
         progress: Callable[[int, int], None] | None = None,
         store: Callable[[str, Weights], None] | None = None,
+        read: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
         """Quantize the linear layers of a model in place. Each layer is quantized as soon as its input is known.
 
@@ -505,6 +506,8 @@ class Quantization:
             run: Runs the model on a fixed input, which must be the same every time and must reach every linear layer.
             progress: Called with the number of finished layers and the total number of layers.
             store: Called with each layer's name and the tensors required to `restore` it.
+            read: Returns the weights with a given name, for layers whose weights are on the meta device because all of them
+                together would not fit into memory.
 
         Raises:
             RuntimeError: If a layer was not called.
@@ -516,13 +519,17 @@ class Quantization:
 
         def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
             form = layers.forms[path]
+            source = layer
+            if layer.weight.is_meta and read:
+                source = nn.Linear(1, 1, bias=False, device="meta")
+                source.weight = nn.Parameter(read(f"{path}.weight"), requires_grad=False)
             if form is RowMajorInt4Linear:
-                weights = row_major_int4_weights(layer, large)
+                weights = row_major_int4_weights(source, large)
             elif form is RowMajorInt8Linear:
                 # Row-major weights are not copied into a packed layout, so they can't share the buffer.
-                weights = int8_weights(layer, large)
+                weights = int8_weights(source, large)
             else:
-                weights = int8_weights(layer, large, memory)
+                weights = int8_weights(source, large, memory)
             if store:
                 store(path, weights)
             return layers.put(path, layer, weights)

@@ -24,6 +24,8 @@ from evoprune.backend import (
 )
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.model import Config, HostedVL
+from evoprune.session.gguf.folder import gguf_files
+from evoprune.session.gguf.tensors import gguf_tensors
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import (
     MISMATCH_HINT,
@@ -207,13 +209,18 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
     Returns:
         The result of `from_pretrained`: the model, or a tuple of the model and the loading info if requested in `kwargs`.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
     safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     with quiet_transformers(), _without_adapter(folder) as plain:
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs
-        )
+        source = AutoModelForImageTextToText
+        if gguf_files(folder):
+            tensors = gguf_tensors(folder)
+            config = _read_config(folder)
+            kwargs |= {"config": config, "state_dict": {name: tensors.get_slice(name) for name in tensors.entries}}
+            plain = None
+            source = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        loaded = source.from_pretrained(plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs)
     host = loaded[0] if isinstance(loaded, tuple) else loaded
     if not kwargs.get("device_map"):  # quantized layers are already on their device
         host.to(device)

@@ -51,6 +51,8 @@ from evoprune.model import (
     QwenVL,
 )
 from evoprune.report import ModelFacts
+from evoprune.session.gguf.folder import gguf_files
+from evoprune.session.gguf.tensors import GgufTensors, gguf_tensors
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
     DTYPES,
@@ -406,7 +408,8 @@ def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int
     fingerprint = None
     if store and stored.files:
         fingerprint = f"{stored.fingerprint} {model.dtype}"
-    file = quantize_once(weights, model.quantize, fingerprint, progress)
+    read = gguf_tensors(model.folder).get_tensor if gguf_files(model.folder) else None
+    file = quantize_once(weights, model.quantize, fingerprint, progress, read)
     empty_cache()  # frees the memory of the original weights
     return file
 
@@ -490,7 +493,11 @@ def load_weights(
             if not ignored.search(name):
                 unused.append(stored)
             continue
-        weight = content.get_tensor(stored)
+        if name.removesuffix(".weight") in as_stored and isinstance(content, GgufTensors):
+            # Dequantized layers would not fit into memory together, so each one is read when it is quantized.
+            weight = content.compact(stored) if name == EMBEDDINGS else content.placeholder(stored)
+        else:
+            weight = content.get_tensor(stored)
         unscaled = weight.is_floating_point() and weight.itemsize > 1  # weights in other dtypes have separate scales
         if weight.shape != wanted[name] or not unscaled:
             what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(wanted[name])}"

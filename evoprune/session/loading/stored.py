@@ -57,12 +57,17 @@ def has_room(size: int) -> bool:
 
 
 def quantize_once(
-    model: Model, kind: str, fingerprint: str | None, progress: Callable[[int, int], None] | None = None
+    model: Model,
+    kind: str,
+    fingerprint: str | None,
+    progress: Callable[[int, int], None] | None = None,
+    read_weight: Callable[[str], torch.Tensor] | None = None,
 ) -> Path | None:
     """Quantize a model in place, either loading weights stored by an earlier run or storing the result for later runs.
 
     Args:
         fingerprint: Identifies the model's files and dtype. If None, stored weights are neither used nor written.
+        read_weight: Reads the weights that are on the meta device; see `read` of `Quantization.apply`.
 
     Returns:
         The file containing the newly stored quantized weights, or None if nothing was written, for example because previously
@@ -70,7 +75,7 @@ def quantize_once(
     """
     quantization = Quantization(kind)
     if fingerprint is None:
-        quantization.apply(model, calibrate, progress)
+        quantization.apply(model, calibrate, progress, read=read_weight)
         return None
     entries = Cache().of_weights
     name, key = _name_and_key(fingerprint, quantization)
@@ -81,7 +86,7 @@ def quantize_once(
 
     def write(file: BinaryIO) -> None:
         stream.file = file
-        quantization.apply(model, calibrate, passing(progress), stream.add)
+        quantization.apply(model, calibrate, passing(progress), stream.add, read_weight)
         stream.end()
 
     with callback_errors() as passing:  # an OSError of `progress` does not mean that the file cannot be written
@@ -89,7 +94,7 @@ def quantize_once(
     if written:
         return entries.path(name)
     if not stream.file:  # the cache folder couldn't be created
-        quantization.apply(model, calibrate, progress)
+        quantization.apply(model, calibrate, progress, read=read_weight)
     return None
 
 

@@ -17,6 +17,9 @@ import torch
 from evoprune.backend import Device, Packing, Quantization, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
+from evoprune.session.gguf.folder import INDEX as GGUF_INDEX
+from evoprune.session.gguf.folder import gguf_files
+from evoprune.session.gguf.tensors import gguf_tensors
 from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
@@ -267,7 +270,7 @@ class ModelWeights:
         model = self.description
         if model.commit is not None and self.files:
             return f"{model.id}@{model.commit}"
-        files = list(self.files)
+        files = gguf_files(model.folder) or list(self.files)
         if files and (model.folder / INDEX).is_file():
             files.append(model.folder / INDEX)
         stats = file_stats(file.resolve() for file in files)
@@ -323,6 +326,8 @@ def weight_files(folder: Path) -> WeightFiles:
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
     )
+    if gguf_files(folder):
+        return {folder / GGUF_INDEX: set(_opened(folder / GGUF_INDEX).keys())}
     files = [folder / "model.safetensors"]
     index = folder / INDEX
     named = {}
@@ -378,6 +383,8 @@ def _indexed(stored: WeightFiles, index: Mapping[str, Path]) -> WeightFiles:
 
 
 def _opened(file: Path) -> Any:
+    if file.name == GGUF_INDEX:
+        return gguf_tensors(file.parent)
     with valid(f"weights file {file} is damaged or incomplete"):
         return open_safetensors(file)
 
@@ -422,10 +429,10 @@ def separate_head(files: WeightFiles) -> bool:
 
     If so, transformers doesn't tie them, regardless of the config.
     """
+    if not {HEAD, EMBEDDINGS} <= {name_in_memory(name) for names in files.values() for name in names}:
+        return False
     stored = ((name_in_memory(name), content, name) for _, content, name in stored_tensors(files))
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
-    if len(tensors) < 2:
-        return False
     head, embeddings = tensors.values()
     return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
 

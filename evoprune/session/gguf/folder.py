@@ -1,0 +1,138 @@
+"""Store the small files of a GGUF model as a folder in the cache folder. Does not import torch.
+
+The folder's name depends on the state of the GGUF files and on the code that converts them, so its contents never change.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from evoprune.errors import ModelError, first_line
+from evoprune.files import cache_folder
+from evoprune.model import Config
+from evoprune.session.gguf.files import find_files, names_gguf, reported, settings_of, title_of
+from evoprune.untrusted import TEXT, Rule, read_object
+from evoprune.util import file_stats
+
+INDEX = "gguf.json"  # names the GGUF files, in a folder of their small files
+MAX_FOLDERS = 16  # maximum number of folders to keep
+LIST = Rule.list_of(TEXT)
+
+
+def gguf_folder(name: str) -> Path | None:
+    """Return a folder with the small files of a GGUF model, or None if the name doesn't mean GGUF files.
+
+    Raises:
+        ModelError: If files are missing or damaged, the name is ambiguous, or evoprune does not run the model.
+    """
+    if not names_gguf(name):
+        return None
+    files = [Path(os.path.abspath(file)) for file in find_files(name)]
+    folder = _folders() / _key(files)
+    if (folder / INDEX).is_file():
+        with suppress(OSError):  # fails if the folder is read-only
+            os.utime(folder)
+        return folder
+    title = title_of(name, files)
+    settings = settings_of(files, title)
+    with reported(title):
+        contents = settings.small_files()
+        Config.parse(contents["config.json"])
+    contents[INDEX] = {"title": title, "files": list(map(str, files)), "assumed": settings.assumed}
+    try:
+        _write(folder, contents)
+    except OSError:  # for example, the cache folder is read-only
+        folder = _temporary() / folder.name
+        _write(folder, contents)
+    return folder
+
+
+@cache
+def _temporary() -> Path:
+    """Return a folder that is deleted when this process exits."""
+    folder = tempfile.mkdtemp(prefix="evoprune-gguf-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _folders() -> Path:
+    return cache_folder() / "gguf"
+
+
+def _key(files: list[Path]) -> str:
+    """Return the name of the folder for files in their current state. It begins with the name of the text file."""
+    state = hashlib.sha256(repr([_own_code(), file_stats(files)]).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', files[0].stem)[:80]}-{state[:16]}"
+
+
+@cache
+def _own_code() -> str:
+    """Return a hash of the `file_stats` of the source files in this package."""
+    return hashlib.sha256(repr(file_stats(sorted(Path(__file__).parent.glob("*.py")))).encode()).hexdigest()
+
+
+def _write(folder: Path, contents: dict[str, dict | str]) -> None:
+    """Write a folder atomically, and delete the least recently used folders if there are too many.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix="tmp", dir=folder.parent))
+    try:
+        for name, content in contents.items():
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            (unfinished / name).write_text(text, encoding="utf-8")
+        with suppress(OSError):  # another process wrote the same folder first
+            unfinished.rename(folder)
+        if not (folder / INDEX).is_file():
+            raise OSError(f"{folder} is not a folder of evoprune")
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    others = [other for other in folder.parent.iterdir() if other != folder and (other / INDEX).is_file()]
+    for other in sorted(others, key=lambda each: each.stat().st_mtime, reverse=True)[MAX_FOLDERS - 1 :]:
+        shutil.rmtree(other, ignore_errors=True)
+
+
+def clear_folders() -> None:
+    """Delete all folders that `gguf_folder` wrote."""
+    for folder in _folders().glob("*/"):
+        if (folder / INDEX).is_file():
+            shutil.rmtree(folder)
+
+
+def gguf_files(folder: Path | None) -> list[Path]:
+    """Return the GGUF files of a model folder, or an empty list if it is a folder of another kind.
+
+    Raises:
+        ModelError: If the folder is damaged.
+    """
+    return [Path(file) for file in _index(folder).get("files", ())]
+
+
+def assumed(folder: Path | None) -> list[str]:
+    """Return the settings that a model's GGUF files do not contain, so that the values are those of its family."""
+    return list(_index(folder).get("assumed", ()))
+
+
+def gguf_title(folder: Path | None) -> str:
+    """Return the name of a model's GGUF files for messages, or an empty string if it is a folder of another kind."""
+    return _index(folder).get("title", "")
+
+
+def _index(folder: Path | None) -> dict:
+    if folder is None or not (folder / INDEX).is_file() or folder.parent not in (_folders(), _temporary()):
+        return {}
+    try:
+        index = read_object(folder / INDEX)
+        lists = {name: LIST.check(index.get(name), name) for name in ("files", "assumed")}
+        return lists | {"title": TEXT.check(index.get("title"), "title")}
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{folder} is damaged: {first_line(problem)}", "delete this folder") from problem
