@@ -197,7 +197,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
             name: The name of a single input in reports. Defaults to its path, its URL without the password, or `<array>`,
                 `<bytes>`, `<file>` or `<picture>`.
             cache: A disk cache for encoded inputs other than arrays. It isn't used if the method reads the question.
-            progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInput.encode`. During a
+            progress: Called with a stage, the number of finished steps, and the total; see `encoding.OpenInputs.encode`. During a
                 download, the stage is "download", and the numbers are the bytes received so far and the total (0 if unknown).
             options: How to sample frames: the fields of `keywords.SamplingKeywords`.
 
@@ -290,9 +290,8 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
                     self.session.longest_prompt(plans, [question], generation, encoded_plans)
             encoded = [item if isinstance(item, EncodedInputs) else item.encode() for item in opened]
         asked = EncodedInputs.together(self.session, encoded)
-        if asked not in opened:  # the caller has no reference to these inputs, so it can't ask another question
-            asked.last_question = True
-        return asked.ask(question, seed=seed, on_thoughts=on_thoughts, **options)
+        last = asked not in opened  # the caller has no reference to these inputs, so it can't ask another question
+        return asked.ask(question, seed=seed, on_thoughts=on_thoughts, last=last, **options)
 
     @takes(StreamOptions, names=StreamOptions.WATCHING)
     def stream(

@@ -215,9 +215,8 @@ def _run(
         )
         return
     talk.begin(encoded, pipeline.generation, encode_full)
-    encoded.last_question = len(request.questions) == 1 and not given.compare
     for question in request.questions:
-        talk.answer(question)
+        talk.answer(question, last=len(request.questions) == 1 and not given.compare)
 
 
 def _load(pipeline: PipelineOptions, checked: Checked, quiet: bool, show: Callable[..., None]) -> "Session":
@@ -458,16 +457,17 @@ class Conversation:
             print_warning("sound_ignored", inputs.report.video)
             self._warned.add("sound_ignored")
 
-    def answer(self, question: str, typed: bool = False, identity: str | None = None) -> None:
+    def answer(self, question: str, typed: bool = False, identity: str | None = None, last: bool = False) -> None:
         """Ask a question and print the answer.
 
         Args:
             typed: Whether the user typed the question at a prompt, so it is already visible on the terminal.
             identity: An ID for the question's record, or None.
+            last: Whether no other question about the inputs follows.
         """
         if self._echo and not typed:
             tell(f"{PROMPT}{' '.join(question.split())}")
-        report = self._ask_and_print(self._chat or self._inputs, question, "pruned").report
+        report = self._ask_and_print(self._chat or self._inputs, question, "pruned", last).report
         report.id = identity or report.id
         if self._encode_full:
             self._half = report
@@ -546,7 +546,7 @@ class Conversation:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
-    def _ask_and_print(self, inputs: "EncodedInputs | Chat", question: str, label: str) -> "Answer":
+    def _ask_and_print(self, inputs: "EncodedInputs | Chat", question: str, label: str, last: bool = False) -> "Answer":
         with contextlib.ExitStack() as line:  # the progress line
 
             def think(piece: str) -> None:
@@ -556,7 +556,7 @@ class Conversation:
                 else:
                     show("thinking")
 
-            answer = self._running = inputs.ask(question, on_thoughts=think, **vars(self._generation))
+            answer = self._running = inputs.ask(question, on_thoughts=think, last=last, **vars(self._generation))
             new = [name for name in answer.report.warnings if name not in self._warned]
             _print_warnings(answer.report, new)
             self._warned.update({*new} - {"history_cut"})  # repeat this warning whenever earlier turns are omitted

@@ -42,14 +42,11 @@ def answers(
         on_wait: Called after each encoding with the time spent waiting for reading and preprocessing, in seconds.
     """
 
-    def opened(span: Span, cores: int | None) -> OpenInputs:
+    def opened(span: Span) -> OpenInputs:
         first = span.rows[0]
         sampling = settings.sampling.with_overrides(**span.sampling)
-        given = {"names": [without_password(name) for name in first.inputs], "cache": cache, "ahead": ahead}
-        inputs = open_inputs(session, first.paths, sampling, **given)
-        inputs.use_cores(cores)
-        inputs.begin()
-        return inputs
+        names = [without_password(name) for name in first.inputs]
+        return open_inputs(session, first.paths, sampling, names=names, cache=cache, ahead=ahead)
 
     with callback_errors() as passing, closing(in_flight(spans, opened, session.loaded, on_wait)) as prepared:
         callbacks = on_failure, passing(progress), passing(on_wait)
@@ -81,19 +78,17 @@ def _answer_span(
     def encode() -> EncodedInputs:
         if isinstance(inputs, Exception):
             raise inputs
-        try:
-            with inputs:
-                return inputs.encode(progress)
-        finally:
-            on_wait(inputs.waited_s)
+        with inputs:
+            encoded = inputs.encode(progress)
+        on_wait(encoded.waited_seconds)
+        return encoded
 
     def answered(row: Row) -> Report:
-        encoded.last_question = row is span.rows[-1]
         generation = row.generation(settings.generation)
         asked = encoded
         if row.earlier:
             asked = encoded.chat(generation.system, Turn.to_messages(row.earlier))
-        answer = asked.ask(row.prompt, **vars(generation))
+        answer = asked.ask(row.prompt, last=row is span.rows[-1], **vars(generation))
         str(answer)  # generates the entire answer
         return answer.report
 

@@ -234,12 +234,9 @@ class Evaluation:
             for number, (video, opened) in enumerate(ahead, done):
                 yield self.evaluate(video, lambda what, at=number: progress("video", at, self.total, what), opened)
 
-    def _opened(self, video: VideoQuestions, cores: int | None) -> OpenInputs:
+    def _opened(self, video: VideoQuestions) -> OpenInputs:
         """Open all of a video's time spans that questions refer to, so that they can be prefetched for the first variant."""
-        parts = [self._open(self.variants[0], video, span) for span in Span.group(video.rows)]
-        inputs = OpenInputs(parts[0].session, [opened for part in parts for opened in part.inputs])
-        inputs.use_cores(cores)
-        return inputs
+        return OpenInputs.joined([self._open(self.variants[0], video, span) for span in Span.group(video.rows)])
 
     def evaluate(
         self,
@@ -315,10 +312,10 @@ class Evaluation:
         cost = AnswerCost(self.loaded, encoded)
         pruned = encoded.report.time_ms.encode_prune
         for row in span.rows:
-            encoded.last_question = row is span.rows[-1]
+            last = row is span.rows[-1]
             if settings.score == "likelihood" and row.options:
                 row = replace(row, scored=True)
-            answer = encoded.ask(row.prompt, **vars(row.generation(settings.generation)))
+            answer = encoded.ask(row.prompt, last=last, **vars(row.generation(settings.generation)))
             text = "".join(answer)
             right = grade(row, text)
             sample = {

@@ -28,7 +28,7 @@ from evoprune.methods import arange_on
 from evoprune.session import Session, open_inputs
 from evoprune.util import counted
 from evoprune.video import FrameChunk, Plan, SamplingOptions
-from evoprune.vision import EncodedRows, encode_rows, resize
+from evoprune.vision import TowerOutput, encode_rows, resize
 
 BACKGROUND = (18, 18, 22)
 INK = (235, 235, 240)
@@ -92,7 +92,7 @@ class Fates:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, video: EncodedRows) -> Self:
+    def of(cls, video: TowerOutput) -> Self:
         """Determine the fates of an encoded video's units. The pruning method must not depend on the question."""
         row = video.selector_input.unit_to_row.cpu()
         selection = video.token_selection()
@@ -164,7 +164,7 @@ class TracedVideo:
         """
         Fates.check(session)
         shown: list[torch.Tensor] = []
-        made: list[EncodedRows] = []
+        made: list[TowerOutput] = []
 
         def frames(plan: Plan, chunks: Iterator[FrameChunk]) -> Iterator[FrameChunk]:
             shown.clear()  # the encoder restarts if it runs out of memory
@@ -173,7 +173,7 @@ class TracedVideo:
                     shown.append(resize(torch.from_numpy(chunk.pixels), plan.height, plan.width))
                     yield chunk
 
-        def tower(*given: Any, **options: Any) -> EncodedRows:
+        def tower(*given: Any, **options: Any) -> TowerOutput:
             made[:] = [encode_rows(*given, **options)]
             return made[0]
 

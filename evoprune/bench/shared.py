@@ -15,7 +15,7 @@ from evoprune.methods import EncoderPlan, PruneConfig, SetAside
 from evoprune.model import Clock
 from evoprune.session import LoadedModel, PruneOptions
 from evoprune.video import FrameChunk, Plan
-from evoprune.vision import EncodedRows, encode_rows
+from evoprune.vision import TowerOutput, encode_rows
 
 T = TypeVar("T")
 # The maximum number of cached encodings. It is large enough for selectors after `reuse` at three budgets, whether they need
@@ -126,9 +126,9 @@ class SharedRows:
 
     def __init__(self):
         self.saved = 0.0
-        self._held: OrderedDict[tuple, tuple[EncodedRows, float]] = OrderedDict()
+        self._held: OrderedDict[tuple, tuple[TowerOutput, float]] = OrderedDict()
 
-    def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> EncodedRows:
+    def encode_rows(self, visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options) -> TowerOutput:
         """Return the rows from the cache, or encode them with `vision.encoder.encode_rows`."""
         key = (_tower_work(plan), *sorted((name, value) for name, value in options.items() if name != "on_layer"))
         if key in self._held:

@@ -479,7 +479,7 @@ class Answering:
                     if upcoming:
                         _, opened = next(upcoming)
                     else:
-                        opened = self._open(path, loaded.cores)
+                        opened = self._open(path)
                     self.made.append(self._answered(path, opened, len(videos) - number))
                     if len(self.made) > 1:
                         self._next_s = self.made[-1].took_s
@@ -493,10 +493,8 @@ class Answering:
             opened.close()
         self._held.clear()
 
-    def _open(self, path: str, cores: int | None) -> OpenInputs:
-        inputs = open_inputs(self.session, [path], self._sampling, ahead=self._ahead)
-        inputs.use_cores(cores)
-        return inputs
+    def _open(self, path: str) -> OpenInputs:
+        return open_inputs(self.session, [path], self._sampling, ahead=self._ahead)
 
     def _answered(self, path: str, opened: OpenInputs | Exception, videos: int) -> FullAnswers:
         """Answer all questions about one video.

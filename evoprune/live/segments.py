@@ -17,7 +17,7 @@ from evoprune.methods import EncoderPlan, Stage, arange_on
 from evoprune.model import Cost
 from evoprune.session import Session
 from evoprune.video import Plan
-from evoprune.vision import EncodedRows, EncoderRun, ReferenceBlocks, Rows, encode_rows
+from evoprune.vision import EncoderRun, ReferenceBlocks, Rows, TowerOutput, encode_rows
 
 
 class NothingNew(Exception):
@@ -36,7 +36,7 @@ class Earlier:
 
 def encode_segment(
     visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, earlier: Earlier | None, **options: Any
-) -> tuple[EncodedRows, Earlier | None]:
+) -> tuple[TowerOutput, Earlier | None]:
     """Encode a segment like `vision.encoder.encode_rows`, and also return the state for the next segment.
 
     Args:

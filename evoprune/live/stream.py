@@ -41,7 +41,7 @@ from evoprune.model import Clock
 from evoprune.report import EncodingTimes, Report, TokenCounts
 from evoprune.session import (
     Askable,
-    EncodedInput,
+    InputResult,
     Session,
     StreamOptions,
 )
@@ -108,7 +108,7 @@ class VideoStream(Askable):
         self._memory: StreamMemory | None = None
         # Changed only by threads that use the memory, except for `_unfinished`, which is set by questions.
         self._waiting: list[EncodedWindow] = []
-        self._latest: EncodedInput | None = None  # encoding of the latest finished window
+        self._latest: InputResult | None = None  # encoding of the latest finished window
         self._unfinished: EncodedWindow | None = None  # the unfinished window as seen by the latest question
 
     def __enter__(self) -> "VideoStream":
@@ -247,7 +247,7 @@ class VideoStream(Askable):
             if self._gate.state is not State.GENERATING:
                 self._read_waiting(polite=not too_many)
 
-    def _look(self) -> EncodedInput | None:
+    def _look(self) -> InputResult | None:
         """Encode the unfinished window for a question, unless the latest question saw the same frames.
 
         The elapsed time, including any wait for another window to be encoded, is charged to the next prefilled question.
@@ -332,7 +332,7 @@ class VideoStream(Askable):
     def _blank_report(self) -> Report:
         return self._report(self._look() or self._latest)
 
-    def _report(self, encoding: EncodedInput | None) -> Report:
+    def _report(self, encoding: InputResult | None) -> Report:
         with self._gate:
             self._check_open()
             if encoding is None:

@@ -12,9 +12,9 @@ from evoprune.errors import UsageError
 from evoprune.language import PrunedPrompt, prompt_positions, prune_prompt, timestamps
 from evoprune.live.segments import Earlier, NothingNew, encode_segment
 from evoprune.methods import FarthestPoints, Tokens, arange_on, select
-from evoprune.session import EncodedInput, LoadedModel, OpenInput, Session
+from evoprune.session import InputResult, LoadedModel, OpenInputs, Session
 from evoprune.video import FrameChunk, Plan, SamplingPlan
-from evoprune.vision import Encoded, EncodedRows, resize
+from evoprune.vision import Encoded, TowerOutput, resize
 
 
 @dataclass
@@ -48,7 +48,7 @@ class EncodedWindow:
 
     frames: int
     end: int
-    encoding: EncodedInput
+    encoding: InputResult
     earlier: Earlier | None
     window: Window
     prompt: PrunedPrompt
@@ -230,19 +230,19 @@ class Windower:
         )
         chunk = FrameChunk(0, np.stack(frames), tuple(plan.sampling.times_s))
 
-        def encoded(earlier: Earlier | None) -> tuple[EncodedInput, EncodedRows, Earlier]:
+        def encoded(earlier: Earlier | None) -> tuple[InputResult, TowerOutput, Earlier]:
             """Encode the window as a segment of a longer video, and return its tokens, its rows, and the state it leaves."""
             segment = []
 
-            def tower(*given: Any, **options: Any) -> EncodedRows:
+            def tower(*given: Any, **options: Any) -> TowerOutput:
                 segment[:] = encode_segment(*given, earlier, pause=pause, **options)
                 return segment[0]
 
             def frames(*_: Any) -> Iterator[FrameChunk]:
                 yield chunk
 
-            opened = OpenInput(session, plan, frames=frames, tower=tower, threaded=False)
-            return opened.encode(), *segment
+            (encoding,) = OpenInputs(session, [plan], frames=frames, tower=tower, threaded=False).encode_each()
+            return encoding, *segment
 
         try:
             encoding, rows, left = encoded(self._earlier)
@@ -256,7 +256,7 @@ class Windower:
 
 
 @torch.inference_mode()
-def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
+def staying_order(rows: TowerOutput, tokens: Encoded) -> torch.Tensor:
     """Rank a window's tokens by how long they should stay in memory.
 
     The pruning method is asked to select half of the tokens, then a quarter of them, and so on. Tokens that are selected more often
@@ -284,7 +284,7 @@ def staying_order(rows: EncodedRows, tokens: Encoded) -> torch.Tensor:
 
 def window_columns(
     loaded: LoadedModel,
-    encoding: EncodedInput,
+    encoding: InputResult,
     order: torch.Tensor,
     slots: Sequence[int],
     step_s: float,

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions, Tokenizer
@@ -31,7 +30,7 @@ from evoprune.session import (
     Cache,
     EncodedInputs,
     FindOptions,
-    OpenInput,
+    OpenInputs,
     Session,
     speech_of,
 )
@@ -111,9 +110,7 @@ class Search:
         session.check_process()
         self._session = session
         self._cache = cache
-        self._input: dict[str, Any] = {}  # additional arguments for each `OpenInput`
-        if cache and not session.pruning.method.reads_question:
-            self._input = {"cache": cache}
+        self._cache_of_tokens = None if session.pruning.method.reads_question else cache
         self._options = options
         self._sampling = sampling
         self.queries = options.check_queries(queries)
@@ -444,7 +441,7 @@ class Search:
             self._pieces[query, middle_s, length_s] = self._odds(query, opened)
         return self._pieces[query, middle_s, length_s]
 
-    def _odds(self, query: str, opened: OpenInput) -> float:
+    def _odds(self, query: str, opened: OpenInputs) -> float:
         """Return the log odds that a piece matches a query, or -inf if the piece is unreadable. Closes the input."""
         with closing(opened):
             try:
@@ -477,7 +474,7 @@ class Search:
         wanted = part.with_overrides(frames=segment.frames, seek=seek)
         return session.loaded.description.plan(self._info, wanted, session.pruning, self.name)
 
-    def _open(self, segment: Segment, seek: str) -> OpenInput:
+    def _open(self, segment: Segment, seek: str) -> OpenInputs:
         plan = self._plan(segment, seek)
         if self._spoken.source is not None:
             count = self._session.loaded.tokenizer.encode
@@ -486,7 +483,7 @@ class Search:
             plan = replace(
                 plan, subtitles=spoken.fitted(self._sampling.max_subtitle_tokens, lambda text: len(count(text)))
             )
-        return OpenInput(self._session, plan, **self._input)
+        return OpenInputs(self._session, [plan], cache=self._cache_of_tokens)
 
     def _heard(self, progress: Progress | None) -> Subtitles:
         """Return the subtitles or transcribed speech of all segments, or no lines if the `speech` option is "none"."""
@@ -501,9 +498,9 @@ class Search:
         self.warnings |= dict.fromkeys(found.warnings, VideoFacts(path=self.name))
         return found
 
-    def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInput]:
+    def _opened(self, segments: Sequence[Segment], seek: str) -> Iterator[OpenInputs]:
         """Yield an open input for each segment, reading the next segment in the background. The caller must close the inputs."""
-        following: OpenInput | None = None
+        following: OpenInputs | None = None
         try:
             for number, segment in enumerate(segments):
                 opened = following or self._open(segment, seek)
@@ -516,9 +513,9 @@ class Search:
             if following:
                 following.close()
 
-    def _ask(self, opened: OpenInput, queries: Sequence[str]) -> dict[str, float]:
+    def _ask(self, opened: OpenInputs, queries: Sequence[str]) -> dict[str, float]:
         """Return the log odds that a segment matches each query. If a query has multiple questions, the lowest result is used."""
-        encoded = EncodedInputs(self._session, [opened.encode()])
+        encoded = opened.encode()
         self._warn(encoded, queries)
         odds = {}
         for query in queries:

@@ -5,8 +5,6 @@ from .answers import Chat as Chat
 from .asking import Askable as Askable
 from .asking import EncodedInputs as EncodedInputs
 from .cache import Cache as Cache
-from .encoded import EncodedInput as EncodedInput
-from .encoding import OpenInput as OpenInput
 from .encoding import OpenInputs as OpenInputs
 from .encoding import inputs_of as inputs_of
 from .encoding import open_inputs as open_inputs
@@ -30,6 +28,7 @@ from .prompting import prompt_about as prompt_about
 from .prompting import with_subtitles as with_subtitles
 from .reading import probed as probed
 from .report import pruning_facts as pruning_facts
+from .result import InputResult as InputResult
 from .session import Session as Session
 from .speech import speech_of as speech_of
 from .upcoming import in_flight as in_flight

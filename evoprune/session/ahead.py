@@ -10,7 +10,6 @@ Prefetched frames keep their decoded size, because resizing them would require t
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,7 +17,7 @@ from evoprune.backend import Host
 from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions
-from evoprune.session.reading import PATIENCE_S, Reading, Readings, probed, state_of, stop_all
+from evoprune.session.reading import PATIENCE_S, Prefetcher, Reading, probed, state_of, stop_all
 from evoprune.session.speech import begin_speech
 from evoprune.signatures import takes
 from evoprune.suggestions import Suggesting
@@ -39,24 +38,31 @@ MAX_GROUPS = 4  # maximum number of input groups to prefetch
 class _Prefetch:
     """An input being prefetched. Its reader thread sets `state` and `request`."""
 
-    path: str
+    paths: Sequence[str]  # the paths opened together with the input, including its own
+    number: int  # index of the input in `paths`
+    sampling: SamplingOptions
     state: tuple | None = None  # file state before probing; see `state_of`
     request: tuple[Any, ...] | None = None  # see `_request`; set once the input has been planned
-    reading: Reading[FrameChunk] | None = None
 
-    def answers(self, request: tuple[Any, ...]) -> bool:
+    @property
+    def path(self) -> str:
+        return self.paths[self.number]
+
+    def answers(self, request: tuple[Any, ...], problem: BaseException | None) -> bool:
         """Return True if the prefetched frames can be used for a session's request.
 
         The session must request the same frames, and the files must not have changed since they were probed. A prefetch that failed
         with a `VideoError` also qualifies, because the session would encounter the same error. After any other error, the session
         should read the input itself.
+
+        Args:
+            problem: The exception raised while reading ahead, or None.
         """
-        problem = self.reading.problem
         failed = problem is not None and not isinstance(problem, VideoError)
         return self.request == request and self.state == state_of(self.path) is not None and not failed
 
 
-class ReadAhead(Readings, Suggesting):
+class ReadAhead(Prefetcher[_Prefetch, FrameChunk], Suggesting):
     """Prefetches inputs one by one while the model is loading. Close it after use.
 
     Invalid inputs don't raise an error at this stage. The session raises the error later, when it opens the input.
@@ -80,23 +86,17 @@ class ReadAhead(Readings, Suggesting):
             held_bytes = MAX_WAITING_BYTES
             if (available := Host().available_memory()) is not None:
                 held_bytes = min(MAX_WAITING_BYTES, available // MEMORY_SHARE)
-        super().__init__(held_bytes)
+        groups = [([os.fspath(path) for path in paths], sampling) for paths, sampling in islice(asked, MAX_GROUPS)]
+        inputs = [_Prefetch(paths, number, sampling) for paths, sampling in groups for number in range(len(paths))]
+        super().__init__(inputs, self._begin, limit_bytes=held_bytes)
         self.model = model
         self._pruning = pruning
-        self._prefetches: list[_Prefetch] = []
         self._stop_speech: list[Callable[[], None]] = []
-        for paths, sampling in islice(asked, MAX_GROUPS):
-            names = [os.fspath(path) for path in paths]
-            for place, path in enumerate(names):
-                prefetch = _Prefetch(path)
-                prefetch.reading = Reading(partial(self._begin, prefetch, names, place, sampling), self)
-                self._prefetches.append(prefetch)
-        self._remaining = [*self._prefetches]  # inputs not yet returned or skipped by `take`
+        self.fill()
 
     def close(self) -> None:
         """Discard all prefetched frames and stop the reader threads."""
-        self._remaining = []
-        stop_all([prefetch.reading for prefetch in self._prefetches])
+        super().close()
         while self._stop_speech:
             self._stop_speech.pop()()
 
@@ -108,16 +108,15 @@ class ReadAhead(Readings, Suggesting):
         request = _request(plan)
         while True:
             with self.changed:
-                paths = [prefetch.path for prefetch in self._remaining]
+                paths = [prefetch.path for prefetch, _ in self.queue]
                 if plan.info.path not in paths:
                     return None
-                place = paths.index(plan.info.path)
-                *before, prefetch = self._remaining[: place + 1]
-                self._remaining = self._remaining[place + 1 :]
-            stop_all([earlier.reading for earlier in before])
-            if self._has_started(prefetch.reading) and prefetch.answers(request):
-                return prefetch.reading
-            prefetch.reading.close()
+                before = [self.queue.popleft()[1] for _ in range(paths.index(plan.info.path))]
+                prefetch, reading = self.queue.popleft()
+            stop_all(before)
+            if self._has_started(reading) and prefetch.answers(request, reading.problem):
+                return reading
+            reading.close()
 
     def _has_started(self, reading: Reading) -> bool:
         """Wait for a `Reading` to start. Return True once it has started or ended, or False after `PATIENCE_S` seconds.
@@ -136,13 +135,13 @@ class ReadAhead(Readings, Suggesting):
             # The session has already probed the input, so planning is fast unless the thread hangs.
             return Scope.wait_for(self.changed, lambda: reading.has_started, PATIENCE_S)
 
-    def _begin(
-        self, prefetch: _Prefetch, names: Sequence[str], place: int, sampling: SamplingOptions, reading: Reading
-    ) -> Iterator[FrameChunk]:
+    def _begin(self, prefetch: _Prefetch, reading: Reading[FrameChunk]) -> Iterator[FrameChunk]:
         """Probe an input, plan which frames to read, and return an iterator over the frame chunks."""
         prefetch.state = state_of(prefetch.path)
-        infos = [probed(path, folder_fps=sampling.frame_rate) for path in names]
-        plan = self.model.plan(infos[place], sampling.of_each(infos)[place], self._pruning)
+        sampling = prefetch.sampling
+        number = prefetch.number
+        infos = [probed(path, folder_fps=sampling.frame_rate) for path in prefetch.paths]
+        plan = self.model.plan(infos[number], sampling.of_each(infos)[number], self._pruning)
         source = plan.source
         times = plan.sampling.times_s
         prefetch.request = _request(plan)

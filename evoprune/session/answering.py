@@ -21,6 +21,7 @@ class Request:
     seed: int | None  # None means the seed of the session
     on_thoughts: Callable[[str], None] | None = None  # called with each piece of reasoning text
     earlier: Sequence[Turn] | None = None  # the conversation so far, or None for a single question
+    last: bool = False  # whether no other question about the inputs is expected
 
 
 class Inputs(Protocol):

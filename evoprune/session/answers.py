@@ -240,6 +240,7 @@ class Chat(Uncopied, Suggesting):
         schema: type[Shape],
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
+        last: bool = False,
         **options: "Unpack[UntypedKeywords]",
     ) -> Answer[Shape | None]: ...
 
@@ -250,6 +251,7 @@ class Chat(Uncopied, Suggesting):
         *,
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
+        last: bool = False,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer: ...
 
@@ -260,6 +262,7 @@ class Chat(Uncopied, Suggesting):
         *,
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
+        last: bool = False,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
         """Ask the next question.
@@ -283,7 +286,7 @@ class Chat(Uncopied, Suggesting):
         generation = replace(generation, system=self.system)
         check_question(question)
         earlier = self._fitting(question, generation)
-        answer = self._inputs._answer(Request(question, generation, seed, on_thoughts, earlier))
+        answer = self._inputs._answer(Request(question, generation, seed, on_thoughts, earlier, last))
         dropped = len(self._turns) - len(earlier)
         answer.report.conversation = {"turns": len(earlier), "dropped": dropped}
         if earlier and self._inputs._session.loaded.demo:

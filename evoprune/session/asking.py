@@ -20,9 +20,9 @@ from evoprune.model import Clock, Cost
 from evoprune.report import ABOUT_SOUND, EncodingTimes, Report, TokenCounts
 from evoprune.session.answering import Answering, Request
 from evoprune.session.answers import Answer, Chat, Shape
-from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
+from evoprune.session.result import InputResult
 from evoprune.session.session import Session
 from evoprune.signatures import suggests, takes
 from evoprune.suggestions import Suggesting
@@ -54,7 +54,7 @@ class Askable(ABC, Uncopied, Suggesting):
         """Whether any video has an audio track, but neither subtitles nor a transcript."""
         return False
 
-    def _report_of_inputs(self, encodings: Sequence[EncodedInput]) -> Report:
+    def _report_of_inputs(self, encodings: Sequence[InputResult]) -> Report:
         """Return a report about the encoded inputs, excluding the total stage times added by `fill_times`."""
         return inputs_report(self._session, encodings)
 
@@ -100,6 +100,7 @@ class Askable(ABC, Uncopied, Suggesting):
         schema: type[Shape],
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
+        last: bool = False,
         **options: "Unpack[UntypedKeywords]",
     ) -> Answer[Shape | None]: ...
 
@@ -110,6 +111,7 @@ class Askable(ABC, Uncopied, Suggesting):
         *,
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
+        last: bool = False,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer: ...
 
@@ -120,6 +122,7 @@ class Askable(ABC, Uncopied, Suggesting):
         *,
         seed: int | None = None,
         on_thoughts: Callable[[str], None] | None = None,
+        last: bool = False,
         **options: "Unpack[GenerationKeywords]",
     ) -> Answer:
         """Ask a question about the inputs. Only the first answer's report includes the encoding time.
@@ -130,6 +133,8 @@ class Askable(ABC, Uncopied, Suggesting):
                 the same answer.
             on_thoughts: Called with each piece of reasoning text as soon as it is generated. Other threads that ask about the same
                 inputs wait until it returns.
+            last: Whether this is the last question about the inputs, so that a model with recurrent layers can read the prompt in a
+                single pass.
             options: Generation options; see `keywords.GenerationKeywords`.
 
         Raises:
@@ -137,7 +142,7 @@ class Askable(ABC, Uncopied, Suggesting):
             TypeError: If an option is unknown.
         """
         (generation,) = from_keywords(options, GenerationOptions)
-        return self._answer(Request(question, generation, seed, on_thoughts))
+        return self._answer(Request(question, generation, seed, on_thoughts, last=last))
 
     @suggests
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
@@ -201,18 +206,15 @@ class EncodedInputs(Askable):
     Attributes:
         report: Report on how the inputs were encoded. It never changes, because each answer has its own report.
         plans: One plan per input, specifying its frames, its size, and how it is encoded.
-        last_question: Set this to True before asking the last question about the inputs, so that a model with recurrent layers can
-            read the prompt in a single pass.
     """
 
     AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint for functions that expect a path
 
-    def __init__(self, session: Session, encodings: Sequence[EncodedInput]):
+    def __init__(self, session: Session, encodings: Sequence[InputResult]):
         super().__init__(session)
-        self._encodings = [encoding.own() for encoding in encodings]
+        self._encodings = [replace(encoding, encoded=encoding.encoded.own()) for encoding in encodings]
         self.plans = [encoding.plan for encoding in encodings]
         self._prefix = PrefixCache(session.loaded.language)
-        self.last_question = False
         self._report_template = self._report_of_inputs(self._encodings)
         self.report = deepcopy(self._report_template)
         spent = total_times(self._encodings)
@@ -259,6 +261,11 @@ class EncodedInputs(Askable):
     @property
     def plan(self) -> Plan:
         return self.plans[0]
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time that encoding spent waiting for reading, preprocessing, and transcripts, in seconds."""
+        return sum(encoding.waited_seconds for encoding in self._encodings)
 
     @property
     def ignores_sound(self) -> bool:
@@ -317,7 +324,9 @@ class EncodedInputs(Askable):
         self._prefix.forget()
         ids = torch.tensor(loaded.tokenizer.encode(question), dtype=torch.int64, device="cpu")
         words = loaded.language.embed(ids)  # embed the question without the rest of the prompt
-        self._encodings = [encoding.selected(words) for encoding in self._encodings]
+        self._encodings = [
+            replace(encoding, encoded=encoding.encoded.for_question(words)) for encoding in self._encodings
+        ]
         fill_pruning(report, self._session, self._encodings)
         report.time_ms.encode_prune += (self._prune_seconds - before) * 1000
 
@@ -326,7 +335,7 @@ class EncodedInputs(Askable):
         return sum(encoding.encoded.prune_seconds for encoding in self._encodings)
 
     def _fitting_prompt(self, question: str, options: GenerationOptions, earlier: Sequence[Turn] | None) -> Prompt:
-        kept = sum(encoding.kept for encoding in self._encodings)
+        kept = sum(encoding.encoded.keep for encoding in self._encodings)
         return self._session.fitting_prompt(self.plans, question, options, kept, earlier or ())
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
@@ -339,14 +348,13 @@ class EncodedInputs(Askable):
         """
         with clock.stage("prefill"):
             prompt = self._fitting_prompt(request.question, request.options, request.earlier)
-        if selects := any(encoding.unselected for encoding in self._encodings):
+        if selects := any(encoding.encoded.selectable for encoding in self._encodings):
             with clock.stage("encode"):
                 self._select_for(request.question, report)
         with clock.stage("prefill"):
             # If tokens are selected again for each question, later prompts cannot reuse this one, so treat every question as the
             # last one.
-            last = self.last_question or selects
-            state = self._prefill(prompt, last, goes_on=request.earlier is not None)
+            state = self._prefill(prompt, request.last or selects, goes_on=request.earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
             columns = state.cache.length
@@ -366,7 +374,7 @@ class EncodedInputs(Askable):
         return self._prefix.read(pruned, prompt, last, goes_on, dropping)
 
 
-def total_times(encodings: Iterable[EncodedInput]) -> EncodingTimes:
+def total_times(encodings: Iterable[InputResult]) -> EncodingTimes:
     """Return the time spent on encoding, summed over all inputs."""
     total = EncodingTimes()
     for encoding in encodings:

@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, Self
@@ -24,11 +24,11 @@ from evoprune.report import INPUT_STAGES, OVERLAP
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
 from evoprune.session.cache import Cache, Entry, own_code
-from evoprune.session.encoded import EncodedInput
 from evoprune.session.memory import TEXT
 from evoprune.session.patches import content_key, patch_bytes
 from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, SharedChunks, probed
+from evoprune.session.result import InputResult
 from evoprune.session.session import Session
 from evoprune.session.speech import with_speech
 from evoprune.timeline import Timeline, account, this_thread
@@ -45,7 +45,7 @@ from evoprune.video import (
     Stopped,
     read_chunks,
 )
-from evoprune.vision import Encoded, EncodedRows, encode_rows, patches_of
+from evoprune.vision import TowerOutput, encode_rows, patches_of
 
 Path = str | os.PathLike[str]
 # A progress callback. Its arguments are a stage ("read", "encode", or "layers"), the amount done so far, and the total.
@@ -53,111 +53,92 @@ Progress = Callable[[str, int, int], None]
 # Changes or replaces a plan's frames. Its arguments are the plan, and the frames that will be read from the files if they are used.
 FrameFilter = Callable[[Plan, Iterator[FrameChunk]], Iterator[FrameChunk]]
 # Runs the vision tower. Its arguments are those of `vision.encoder.encode_rows`.
-Tower = Callable[..., EncodedRows]
+Tower = Callable[..., TowerOutput]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
 AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches outside the patch store
 READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packages of the decoders
 
 
-@dataclass(frozen=True)
-class _PatchSource:
-    """Reads an input's frames and converts them to patches. It doesn't refer to who asked for them.
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass
 
-    Attributes:
-        cores, ahead, filter: See `OpenInput`; `filter` is its `frames`.
+
+def read_patches(
+    timeline: Timeline,
+    on_frames: Callable[[int], None],
+    *,
+    plan: Plan,
+    limits: InputLimits,
+    device: torch.device,
+    cores: int | None = None,
+    ahead: ReadAhead | None = None,
+    frames: FrameFilter | None = None,
+) -> Iterator[FrameChunk]:
+    """Read an input's frames, and yield them as chunks of patches.
+
+    Args:
+        timeline: Records the "read" and "preprocess" stages.
+        on_frames: Called with the number of frames read so far.
+        cores, ahead, frames: See `open_inputs`.
     """
 
-    plan: Plan
-    limits: InputLimits
-    device: torch.device
-    cores: int | None
-    ahead: ReadAhead | None
-    filter: FrameFilter | None
-
-    def __call__(self, reading: Reading[FrameChunk]) -> Iterator[FrameChunk]:
-        """Yield the patches in the thread of a `Reading`, and update the number of frames that it has read."""
-        return self.patches(reading.timeline, reading.at_least)
-
-    def patches(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the patches in chunks, calling `on_frames` with the number of frames read so far."""
-        frames = self._frames(timeline, on_frames)
-        if self.filter is not None:
-            frames = self.filter(self.plan, frames)
-        with closing(frames):
-            for chunk in timeline.each("read", frames):
-                on_frames(chunk.end)
-                with timeline.stage("preprocess"):
-                    patches = patches_of(chunk.pixels, self.plan, self.limits, self.device)
-                yield replace(chunk, pixels=patches)
-
-    def _frames(self, timeline: Timeline, on_frames: Callable[[int], None]) -> Iterator[FrameChunk]:
-        """Yield the sampled frames in chunks, from the prefetch if it has them."""
-        plan = self.plan
-        if self.ahead and (early := self.ahead.take(plan)):
+    def read() -> Iterator[FrameChunk]:
+        if ahead and (early := ahead.take(plan)):
             try:
                 with closing(early):
                     yield from timeline.each("read", early.chunks(), waiting=True)
             finally:
                 timeline.add(early.timeline.take())
             return
-        given = {"chunk_bytes": plan.chunk_bytes, "cores": self.cores, "on_frames": on_frames}
-        with closing(read_chunks(plan.source, plan.sampling.times_s, **given, **plan.read_arguments)) as frames:
-            yield from frames
+        with closing(
+            read_chunks(
+                plan.source,
+                plan.sampling.times_s,
+                chunk_bytes=plan.chunk_bytes,
+                cores=cores,
+                on_frames=on_frames,
+                **plan.read_arguments,
+            )
+        ) as chunks:
+            yield from chunks
 
-
-@dataclass
-class _Seen:
-    """Facts about the frames that have been read so far.
-
-    Attributes:
-        read_s: Timestamps of the decoded frames, in seconds.
-        damaged: Number of packets that could not be decoded.
-        other_size, moved: See `FrameChunk`.
-    """
-
-    read_s: tuple[float, ...] = ()
-    damaged: int = 0
-    other_size: bool = False
-    moved: bool = False
-
-    def add(self, chunk: FrameChunk) -> None:
-        self.read_s += chunk.times_s
-        self.damaged += chunk.damaged
-        self.other_size |= chunk.other_size
-        self.moved |= chunk.moved
+    chunks = read()
+    if frames is not None:
+        chunks = frames(plan, chunks)
+    with closing(chunks):
+        for chunk in timeline.each("read", chunks):
+            on_frames(chunk.end)
+            with timeline.stage("preprocess"):
+                patches = patches_of(chunk.pixels, plan, limits, device)
+            yield replace(chunk, pixels=patches)
 
 
 @dataclass(eq=False)
-class OpenInput:
+class _Input:
     """A video or image opened for encoding. Encode it once, and then close it.
 
     Attributes:
         timeline: The intervals in which the input was planned, read, and transcribed.
-        frames: Changes or replaces the frames, or None. If it is not None, later runs on the same files can't reuse the patches.
-        tower: Runs the vision tower on the patches. Defaults to `encode_rows`.
-        threaded: Whether a background thread prepares the next chunks while the encoder processes the current one.
-        ahead: A prefetch that may have already read the frames, or None.
-        cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
         temporary: Whether the files will be deleted when the input is closed, so they cannot be shared with later inputs.
         cores: Maximum number of cores for reading, or None for all cores available to this process.
-        waited_s: Time the encoding thread spent waiting for patches and transcripts, in seconds.
+
+    The other fields are arguments of `OpenInputs`.
     """
 
     session: Session
     plan: Plan
-    timeline: Timeline = field(default_factory=Timeline)
+    timeline: Timeline
     _: KW_ONLY
-    frames: FrameFilter | None = None
-    tower: Tower | None = None
-    threaded: bool = True
-    ahead: ReadAhead | None = None
-    cache: Cache | None = None
-    temporary: bool = False
+    frames: FrameFilter | None
+    tower: Tower | None
+    threaded: bool
+    ahead: ReadAhead | None
+    cache: Cache | None
+    temporary: bool
 
     def __post_init__(self):
         self.cores = self.session.loaded.cores
-        self.waited_s = 0.0
         # This input's patches in the patch store, or None if they aren't stored.
         self._stored_patches: SharedChunks[FrameChunk] | None = None
         self._reading: Reading[FrameChunk] | None = None
@@ -190,12 +171,8 @@ class OpenInput:
         if self.stored is None:
             self._start_reading()
 
-    def read(self) -> None:
-        """Start reading ahead, and wait until the entire input has been read or the buffer is full.
-
-        Don't call this from the thread that will encode the input.
-        """
-        self.begin()
+    def wait(self) -> None:
+        """Wait until the entire input has been read, or the buffer is full. Don't call this from the thread that will encode."""
         if reading := self._reading:
             reading.wait()
 
@@ -204,20 +181,12 @@ class OpenInput:
             self._closed = True
         self._release_reading()
 
-    def encode(self, progress: Progress | None = None, pieces: Sequence[int] | None = None) -> EncodedInput:
-        """Read, preprocess, and encode the input.
+    def encode(self, progress: Progress | None, pieces: Sequence[int]) -> InputResult:
+        """Read, preprocess, and encode the input. For the other arguments and the exceptions, see `OpenInputs.encode`.
 
         Args:
-            progress: Called in the current thread with a stage, the amount done so far, and the total. The stage is "read"
-                (counting frames read) while waiting for frames, "encode" (counting frames embedded) after each chunk, and "layers"
-                (counting completed tower layers) at the end.
             pieces: Piece sizes to try, as the number of rows in a single matrix product. If memory runs out, the next size is
-                tried. Defaults to the result of `Session.fitting_pieces`.
-
-        Raises:
-            VideoError: If the input is unreadable.
-            OutOfMemory: If memory runs out even with the last piece size.
-            ModelError: If the output contains NaN or infinity.
+                tried.
         """
         plan = self.plan
         device = Device(self.session.device)
@@ -226,82 +195,70 @@ class OpenInput:
         start = device.now()
         warnings = [name for name, true in {"cut_short": plan.cut_short, "limited": plan.limited}.items() if true]
         warnings += plan.info.warnings
+        damaged = 0
+        cache = "hit"
         with callback_errors() as passing:
-            result, seen, cache = self._result(timeline, passing(progress), pieces, warnings)
+            if not (entry := self.stored):
+                entry, seen = self._compute(timeline, passing(progress) or _no_progress, pieces)
+                damaged = sum(chunk.damaged for chunk in seen)
+                if damaged:
+                    warnings.append("damaged_video")
+                if resized := any(chunk.other_size for chunk in seen):
+                    warnings.append("changing_size")
+                cache = "off" if self.key is None else "miss"
+                # Don't store a video that is damaged or has a changing frame size, because a cache hit wouldn't repeat the warning.
+                if cache == "miss" and not (damaged or resized) and not self._store(entry, timeline):
+                    warnings.append("cache_not_written")
         spent = account([*self.timeline.take(), *timeline.take()], this_thread(), start, device.now())
-        self.waited_s = spent.waited
-        rows = None
-        tokens = result
-        if isinstance(result, EncodedRows):
-            rows = result
-            tokens = rows.nothing_selected()
+        encoded = entry.encoded
         wanted = pruning.prunes and pruning.budget.keep(plan.full.grid) < plan.units
-        if plan.is_picture and rows is None and wanted and len(tokens.kept) == plan.units:
+        if plan.is_picture and wanted and encoded.keep == plan.units:
             warnings.append("whole_picture")  # the method keeps at least one whole frame pair
-        plan = replace(plan, read_s=seen.read_s, moved=seen.moved)
-        seconds = dict.fromkeys(INPUT_STAGES, 0.0) | spent.stages | {OVERLAP: spent.overlap}
-        return EncodedInput(plan, tokens, rows, seconds, spent.wall, cache, tuple(warnings), seen.damaged)
+        return InputResult(
+            plan=replace(plan, read_s=entry.read_s, moved=entry.moved),
+            encoded=encoded,
+            seconds=dict.fromkeys(INPUT_STAGES, 0.0) | spent.stages | {OVERLAP: spent.overlap},
+            wall_seconds=spent.wall,
+            waited_seconds=spent.waited,
+            cache=cache,
+            warnings=tuple(warnings),
+            damaged=damaged,
+        )
 
-    def _result(
-        self, timeline: Timeline, progress: Progress | None, pieces: Sequence[int] | None, warnings: list[str]
-    ) -> tuple[Encoded | EncodedRows, "_Seen", str]:
-        """Load the encoded input from the disk cache, or encode it and store the result there.
+    def _store(self, entry: Entry, timeline: Timeline) -> bool:
+        """Store an entry in the disk cache, in the "store" stage of `timeline`. Return False if it cannot be written.
 
-        The result is stored in the "store" stage of `timeline`, and any warning names are added to `warnings`.
-
-        Returns:
-            A tuple of the tokens (or the rows, if the pruning method reads the question), facts about the frames, and the cache
-            state (see `EncodedInput.cache`).
+        Nothing is stored if the file has been replaced since the key was computed.
         """
-        if self.stored:
-            return self.stored.encoded, _Seen(read_s=self.stored.read_s, moved=self.stored.moved), "hit"
-        result, seen = self._compute(timeline, progress, pieces)
-        if seen.damaged:
-            warnings.append("damaged_video")
-        if seen.other_size:
-            warnings.append("changing_size")
-        if self.key is None:
-            return result, seen, "off"
-        # Don't store a video that is damaged or has a changing frame size, because a cache hit wouldn't repeat the warning.
-        # Recompute the key before storing, because the file may have been replaced in the meantime.
-        whole = not seen.damaged and not seen.other_size
         with timeline.stage("store"):
-            storable = whole and self._current_key() == self.key
-            if storable and not self.cache.store(self.key, Entry(result, seen.read_s, seen.moved)):
-                warnings.append("cache_not_written")
-        return result, seen, "miss"
+            return self._current_key() != self.key or self.cache.store(self.key, entry)
 
-    def _compute(
-        self, timeline: Timeline, progress: Progress | None, pieces: Sequence[int] | None
-    ) -> tuple[Encoded | EncodedRows, "_Seen"]:
+    def _compute(self, timeline: Timeline, progress: Progress, pieces: Sequence[int]) -> tuple[Entry, list[FrameChunk]]:
         """Encode the input, in the "compile" and "encode" stages of `timeline`.
 
         Returns:
-            A tuple of the tokens, or the rows to select tokens from if the pruning method reads the question, and facts about the
-            frames.
+            A tuple of the encoded input, and its chunks without pixels.
         """
         plan = self.plan
         loaded = self.session.loaded
-        pruning = self.session.pruning
-        if pieces is None:
-            with self.timeline.stage("plan"):
-                pieces = self.session.fitting_pieces(plan)
         with timeline.stage("compile"):
             loaded.ready()
-        options = {"seed": pruning.seed, "normal": loaded.limits[plan.kind].normal}
-        if progress:
-            options["on_layer"] = partial(progress, "layers")
-        late = pruning.method.reads_question and plan.encoder.prunes
-        visual = loaded.model.model.visual
         tower = self.tower or encode_rows
         with timeline.stage("encode"), closing(self):
             for piece_units in pieces:
-                seen = _Seen()
-                patches = self._patches(seen, timeline, progress)
+                seen: list[FrameChunk] = []
                 try:
                     with memory_guard("encode"):
-                        rows = tower(visual, patches, plan.encoder, piece_units=piece_units, **options)
-                        result = rows if late else rows.select_tokens()
+                        rows = tower(
+                            loaded.model.model.visual,
+                            self._patches(seen, timeline, progress),
+                            plan.encoder,
+                            normal=loaded.limits[plan.kind].normal,
+                            seed=self.session.pruning.seed,
+                            piece_units=piece_units,
+                            on_layer=partial(progress, "layers"),
+                        )
+                        encoded = rows.tokens()
                     break
                 except OutOfMemory as problem:
                     if problem.stage != "encode" or piece_units == pieces[-1]:
@@ -310,31 +267,31 @@ class OpenInput:
                     self._release_reading()
                 loaded.patches.clear()
                 empty_cache()
-        return result, seen
+        read_s = tuple(time_s for chunk in seen for time_s in chunk.times_s)
+        return Entry(encoded, read_s, any(chunk.moved for chunk in seen)), seen
 
-    def _patches(self, seen: "_Seen", timeline: Timeline, progress: Progress | None) -> Iterator[torch.Tensor]:
-        """Yield the patches, one chunk of frames at a time, and collect facts about the frames in `seen`.
+    def _patches(self, seen: list[FrameChunk], timeline: Timeline, progress: Progress) -> Iterator[torch.Tensor]:
+        """Yield the patches, one chunk of frames at a time, and add each chunk to `seen`, without its pixels.
 
         Each call starts again from the first frame.
         """
         total = self.plan.sampling.frames
         for chunk in self._chunks(timeline, progress):
-            seen.add(chunk)
+            seen.append(replace(chunk, pixels=None))
             yield chunk.pixels
-            if progress:
-                progress("encode", chunk.end, total)
+            progress("encode", chunk.end, total)
 
-    def _chunks(self, timeline: Timeline, progress: Progress | None) -> Iterator[FrameChunk]:
+    def _chunks(self, timeline: Timeline, progress: Progress) -> Iterator[FrameChunk]:
         """Yield the patches in chunks, reporting the number of frames read so far in the meantime."""
         if not self.threaded:
-            yield from self._source.patches(timeline, lambda frames: None)
+            yield from self._source()(timeline, lambda frames: None)
             return
         reading = self._start_reading()
         reported = -1
 
         def report() -> None:
             nonlocal reported
-            if progress and reading.frames > reported:
+            if reading.frames > reported:
                 reported = reading.frames
                 progress("read", reported, self.plan.sampling.frames)
 
@@ -352,7 +309,16 @@ class OpenInput:
             if self._closed:
                 raise Stopped
             if self._reading is None:
-                self._reading = self._shared_reading() or Reading(self._source, Readings(AHEAD_BYTES))
+                source = self._source()
+
+                def patches(reading: Reading[FrameChunk]) -> Iterator[FrameChunk]:  # must not refer to this input
+                    return source(reading.timeline, reading.at_least)
+
+                self._stored_patches = self._open_stored(patches)
+                if self._stored_patches:
+                    self._reading = self._stored_patches.read()
+                else:
+                    self._reading = Reading(patches, Readings(AHEAD_BYTES))
             return self._reading
 
     @property
@@ -360,18 +326,18 @@ class OpenInput:
         """Whether later runs on the same files may reuse this input's patches."""
         return self.frames is None and not self.temporary
 
-    def _shared_reading(self) -> Reading[FrameChunk] | None:
-        """Return a `Reading` whose patches are kept in the model's patch store, or None if they cannot be stored."""
+    def _open_stored(
+        self, patches: Callable[[Reading[FrameChunk]], Iterator[FrameChunk]]
+    ) -> SharedChunks[FrameChunk] | None:
+        """Open this input's patches in the model's patch store, or return None if they cannot be stored."""
         if not self._shares:
             return None
         device = self.session.device
-        limits = self.session.loaded.limits[self.plan.kind]
+        limits = self._limits
         key = content_key(self.plan, limits, device)
         if key is None:
             return None
-        size = patch_bytes(self.plan, limits)
-        self._stored_patches = self.session.loaded.patches.open(key, size, device, self._source)
-        return self._stored_patches and self._stored_patches.read()
+        return self.session.loaded.patches.open(key, patch_bytes(self.plan, limits), device, patches)
 
     def _release_reading(self) -> None:
         """Release this input's `Reading`. If the patches are needed again, a new `Reading` is started."""
@@ -392,9 +358,20 @@ class OpenInput:
         self.timeline.add(reading.timeline.take())
 
     @property
-    def _source(self) -> "_PatchSource":
-        limits = self.session.loaded.limits[self.plan.kind]
-        return _PatchSource(self.plan, limits, self.session.device, self.cores, self.ahead, self.frames)
+    def _limits(self) -> InputLimits:
+        return self.session.loaded.limits[self.plan.kind]
+
+    def _source(self) -> Callable[[Timeline, Callable[[int], None]], Iterator[FrameChunk]]:
+        """Return `read_patches` for this input. The function doesn't refer to the input or to the session."""
+        return partial(
+            read_patches,
+            plan=self.plan,
+            limits=self._limits,
+            device=self.session.device,
+            cores=self.cores,
+            ahead=self.ahead,
+            frames=self.frames,
+        )
 
 
 def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> str | None:
@@ -434,30 +411,76 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
 
 
 class OpenInputs:
-    """A group of opened videos and images that questions can refer to together. Encode them once, and close them after use.
+    """Opened videos and images that questions can refer to together. Encode them once, and close them after use.
 
     Attributes:
         plans: One plan per input.
 
     Args:
-        files: Temporary input files, which are deleted when the inputs are closed.
+        timelines: For each input, the intervals in which it was planned.
+        threaded: Whether a background thread prepares the next chunks while the encoder processes the current one.
+        cache: The disk cache, or None. On a cache hit, reading and encoding are skipped. On a miss, the encoded input is stored.
+        temporary: The paths of the inputs whose files will be deleted when the inputs are closed.
+        files: Closed together with the inputs, such as temporary files.
+        frames, tower, ahead: See `open_inputs`.
     """
 
-    def __init__(self, session: Session, inputs: Sequence[OpenInput], files: ExitStack | None = None):
+    def __init__(
+        self,
+        session: Session,
+        plans: Sequence[Plan],
+        timelines: Sequence[Timeline] | None = None,
+        *,
+        frames: FrameFilter | None = None,
+        tower: Tower | None = None,
+        threaded: bool = True,
+        ahead: ReadAhead | None = None,
+        cache: Cache | None = None,
+        temporary: Collection[str] = (),
+        files: ExitStack | None = None,
+    ):
         self.session = session
-        self.inputs = inputs
-        self.plans = [opened.plan for opened in inputs]
         self._files = files or ExitStack()
-        self._names = {opened.plan.info.path: opened.plan.name for opened in inputs if opened.temporary}
+        self._inputs = [
+            _Input(
+                session,
+                plan,
+                timeline,
+                frames=frames,
+                tower=tower,
+                threaded=threaded,
+                ahead=ahead,
+                cache=cache,
+                temporary=plan.info.path in temporary,
+            )
+            for plan, timeline in zip(plans, timelines or [Timeline() for _ in plans], strict=True)
+        ]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[OpenInputs]") -> "OpenInputs":
+        """Combine the inputs of several objects of the same session. Closing the result closes all of them."""
+        joined = cls(parts[0].session, [])
+        joined._inputs = [each for part in parts for each in part._inputs]
+        for part in parts:
+            joined._files.callback(part.close)
+        return joined
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [each.plan for each in self._inputs]
 
     def begin(self) -> None:
-        """Start reading the first input in the background."""
-        self.inputs[0].begin()
+        """Start reading the first input in the background, unless it is in the disk cache."""
+        self._inputs[0].begin()
 
     def read(self) -> None:
-        """Read ahead, one input after another (see `OpenInput.read`). Another thread may encode the inputs in parallel."""
-        for opened in self.inputs:
-            opened.read()
+        """Read ahead, one input after another, until all have been read or the buffers are full.
+
+        Another thread may encode the inputs in parallel, but don't call this from the thread that will encode them.
+        """
+        for each in self._inputs:
+            each.begin()
+            each.wait()
 
     def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
         """Transcribe the inputs' speech while their frames are being read. Does nothing if `speech` is "none".
@@ -467,12 +490,18 @@ class OpenInputs:
         if sampling.speech == "none":
             return
         loaded = self.session.loaded
-        if self.inputs[0].threaded and self.inputs[0].frames is None:
-            self.inputs[0].begin()
-        for opened in self.inputs:
-            given = {"timeline": opened.timeline, "cache": cache, "progress": progress}
-            opened.plan = with_speech(loaded.tokenizer, opened.plan, sampling, loaded.description.options, **given)
-        self.plans = [opened.plan for opened in self.inputs]
+        if self._inputs[0].threaded and self._inputs[0].frames is None:
+            self.begin()
+        for each in self._inputs:
+            each.plan = with_speech(
+                loaded.tokenizer,
+                each.plan,
+                sampling,
+                loaded.description.options,
+                timeline=each.timeline,
+                cache=cache,
+                progress=progress,
+            )
 
     def use_cores(self, cores: int | None) -> None:
         """Limit the number of cores used for reading. This has no effect on inputs already being read.
@@ -480,46 +509,50 @@ class OpenInputs:
         Args:
             cores: The number of cores, or None for all cores available to this process.
         """
-        for opened in self.inputs:
-            opened.cores = cores
-
-    @property
-    def waited_s(self) -> float:
-        """Time spent waiting for reading and preprocessing during encoding, in seconds."""
-        return sum(opened.waited_s for opened in self.inputs)
+        for each in self._inputs:
+            each.cores = cores
 
     def planning(self) -> AbstractContextManager[None]:
         """Return a context manager that adds its duration to the "plan" stage, for checks before any frames are read."""
-        return self.inputs[0].timeline.stage("plan")
+        return self._inputs[0].timeline.stage("plan")
 
     def encode(self, progress: Progress | None = None) -> EncodedInputs:
         """Read, preprocess, and encode the inputs one after another.
 
         Args:
-            progress: See `OpenInput.encode`. If there are multiple inputs, this is also called with "input", the number of the next
-                input, and the total number of inputs.
+            progress: Called in the current thread with a stage, the amount done so far, and the total. The stage is "read"
+                (counting frames read) while waiting for frames, "encode" (counting frames embedded) after each chunk, and "layers"
+                (counting completed tower layers) at the end. If there are multiple inputs, this is also called with "input", the
+                number of the next input, and the total number of inputs.
 
         Raises:
-            OutOfMemory: If all inputs together need too much memory. This is checked before any frames are read.
-            EvopruneError: See `OpenInput.encode` for other errors.
+            VideoError: If an input is unreadable.
+            OutOfMemory: If all inputs together need too much memory, which is checked before any frames are read, or if memory runs
+                out.
+            ModelError: If the output contains NaN or infinity.
         """
-        count = len(self.plans)
+        return EncodedInputs(self.session, self.encode_each(progress))
+
+    def encode_each(self, progress: Progress | None = None) -> list[InputResult]:
+        """Encode the inputs like `encode`, and return one result per input."""
+        count = len(self._inputs)
         kept = sum(plan.encoder.keep for plan in self.plans)
         pieces = []
-        encodings = []
-        for opened in self.inputs:
-            others = TEXT + kept - opened.plan.encoder.keep
+        results = []
+        for each in self._inputs:
+            others = TEXT + kept - each.plan.encoder.keep
             fitting = []
-            if not opened.stored:
-                with opened.timeline.stage("plan"):
-                    fitting = self.session.fitting_pieces(opened.plan, others)
+            if not each.stored:
+                with each.timeline.stage("plan"):
+                    fitting = self.session.fitting_pieces(each.plan, others)
             pieces.append(fitting)
-        for number, opened in enumerate(self.inputs):
+        names = {each.plan.info.path: each.plan.name for each in self._inputs if each.temporary}
+        for number, each in enumerate(self._inputs):
             if progress and count > 1:
                 progress("input", number + 1, count)
-            with named(self._names):
-                encodings.append(opened.encode(progress, pieces[number]))
-        return EncodedInputs(self.session, encodings)
+            with named(names):
+                results.append(each.encode(progress, pieces[number]))
+        return results
 
     def __enter__(self) -> Self:
         return self
@@ -532,8 +565,8 @@ class OpenInputs:
 
         The `EncodedInputs` returned by `encode` stay valid, so questions can still be asked after the inputs are closed.
         """
-        for opened in self.inputs:
-            opened.close()
+        for each in self._inputs:
+            each.close()
         self._files.close()
 
 
@@ -560,8 +593,8 @@ def open_inputs(
         progress: Called with "download", the number of bytes received so far, and the total.
         names: The input names in reports, which default to the paths.
         cache: The disk cache. It is ignored if the pruning method reads the question.
-        frames: See `OpenInput`.
-        tower: See `OpenInput`.
+        frames: Changes or replaces the frames, or None. If it is not None, later runs on the same files can't reuse the patches.
+        tower: Runs the vision tower on the patches. Defaults to `encode_rows`.
         ahead: A prefetch that may already have read the inputs.
 
     Raises:
@@ -575,38 +608,37 @@ def open_inputs(
     timelines = [Timeline() for _ in paths]
     given = [GivenInput(path) for path in paths]
     infos = []
-    inputs = []
+    plans = []
+    temporary = set()
     if session.pruning.method.reads_question:
         cache = None
     if names is None:
         names = [each.name for each in given]
     loaded = session.loaded
-    how = {"offline": loaded.description.options.offline}
-    if progress:
-        how["progress"] = partial(progress, "download")
+    downloading = partial(progress, "download") if progress else None
     with ExitStack() as stack:
         for each, timeline in zip(given, timelines, strict=True):
-            file = stack.enter_context(each.local(**how))
+            file = stack.enter_context(each.local(offline=loaded.description.options.offline, progress=downloading))
             with timeline.stage("read"):
                 infos.append(probed(file, folder_fps=sampling.frame_rate))
+            if each.is_temporary:
+                temporary.add(infos[-1].path)
         wanted_of_each = sampling.of_each(infos)
-        for each, timeline, info, wanted, name in zip(given, timelines, infos, wanted_of_each, names, strict=True):
+        for timeline, info, wanted, name in zip(timelines, infos, wanted_of_each, names, strict=True):
             with timeline.stage("read"):
                 plan = loaded.description.plan(info, wanted, session.pruning, name)
-                plan = with_subtitles(loaded.tokenizer, plan, wanted)
-            inputs.append(
-                OpenInput(
-                    session,
-                    plan,
-                    timeline,
-                    frames=frames,
-                    tower=tower,
-                    ahead=ahead,
-                    cache=cache,
-                    temporary=each.is_temporary,
-                )
-            )
-        opened = OpenInputs(session, inputs, stack.pop_all())
+                plans.append(with_subtitles(loaded.tokenizer, plan, wanted))
+        opened = OpenInputs(
+            session,
+            plans,
+            timelines,
+            frames=frames,
+            tower=tower,
+            ahead=ahead,
+            cache=cache,
+            temporary=temporary,
+            files=stack.pop_all(),
+        )
     try:
         opened.hear(sampling, cache, progress)
     except BaseException:

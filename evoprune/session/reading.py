@@ -10,10 +10,12 @@ Timing doesn't affect the result: no matter how far ahead the thread is, a consu
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import closing
 from contextvars import Context, copy_context
 from enum import Enum, auto
+from functools import partial
 from itertools import count
 from typing import Any, Generic, Self, TypeVar
 
@@ -22,6 +24,7 @@ from evoprune.timeline import Timeline
 from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 TICK_S = 0.25  # interval between calls to a consumer's `waiting` function, in seconds
 PATIENCE_S = 3.0  # maximum time to wait for a thread when closing, in seconds
@@ -297,6 +300,66 @@ class Reading(Generic[T]):
             if self.problem is not None:
                 raise self.problem
             return None
+
+
+class Prefetcher(Readings, Generic[Item, T]):
+    """A group that reads the items of an iterable ahead, in order. Close it after use.
+
+    The items are consumed lazily, so there may be any number of them.
+
+    Args:
+        items: The items, such as paths.
+        read: Called in a background thread when an item's turn comes, with the item and its `Reading`. Returns an iterator that
+            produces the chunks: frames while the model is being loaded, and opened inputs, which contain patches, later on.
+        most: Maximum number of items in `queue`.
+        drop: See `Reading`.
+        limit_bytes, at_once: See `Readings`.
+
+    Attributes:
+        queue: The items being read or waiting for it, each with its `Reading`. Consumers remove the items that they take.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        read: Callable[[Item, Reading[T]], Iterator[T]],
+        *,
+        most: float = math.inf,
+        drop: Callable[[T], None] = lambda chunk: None,
+        limit_bytes: float = math.inf,
+        at_once: int = 1,
+    ):
+        super().__init__(limit_bytes, at_once)
+        self.queue: deque[tuple[Item, Reading[T]]] = deque()
+        self._items = iter(items)
+        self._read = read
+        self._most = most
+        self._drop = drop
+        self._problem: Exception | None = None  # raised by `items`
+
+    def fill(self) -> None:
+        """Start reading the next items, until the queue is full or no items are left.
+
+        Raises:
+            Exception: Any exception raised by `items`, once the queue is empty.
+        """
+        while self._problem is None and len(self.queue) < self._most:
+            try:
+                item = next(self._items)
+            except StopIteration:
+                break
+            except Exception as problem:
+                self._problem = problem
+                break
+            self.queue.append((item, Reading(partial(self._read, item), self, drop=self._drop)))
+        if self._problem is not None and not self.queue:
+            raise self._problem
+
+    def close(self) -> None:
+        """Stop reading, and discard everything in the queue."""
+        stop_all([*(reading for _, reading in self.queue), *self.unfinished])
+        self.queue.clear()
+        self._problem = None  # breaks a reference cycle that includes the traceback
 
 
 class SharedChunks(Generic[T]):

@@ -10,7 +10,7 @@ from math import prod
 from evoprune.backend import Device
 from evoprune.methods import Dropping, PruneConfig
 from evoprune.report import EQUAL_SCORES, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
-from evoprune.session.encoded import EncodedInput
+from evoprune.session.result import InputResult
 from evoprune.session.session import Session
 from evoprune.vision import Encoded
 
@@ -46,7 +46,7 @@ def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], posi
     )
 
 
-def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report:
+def inputs_report(session: Session, encodings: Sequence[InputResult]) -> Report:
     """Return a report about encoded inputs, excluding the total stage times added by `fill_times`."""
     loaded = session.loaded
     states = {encoding.cache for encoding in encodings}
@@ -82,7 +82,7 @@ def inputs_report(session: Session, encodings: Sequence[EncodedInput]) -> Report
     return report
 
 
-def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
+def _input_facts(session: Session, encoding: InputResult) -> InputFacts:
     """Return the facts about a single input, excluding the pruning facts added by `fill_pruning`."""
     plan = encoding.plan
     tokens = encoding.encoded
@@ -115,10 +115,10 @@ def _input_facts(session: Session, encoding: EncodedInput) -> InputFacts:
     )
 
 
-def fill_pruning(report: Report, session: Session, encodings: Sequence[EncodedInput]) -> None:
+def fill_pruning(report: Report, session: Session, encodings: Sequence[InputResult]) -> None:
     """Add pruning facts to a report, both for each input and in total."""
 
-    def pruning(group: Sequence[EncodedInput]) -> Pruning:
+    def pruning(group: Sequence[InputResult]) -> Pruning:
         units = sum(member.plan.units for member in group)
         return pruning_facts(session.pruning, units, [member.encoded for member in group], "qwen")
 

@@ -6,16 +6,14 @@ the answers.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from typing import TypeVar
 
 from evoprune.backend import Host
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
-from evoprune.session.reading import Reading, Readings, stop_all
+from evoprune.session.reading import Prefetcher, Reading
 from evoprune.video import keep_idle
 
 T = TypeVar("T")
@@ -38,7 +36,7 @@ def readers(loaded: LoadedModel) -> int:
 
 def in_flight(
     items: Iterable[T],
-    opened: Callable[[T, int | None], OpenInputs],
+    opened: Callable[[T], OpenInputs],
     loaded: LoadedModel,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[tuple[T, OpenInputs | Exception], None, None]:
@@ -47,11 +45,8 @@ def in_flight(
     While the caller encodes an item and asks questions about it, background threads open and read the inputs of the next items.
     They read one item for every two idle cores, up to eight items at a time, or fewer if memory is low:
 
-        def opened(path, cores):
-            inputs = open_inputs(session, [path])
-            inputs.use_cores(cores)
-            inputs.begin()
-            return inputs
+        def opened(path):
+            return open_inputs(session, [path])
 
         with closing(in_flight(paths, opened, session.loaded)) as items:
             for path, inputs in items:
@@ -66,9 +61,7 @@ def in_flight(
 
     Args:
         items: The items, such as paths. The iterable is consumed lazily, so it may be infinite.
-        opened: Called in a background thread to open an item's inputs. Its second argument is the number of cores to use for
-            reading (None for all cores), which it should pass to `OpenInputs.use_cores`. It should then call `OpenInputs.begin`, so
-            that the time spent reading ahead isn't reported as waiting time. `in_flight` itself calls `OpenInputs.read`.
+        opened: Called in a background thread to open an item's inputs.
         loaded: The model, which determines how many cores are idle.
         on_wait: Called with the time the caller had to wait for each item, in seconds.
 
@@ -83,53 +76,35 @@ def in_flight(
     """
     count = readers(loaded)
     share = max(1, loaded.idle_cores // count)
-    coming = iter(items)
-    problem: Exception | None = None  # raised by `items`
-    flying: deque[tuple[T, Reading[OpenInputs]]] = deque()
 
-    def opening(item: T, cores: int | None, reading: Reading) -> Iterator[OpenInputs]:
-        inputs = opened(item, cores)
-        yield inputs
+    def read(item: T, reading: Reading[OpenInputs]) -> Iterator[OpenInputs]:
+        inputs = opened(item)
+        inputs.use_cores(loaded.cores if reading is ahead.unfinished[0] else share)
         with suppress(Exception):  # `OpenInputs.encode` will raise the error again
+            inputs.begin()  # before the caller encodes, so that it doesn't wait
+        yield inputs
+        with suppress(Exception):
             inputs.read()
 
+    ahead = Prefetcher(items, read, most=count + 1, at_once=count, drop=lambda inputs: inputs.close())
     # Keep one more idle worker process than there are readers, for the item currently being answered.
-    with keep_idle(count + 1), Readings(at_once=count) as group:
-        try:
-            while True:
-                start = time.perf_counter()
-                while problem is None and len(flying) <= count:
-                    try:
-                        item = next(coming)
-                    except StopIteration:
-                        break
-                    except Exception as error:
-                        problem = error
-                        break
-                    cores = share
-                    if count == 1 or not group.unfinished:
-                        cores = loaded.cores
-                    flying.append(
-                        (item, Reading(partial(opening, item, cores), group, drop=lambda inputs: inputs.close()))
-                    )
-                if not flying:
-                    if problem is not None:
-                        raise problem
-                    return
-                item, reading = flying[0]  # stays in the queue while waiting, so that an interrupt closes it
-                try:
-                    inputs: OpenInputs | Exception = next(reading.chunks())
-                except Exception as error:
-                    inputs = error
-                flying.popleft()
-                try:
-                    on_wait(time.perf_counter() - start)
-                except BaseException:
-                    if isinstance(inputs, OpenInputs):
-                        inputs.close()
-                    raise
-                yield item, inputs
-                del inputs, reading  # let the caller free them before the next item is ready
-        finally:
-            stop_all([reading for _, reading in flying])
-            del problem  # breaks a reference cycle with the traceback
+    with keep_idle(count + 1), ahead:
+        while True:
+            start = time.perf_counter()
+            ahead.fill()
+            if not ahead.queue:
+                return
+            item, reading = ahead.queue[0]  # stays in the queue while waiting, so that an interrupt closes it
+            try:
+                inputs: OpenInputs | Exception = next(reading.chunks())
+            except Exception as error:
+                inputs = error
+            ahead.queue.popleft()
+            try:
+                on_wait(time.perf_counter() - start)
+            except BaseException:
+                if isinstance(inputs, OpenInputs):
+                    inputs.close()
+                raise
+            yield item, inputs
+            del inputs, reading  # let the caller free them before the next item is ready

@@ -1,6 +1,6 @@
 """Turns frames into visual tokens: preprocessing, and the vision tower with pruning between its layers.
 
-`encode_rows` runs the tower according to a pruning method's plan and returns `EncodedRows`. `EncodedRows.select_tokens` then
+`encode_rows` runs the tower according to a pruning method's plan and returns `TowerOutput`. `TowerOutput.select_tokens` then
 selects the visual tokens and returns them as `Encoded`. The weights come from a Qwen vision tower loaded either by this project or
 by Hugging Face transformers.
 """

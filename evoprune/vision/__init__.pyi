@@ -1,6 +1,6 @@
 from .encoder import Encoded as Encoded
-from .encoder import EncodedRows as EncodedRows
 from .encoder import EncoderRun as EncoderRun
+from .encoder import TowerOutput as TowerOutput
 from .encoder import encode_rows as encode_rows
 from .hooks import Hook as Hook
 from .patches import ReferenceBlocks as ReferenceBlocks

@@ -6,7 +6,7 @@ result doesn't depend on these limits. Without pruning, the output matches Huggi
 
 Each step of the plan runs some layers and can then select rows from the whole video. After a selection, a unit may be represented
 by a row from another frame pair, in which case the unit's own frame pair attends to that row too. Rows are merged or set aside only
-within frame pairs, by hooks that run after a layer (hooks.py). Finally, `EncodedRows.select_tokens` selects the language model's
+within frame pairs, by hooks that run after a layer (hooks.py). Finally, `TowerOutput.select_tokens` selects the language model's
 tokens from the tower's output rows.
 
 The plan specifies the number of rows that each layer computes, so all shapes are known without reading values from the GPU. The
@@ -76,6 +76,8 @@ class Encoded(Suggesting):
     deepstack: torch.Tensor | None = None
     kept_on_cpu: torch.Tensor | None = None  # a copy of `kept` on the CPU, or None if it has not been copied yet
     after_tower_below: int = 0  # see `EncoderPlan`; for several videos, the maximum
+    # If the method reads the question, the rows that tokens are selected from; before the first selection, there are no tokens.
+    selectable: "TowerOutput | None" = None
 
     def __repr__(self) -> str:
         tokens, width = self.features.shape
@@ -112,6 +114,27 @@ class Encoded(Suggesting):
         ends = accumulate(h * w for t, h, w in self.grids for _ in range(t))
         return [after - before for before, after in pairwise([0, *(bisect_left(kept, end) for end in ends)])]
 
+    @property
+    def keep(self) -> int:
+        """The number of tokens that the language model will read."""
+        return self.selectable.plan.keep if self.selectable else len(self.kept)
+
+    def own(self) -> "Encoded":
+        """Return a copy without tokens and with its own timer, or the object itself if the method doesn't read the question."""
+        if self.selectable is None:
+            return self
+        return replace(self.selectable, timer=self.selectable.timer.copy()).nothing_selected()
+
+    def for_question(self, question: torch.Tensor) -> "Encoded":
+        """Return the tokens selected for a question, or the object itself if the method doesn't read the question.
+
+        Args:
+            question: See `TowerOutput.select_tokens`.
+        """
+        if self.selectable is None:
+            return self
+        return replace(self.selectable.select_tokens(question), selectable=self.selectable)
+
     @staticmethod
     def joined(videos: "list[Encoded]") -> "Encoded":
         """Concatenate several encoded videos. Unit and row numbers continue from one video to the next."""
@@ -146,8 +169,8 @@ class Encoded(Suggesting):
 
 
 @dataclass(frozen=True)
-class EncodedRows:
-    """A video that has passed through the tower, before token selection."""
+class TowerOutput:
+    """The output of the vision tower for one video, before the language model's tokens are selected from its rows."""
 
     plan: EncoderPlan
     rows: Rows  # sorted by unit
@@ -164,6 +187,16 @@ class EncodedRows:
     def selector_input(self) -> Tokens:
         """The token selector's input: the rows together with the grid and the seed."""
         return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether tokens are selected for a question."""
+        stage = self.plan.token_stage
+        return stage is not None and stage.selector.reads_question
+
+    def tokens(self) -> Encoded:
+        """Return the visual tokens. If the method reads the question, there are none until `Encoded.for_question` is called."""
+        return self.nothing_selected() if self.reads_question else self.select_tokens()
 
     @torch.inference_mode()
     def select_tokens(self, question: torch.Tensor | None = None) -> Encoded:
@@ -217,7 +250,8 @@ class EncodedRows:
     def nothing_selected(self) -> Encoded:
         """Return an `Encoded` without tokens, for methods that can't select tokens until the question is known."""
         rows = self.rows
-        return self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
+        empty = self.encoded(rows.values[:0], rows.unit[:0], None, rows.deepstack[:0])
+        return replace(empty, selectable=self)
 
     def encoded(
         self, features: torch.Tensor, kept: torch.Tensor, size: torch.Tensor | None, deepstack: torch.Tensor
@@ -232,8 +266,20 @@ class EncodedRows:
         by_layer = None
         if deepstack.shape[1]:
             by_layer = deepstack.transpose(0, 1)
-        about = self.rows.values, self.rows.unit_to_row, (self.plan.grid,), self.layers, seconds, flat
-        return Encoded(features, kept, *about, size, by_layer, kept_on_cpu, self.plan.after_tower_below)
+        return Encoded(
+            features=features,
+            kept=kept,
+            rows=self.rows.values,
+            unit_to_row=self.rows.unit_to_row,
+            grids=(self.plan.grid,),
+            layers=self.layers,
+            prune_seconds=seconds,
+            flat=flat,
+            size=size,
+            deepstack=by_layer,
+            kept_on_cpu=kept_on_cpu,
+            after_tower_below=self.plan.after_tower_below,
+        )
 
     def read_checks(self, kept: torch.Tensor) -> tuple[bool, float, torch.Tensor]:
         """Read all checks and `kept` from the device in a single transfer.
@@ -255,10 +301,10 @@ class EncodedRows:
         return flat, self.timer.seconds(), kept
 
 
-def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> EncodedRows:
+def encode_rows(visual, patches: Iterable[torch.Tensor], plan: EncoderPlan, **options: Any) -> TowerOutput:
     """Run the vision tower on a video.
 
-    To select tokens, call `EncodedRows.select_tokens` on the result, which may require a question.
+    To select tokens, call `TowerOutput.select_tokens` on the result, which may require a question.
 
     Args:
         visual: The vision tower: either a `model.weights.Tower` or a transformers tower from a supported family. Under torch's
@@ -322,13 +368,13 @@ class EncoderRun:
         self.as_planned: list[torch.Tensor] = []  # for each merge, whether it left the planned number of rows
         self.hooks = _hooks(plan, tower, lambda x: self.merge_patches(x.to(self.dtype)), self.as_planned)
         self.computed = [0] * tower.depth  # number of rows computed by each layer
-        self.source: torch.Tensor | None = None  # see `EncodedRows`
+        self.source: torch.Tensor | None = None  # see `TowerOutput`
         self.counts: tuple[int, ...] = ()  # number of rows that enter the tower, by frame pair
-        self.selection: Selection | None = None  # see `EncodedRows`
+        self.selection: Selection | None = None  # see `TowerOutput`
 
     @torch.inference_mode()
     @without_cudnn()
-    def encode(self, patches: Iterable[torch.Tensor]) -> EncodedRows:
+    def encode(self, patches: Iterable[torch.Tensor]) -> TowerOutput:
         """Encode the video. For the argument and the exceptions, see `encode_rows`."""
         with without_autocast() if isinstance(self.visual, Tower) else nullcontext():
             rows = self.embed(patches)
@@ -338,7 +384,7 @@ class EncoderRun:
                     rows = self.select_rows(rows, stage)
             rows = self.finish(rows)
         layers = list(enumerate(self.computed))
-        return EncodedRows(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
+        return TowerOutput(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
         """Embed the patches and return the first layer's input rows, one for each unit to encode."""
@@ -494,7 +540,7 @@ class EncoderRun:
                     raise not_a_number_error("encode")
 
     def checks(self) -> torch.Tensor:
-        """Combine all recorded checks into a bool `[3]` tensor for `EncodedRows.checks`."""
+        """Combine all recorded checks into a bool `[3]` tensor for `TowerOutput.checks`."""
         finite = torch.stack(self.finite).all()
         as_planned = _all_true(self.as_planned, finite, without=True)
         single_color = _all_true(self.single_color, finite, without=False)

@@ -41,12 +41,12 @@ def test_what_is_missing_is_named(cli, clip, speech_model, monkeypatch, tmp_path
 
 
 def test_find_gives_each_segment_its_lines(cli, clip, speech_model, monkeypatch):
-    from evoprune.session import OpenInput
+    from evoprune.session import OpenInputs
 
     said = []
-    encode = OpenInput.encode
+    encode = OpenInputs.encode
     monkeypatch.setattr(
-        OpenInput, "encode", lambda self, *given: said.append(self.plan.subtitles.text) or encode(self, *given)
+        OpenInputs, "encode", lambda self, *given: said.append(self.plans[0].subtitles.text) or encode(self, *given)
     )
     result = cli("find", clip, "a red star", "--speech", speech_model, "--segment", "4", "-q")
     assert result.code == 0 and len(LoudModel.calls) == 1

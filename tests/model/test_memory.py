@@ -221,7 +221,7 @@ def test_less_is_encoded_at_a_time_where_memory_is_short(loaded, monkeypatch):
 def test_chunks_shrink_before_it_gives_up(loaded, monkeypatch, tmp_path, threaded, room, tried):
     """In one case, the tower has enough memory for a single frame pair. In the other, it does not even have that."""
     clip = spoil(Path(CLIP), tmp_path / "damaged.mp4", {40, 50})
-    monkeypatch.setattr(encoding, "OpenInput", partial(encoding.OpenInput, threaded=threaded))
+    monkeypatch.setattr(encoding, "OpenInputs", partial(encoding.OpenInputs, threaded=threaded))
     qa, used, real = VideoQA(loaded, budget=0.5, method="evs"), [], encoding.encode_rows
     whole = "".join(open_inputs(qa.session, [clip]).encode().ask("What happens?", max_new_tokens=4))
     loaded.patches.clear()

@@ -274,7 +274,7 @@ def test_frames_that_wait_are_bounded_and_whoever_asks_gets_them_in_any_order(lo
     with begun(*paths, held_bytes=5 * pair) as ahead:
         wait_for(lambda: ahead.held_bytes == 4 * pair)  # plus one that the reader is making
         time.sleep(0.1)
-        assert ahead.held_bytes == 4 * pair and not ahead._prefetches[1].request
+        assert ahead.held_bytes == 4 * pair and not ahead.queue[1][0].request
         for number in order:
             assert frame_numbers(ahead, paths[number]) or number == 0
 

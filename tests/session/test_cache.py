@@ -89,7 +89,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(loaded, cache, c
     first = qa.encode(clip, cache=cache)
     monkeypatch.setattr("evoprune.session.encoding.encode_rows", lambda *_, **__: pytest.fail("encoded again"))
     with closing(open_inputs(qa.session, [clip], cache=cache)) as opened:
-        assert opened.inputs[0].stored is not None
+        assert opened._inputs[0].stored is not None
         second = opened.encode()
     assert [video.report.cache for video in (plain, first, second)] == ["off", "miss", "hit"]
     answers = [video.ask("What happens?", max_new_tokens=12) for video in (plain, first, second)]
@@ -155,7 +155,7 @@ def test_other_bytes_under_the_same_name_size_and_time(loaded, cache, clip):
     assert qa.encode(clip, cache=cache).report.cache == "miss"
     cache.clear()
     with closing(open_inputs(qa.session, [clip], cache=cache)) as opened:
-        assert opened.inputs[0].stored is None
+        assert opened._inputs[0].stored is None
         os.replace(shutil.copy("samples/pan.mp4", f"{clip}.new"), clip)
         opened.encode()
     assert cache.size() == (0, 0)

@@ -245,8 +245,7 @@ def test_a_last_question_is_read_in_one_pass(hybrid):
 
     def passes(inputs, question: str = "What happens?", last: bool = False) -> list[int]:
         columns.clear()
-        inputs.last_question = last
-        answers.append(said(inputs, question))
+        answers.append(said(inputs, question, last=last))
         return [count for count in columns if count > 1]
 
     answers, alone, several = [], qa.encode(CLIP), qa.encode(CLIP)

@@ -183,7 +183,7 @@ def test_only_the_beginning_of_what_is_too_long_is_split(qa, plan, context, monk
 def test_a_method_that_reads_the_question_checks_it_first(saved, context, qa, monkeypatch):
     video = VideoQA(qa.loaded, budget=0.5, method="cdpruner").encode(CLIP)
     context(150)
-    monkeypatch.setattr("evoprune.vision.encoder.EncodedRows.select_tokens", lambda *_: pytest.fail("selected"))
+    monkeypatch.setattr("evoprune.vision.encoder.TowerOutput.select_tokens", lambda *_: pytest.fail("selected"))
     with pytest.raises(UsageError, match="not fit into"):
         next(video.ask(LONG))
 

@@ -73,12 +73,7 @@ def at_once():
 
 
 def opener(qa):
-    def opened(path, cores=None):
-        inputs = open_inputs(qa.session, [path], SAMPLING)
-        inputs.begin()
-        return inputs
-
-    return opened
+    return lambda path: open_inputs(qa.session, [path], SAMPLING)
 
 
 def test_patches_that_others_need_are_read_on(qa, named, monkeypatch):

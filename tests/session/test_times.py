@@ -40,7 +40,7 @@ SLOW = (
     "evoprune.session.cache.content_hash",
     "evoprune.session.encoding.patches_of",
     "evoprune.session.encoding.encode_rows",
-    "evoprune.vision.encoder.EncodedRows.select_tokens",
+    "evoprune.vision.encoder.TowerOutput.select_tokens",
     "evoprune.session.cache.Cache.store",
     "evoprune.session.cache.Cache.load",
     "evoprune.session.loading.model.LoadedModel.check_texts",
@@ -132,7 +132,7 @@ def picture(folder):
     "method", ["evoprune", "none", "divprune", "evoprune+fastv", "cdpruner", "subsample", "reuse+divprune"]
 )
 def test_of_one_video(kernels, slow, method, threaded, monkeypatch):
-    monkeypatch.setattr(encoding, "OpenInput", partial(encoding.OpenInput, threaded=threaded))
+    monkeypatch.setattr(encoding, "OpenInputs", partial(encoding.OpenInputs, threaded=threaded))
     monkeypatch.setattr(Device, "piece_units", 24)
     qa = VideoQA(kernels, budget=0.25, method=method)
     with timed(slow) as reports:
@@ -256,15 +256,12 @@ def test_of_inputs_that_are_read_ahead(kernels, slow, monkeypatch, kept):
     kernels.patches.clear()
     qa = VideoQA(kernels, budget=0.25)
 
-    def opened(paths, cores):
-        inputs = open_inputs(qa.session, paths)
-        inputs.begin()
-        return inputs
+    def opened(paths):
+        return open_inputs(qa.session, paths)
 
     with closing(in_flight([[CLIP, OTHER], [OTHER], [CLIP]], opened, kernels)) as upcoming:
         for paths, inputs in upcoming:
-            for opening in inputs.inputs:
-                opening.read()
+            inputs.read()
             with closing(inputs):
                 times = first(inputs.encode().ask(QUESTION)).time_ms
             assert times.ttft_wall == covered(times) > 0
@@ -282,8 +279,8 @@ def test_of_what_was_read_before_the_model_was_there(kernels, slow, saved, monke
 
     monkeypatch.setattr("evoprune.session.ahead.read_chunks", chunks)
     with read_ahead([CLIP, OTHER], str(saved)) as ahead:
-        for early in ahead._prefetches:
-            early.reading.wait()
+        for _, reading in ahead.queue:
+            reading.wait()
         for path in (CLIP, OTHER):
             with closing(open_inputs(VideoQA(kernels, budget=0.25).session, [path], ahead=ahead)) as opened:
                 monkeypatch.setattr("evoprune.session.encoding.read_chunks", lambda *what, **how: pytest.fail("anew"))

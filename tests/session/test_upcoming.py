@@ -45,6 +45,12 @@ class Inputs(OpenInputs):
             self.gate.set()
         events.append(("open", item))
 
+    def use_cores(self, cores):
+        self.cores = cores
+
+    def begin(self):
+        pass
+
     def read(self):
         assert self.gate.wait(GATE_S)
         self.events.append(("read", self.item))
@@ -65,7 +71,7 @@ def wait_for(condition):
 def test_all_items_in_their_order(ahead_of, count):
     events = []
 
-    def opened(item, cores):
+    def opened(item):
         time.sleep(0.003 * (item % 3))
         return Inputs(events, item)
 
@@ -82,7 +88,7 @@ def test_all_items_in_their_order(ahead_of, count):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
     events = []
-    ahead = ahead_of(range(100), lambda item, cores: Inputs(events, item), count)
+    ahead = ahead_of(range(100), lambda item: Inputs(events, item), count)
     time.sleep(0.01)
     assert not events  # nothing happens before the first request
     for taken in range(1, 5):
@@ -97,7 +103,7 @@ def test_no_more_are_opened_than_there_is_room_for(ahead_of, count):
 def test_one_reader_finishes_one_before_it_begins_the_next(ahead_of):
     """This way, an input that is needed later never slows down the one that is needed next."""
     events, gate = [], threading.Event()
-    ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item, gate if item == 0 else None), 1)
+    ahead = ahead_of(range(3), lambda item: Inputs(events, item, gate if item == 0 else None), 1)
     next(ahead)
     time.sleep(0.02)
     assert events == [("open", 0)]
@@ -107,22 +113,15 @@ def test_one_reader_finishes_one_before_it_begins_the_next(ahead_of):
 
 
 def test_those_behind_the_next_one_share_the_cores(ahead_of):
-    given, gate = {}, threading.Event()
-
-    def opened(item, cores):
-        given[item] = cores
-        return Inputs([], item, gate)
-
-    ahead = ahead_of(range(3), opened, 3, cores=7)
-    next(ahead)
-    wait_for(lambda: len(given) == 3)
-    assert given == {0: None, 1: 2, 2: 2}
+    gate = threading.Event()
+    ahead = ahead_of(range(3), lambda item: Inputs([], item, gate), 3, cores=7)
+    assert [inputs.cores for _, inputs in (next(ahead) for _ in range(3))] == [None, 2, 2]
     gate.set()
     ahead.close()
 
 
 def test_what_opening_raises_is_of_that_item(ahead_of):
-    def opened(item, cores):
+    def opened(item):
         if item % 2:
             raise VideoError(f"no {item}")
         return Inputs([], item)
@@ -134,7 +133,7 @@ def test_what_opening_raises_is_of_that_item(ahead_of):
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(3)])
 def test_what_ends_the_program_is_raised(ahead_of, problem):
-    def opened(item, cores):
+    def opened(item):
         if item == 1:
             raise problem
         return Inputs([], item)
@@ -158,7 +157,7 @@ def test_what_the_items_raise_is_raised_after_the_items_before(ahead_of, problem
         yield from range(good)
         raise problem
 
-    ahead = ahead_of(items(), lambda item, cores: Inputs(events, item), count)
+    ahead = ahead_of(items(), lambda item: Inputs(events, item), count)
     with pytest.raises(type(problem)) as caught:
         for item, inputs in ahead:
             inputs.close()
@@ -175,7 +174,7 @@ def test_an_interrupt_while_the_next_item_is_made_closes_everything(ahead_of, co
         wait_for(lambda: len(events) == 2 * count - 1)
         raise problem
 
-    ahead = ahead_of(items(), lambda item, cores: Inputs(events, item, gate if item == 0 else None), count)
+    ahead = ahead_of(items(), lambda item: Inputs(events, item, gate if item == 0 else None), count)
     with pytest.raises(KeyboardInterrupt) as caught:
         next(ahead)
     assert caught.value is problem
@@ -188,7 +187,7 @@ def test_if_the_callback_raises_the_inputs_are_closed(ahead_of):
     def raises(seconds):
         raise problem
 
-    ahead = ahead_of(range(3), lambda item, cores: Inputs(events, item), 2, on_wait=raises)
+    ahead = ahead_of(range(3), lambda item: Inputs(events, item), 2, on_wait=raises)
     with pytest.raises(ValueError) as caught:
         next(ahead)
     assert caught.value is problem
@@ -204,7 +203,7 @@ def test_reading_that_fails_stops_nothing(ahead_of):
         def read(self):
             raise RuntimeError("can't start new thread")
 
-    ahead = ahead_of(range(4), lambda item, cores: Failing([], item), 1)
+    ahead = ahead_of(range(4), lambda item: Failing([], item), 1)
     assert [item for item, _ in ahead] == [0, 1, 2, 3]
     ahead.close()
 
@@ -212,7 +211,7 @@ def test_reading_that_fails_stops_nothing(ahead_of):
 def test_what_is_opened_too_late_is_closed(ahead_of):
     events, going, gate = [], threading.Event(), threading.Event()
 
-    def opened(item, cores):
+    def opened(item):
         if item:
             going.set()
             assert gate.wait(GATE_S)

@@ -27,7 +27,7 @@ from evoprune.model import FAMILIES
 from evoprune.report import Report, warning_lines
 from evoprune.session import encoding
 from evoprune.session.answers import Answer
-from evoprune.session.encoding import OpenInput, open_inputs
+from evoprune.session.encoding import OpenInputs, open_inputs
 from evoprune.session.loading.model import load_model, prepare
 from evoprune.timeline import Interval
 from evoprune.video import read_chunks
@@ -288,7 +288,7 @@ def test_small_frames_are_read_in_pieces(loaded, tmp_path, monkeypatch):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("threaded", [True, False])
 def test_times_add_up(loaded, threaded, monkeypatch):
-    monkeypatch.setattr(encoding, "OpenInput", partial(OpenInput, threaded=threaded))
+    monkeypatch.setattr(encoding, "OpenInputs", partial(OpenInputs, threaded=threaded))
     video = VideoQA(loaded, budget=0.25).encode(CLIP)
     times = asked(video).report.time_ms
     busy = times.read + times.preprocess + times.encode + times.prefill + times.generate
@@ -308,7 +308,7 @@ def test_reading_in_a_thread_changes_nothing(loaded, monkeypatch, budget, method
     monkeypatch.setattr(Device, "piece_units", 24)
     qa, done = VideoQA(loaded, budget=budget, method=method), []
     beside = qa.encode(LONG, progress=lambda *now: done.append(now))
-    monkeypatch.setattr(encoding, "OpenInput", partial(OpenInput, threaded=False))
+    monkeypatch.setattr(encoding, "OpenInputs", partial(OpenInputs, threaded=False))
     apart = qa.encode(LONG)
     for name in ("features", "kept", "rows", "unit_to_row"):
         assert torch.equal(getattr(beside.encoded, name), getattr(apart.encoded, name)), name
@@ -326,7 +326,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
     """If patches are stored, all of them are ready before the encoding. Otherwise, only those that fit are. None is read twice."""
     monkeypatch.setattr("evoprune.session.encoding.AHEAD_BYTES", 0)
     monkeypatch.setattr("evoprune.video.plan.CHUNK_BYTES", 1)
-    monkeypatch.setattr(OpenInput, "_shares", kept)
+    monkeypatch.setattr(encoding._Input, "_shares", kept)
     qa, made = VideoQA(loaded, budget=0.25), []
 
     def counted(*args):
@@ -346,7 +346,7 @@ def test_a_video_that_is_begun_early_is_the_same_video(loaded, monkeypatch, kept
             time.sleep(0.001)
         time.sleep(0.02)
         assert len(made) == ready
-        video.inputs[0].timeline.add([Interval("read", -1, -1000.0, 0.0)])  # by another thread, before any wait
+        video._inputs[0].timeline.add([Interval("read", -1, -1000.0, 0.0)])  # by another thread, before any wait
         early = video.encode()
     assert early.report.time_ms.read >= 1e6 > early.report.time_ms.total
     assert len(made) == chunks and torch.equal(early.encoded.features, at_once.encoded.features)

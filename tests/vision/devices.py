@@ -66,7 +66,7 @@ def take_gpu_route(monkeypatch, kernel: bool) -> NoWaiting:
     monkeypatch.setattr(devices, "is_host", lambda device: False)
     monkeypatch.setattr(attention, "is_host", lambda device: False)
     for where, name in (
-        (encoder.EncodedRows, "read_checks"),
+        (encoder.TowerOutput, "read_checks"),
         (encoder.EncoderRun, "select_rows"),
     ):
         monkeypatch.setattr(where, name, pausing(getattr(where, name)))

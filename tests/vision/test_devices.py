@@ -146,7 +146,7 @@ def test_every_shape_is_known_on_a_device_without_values(keep, kernel, monkeypat
         return torch.empty_like(q)
 
     monkeypatch.setattr(Attention, "varlen_kernel", property(lambda _: answer if kernel else None))
-    monkeypatch.setattr(encoder.EncodedRows, "read_checks", lambda _, kept: (False, 0.0, kept))
+    monkeypatch.setattr(encoder.TowerOutput, "read_checks", lambda _, kept: (False, 0.0, kept))
     visual = deepcopy(tiny_tower((0, 2))).bfloat16().to(meta)
     method = EvoPrunePaper(first=0.0, last=1.0)
     patches = clip(grid, changes(grid, 0.3))

@@ -24,7 +24,7 @@ from evoprune.report import DEMO_KNOWLEDGE, WARNINGS, Times, VideoFacts, warned,
 from evoprune.session import PipelineOptions, Session
 from evoprune.video import Plan
 from evoprune.video_qa import VideoQA
-from evoprune.vision import EncodedRows, encode_rows
+from evoprune.vision import TowerOutput, encode_rows
 from evoprune_serve.errors import refused
 from evoprune_serve.work import Job, Put, Task, Told, Work
 
@@ -149,9 +149,9 @@ class Page:
         qa = work.session(question)
         Fates.check(qa.session)
         check_one_video(job)
-        made: list[EncodedRows] = []
+        made: list[TowerOutput] = []
 
-        def tower(*given: Any, **options: Any) -> EncodedRows:
+        def tower(*given: Any, **options: Any) -> TowerOutput:
             made[:] = [encode_rows(*given, **options)]
             return made[0]
 

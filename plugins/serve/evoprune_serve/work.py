@@ -32,7 +32,7 @@ from evoprune.session import (
 )
 from evoprune.video import Scope, Stopped
 from evoprune.video_qa import VideoQA
-from evoprune.vision import EncodedRows
+from evoprune.vision import TowerOutput
 from evoprune_serve.errors import ApiError, ending, full
 from evoprune_serve.question import Question
 from evoprune_serve.sources import Fetched
@@ -43,7 +43,7 @@ SESSIONS = 32  # maximum number of cached sessions; each combination of model an
 SHARE = 4  # cached encodings may take up to 1/SHARE of the available memory
 LATEST = 20  # number of recent answers used to estimate Retry-After
 LONGEST_RETRY_S = 60
-Tower = Callable[..., EncodedRows]
+Tower = Callable[..., TowerOutput]
 
 
 class Gone(Exception):
@@ -708,7 +708,7 @@ class Work:
         """Encode a job's inputs and cache the encoding for follow-up questions. Must be called in the model thread.
 
         Args:
-            tower: See `OpenInput`. Used only if the inputs haven't been opened yet, as in a task.
+            tower: See `open_inputs`. Used only if the inputs haven't been opened yet, as in a task.
         """
         assignment = job.assignment
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from evoprune.errors import OutOfMemory
-from evoprune.session import OpenInput
+from evoprune.session import OpenInputs
 from evoprune.video_qa import VideoQA
 
 SAMPLES = Path(__file__).parents[3] / "samples"
@@ -25,7 +25,7 @@ REASON = "starlette and others are not installed: python -m experiments.environm
 
 def memory_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """Make the next `times` encodings fail with OutOfMemory."""
-    encode = OpenInput.encode
+    encode = OpenInputs.encode
     failures = iter([True] * times)
 
     def short(self, *given, **options):
@@ -33,7 +33,7 @@ def memory_fails(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
             raise OutOfMemory("no memory", "use less", stage="encode")
         return encode(self, *given, **options)
 
-    monkeypatch.setattr(OpenInput, "encode", short)
+    monkeypatch.setattr(OpenInputs, "encode", short)
 
 
 def url_of(name: str) -> str:

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evoprune.session import OpenInput, encoding
+from evoprune.session import OpenInputs, encoding
 from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import (
     CHAT,
@@ -308,7 +308,7 @@ def test_a_conversation_is_that_of_video_qa(server, qa):
 def counted(monkeypatch):
     """Counts how often an input was read and encoded."""
     counts = {"read": 0, "encoded": 0}
-    read, encode = encoding.read_chunks, OpenInput.encode
+    read, encode = encoding.read_chunks, OpenInputs.encode
 
     def reading(*given, **options):
         counts["read"] += 1
@@ -319,7 +319,7 @@ def counted(monkeypatch):
         return encode(*given, **options)
 
     monkeypatch.setattr(encoding, "read_chunks", reading)
-    monkeypatch.setattr(OpenInput, "encode", encoding_it)
+    monkeypatch.setattr(OpenInputs, "encode", encoding_it)
     return counts
 
 
@@ -1330,7 +1330,7 @@ def test_what_fails_inside_is_told_to_the_log_alone(server, monkeypatch):
     def fail(self, *given, **options):
         raise RuntimeError("secret /path")
 
-    monkeypatch.setattr(OpenInput, "encode", fail)
+    monkeypatch.setattr(OpenInputs, "encode", fail)
     problem = error(server, 500)
     assert problem["code"] == "internal_error" and "secret" not in problem["message"]
     assert any("secret /path" in line for line in server.lines)

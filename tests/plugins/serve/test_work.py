@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from evoprune.errors import VideoError
-from evoprune.session import OpenInput, PipelineOptions
+from evoprune.session import OpenInputs, PipelineOptions
 from evoprune.video_qa import VideoQA
 from tests.plugins.serve.serving import REASON, SAMPLES, body
 
@@ -195,9 +195,9 @@ def test_inputs_that_the_model_encodes_first_are_not_read_ahead(qa, monkeypatch,
     """The job does not fail if its inputs are closed before the thread starts to read them."""
     begins, goes_on = threading.Event(), threading.Event()
     ended = SimpleQueue()
-    usual = OpenInput.begin
+    usual = OpenInputs.begin
 
-    def begin(opened: OpenInput) -> None:
+    def begin(opened: OpenInputs) -> None:
         if threading.current_thread().name.startswith("evoprune-open"):
             begins.set()
             if problem:
@@ -227,7 +227,7 @@ def test_inputs_that_the_model_encodes_first_are_not_read_ahead(qa, monkeypatch,
         else:
             assert isinstance(last, Done) and ended.get(timeout=LONGEST_S)
 
-    monkeypatch.setattr(OpenInput, "begin", begin)
+    monkeypatch.setattr(OpenInputs, "begin", begin)
     with working(qa) as work:
         asyncio.run(go(work))
 
