@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from evoprune.backend import attention
 from evoprune.backend.cpu import compiled as module
-from evoprune.backend.cpu import layer
+from evoprune.backend.cpu import deltas, layer
 
 FOLDER = Path(module.__file__).parent
 
@@ -36,6 +37,6 @@ def compiled(library, monkeypatch) -> None:
 
 def use(library: ctypes.CDLL | None, monkeypatch) -> None:
     """Make evoprune use a library, or none."""
-    monkeypatch.setattr(module, "library", lambda: library)
-    monkeypatch.setattr(layer, "library", lambda: library)
+    for each in (module, layer, attention, deltas):
+        monkeypatch.setattr(each, "library", lambda: library)
     monkeypatch.setattr(layer, "_known", type(layer._known)())

@@ -6,8 +6,8 @@ On a CPU, where arithmetic dominates the run time, language/decoder.py runs the 
 
 A Gated DeltaNet (arXiv 2412.06464) reads columns in chunks, and processes each chunk in closed form (arXiv 2406.06484, section 3).
 If `S` is the state before a chunk, the state after the chunk is `A S + B`. `A` and `B` are computed for all chunks at once, so this
-product is the only operation that has to wait for the previous chunk, compared with nine operations in transformers. A few columns
-are read one by one instead.
+product is the only operation that has to wait for the previous chunk, compared with nine operations in transformers. On a CPU, the
+compiled library reads the columns one by one instead, which takes fewer operations on numbers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend import kernels_for, linear
+from evoprune.backend import Attention, kernels_for, linear
 from evoprune.model import head_size, rotate
 
 CHUNK = 64  # columns per chunk, same as in transformers
@@ -306,7 +306,15 @@ def delta_net(delta: nn.Module, config, x: torch.Tensor, memory: Memory, vectors
     before = kernel - 1 - (seen.shape[1] - length)
     if before or padding:
         seen = F.pad(seen, (before, padding))
-    qk, v = _convolved(delta, seen).split([2 * heads * dim, heads * group * value_dim])
+    mixed = _convolved(delta, seen)
+    log_decay = vectors.rate * F.softplus(delta.in_proj_a(x) + vectors.offset)
+    beta = delta.in_proj_b(x).sigmoid()
+    if read := _in_order(net, mixed[:, :length], log_decay, beta, memory.recurrent, vectors):
+        out, recurrent = read
+        memory.put(recurrent)
+        return _gated(delta, config, x, out, vectors)
+
+    qk, v = mixed.split([2 * heads * dim, heads * group * value_dim])
     v = v.view(heads, group, value_dim, chunks, CHUNK).permute(0, 1, 3, 4, 2)
     qk = qk.view(2, heads, dim, chunks, CHUNK).permute(1, 3, 0, 4, 2)
     qk = qk.to(torch.float32, memory_format=torch.contiguous_format)
@@ -315,8 +323,7 @@ def delta_net(delta: nn.Module, config, x: torch.Tensor, memory: Memory, vectors
     qk = F.rms_norm(qk, (dim,), vectors.unit, TINY / dim)
     q, k = (part[:, None] for part in qk.unbind(2))
 
-    beta = F.pad(delta.in_proj_b(x).sigmoid().T, (0, padding)).view(by_head)
-    log_decay = vectors.rate * F.softplus(delta.in_proj_a(x) + vectors.offset)
+    beta = F.pad(beta.T, (0, padding)).view(by_head)
     # Logarithm of the cumulative decay since the start of the chunk
     log_decay_in_chunk = F.pad(log_decay.T, (0, padding)).view(by_head).cumsum(3)
     # Decay from when column j writes to when column i reads, [..., i, j]
@@ -366,18 +373,46 @@ def read_one_by_one(
     state = memory.recurrent
     out, states = [], []
     for i, row in enumerate(x.split(1)):
-        qk, v = _convolved(delta, seen[:, i : i + kernel]).split([2 * heads * dim, count * net.linear_value_head_dim])
-        # As in `delta_net`, the queries are not divided by the square root of `dim`.
-        qk = F.rms_norm(qk.view(2, heads, 1, dim).float(), (dim,), vectors.unit, TINY / dim)
-        q, k = qk.expand(-1, -1, count // heads, -1).reshape(2, count, dim, 1).unbind(0)
-        beta = delta.in_proj_b(row).sigmoid().view(count, 1, 1)
-        decay = (vectors.rate * F.softplus(delta.in_proj_a(row) + vectors.offset)).exp().view(count, 1, 1)
-        state = state * decay
-        state = torch.baddbmm(state, k, (v.view(count, 1, -1) - torch.bmm(k.mT, state)) * beta)
-        out.append(torch.bmm(q.mT, state))
+        mixed = _convolved(delta, seen[:, i : i + kernel])
+        log_decay = vectors.rate * F.softplus(delta.in_proj_a(row) + vectors.offset)
+        beta = delta.in_proj_b(row).sigmoid()
+        if not (read := _in_order(net, mixed, log_decay, beta, state, vectors)):
+            qk, v = mixed.split([2 * heads * dim, count * net.linear_value_head_dim])
+            # As in `delta_net`, the queries are not divided by the square root of `dim`.
+            qk = F.rms_norm(qk.view(2, heads, 1, dim).float(), (dim,), vectors.unit, TINY / dim)
+            q, k = qk.expand(-1, -1, count // heads, -1).reshape(2, count, dim, 1).unbind(0)
+            new = state * log_decay.exp().view(count, 1, 1)
+            error = v.view(count, 1, -1) - torch.bmm(k.mT, new)
+            new = torch.baddbmm(new, k, error * beta.view(count, 1, 1))
+            read = torch.bmm(q.mT, new).transpose(0, 1), new
+        part, state = read
+        out.append(part)
         states.append(state)
     memory.put(state)
-    return _gated(delta, config, x, torch.cat(out, 1).transpose(0, 1), vectors), states
+    return _gated(delta, config, x, torch.cat(out), vectors), states
+
+
+def _in_order(
+    net, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor | None, vectors: Vectors
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Read columns one by one with the compiled library, if possible. See `delta_rule` in backend/cpu/deltas.py for the results.
+
+    Args:
+        net: The sizes (see `sizes_of`).
+        mixed: The result of `_convolved`, `[channels, L]`.
+        log_decay, beta: `[L, value_heads]`, the logarithm of the decay, and the share of each column to write.
+        state: The state before the columns.
+        vectors: The layer's vectors.
+    """
+    rule = Attention.of(mixed).delta_rule(net.linear_value_head_dim)
+    if rule is None or state is None:
+        return None
+    dim = net.linear_key_head_dim
+    qk, v = mixed.T.tensor_split([2 * net.linear_num_key_heads * dim], 1)
+    length = len(v)
+    qk = qk.reshape(length, 2, -1, dim).transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    qk = F.rms_norm(qk, (dim,), vectors.unit, TINY / dim)
+    return rule(qk, v.reshape(length, -1, net.linear_value_head_dim), log_decay.exp(), beta, state)
 
 
 def _convolved(delta: nn.Module, seen: torch.Tensor) -> torch.Tensor:

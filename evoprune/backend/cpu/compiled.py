@@ -10,11 +10,12 @@ import torch
 from evoprune.backend.cpu import four_bits
 
 LIBRARY = "evoprune.backend.cpu._rows"  # a C library without a Python interface
-LAYOUT = 4  # `evoprune_layout` in layer.c
+LAYOUT = 5  # `evoprune_layout` in layer.c
 FUNCTIONS = {  # the types of their parameters, except for the last, the number of threads
     "evoprune_linear": [c_void_p] * 4 + [c_int64],
     "evoprune_layer": [c_void_p] * 8 + [c_int64],
     "evoprune_delta_layer": [c_void_p] * 7 + [c_int64],
+    "evoprune_delta_rule": [c_void_p] * 7 + [c_int64] * 5,
     "evoprune_unpack4": [c_void_p] * 3 + [c_int64] * 2,
 }
 

@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* Changes whenever a function's parameters or a structure change. See `LAYOUT` in compiled.py. */
-const int evoprune_layout = 4;
+const int evoprune_layout = 5;
 
 typedef struct {
     const void *weights; /* 8-bit weights, or 4-bit weights in chunks */
@@ -222,6 +222,30 @@ static inline __attribute__((always_inline)) void recur(
     }
     for (int j = 0; j < count; j++)
         _mm256_storeu_ps(y + 8 * j, seen[j]);
+}
+
+/* Read columns one after another with all heads, replacing the state, [heads][keys][values].
+
+   q, k: [rows][key_heads][keys]. v, y: [rows][heads][values]. decay, beta: [rows][heads]. `values` is a multiple of 8. */
+void evoprune_delta_rule(const float *q, const float *k, const float *v, const float *decay, const float *beta, float *state, float *y,
+                         int64_t rows, int64_t key_heads, int64_t heads, int64_t keys, int64_t values, int threads)
+{
+    int64_t parts = (values + 8 * WIDE - 1) / (8 * WIDE), group = heads / key_heads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < heads * parts; i++) { /* a part of a head's state stays in the CPU's fastest cache */
+        int64_t h = i / parts, at = i % parts * 8 * WIDE;
+        float *part = state + h * keys * values + at;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *query = q + (r * key_heads + h / group) * keys, *key = k + (r * key_heads + h / group) * keys;
+            float rate = decay[r * heads + h], write = beta[r * heads + h];
+            int64_t here = (r * heads + h) * values + at;
+            if (at + 8 * WIDE <= values)
+                recur(WIDE, query, key, v + here, rate, write, part, part, y + here, keys, values);
+            else
+                for (int64_t j = 0; at + j < values; j += 8)
+                    recur(1, query, key, v + here + j, rate, write, part + j, part + j, y + here + j, keys, values);
+        }
+    }
 }
 
 /* Scale a vector to a length of `length`. */
