@@ -487,9 +487,25 @@ class Option:
     also: str | None = None
 
 
-def option(default: Any, help: str, *flags: str, **more: Any) -> Any:
-    """Return a dataclass field that declares an option. `more` contains additional `Option` fields."""
-    return field(default=default, metadata={OPTION: Option(help, flags, **more)})
+def option(
+    default: Any,
+    help: str,
+    *flags: str,
+    accept: Callable[[Any], Any] | None = None,
+    convert: Callable[[Any], Any] | None = None,
+    **more: Any,
+) -> Any:
+    """Return a dataclass field that declares an option. `more` contains additional `Option` fields.
+
+    Args:
+        accept, convert: Functions that convert the value before and after its type is checked; see `converted`.
+    """
+    metadata = {OPTION: Option(help, flags, **more)}
+    if accept is not None:
+        metadata[ACCEPT] = accept
+    if convert is not None:
+        metadata[CONVERT] = convert
+    return field(default=default, metadata=metadata)
 
 
 def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
@@ -505,13 +521,41 @@ def from_keywords(given: Mapping[str, Any], *declared: type) -> list:
     return [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in declared]
 
 
-def check_types(options: Any) -> None:
-    """Check the types of all fields in a dataclass, and convert numpy numbers to Python numbers.
+Kind = TypeVar("Kind", bound=type)
+ACCEPT = "accept"  # key of a function in a field's metadata, which is applied before the type check; see `converted`
+CONVERT = "convert"  # key of a function in a field's metadata, which is applied after the type check; see `converted`
 
-    JSON and torch seeds require Python numbers.
+
+def converted(kind: Kind) -> Kind:
+    """Class decorator for a frozen dataclass that converts the arguments of the constructor before it sets the fields.
+
+    Each argument is passed through the function `ACCEPT` in the field's metadata, if any. If the field declares an option, its type
+    is then checked, and numpy numbers become Python numbers, because JSON and torch seeds require them. If all arguments are valid,
+    each is passed through the function `CONVERT` in the field's metadata. Default values must be in their final form, and these
+    functions must leave such values unchanged, because `dataclasses.replace` passes all fields through them again.
     """
-    for field_ in fields(options):
-        object.__setattr__(options, field_.name, check_type(field_.name, getattr(options, field_.name), field_.type))
+    known = {each.name: each for each in fields(kind) if each.init}
+    set_fields = kind.__init__
+
+    @wraps(set_fields)
+    def constructor(self: Any, *args: Any, **given: Any) -> None:
+        if len(args) > len(known) or any(name not in known for name in given):
+            set_fields(self, *args, **given)  # raises TypeError
+        values = dict(zip(known, args, strict=False)) | given
+        for name, value in values.items():
+            metadata = known[name].metadata
+            if ACCEPT in metadata:
+                value = metadata[ACCEPT](value)
+            if OPTION in metadata:
+                value = check_type(name, value, known[name].type)
+            values[name] = value
+        for name, value in values.items():
+            if convert := known[name].metadata.get(CONVERT):
+                values[name] = convert(value)
+        set_fields(self, **values)
+
+    kind.__init__ = constructor
+    return kind
 
 
 def parts_of(declared: Any) -> Sequence[Any]:

@@ -314,3 +314,11 @@ def test_imports_are_found_wherever_they_are_written(monkeypatch):
         "evoprune.errors", "evoprune.methods.ranking.merge",
     }  # fmt: skip
     assert module_of("evoprune.video.info.Video") == "evoprune.video.info" and module_of("torch.nn") is None
+
+
+def test_nothing_writes_into_a_frozen_object():
+    """Arguments are converted before the fields of a frozen dataclass are set; see `evoprune.util.converted`."""
+    fail_on(
+        (name for name, path in modules().items() if "object.__setattr__" in path.read_text(encoding="utf-8")),
+        "modules that write into a frozen object",
+    )

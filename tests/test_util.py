@@ -3,19 +3,23 @@
 import json
 import time
 from contextlib import suppress
+from dataclasses import FrozenInstanceError, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from evoprune.errors import UsageError
 from evoprune.util import (
+    converted,
     did_you_mean,
     from_cell,
     install_hint,
     missing_hint,
     near_file,
+    option,
     overlapping,
     parse_time,
     roughly,
@@ -188,3 +192,26 @@ def test_blocks_that_overlap_restore_the_state_once():
         assert state == ["changed"]
         raise KeyError
     assert state == ["usual"]
+
+
+@converted
+@dataclass(frozen=True)
+class Converted:
+    path: str | Path = option("a", "A path.", accept=lambda given: given or "none", convert=str)
+    count: int = option(1, "A number.", convert=abs)
+
+
+def test_arguments_are_converted_before_they_are_set():
+    """Values are also converted by `replace`. Defaults are in their final form."""
+    made = Converted(Path("x"), count=np.int64(-3))
+    assert made == Converted(path="x", count=3) and (made.path, made.count, type(made.count)) == ("x", 3, int)
+    assert Converted() == Converted("a") and Converted("").path == "none" and Converted().count == 1
+    assert replace(Converted(), path=Path("y")) == Converted("y", 1)
+    with pytest.raises(UsageError, match="count is 'a', not a whole number"):
+        Converted(count="a")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        Converted(colour="red")
+    with pytest.raises(TypeError, match="positional arguments"):
+        Converted("a", 1, 2)
+    with pytest.raises(FrozenInstanceError):
+        made.path = "z"

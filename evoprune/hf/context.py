@@ -31,13 +31,13 @@ from evoprune.hf.encoding import INT8, PackedTower, encode_each, patch_config
 from evoprune.hf.supported import check_follows, unsupported_reason
 from evoprune.hf.visuals import Visuals, find_visuals
 from evoprune.hf.whole_prompt import with_whole_prompt, with_whole_prompts
-from evoprune.methods import Budget, MethodText
+from evoprune.methods import Budget, MethodText, PruneConfig
 from evoprune.model import Clock
 from evoprune.report import EQUAL_SCORES, Memory, ModelFacts, Report, Sampling, TokenCounts
 from evoprune.session import DTYPES, pruning_facts
 from evoprune.signatures import explained, suggests, takes
 from evoprune.suggestions import Suggesting, unknown_attribute
-from evoprune.util import brief, budget_text, check_types, from_keywords, option
+from evoprune.util import brief, budget_text, converted, from_keywords, option
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
@@ -48,6 +48,21 @@ INNER = "evoprune_inside"  # argument that marks inner calls, which must not pru
 LOCK = threading.Lock()  # shared by all models, because two threads may start pruning the same model at once
 Run = Callable[[Callable, dict], Any]  # called with the model's own method and a dict of arguments
 SWITCH = "this object only switches pruning on and off"
+
+
+def _budget(given: Any) -> Any:
+    """Return a budget unchanged. An error about an invalid budget lists the presets, so this comes before the type check."""
+    Budget.parse(given)
+    return given
+
+
+def _pack(given: Any) -> Any:
+    """Return a value of `pack` unchanged, if it is valid."""
+    if not isinstance(given, bool) and given != INT8:
+        raise UsageError(
+            f"pack is {brief(given)}, not True, False or {INT8!r}", "leave it out to encode without packing"
+        )
+    return given
 
 
 def _checked_init(init: Callable) -> Callable:
@@ -65,6 +80,7 @@ def _checked_init(init: Callable) -> Callable:
     return checked
 
 
+@converted
 @dataclass(frozen=True)
 class EvoPrune(Suggesting):
     """Pruning settings for a Hugging Face model. Call this object with a model to get a context manager that prunes inside it.
@@ -80,6 +96,7 @@ class EvoPrune(Suggesting):
     budget: Budget.Given = option(
         Budget.DEFAULT,
         'Share of the visual tokens of each video to keep: a number in (0, 1], a percentage such as "25%", or a preset.',
+        accept=_budget,
     )
     method: str = option(MethodText.DEFAULT, "Name of a pruning method, NAME:SETTING=VALUE for its settings.")
     positions: Literal["host", "qwen"] = option(
@@ -92,6 +109,7 @@ class EvoPrune(Suggesting):
         False,
         "On a CPU, encode faster, with packed copies of the tower's linear layers. "
         "int8: with 8-bit copies, twice as fast as float32 and less exact.",
+        accept=_pack,
     )
     pictures: bool = option(
         False,
@@ -99,16 +117,13 @@ class EvoPrune(Suggesting):
     )
 
     def __post_init__(self):
-        # Parse the budget before checking types, because the error raised by `parse` lists the presets.
-        budget = Budget.parse(self.budget)
         if self.positions not in ("host", "qwen"):
             raise UsageError(f"positions is {self.positions!r}, which is unknown", "use host or qwen")
-        if not isinstance(self.pack, bool) and self.pack != INT8:
-            raise UsageError(
-                f"pack is {brief(self.pack)}, not True, False or {INT8!r}", "leave it out to encode without packing"
-            )
-        check_types(self)
-        object.__setattr__(self, "pruning", patch_config(budget, self.method, self.seed))
+        self.pruning  # noqa: B018 (checked here)
+
+    @functools.cached_property
+    def pruning(self) -> PruneConfig:
+        return patch_config(Budget.parse(self.budget), self.method, self.seed)
 
     def __call__(self, model: nn.Module) -> "PrunedModel":
         """Return a context manager that prunes inside a Hugging Face model during a `with` block.

@@ -8,7 +8,7 @@ from evoprune.errors import UsageError
 from evoprune.language.schema import SchemaOfClass, checked_value, instance_of, read_schema, schema_of
 from evoprune.model import GenerationSettings
 from evoprune.untrusted import rules_of
-from evoprune.util import brief, check_types, is_text, option, shorten, shown
+from evoprune.util import brief, converted, is_text, option, shorten, shown
 
 if TYPE_CHECKING:
     from evoprune.language.prompt import Tokenizer
@@ -36,6 +36,7 @@ def listed_choices(typed: Sequence[str] | None) -> str | list[str] | None:
     return ROW_OPTIONS if texts == [ROW_OPTIONS] else texts
 
 
+@converted
 @dataclass(frozen=True)
 class GenerationOptions:
     """Options for generating an answer, such as its maximum length, sampling, thinking, and constraints on its format.
@@ -82,6 +83,7 @@ class GenerationOptions:
         in_python="One or several texts: the answer ends before the first one. Thoughts may contain them.",
         metavar="TEXT",
         typed=list[str],
+        convert=lambda given: _checked_stops(given),
     )
     logprobs: int | None = option(
         None,
@@ -100,6 +102,7 @@ class GenerationOptions:
         metavar="FILE|JSON",
         typed=str,
         parse=read_schema,
+        convert=lambda given: None if given is None else schema_of(given),
     )
     regex: str | None = option(
         None,
@@ -115,6 +118,7 @@ class GenerationOptions:
         metavar="LIST",
         typed=list[str],
         parse=listed_choices,
+        convert=lambda given: _checked_choices(given),
     )
     choice_score: ChoiceScore = option(
         "sum",
@@ -122,7 +126,6 @@ class GenerationOptions:
     )
 
     def __post_init__(self):
-        check_types(self)
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}, not 1 or more", "ask for at least one token")
         for name, hint in SAMPLING_HINTS.items():
@@ -136,13 +139,9 @@ class GenerationOptions:
             raise UsageError(f"top_p is {self.top_p}, not above 0", SAMPLING_HINTS["top_p"])
         if self.think not in THINK:
             raise UsageError(f"think is {self.think!r}, which is unknown", f"use {' or '.join(THINK)}")
-        object.__setattr__(self, "stop", _checked_stops(self.stop))
-        object.__setattr__(self, "choices", _checked_choices(self.choices))
         self._check_choices()
         if self.schema is not None and self.regex is not None:
             raise UsageError("schema and regex cannot be combined", "leave one out")
-        if self.schema is not None:
-            object.__setattr__(self, "schema", schema_of(self.schema))
         self.grammar  # noqa: B018 (checked here)
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise UsageError(

@@ -266,6 +266,10 @@ class PruneConfig:
             budget = Budget.FULL
         return cls(name, method, budget, seed)
 
+    def config(self) -> Self:
+        """Return the object itself, so that plans accept it and options that are converted later; see `Plan.pruning`."""
+        return self
+
     @property
     def prunes(self) -> bool:
         """Whether any tokens are pruned, either before or inside the language model."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import mean_rows
-from evoprune.util import generator_seed
+from evoprune.util import CONVERT, converted, generator_seed
 
 # Counting and indexing.
 
@@ -37,6 +37,7 @@ def nonzero_fixed(mask: torch.Tensor, count: int) -> torch.Tensor:
     return slot.new_zeros(count + 1).scatter_(0, slot, arange_on(len(mask), mask.device))[:count]
 
 
+@converted
 @dataclass(frozen=True)
 class Tokens:
     """The video features passed to a selector, taken either after the encoder or between two of its layers.
@@ -48,12 +49,10 @@ class Tokens:
     rows: torch.Tensor  # [E, D], in unit order; one row per unit, unless some units were not encoded
     unit_to_row: torch.Tensor  # int64 [N], the row that represents each unit, or -1
     grid: tuple[int, int, int]  # (T, H, W) in units
-    seed: int = 0  # seed for random draws, passed through `generator_seed`
+    # Seed for random draws, passed through `generator_seed`.
+    seed: int = field(default=0, metadata={CONVERT: generator_seed})
     # The inputs requested by the method: float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D], and "question" [Q, D].
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def __post_init__(self):
-        object.__setattr__(self, "seed", generator_seed(self.seed))
 
     def copied(self) -> "Tokens":
         """Return a copy with cloned tensors."""

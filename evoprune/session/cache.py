@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import torch
 
@@ -27,7 +27,7 @@ from evoprune.errors import UsageError
 from evoprune.files import FileMemo, cache_folder, replacing, unfinished_pattern
 from evoprune.suggestions import Suggesting
 from evoprune.untrusted import loads
-from evoprune.util import brief, check_type, file_stats, open_safetensors
+from evoprune.util import CONVERT, brief, check_type, converted, file_stats, open_safetensors
 from evoprune.vision import Encoded
 
 SUFFIX = ".safetensors"  # file suffix of complete entries
@@ -47,27 +47,38 @@ def own_code() -> str:
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
 
+def _folder(given: Any) -> Path:
+    """Convert a path to a `Path`.
+
+    Raises:
+        UsageError: If it is not a path.
+    """
+    try:
+        folder = Path(given)
+        named = b"\0" not in os.fsencode(folder)
+    except (TypeError, UnicodeEncodeError):
+        named = False
+    if not named:
+        raise UsageError(f"the cache folder is {brief(given)}, not a path", "give the path of a folder")
+    return folder
+
+
+FOLDER = {CONVERT: _folder}
+LIMIT = {CONVERT: lambda given: check_type("limit_bytes", given, int)}
+
+
+@converted
 @dataclass(frozen=True)
 class Entries(Suggesting):
-    """A cache stored in a folder on disk. Multiple processes can safely use it at the same time."""
+    """A cache stored in a folder on disk. Multiple processes can safely use it at the same time.
 
-    folder: Path  # created when the first entry is written
-    limit_bytes: int  # maximum total size; the least recently used entries are evicted first
+    Raises:
+        UsageError: If `folder` is not a path, or `limit_bytes` is not an integer.
+    """
 
-    def __post_init__(self):
-        """Validate the fields and convert `folder` to a `Path`.
-
-        Raises:
-            UsageError: If `folder` is not a path, or `limit_bytes` is not an integer.
-        """
-        try:
-            object.__setattr__(self, "folder", Path(self.folder))
-            named = b"\0" not in os.fsencode(self.folder)
-        except (TypeError, UnicodeEncodeError):
-            named = False
-        if not named:
-            raise UsageError(f"the cache folder is {brief(self.folder)}, not a path", "give the path of a folder")
-        object.__setattr__(self, "limit_bytes", check_type("limit_bytes", self.limit_bytes, int))
+    folder: Path = field(metadata=FOLDER)  # created when the first entry is written
+    # Maximum total size. The least recently used entries are evicted first.
+    limit_bytes: int = field(metadata=LIMIT)
 
     def write(self, key: str, content: Callable[[BinaryIO], None], make_room: bool = True) -> bool:
         """Write an entry atomically, and evict the least recently used entries if the size limit is exceeded.
@@ -154,22 +165,21 @@ class Entry:
     moved: bool  # whether any frames were replaced with nearby keyframes; see `FrameChunk`
 
 
+@converted
 @dataclass(frozen=True)
 class Cache(Entries):
     """A disk cache of encoded videos. Multiple processes can safely use it at the same time."""
 
     makes_room: ClassVar[bool] = True  # whether `store` evicts old entries if the size limit is exceeded
 
-    folder: Path = field(default_factory=cache_folder)  # defaults to the folder used by `evoprune ask --cache`
-    limit_bytes: int = 2 * 2**30  # maximum total size; the least recently used entries are evicted first
+    # Defaults to the folder used by `evoprune ask --cache`.
+    folder: Path = field(default_factory=cache_folder, metadata=FOLDER)
+    # Maximum total size. The least recently used entries are evicted first.
+    limit_bytes: int = field(default=2 * 2**30, metadata=LIMIT)
 
     if TYPE_CHECKING:  # the constructor also accepts a string, although the field is a `Path`
 
         def __init__(self, folder: str | os.PathLike[str] = ..., limit_bytes: int = ...) -> None: ...
-
-    _hashes: FileMemo[str] = field(
-        default_factory=partial(FileMemo, MOST_HASHES), init=False, repr=False, compare=False
-    )
 
     def content_hash(self, path: str | os.PathLike[str]) -> str:
         """Return a hash of a file's contents, or of the names and contents of all files in a folder.
@@ -181,7 +191,7 @@ class Cache(Entries):
         """
         if os.path.isdir(path):
             return content_hash(path)
-        return self._hashes.get(path, lambda: content_hash(path))
+        return _hashes.get(path, lambda: content_hash(path))
 
     def load(self, key: str, device: torch.device) -> Entry | None:
         """Load an encoded video from the cache onto a device.
@@ -230,9 +240,7 @@ class Cache(Entries):
     @property
     def of_segments(self) -> "SegmentCache":
         """A cache for encoded segments of long videos, stored in a subfolder with its own size limit."""
-        segments = SegmentCache(self.folder / "segments")
-        object.__setattr__(segments, "_hashes", self._hashes)  # each file is hashed only once for both caches
-        return segments
+        return SegmentCache(self.folder / "segments")
 
     @property
     def of_speech(self) -> Entries:
@@ -270,6 +278,7 @@ class Cache(Entries):
         return len(content) <= self.limit_bytes and self.write(key, lambda file: file.write(content), self.makes_room)
 
 
+@converted
 @dataclass(frozen=True)
 class SegmentCache(Cache):
     """A disk cache of encoded video segments.
@@ -284,7 +293,10 @@ class SegmentCache(Cache):
     def of_speech(self) -> Entries:
         return Cache(self.folder.parent).of_speech
 
-    limit_bytes: int = 4 * 2**30
+    limit_bytes: int = field(default=4 * 2**30, metadata=LIMIT)
+
+
+_hashes: FileMemo[str] = FileMemo(MOST_HASHES)  # shared by all caches, so that each file is hashed only once
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

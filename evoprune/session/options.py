@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 from evoprune.bundled import DEMOS
 from evoprune.errors import OTHER_MODELS, ModelError, UsageError, VideoError
 from evoprune.language import GenerationOptions
-from evoprune.methods import Budget, EncoderPlan, Grid, MethodText, TowerShape
+from evoprune.methods import Budget, MethodText
 from evoprune.session.gguf.folder import gguf_files, gguf_folder
 from evoprune.session.hub import MODEL_HINT, is_id, near_hint
 from evoprune.util import (
     brief,
-    check_types,
+    converted,
     did_you_mean,
     file_state,
     from_keywords,
@@ -60,6 +59,22 @@ def _short_dtype(given: Any) -> Any:
     return names.get(text, given)
 
 
+def _model_name(given: Any) -> Any:
+    """Return a model name unchanged.
+
+    Raises:
+        UsageError: If it is a model instead.
+    """
+    if hasattr(given, "forward"):
+        raise UsageError(f"model is a {type(given).__name__}, not a name", OTHER_MODELS)
+    return given
+
+
+def _device_name(given: Any) -> Any:
+    """Convert a torch device to its name. Other values are returned unchanged."""
+    return str(given) if type(given).__name__ == "device" else given
+
+
 def _parse_threads(given: int | str | None) -> int | str | None:
     """Parse a number of threads. "auto" and None are returned unchanged.
 
@@ -74,6 +89,7 @@ def _parse_threads(given: int | str | None) -> int | str | None:
     return int(text)
 
 
+@converted
 @dataclass(frozen=True)
 class ModelOptions:
     """Options for loading a model. Torch dtypes, torch devices, and paths are converted to strings.
@@ -96,6 +112,8 @@ class ModelOptions:
         "-m",
         "--model",
         env="EVOPRUNE_MODEL",
+        accept=_model_name,
+        convert=os.fspath,
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     device: str = option(
@@ -104,11 +122,13 @@ class ModelOptions:
         words=("auto", "cpu", "cuda[:N]"),
         also="torch.device",
         changes_answers=False,
+        accept=_device_name,
     )
     dtype: Literal["auto", DtypeName] = option(
         "auto",
         "auto: bf16 if the hardware supports it; demo models use fp32.",
         also="torch.dtype",
+        accept=_short_dtype,
     )
     quantize: Quantize = option(
         "auto",
@@ -143,17 +163,10 @@ class ModelOptions:
         env="EVOPRUNE_THREADS",
         unless_typed=AUTO_THREADS,
         changes_answers=False,
+        convert=_parse_threads,
     )
 
     def __post_init__(self):
-        if hasattr(self.model, "forward"):
-            raise UsageError(f"model is a {type(self.model).__name__}, not a name", OTHER_MODELS)
-        object.__setattr__(self, "dtype", _short_dtype(self.dtype))
-        if type(self.device).__name__ == "device":
-            object.__setattr__(self, "device", str(self.device))
-        check_types(self)
-        object.__setattr__(self, "model", os.fspath(self.model))
-        object.__setattr__(self, "threads", _parse_threads(self.threads))
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(f"unknown load format {self.load_format!r}", f"use {' or '.join(LOAD_FORMATS)}")
         if self.engine not in ENGINES:
@@ -228,6 +241,7 @@ class ModelOptions:
         return file_state(files)
 
 
+@converted
 @dataclass(frozen=True)
 class PruneOptions:
     """Options for pruning visual tokens. Percentages are converted to numbers.
@@ -251,6 +265,7 @@ class PruneOptions:
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",
+        accept=lambda given: Budget.parse(given, auto=True).recorded,
     )
     method: str = option(
         MethodText.DEFAULT,
@@ -267,15 +282,7 @@ class PruneOptions:
     )
 
     def __post_init__(self):
-        if self.budget is None:
-            Budget.parse(None)  # raises an error that lists the presets
-        check_types(self)
-        object.__setattr__(self, "budget", self._parsed_budget.recorded)
         MethodText(self.method).check()
-
-    @cached_property
-    def _parsed_budget(self) -> Budget:
-        return Budget.parse(self.budget, auto=True)
 
     def config(self) -> "PruneConfig":
         """Convert these options to a `PruneConfig`. Imports torch.
@@ -285,22 +292,15 @@ class PruneOptions:
         """
         from evoprune.methods import PruneConfig
 
-        return PruneConfig.of(self._parsed_budget, self.method, self.seed)
+        return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
 
     @property
     def resizes(self) -> bool:
         """Whether the method may downscale inputs, so the frame size depends on the method's plan. Does not import torch."""
         return MethodText(self.method).may_resize
 
-    def plan(self, tower: TowerShape, grid: Grid) -> EncoderPlan:
-        """Return the pruning method's plan for an input; see `PruneConfig.plan`. Imports torch.
 
-        Raises:
-            UsageError: See `PruneConfig.of`.
-        """
-        return self.config().plan(tower, grid)
-
-
+@converted
 @dataclass(frozen=True)
 class StreamOptions:
     """Options for watching a live stream, which set the window length and the size of the memory.
@@ -335,13 +335,13 @@ class StreamOptions:
     memory_tokens: int | None = option(None, "Size of the memory in tokens, instead of --memory.")
 
     def __post_init__(self):
-        check_types(self)
         for name in ("window_s", "memory_s", "memory_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} is {value:g}, not above 0", "give a number above 0")
 
 
+@converted
 @dataclass(frozen=True)
 class FindOptions:
     """Options for finding the moments of a video that match a query.
@@ -383,7 +383,6 @@ class FindOptions:
     no: str = option("no", "How an answer begins if the segment does not show it.", metavar="WORD")
 
     def __post_init__(self):
-        check_types(self)
         for name in ("top", "total_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, not 1 or more", "give 1 or more")

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from os import PathLike
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
-from evoprune.util import check_types, option, parse_time
+from evoprune.util import converted, option, parse_time
 from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.sound import check_speech
+
+if TYPE_CHECKING:
+    from evoprune.methods import PruneConfig
 
 # Maximum number of units in a single frame, for models that limit only the total over all frames. Without this limit, a video with
 # only four frames could use up the entire budget with huge frames. Qwen's own processor applies the same limit.
@@ -35,6 +38,7 @@ def _check_at_least(min_value: int, name: str, value: float | None) -> None:
         raise UsageError(f"{name} is {value}, not {min_value} or more", f"give a number, {min_value} or more")
 
 
+@converted
 @dataclass(frozen=True)
 class SamplingOptions:
     """Options for sampling video frames. Raises UsageError if a value is invalid or if both `fps` and `frames` are set."""
@@ -96,6 +100,7 @@ class SamplingOptions:
         "Subtitles for the prompt. auto: a file next to the video, otherwise a text track in it. FILE: SRT, WebVTT, ASS, or a "
         "video with a text track.",
         words=("none", "auto", "FILE"),
+        convert=os.fspath,
     )
     max_subtitle_tokens: int = option(2048, "Limit on subtitle tokens: above it, lines are left out evenly.")
 
@@ -105,12 +110,10 @@ class SamplingOptions:
         "small or large-v3-turbo), or a folder with one for CTranslate2. auto: the video's subtitles, or base if it has none. "
         "Needs evoprune[speech].",
         words=("none", "auto", "MODEL", "DIR"),
+        convert=os.fspath,
     )
 
     def __post_init__(self):
-        check_types(self)
-        object.__setattr__(self, "subtitles", os.fspath(self.subtitles))
-        object.__setattr__(self, "speech", os.fspath(self.speech))
         check_speech(self.speech)
         if not self.subtitles:
             raise UsageError("subtitles is empty", "give none, auto or a file")
@@ -325,6 +328,17 @@ class InputLimits:
         return replace(self, min_pixels=self.min_pixels / frames, max_pixels=max_pixels, of_all_frames=False)
 
 
+class Pruning(Protocol):
+    """The pruning settings in a plan: `PruneOptions`, or a `PruneConfig`, which imports torch."""
+
+    @property
+    def resizes(self) -> bool:
+        """Whether inputs may be made smaller, so that the method's plan determines which frames to read."""
+
+    def config(self) -> "PruneConfig":
+        """Return the settings that plan the encoding. Imports torch."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A plan of which frames to read from a video and how to encode them. A still image is treated as a single frame.
@@ -347,7 +361,7 @@ class Plan:
     token_capped: bool  # whether `token_limit` resulted in smaller or fewer frames
     limited: bool = False
     tower: TowerShape | None = None  # shape of the vision tower that will encode the input
-    pruning: Any = None  # a `PruneConfig` or `PruneOptions`; None disables pruning
+    pruning: Pruning | None = None  # None disables pruning
     unshrunk: "Plan | None" = None  # the plan without pruning, if the pruning method reduces the input size
     name: str = ""
     decoder: str = ""  # "pyav" or "decord"; "pillow" for still images and some animations, "none" for a `HeldVideo`
@@ -405,7 +419,7 @@ class Plan:
         """The plan for the vision encoder, computed on first use because loading a pruning method imports torch."""
         if self.pruning is None:
             return EncoderPlan.full(self.tower, self.grid)
-        return self.pruning.plan(self.tower, self.full.grid)
+        return self.pruning.config().plan(self.tower, self.full.grid)
 
     @property
     def kind(self) -> Kind:
