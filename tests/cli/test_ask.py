@@ -296,11 +296,12 @@ def test_downloads_of_small_files_are_part_of_loading(cli, monkeypatch):
             patch.setattr(ModelOptions, "local_folder", local_folder)
             return describe(options)
 
+    cli("ask", CLIP, QUESTION, "--frames", "4")  # the first model takes longer to load
     monkeypatch.setattr(evoprune.session, "describe", slowly)
     usual = cli("ask", CLIP, QUESTION, "--frames", "4", "--json").record["time_ms"]
     monkeypatch.setattr(ModelOptions, "local_folder", lambda options: None)  # as for a model from the hub
     remote = cli("ask", CLIP, QUESTION, "--frames", "4", "--json").record["time_ms"]
-    assert usual["load"] < 1000 * slow_s <= remote["load"]
+    assert usual["load"] + 500 * slow_s < remote["load"] >= 1000 * slow_s
     assert remote["startup"] > 0
 
 
