@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from evoprune.backend import attention
 from evoprune.backend.cpu import compiled as module
 from evoprune.backend.cpu import deltas, layer
 
@@ -37,6 +36,6 @@ def compiled(library, monkeypatch) -> None:
 
 def use(library: ctypes.CDLL | None, monkeypatch) -> None:
     """Make evoprune use a library, or none."""
-    for each in (module, layer, attention, deltas):
+    for each in (module, layer, deltas):
         monkeypatch.setattr(each, "library", lambda: library)
     monkeypatch.setattr(layer, "_known", type(layer._known)())

@@ -11,8 +11,6 @@ from typing import Self, TypeVar
 import torch
 import torch.nn.functional as F
 
-from evoprune.backend.cpu.compiled import library
-from evoprune.backend.cpu.deltas import delta_rule
 from evoprune.backend.devices import as_current, is_host, uses_kernels
 from evoprune.util import overlapping
 
@@ -136,16 +134,6 @@ class Attention:
                 return None
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(queries, keys, values, 0.0, True, False, scale=scale)[0]
-
-    def delta_rule(self, values: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-        """Return a function that reads columns one by one in a Gated DeltaNet, or None if unsupported (see cpu/deltas.py).
-
-        Args:
-            values: The number of features of a value.
-        """
-        if is_host(self._device) and library() is not None and values % 8 == 0:
-            return delta_rule
-        return None
 
     def bias_features(self, bias: torch.Tensor, dim: int, least: float = -math.inf) -> torch.Tensor:
         """Return extra key features, `[n, e]`, that add a bias to the scores in kernels without mask support.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evoprune.backend import Attention, kernels_for, linear
+from evoprune.backend import Quantization, kernels_for, linear
 from evoprune.model import head_size, rotate
 
 CHUNK = 64  # columns per chunk, same as in transformers
@@ -404,7 +404,7 @@ def _in_order(
         state: The state before the columns.
         vectors: The layer's vectors.
     """
-    rule = Attention.of(mixed).delta_rule(net.linear_value_head_dim)
+    rule = Quantization.delta_rule(mixed.device, net.linear_value_head_dim)
     if rule is None or state is None:
         return None
     dim = net.linear_key_head_dim

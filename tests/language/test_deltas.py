@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend import Attention
+from evoprune.backend import Quantization
 from evoprune.language import LanguageModel, decoder, hybrid
 from evoprune.model import Config, QwenVL
 from tests import tiny
@@ -39,7 +39,7 @@ def model(host):
 def path(request, monkeypatch):
     on_a_cpu = request.param != "as on a GPU"
     if request.param != "as on a CPU":
-        monkeypatch.setattr(Attention, "delta_rule", lambda self, values: None)
+        monkeypatch.setattr(Quantization, "delta_rule", lambda device, values: None)
     monkeypatch.setattr(decoder, "form_of_layers", lambda device, few, modules: modules if on_a_cpu else few)
 
 

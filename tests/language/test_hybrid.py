@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evoprune.backend import Attention, devices
+from evoprune.backend import Quantization, devices
 from evoprune.errors import DeviceWarning
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, hosted, hybrid
 from evoprune.model import Config, HostedVL
@@ -32,7 +32,7 @@ def model():
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
-    monkeypatch.setattr(Attention, "delta_rule", lambda self, values: None)
+    monkeypatch.setattr(Quantization, "delta_rule", lambda device, values: None)
 
 
 def columns(count, seed=0, scale=1.0):

@@ -1,4 +1,4 @@
-"""The gated delta rule, computed by the compiled library. See `Attention.delta_rule`."""
+"""The gated delta rule, computed by the compiled library. See `Quantization.delta_rule`."""
 
 import torch
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from evoprune.backend.cpu import compiled, four_bits
+from evoprune.backend.cpu.deltas import delta_rule
 from evoprune.backend.cpu.layer import CompiledLayer
 from evoprune.backend.cpu.linear import FEW_ROWS, Packing
 from evoprune.backend.devices import is_host
@@ -430,6 +431,20 @@ class Quantization:
                 return None
             found.append(form)
         return found
+
+    @staticmethod
+    def delta_rule(device: torch.device, values: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the compiled function that reads columns one by one in a Gated DeltaNet, or None if there is none.
+
+        Layers that are not quantized use it too. See cpu/deltas.py for the function.
+
+        Args:
+            device: The device of the tensors.
+            values: The number of features of a value.
+        """
+        if is_host(device) and compiled.library() is not None and values % 8 == 0:
+            return delta_rule
+        return None
 
     @staticmethod
     def computes_few_exactly(model: nn.Module) -> bool:
