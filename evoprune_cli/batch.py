@@ -5,14 +5,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, warned
-from evoprune.session import ModelOptions, PruneOptions
+from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
@@ -20,12 +20,74 @@ from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
 
 if TYPE_CHECKING:
-    from evoprune.batch import RecordFile, Row, RowReader
+    from evoprune.batch import Captions, RecordFile, Row, RowReader, Settings
 
 DASH = "-"  # stdin or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
 PLACES = ("local", "ray")
 TELL_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArguments:
+    """The arguments of `evoprune batch`."""
+
+    videos: opt.argument(
+        list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
+    ) = None
+    questions: opt.option(
+        list[str] | None, "-Q --question TEXT", "Question to ask about every video; repeatable.", "Rows"
+    ) = None
+    source: opt.option(
+        str | None,
+        "--from FILE|-",
+        "Instead of VIDEO and -Q: JSONL or CSV rows with video, question and optionally "
+        "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
+        "answer; in JSONL also messages instead of question. Paths are relative to the file; - is stdin, "
+        "which is read completely first.",
+        "Rows",
+    ) = None
+    recursive: opt.option(
+        bool, "-r --recursive", "Also read the videos in subfolders, except hidden ones and links.", "Rows"
+    ) = False
+    output: opt.option(
+        str | None,
+        "-o --output FILE|-",
+        "Write each record to FILE as soon as it is finished; - is stdout. Records of a video are adjacent. FILE.csv gets a "
+        "table: the columns of the rows, then answer, error, finish_reason, visual_tokens, new_tokens, total_ms.",
+        opt.OUTPUT,
+    ) = None
+    resume: opt.option(
+        bool,
+        "--resume",
+        "Continue FILE if it exists: answered rows are skipped, and failed rows are asked again.",
+        opt.OUTPUT,
+    ) = False
+    overwrite: opt.Overwrite = False
+    captions: opt.option(
+        str | None,
+        "--captions DIR",
+        "Also write the answer about each video to DIR, in a .txt file named after the video. Takes one question per video, and "
+        "never replaces a file that is not named by a record in FILE.",
+        opt.OUTPUT,
+    ) = None
+    options: opt.PipelineArguments
+    on: opt.option(
+        str,
+        "--on",
+        "Where to run; ray: a Ray cluster, with one model per GPU, or per node without GPUs. Needs evoprune[ray].",
+        "Machines",
+        **opt.one_of(*PLACES),
+    ) = PLACES[0]
+    address: opt.option(
+        str | None,
+        "--address",
+        "Address of the Ray cluster; default: RAY_ADDRESS, otherwise a new cluster on this machine.",
+        "Machines",
+        **opt.one_of("auto", "HOST:PORT"),
+    ) = None
+    quiet: opt.Quiet = False
+    cache: opt.Cache = False
 
 
 @opt.command(
@@ -36,65 +98,7 @@ TELL_EVERY_S = 60.0
     short="questions source output resume overwrite model budget fps quiet",
     model={"unless_typed": ""},
 )
-def batch(
-    *,
-    videos: opt.argument(
-        list[str] | None, "VIDEO", "Video files, folders of videos, or folders of images, each of which is one video."
-    ) = None,
-    questions: opt.option(
-        list[str] | None, "-Q --question TEXT", "Question to ask about every video; repeatable.", "Rows"
-    ) = None,
-    source: opt.option(
-        str | None,
-        "--from FILE|-",
-        "Instead of VIDEO and -Q: JSONL or CSV rows with video, question and optionally "
-        "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
-        "answer; in JSONL also messages instead of question. Paths are relative to the file; - is stdin, "
-        "which is read completely first.",
-        "Rows",
-    ) = None,
-    recursive: opt.option(
-        bool, "-r --recursive", "Also read the videos in subfolders, except hidden ones and links.", "Rows"
-    ) = False,
-    output: opt.option(
-        str | None,
-        "-o --output FILE|-",
-        "Write each record to FILE as soon as it is finished; - is stdout. Records of a video are adjacent. FILE.csv gets a "
-        "table: the columns of the rows, then answer, error, finish_reason, visual_tokens, new_tokens, total_ms.",
-        opt.OUTPUT,
-    ) = None,
-    resume: opt.option(
-        bool,
-        "--resume",
-        "Continue FILE if it exists: answered rows are skipped, and failed rows are asked again.",
-        opt.OUTPUT,
-    ) = False,
-    overwrite: opt.Overwrite = False,
-    captions: opt.option(
-        str | None,
-        "--captions DIR",
-        "Also write the answer about each video to DIR, in a .txt file named after the video. Takes one question per video, and "
-        "never replaces a file that is not named by a record in FILE.",
-        opt.OUTPUT,
-    ) = None,
-    options: opt.PipelineArguments,
-    on: opt.option(
-        str,
-        "--on",
-        "Where to run; ray: a Ray cluster, with one model per GPU, or per node without GPUs. Needs evoprune[ray].",
-        "Machines",
-        **opt.one_of(*PLACES),
-    ) = PLACES[0],
-    address: opt.option(
-        str | None,
-        "--address",
-        "Address of the Ray cluster; default: RAY_ADDRESS, otherwise a new cluster on this machine.",
-        "Machines",
-        **opt.one_of("auto", "HOST:PORT"),
-    ) = None,
-    quiet: opt.Quiet = False,
-    cache: opt.Cache = False,
-) -> int:
+def batch(given: BatchArguments) -> int:
     """Ask many questions about many videos: one JSON line each.
 
     Each line is a record as printed by `ask --json`, with the row's id. The model is loaded once, and each video is encoded once
@@ -107,26 +111,49 @@ def batch(
     evoprune batch --from rows.csv -o answers.jsonl --resume
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
-    if not output:
+    pipeline = _parse(given)
+    batch = _check(given, pipeline)
+    return _run(batch, given)
+
+
+def _parse(given: BatchArguments) -> PipelineOptions:
+    """Return the options that determine the answers, after checking the others."""
+    if not given.output:
         raise UsageError("no output file", f"name a file with -o: {USAGE}")
-    if output.startswith("--"):
-        raise UsageError(
-            f"-o has no file: {output} is an option", "give -o FILE; if that is the file's name, write ./--..."
-        )
-    if on not in PLACES:
-        raise UsageError(f"--on {on} is unknown", f"use {' or '.join(PLACES)}")
-    if address and on != "ray":
+    if given.output.startswith("--"):
+        message = f"-o has no file: {given.output} is an option"
+        raise UsageError(message, "give -o FILE; if that is the file's name, write ./--...")
+    if given.on not in PLACES:
+        raise UsageError(f"--on {given.on} is unknown", f"use {' or '.join(PLACES)}")
+    if given.address and given.on != "ray":
         raise UsageError("--address applies only to a Ray cluster", "add --on ray")
-    pipeline = options.parse()
-    from evoprune.batch import (
-        Captions,
-        RecordFile,
-        RowReader,
-        Settings,
-        Sources,
-        Span,
-        TableFile,
-    )
+    return given.options.parse()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Checked rows and settings of a batch, and where its records go.
+
+    Attributes:
+        captions: The folder of captions, or None.
+        missing: The names of missing videos, which have been reported.
+    """
+
+    rows: list["Row"]
+    settings: "Settings"
+    captions: "Captions | None"
+    missing: list[str]
+
+    def open_file(self, given: BatchArguments) -> "RecordFile":
+        from evoprune.batch import RecordFile, TableFile
+
+        kind = partial(TableFile, rows=self.rows) if TableFile.is_meant(given.output) else RecordFile
+        return kind(given.output, stdout=stdout(), resume=given.resume, overwrite=given.overwrite)
+
+
+def _check(given: BatchArguments, pipeline: PipelineOptions) -> Batch:
+    """Read the rows, and check everything that can be checked before loading the model."""
+    from evoprune.batch import Captions, RowReader, Settings, TableFile
     from evoprune.video import choose_decoder
 
     if not pipeline.model.model:
@@ -134,51 +161,45 @@ def batch(
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
         raise UsageError("the system prompt is not valid text", "write it in UTF-8")
-    table = TableFile.is_meant(output)
-    if captions is not None and (table or not captions):
+    table = TableFile.is_meant(given.output)
+    if given.captions is not None and (table or not given.captions):
         raise UsageError(
             "--captions needs a folder, and records that name its files", "use --captions DIR -o FILE.jsonl"
         )
     if pipeline.generation.logprobs is not None and table:
         raise UsageError("--logprobs cannot be written to a table", "use -o FILE.jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling, pipeline.generation)
-    reader = RowReader(passes_on=table, sampling=pipeline.sampling)
-    rows = _rows(videos or [], questions or [], source, quiet, reader, recursive)
+    rows = _rows(given, RowReader(passes_on=table, sampling=pipeline.sampling))
     if any(row.earlier for row in rows):
         pipeline.pruning.config().method.check_conversation()
     if pipeline.generation.choices_from_rows:
-        if source is None:
+        if given.source is None:
             raise UsageError("--choices options needs rows with options", "give --from FILE, or the texts")
         rows = [row.with_scored_options() for row in rows]
-    replaced = output if overwrite and os.path.isfile(output) else None
-    texts = None if captions is None else Captions(captions, rows, replaced)
-    tally = Tally(len(rows), quiet, _check_files(rows, source, output, quiet))
-    kind = partial(TableFile, rows=rows) if table else RecordFile
-    opened = kind(output, stdout=stdout(), resume=resume, overwrite=overwrite)
-    with tally, closing(opened) as file, progress(not quiet and sys.stderr.isatty()) as show:
-        sources = Sources(settings)
-        left = sources.remaining(rows, file.earlier_records)
+    replaced = given.output if given.overwrite and os.path.isfile(given.output) else None
+    captions = None if given.captions is None else Captions(given.captions, rows, replaced)
+    return Batch(rows, settings, captions, _check_files(rows, given.source, given.output, given.quiet))
+
+
+def _run(batch: Batch, given: BatchArguments) -> int:
+    """Answer the rows that have no record yet, and write the records."""
+    from evoprune.batch import Sources
+
+    tally = Tally(len(batch.rows), given.quiet, batch.missing)
+    shows = not given.quiet and sys.stderr.isatty()  # otherwise, the tally reports the progress
+    with tally, closing(batch.open_file(given)) as file, progress(shows) as show:
+        sources = Sources(batch.settings)
+        left = sources.remaining(batch.rows, file.earlier_records)
         ready = partial(tally.start, file, len(left), show)
-        others = len({record.id for record in file.earlier_records} - {row.id for row in rows})
-        if others and not quiet:
-            are = "is" if others == 1 else "are"
-            tell(f"the output has {counted(others, 'record')} that {are} not in this batch; kept")
-        if texts:
-            texts.start(left, file)
+        _note_others(batch.rows, file, given.quiet)
+        if batch.captions:
+            batch.captions.start(left, file)
         if not left:
             ready()
             file.begin()
             return 0
-        spans = Span.group(left)
-        files = {row.id: sources.of(row) | (texts.of(row) if texts else {}) for row in left}
-        if on == "ray":
-            from evoprune.batch import answers_on_ray
-
-            show("connecting to Ray")
-            answers = answers_on_ray(spans, settings, address=address, cache=cache, on_ready=ready)
-        else:
-            answers = _answers(spans, settings, cache, quiet, show, ready, tally)
-        with closing(answers) as records:
+        files = {row.id: sources.of(row) | (batch.captions.of(row) if batch.captions else {}) for row in left}
+        with closing(_answers(left, batch.settings, given, show, ready, tally)) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
                 if not record.error:
@@ -187,71 +208,90 @@ def batch(
                 if not file.written:  # keep the earlier records until there is a new record to write
                     file.begin(again={row.id for row in left})
                 file.add(record)
-                if texts:
-                    texts.add(record)
+                if batch.captions:
+                    batch.captions.add(record)
                 tally.add(record)
     return SOME_FAILED if tally.failed else 0
 
 
-def _answers(spans, settings, cache: bool, quiet: bool, show, ready, tally: "Tally"):
-    """Answer rows in this process and yield their records. `ready` is called once the model is loaded.
+def _note_others(rows: Sequence["Row"], file: "RecordFile", quiet: bool) -> None:
+    """Print a note if the output has records of other rows."""
+    others = len({record.id for record in file.earlier_records} - {row.id for row in rows})
+    if others and not quiet:
+        are = "is" if others == 1 else "are"
+        tell(f"the output has {counted(others, 'record')} that {are} not in this batch; kept")
 
-    `tally` receives encoding progress updates and read wait times.
+
+def _answers(left: Sequence["Row"], settings: "Settings", given: BatchArguments, show, ready, tally: "Tally"):
+    """Answer rows and yield their records. `ready` is called once the model is loaded, or the cluster is connected.
+
+    In this process, `tally` receives encoding progress updates and read wait times.
     """
+    from evoprune.batch import Span
+
+    spans = Span.group(left)
+    if given.on == "ray":
+        from evoprune.batch import answers_on_ray
+
+        show("connecting to Ray")
+        yield from answers_on_ray(spans, settings, address=given.address, cache=given.cache, on_ready=ready)
+        return
     from evoprune.session import ReadAhead, describe
 
     show("loading model")
     prepare()
     model = describe(settings.model)
-    first = [] if cache else spans  # with the disk cache, inputs may not need to be read at all
+    first = [] if given.cache else spans  # with the disk cache, inputs may not need to be read at all
     asked = ((span.rows[0].paths, settings.sampling.with_overrides(**span.sampling)) for span in first)
     with ReadAhead(model, asked, settings.pruning) as ahead:
         from evoprune.batch import answers
         from evoprune.session import Cache
 
         session = settings.load(partial(show, "quantizing"), model)
-        note_model(session, settings.generation, quiet)
+        note_model(session, settings.generation, given.quiet)
         ready()
-        stored = Cache() if cache else None
+        stored = Cache() if given.cache else None
         callbacks = {"progress": encoding(tally.encoding), "on_wait": tally.wait}
         yield from answers(session, spans, settings, stored, print_traceback, ahead, **callbacks)
 
 
-def _rows(
-    videos: list[str], questions: list[str], source: str | None, quiet: bool, reader: "RowReader", recursive: bool
-) -> list["Row"]:
+def _rows(given: BatchArguments, reader: "RowReader") -> list["Row"]:
     """Return the rows from the --from file, or one row for each combination of video and question.
 
     Raises:
         UsageError: If the options are incomplete or incompatible.
     """
-    from evoprune.batch import left_out
-
-    if source is None:
-        if not videos:
-            raise UsageError("no videos", f"give videos and questions, or --from FILE: {USAGE}")
-        if not questions:
-            raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
-        if DASH in videos:
-            raise UsageError(
-                "a batch cannot read a video from stdin", "evoprune ask - can; for a file with that name, write ./-"
-            )
-        pictures = not reader.sampling.has_span  # --start and --end don't apply to images
-        rows = reader.pairs(videos, questions, recursive, pictures)
-        if not quiet and not recursive:
-            for line in filter(None, (left_out(video, pictures) for video in videos)):
-                tell(line)
-        return rows
-    if recursive:
+    if given.source is None:
+        return _pairs(given, reader)
+    if given.recursive:
         raise UsageError("-r applies only to folders, but --from names every video", "leave out one of the two")
-    if videos or questions:
+    if given.videos or given.questions:
         raise UsageError("--from cannot be combined with videos or questions", "the rows in the file contain both")
-    if source != DASH:
-        return reader.load(source)
+    if given.source != DASH:
+        return reader.load(given.source)
     stdin = getattr(sys.stdin, "buffer", None)
     if stdin is None or sys.stdin.isatty():
         raise UsageError("--from - reads stdin, but nothing is piped into it", "pipe rows into it, or name a file")
     return replace(reader, file="name a file with --from").read(stdin, "stdin")
+
+
+def _pairs(given: BatchArguments, reader: "RowReader") -> list["Row"]:
+    """Return one row for each combination of video and question, and report skipped files on stderr. For errors, see `_rows`."""
+    from evoprune.batch import left_out
+
+    if not given.videos:
+        raise UsageError("no videos", f"give videos and questions, or --from FILE: {USAGE}")
+    if not given.questions:
+        raise UsageError("no question", f"put -Q before each question, or give --from FILE: {USAGE}")
+    if DASH in given.videos:
+        message = "a batch cannot read a video from stdin"
+        raise UsageError(message, "evoprune ask - can; for a file with that name, write ./-")
+    pictures = not reader.sampling.has_span  # --start and --end don't apply to images
+    rows = reader.pairs(given.videos, given.questions, given.recursive, pictures)
+    if not given.quiet and not given.recursive:
+        for line in filter(None, (left_out(video, pictures) for video in given.videos)):
+            tell(line)
+    return rows
 
 
 def _check_files(rows: list["Row"], source: str | None, output: str, quiet: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,67 @@ from evoprune_cli.words import check_not_swapped, split_words
 if TYPE_CHECKING:
     from evoprune.batch import Row
     from evoprune.moments import Moment, Search
+    from evoprune.session import Session
 
 SCHEMA = "evoprune/find@1"
 USAGE = 'evoprune find video.mp4 "a red circle"'
 FILES = "Files"  # panel title in the full help
 BAR = 20  # maximum length of a bar, in characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindArguments:
+    """The arguments of `evoprune find`."""
+
+    words: opt.argument(
+        list[str], "VIDEO", "Videos (files, folders of videos or of frames, URLs), then what to find, in quotes."
+    )
+    more: opt.option(
+        list[str] | None, "-Q --query TEXT", "What to find; repeatable. Each segment is encoded once for all queries."
+    ) = None
+    options: opt.PipelineArguments
+    srt: opt.option(str | None, "--srt FILE", "Write the moments as subtitles, with query and score.", FILES) = None
+    chapters: opt.option(
+        str | None, "--chapters FILE", "Write the moments as chapters, in FFmpeg's metadata format.", FILES
+    ) = None
+    contact_sheet: opt.option(
+        str | None, "--contact-sheet FILE.png", "Draw the best frame of each moment, with its time.", FILES
+    ) = None
+    clips: opt.option(
+        str | None,
+        "--clips DIR",
+        "Cut each moment into its own file, copying packets from the keyframe before it. If a file name is taken, a number is "
+        "added.",
+        FILES,
+    ) = None
+    exact: opt.option(
+        bool,
+        "--exact",
+        "Make clips start and end exactly with their moments, by re-encoding their frames in SDR.",
+        FILES,
+    ) = False
+    json: opt.option(bool, "--json", "Print a JSON line per moment, instead of text.", opt.OUTPUT) = False
+    output: opt.option(
+        str | None,
+        "-o --output FILE",
+        "Also write the results to FILE, one JSON line per video, as soon as its search is complete.",
+        opt.OUTPUT,
+    ) = None
+    resume: opt.option(
+        bool,
+        "--resume",
+        "Continue FILE if it exists: videos in it are skipped, and failed videos are searched again.",
+        opt.OUTPUT,
+    ) = False
+    overwrite: opt.Overwrite = False
+    cache: opt.option(
+        bool,
+        "--cache/--no-cache",
+        "Keep encoded segments on disk (at most 4 GiB, in the folder EVOPRUNE_CACHE_DIR), so that other queries need not read or "
+        "encode them again.",
+        opt.OUTPUT,
+    ) = False
+    quiet: opt.Quiet = False
 
 
 @opt.command(
@@ -59,58 +116,7 @@ BAR = 20  # maximum length of a bar, in characters
         "nearest to the middle, if the part has one. auto: keyframes, but exact at the start and end of a moment."
     },
 )
-def find(
-    *,
-    words: opt.argument(
-        list[str], "VIDEO", "Videos (files, folders of videos or of frames, URLs), then what to find, in quotes."
-    ),
-    more: opt.option(
-        list[str] | None, "-Q --query TEXT", "What to find; repeatable. Each segment is encoded once for all queries."
-    ) = None,
-    options: opt.PipelineArguments,
-    srt: opt.option(str | None, "--srt FILE", "Write the moments as subtitles, with query and score.", FILES) = None,
-    chapters: opt.option(
-        str | None, "--chapters FILE", "Write the moments as chapters, in FFmpeg's metadata format.", FILES
-    ) = None,
-    contact_sheet: opt.option(
-        str | None, "--contact-sheet FILE.png", "Draw the best frame of each moment, with its time.", FILES
-    ) = None,
-    clips: opt.option(
-        str | None,
-        "--clips DIR",
-        "Cut each moment into its own file, copying packets from the keyframe before it. If a file name is taken, a number is "
-        "added.",
-        FILES,
-    ) = None,
-    exact: opt.option(
-        bool,
-        "--exact",
-        "Make clips start and end exactly with their moments, by re-encoding their frames in SDR.",
-        FILES,
-    ) = False,
-    json: opt.option(bool, "--json", "Print a JSON line per moment, instead of text.", opt.OUTPUT) = False,
-    output: opt.option(
-        str | None,
-        "-o --output FILE",
-        "Also write the results to FILE, one JSON line per video, as soon as its search is complete.",
-        opt.OUTPUT,
-    ) = None,
-    resume: opt.option(
-        bool,
-        "--resume",
-        "Continue FILE if it exists: videos in it are skipped, and failed videos are searched again.",
-        opt.OUTPUT,
-    ) = False,
-    overwrite: opt.Overwrite = False,
-    cache: opt.option(
-        bool,
-        "--cache/--no-cache",
-        "Keep encoded segments on disk (at most 4 GiB, in the folder EVOPRUNE_CACHE_DIR), so that other queries need not read or "
-        "encode them again.",
-        opt.OUTPUT,
-    ) = False,
-    quiet: opt.Quiet = False,
-) -> int:
+def find(given: FindArguments) -> int:
     """Find the moments of videos that show something, best first.
 
     Each video is cut into segments, and the model is asked whether each segment shows the query. Where the answer yes is much more
@@ -126,66 +132,111 @@ def find(
     evoprune find film.mp4 "a dog" --clips dogs/ --srt film.srt
     """
     check_output()
-    videos, queries = _words(words, list(more or []))
-    pipeline = options.parse()
+    videos, queries = _words(given.words, list(given.more or []))
+    pipeline = given.options.parse()
+    rows = _check(given, videos, queries, pipeline)
+    return _run(given, rows, queries, pipeline)
+
+
+def _check(given: FindArguments, videos: list[str], queries: list[str], pipeline: PipelineOptions) -> list["Row"]:
+    """Check everything that can be checked before loading the model, and return a row for each video."""
     check_text(*queries, pipeline.find.prompt)
     pipeline.find.check_queries(queries)
     choose_decoder(pipeline.sampling.decoder)
-    rows = _rows(videos, queries, pipeline.sampling, quiet)
-    files = MomentFiles(srt, chapters, contact_sheet, clips, exact)
-    files.check([row.paths[0] for row in rows], output)
-    if (resume or overwrite) and output is None:
+    rows = _rows(videos, queries, pipeline.sampling, given.quiet)
+    _files(given).check([row.paths[0] for row in rows], given.output)
+    if (given.resume or given.overwrite) and given.output is None:
         raise UsageError("--resume and --overwrite apply to an output file", "name it with -o")
+    return rows
+
+
+def _files(given: FindArguments) -> MomentFiles:
+    return MomentFiles(given.srt, given.chapters, given.contact_sheet, given.clips, given.exact)
+
+
+def _run(given: FindArguments, rows: list["Row"], queries: list[str], pipeline: PipelineOptions) -> int:
+    """Search the videos that have no record yet. Returns the exit code."""
     with ExitStack() as stack:
-        search_output = None
+        output = None
         left = rows
-        if output is not None:
-            search_output = SearchOutput(rows, pipeline, output, resume, overwrite)
-            stack.enter_context(closing(search_output))
-            left = search_output.left
-            if len(left) < len(rows) and not quiet:
-                tell(f"{output} already has {len(rows) - len(left):,} of {counted(len(rows), 'video')}")
+        if given.output is not None:
+            output = SearchOutput(rows, pipeline, given.output, given.resume, given.overwrite)
+            stack.enter_context(closing(output))
+            left = output.left
+            if len(left) < len(rows) and not given.quiet:
+                tell(f"{given.output} already has {len(rows) - len(left):,} of {counted(len(rows), 'video')}")
         if not left:
             return 0
         warm_up()  # warms up while this process imports its dependencies
-        if len(rows) == 1 and not is_url(rows[0].video):
-            info = None
-            with suppress(VideoError):  # a video that can't be read gets a record below
-                info = probe(rows[0].paths[0], folder_fps=pipeline.sampling.frame_rate)
-            if info:
-                pipeline.find.check_video(info, rows[0].video)
-        with progress(not quiet) as show:
-            session = load(pipeline, show, quiet, samples=False)
-        from evoprune.moments import Search
+        if len(rows) == 1:
+            _check_video(rows[0], pipeline)
+        with progress(not given.quiet) as show:
+            session = load(pipeline, show, given.quiet, samples=False)
+        finder = Finder(given, session, queries, pipeline, several=len(rows) > 1)
+        codes = []
+        for row in left:
+            moments, error = finder.find(row)
+            if output:
+                output.add(row, moments, error, session.loaded.description.commit)
+            codes += [error["code"]] if error else []
+        if codes and len(rows) == 1:
+            return codes[0]
+        return SOME_FAILED if codes else 0
+
+
+def _check_video(row: "Row", pipeline: PipelineOptions) -> None:
+    """Check the only video before loading the model. A video that can't be read gets an error record later."""
+    if is_url(row.video):
+        return
+    info = None
+    with suppress(VideoError):
+        info = probe(row.paths[0], folder_fps=pipeline.sampling.frame_rate)
+    if info:
+        pipeline.find.check_video(info, row.video)
+
+
+class Finder:
+    """Searches videos one after another with the same queries and options, and prints and writes what it finds."""
+
+    def __init__(
+        self, given: FindArguments, session: "Session", queries: list[str], pipeline: PipelineOptions, several: bool
+    ):
         from evoprune.session import Cache
 
-        stored = Cache().of_segments if cache else None
-        failed = 0
-        for row in left:
-            name = without_password(row.video)
-            moments = None
-            clips: list[str] = []
-            error = None
-            try:
-                with Search(session, row.paths[0], queries, pipeline.find, pipeline.sampling, stored) as search:
-                    if not quiet:
-                        _announce(search, name)
-                    try:
-                        with progress(not quiet) as show:
-                            search.run(show)
-                        clips = files.write(search, name, quiet)
-                    finally:
-                        found = records(search, name, clips)
-                        _deliver(search, name, len(rows) > 1, found if json else None, quiet)
-                    moments = found
-            except (VideoError, OutOfMemory) as problem:
-                failed += 1
-                error = _report_failure(problem, name, json)
-            if search_output:
-                search_output.add(row, moments, error, session.loaded.description.commit)
-            if error and len(rows) == 1:
-                return error["code"]
-        return SOME_FAILED if failed else 0
+        self._given = given
+        self._session = session
+        self._queries = queries
+        self._pipeline = pipeline
+        self._several = several
+        self._files = _files(given)
+        self._cache = Cache().of_segments if given.cache else None
+
+    def find(self, row: "Row") -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:
+        """Search a video. Returns its moments as records, or None and the error record if the search failed."""
+        from evoprune.moments import Search
+
+        name = without_password(row.video)
+        how = self._pipeline.find, self._pipeline.sampling, self._cache
+        try:
+            with Search(self._session, row.paths[0], self._queries, *how) as search:
+                return self._search(search, name), None
+        except (VideoError, OutOfMemory) as problem:
+            return None, _report_failure(problem, name, self._given.json)
+
+    def _search(self, search: "Search", name: str) -> list[dict[str, Any]]:
+        """Run a search, write its files, and print the moments found so far even if it is interrupted."""
+        quiet = self._given.quiet
+        clips: list[str] = []
+        if not quiet:
+            _announce(search, name)
+        try:
+            with progress(not quiet) as show:
+                search.run(show)
+            clips = self._files.write(search, name, quiet)
+        finally:
+            found = records(search, name, clips)
+            _deliver(search, name, self._several, found if self._given.json else None, quiet)
+        return found
 
 
 class SearchOutput:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from textwrap import wrap
 from typing import Any
@@ -54,6 +54,32 @@ TITLE = 22  # width of the title column
 OVERLAYS = (".png", ".gif", ".mp4")  # file types supported by `inspect --overlay`
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """The arguments of `evoprune inspect`."""
+
+    video: opt.argument(
+        str | None,
+        "VIDEO",
+        "A video file, a folder of frames, a URL, or - for stdin; without VIDEO, describe this machine.",
+    ) = None
+    overlay: opt.option(
+        str | None,
+        "--overlay FILE",
+        f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). Loads the model.",
+    ) = None
+    options: opt.PipelineArguments
+    scan: opt.option(
+        bool, "--scan", "Decode the whole video and report damage, true length and variable frame rate."
+    ) = False
+    clear_cache: opt.option(
+        bool,
+        "--clear-cache",
+        "Delete the files that --cache and --store-quantized keep on disk, then describe this machine.",
+    ) = False
+    json: opt.option(bool, "--json", "Print JSON instead of text.") = False
+
+
 @opt.command(
     *ModelOptions.NAME,
     *ModelOptions.DEVICE,
@@ -72,29 +98,7 @@ OVERLAYS = (".png", ".gif", ".mp4")  # file types supported by `inspect --overla
         "help": "Model to describe: hub id, local folder, demo or demo-scenes. With a video, the default is demo.",
     },
 )
-def inspect(
-    *,
-    video: opt.argument(
-        str | None,
-        "VIDEO",
-        "A video file, a folder of frames, a URL, or - for stdin; without VIDEO, describe this machine.",
-    ) = None,
-    overlay: opt.option(
-        str | None,
-        "--overlay FILE",
-        f"Draw which units are read, reused, merged and dropped ({', '.join(OVERLAYS)}). Loads the model.",
-    ) = None,
-    options: opt.PipelineArguments,
-    scan: opt.option(
-        bool, "--scan", "Decode the whole video and report damage, true length and variable frame rate."
-    ) = False,
-    clear_cache: opt.option(
-        bool,
-        "--clear-cache",
-        "Delete the files that --cache and --store-quantized keep on disk, then describe this machine.",
-    ) = False,
-    json: opt.option(bool, "--json", "Print JSON instead of text.") = False,
-) -> int:
+def inspect(given: InspectArguments) -> int:
     """Describe this machine, a model, or a video.
 
     With a video, also show which frames a model would read, and how much memory it would need. No weights are loaded and
@@ -107,23 +111,23 @@ def inspect(
     evoprune inspect clip.mp4 -m Qwen/Qwen2.5-VL-7B-Instruct --fps 1
     evoprune inspect clip.mp4 --overlay clip.png -b 0.1
     """
-    check_not_model(video, "evoprune inspect -m")
-    facts = {} if video is None else {"video": {"path": without_password(video)}}
+    check_not_model(given.video, "evoprune inspect -m")
+    facts = {} if given.video is None else {"video": {"path": without_password(given.video)}}
 
     def deliver(error: dict[str, Any] | None = None) -> None:
         """Print all information collected so far. After an error, this may be incomplete."""
-        if json:
+        if given.json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
-        elif error is None or video is None:
+        elif error is None or given.video is None:
             # The requested section comes first: the model, or a video's overlay.
-            first = "model" if video is None else "overlay"
+            first = "model" if given.video is None else "overlay"
             for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
                 print(printable(line, stdout()), file=stdout())
 
     with rescuing(lambda: True, deliver):
-        every = _about_machine(options, overlay, scan, clear_cache)
-        if video is not None:
-            every = _about_video(video, options, overlay, scan, clear_cache)
+        every = _about_machine(given.options, given.overlay, given.scan, given.clear_cache)
+        if given.video is not None:
+            every = _about_video(given.video, given.options, given.overlay, given.scan, given.clear_cache)
         for part in every:
             facts |= part
     deliver()

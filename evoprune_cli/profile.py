@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from evoprune.bench import Case, ProfileSettings
@@ -29,6 +29,81 @@ WORDS = {field.name: words_of(field.type) for field in fields(ModelOptions)}  # 
 QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileArguments:
+    """The arguments of `evoprune profile`."""
+
+    video: opt.argument(str | None, "VIDEO", "A video instead of a synthetic clip; see --synthetic.") = None
+    budget: opt.Budgets = None
+    method: opt.Methods = None
+    frames: opt.option(
+        list[str] | None, "--frames LIST", "Numbers of frames, odd numbers are rounded up; default: 8.", opt.SWEEP
+    ) = None
+    size: opt.option(
+        list[str] | None,
+        "--size HxW,...",
+        "Height x width of the frames in pixels, multiples of 28 (Qwen3-VL: 32); default: 224x336 (256x384), for a VIDEO its "
+        "own aspect ratio with at most as many pixels.",
+        opt.SWEEP,
+    ) = None
+    synthetic: opt.option(
+        str | None,
+        "--synthetic",
+        "Clip to use without VIDEO: objects that move in front of a still background, a still image of which a tenth changes, "
+        "or noise; default: motion.",
+        opt.SWEEP,
+        **opt.one_of(*ProfileSettings.SYNTHETIC),
+    ) = None
+    pictures: opt.option(
+        bool,
+        "--pictures",
+        "Measure images instead of clips: 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or --size.",
+        opt.SWEEP,
+    ) = False
+    options: opt.PipelineArguments
+    load_format: opt.option(
+        str | None,
+        "--load-format",
+        "auto loads the weights; dummy makes random weights, which are as fast and need no network; default: dummy for "
+        "a model whose dimensions are bundled with evoprune (see evoprune inspect), otherwise auto.",
+        ModelOptions.PANEL,
+        **opt.one_of(*WORDS["load_format"]),
+    ) = None
+    quantize: opt.option(
+        list[str] | None,
+        "--quantize",
+        "How to quantize the weights: none, int8, int4 (CPU only); default: none.",
+        opt.SWEEP,
+        **opt.list_of(*QUANTIZE),
+    ) = None
+    new_tokens: opt.option(
+        int,
+        "-n --new-tokens N",
+        "Number of tokens to generate, even past the end of the answer, for tokens/s.",
+        ROUNDS,
+        min=1,
+    ) = 4
+    repeat: opt.option(int, "-r --repeat N", "Rounds to measure.", ROUNDS, min=1) = 3
+    warmup: opt.option(int, "-w --warmup N", "Warm-up rounds, which are not measured.", ROUNDS, min=0) = 1
+    time_limit: opt.option(
+        float,
+        "--time-limit SECONDS",
+        "Time limit of the whole run, including loading. Rows and rounds that would end later are skipped, except Hugging Face, "
+        "budget 1.0 and one method; if even these certainly take longer, nothing is run.",
+        ROUNDS,
+        min=0,
+    ) = 150
+    form: opt.option(str, "--format", "Output format.", opt.OUTPUT, **opt.one_of(*FORMATS)) = "table"
+    output: opt.option(str | None, "-o --output FILE", "Write to FILE instead of stdout.", opt.OUTPUT) = None
+    chart: opt.option(
+        str | None,
+        "--chart FILE.svg",
+        "Draw time against frames or size if they are swept, otherwise the encoder's time against computed rows.",
+        opt.OUTPUT,
+    ) = None
+    quiet: opt.Quiet = False
+
+
 @opt.command(
     *ModelOptions.NAME,
     *ModelOptions.DEVICE,
@@ -41,78 +116,7 @@ QUANTIZE = [word for word in WORDS["quantize"] if word != "auto"]
         "env": None,
     },
 )
-def profile(
-    *,
-    video: opt.argument(str | None, "VIDEO", "A video instead of a synthetic clip; see --synthetic.") = None,
-    budget: opt.Budgets = None,
-    method: opt.Methods = None,
-    frames: opt.option(
-        list[str] | None, "--frames LIST", "Numbers of frames, odd numbers are rounded up; default: 8.", opt.SWEEP
-    ) = None,
-    size: opt.option(
-        list[str] | None,
-        "--size HxW,...",
-        "Height x width of the frames in pixels, multiples of 28 (Qwen3-VL: 32); default: 224x336 (256x384), for a VIDEO its "
-        "own aspect ratio with at most as many pixels.",
-        opt.SWEEP,
-    ) = None,
-    synthetic: opt.option(
-        str | None,
-        "--synthetic",
-        "Clip to use without VIDEO: objects that move in front of a still background, a still image of which a tenth changes, "
-        "or noise; default: motion.",
-        opt.SWEEP,
-        **opt.one_of(*ProfileSettings.SYNTHETIC),
-    ) = None,
-    pictures: opt.option(
-        bool,
-        "--pictures",
-        "Measure images instead of clips: 1344x1344 and 2688x2688 pixels (2,304 and 9,216 visual tokens), or --size.",
-        opt.SWEEP,
-    ) = False,
-    options: opt.PipelineArguments,
-    load_format: opt.option(
-        str | None,
-        "--load-format",
-        "auto loads the weights; dummy makes random weights, which are as fast and need no network; default: dummy for "
-        "a model whose dimensions are bundled with evoprune (see evoprune inspect), otherwise auto.",
-        ModelOptions.PANEL,
-        **opt.one_of(*WORDS["load_format"]),
-    ) = None,
-    quantize: opt.option(
-        list[str] | None,
-        "--quantize",
-        "How to quantize the weights: none, int8, int4 (CPU only); default: none.",
-        opt.SWEEP,
-        **opt.list_of(*QUANTIZE),
-    ) = None,
-    new_tokens: opt.option(
-        int,
-        "-n --new-tokens N",
-        "Number of tokens to generate, even past the end of the answer, for tokens/s.",
-        ROUNDS,
-        min=1,
-    ) = 4,
-    repeat: opt.option(int, "-r --repeat N", "Rounds to measure.", ROUNDS, min=1) = 3,
-    warmup: opt.option(int, "-w --warmup N", "Warm-up rounds, which are not measured.", ROUNDS, min=0) = 1,
-    time_limit: opt.option(
-        float,
-        "--time-limit SECONDS",
-        "Time limit of the whole run, including loading. Rows and rounds that would end later are skipped, except Hugging Face, "
-        "budget 1.0 and one method; if even these certainly take longer, nothing is run.",
-        ROUNDS,
-        min=0,
-    ) = 150,
-    form: opt.option(str, "--format", "Output format.", opt.OUTPUT, **opt.one_of(*FORMATS)) = "table",
-    output: opt.option(str | None, "-o --output FILE", "Write to FILE instead of stdout.", opt.OUTPUT) = None,
-    chart: opt.option(
-        str | None,
-        "--chart FILE.svg",
-        "Draw time against frames or size if they are swept, otherwise the encoder's time against computed rows.",
-        opt.OUTPUT,
-    ) = None,
-    quiet: opt.Quiet = False,
-) -> int:
+def profile(given: ProfileArguments) -> int:
     """Measure latency, counts and memory over a sweep.
 
     Every run also measures plain Hugging Face transformers, budget 1.0 and the bound, which is the best time of any method that
@@ -126,33 +130,33 @@ def profile(
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     evoprune profile --pictures -b 0.25,0.1 --time-limit 3600
     """
-    check_not_model(video, "evoprune profile -m")
-    bits = tuple(dict.fromkeys(opt.listed(quantize) or ["none"]))
-    pipeline = options.parse()
+    check_not_model(given.video, "evoprune profile -m")
+    bits = tuple(dict.fromkeys(opt.listed(given.quantize) or ["none"]))
+    pipeline = given.options.parse()
     settings = {
-        **opt.sweep(budget, method), "seed": pipeline.pruning.seed,
-        "quantize": bits, "new_tokens": new_tokens, "warmups": warmup, "repetitions": repeat,
-        "time_limit_s": time_limit,
+        **opt.sweep(given.budget, given.method), "seed": pipeline.pruning.seed,
+        "quantize": bits, "new_tokens": given.new_tokens, "warmups": given.warmup, "repetitions": given.repeat,
+        "time_limit_s": given.time_limit,
     }  # fmt: skip
-    counts = _frames(opt.listed(frames))
-    sizes = _sizes(opt.listed(size))
+    counts = _frames(opt.listed(given.frames))
+    sizes = _sizes(opt.listed(given.size))
     choices = [("--quantize", width, QUANTIZE) for width in bits]
-    choices += [("--format", form, FORMATS), ("--load-format", load_format, (None, *WORDS["load_format"]))]
-    for name, value, known in (*choices, ("--synthetic", synthetic, (None, *ProfileSettings.SYNTHETIC))):
+    choices += [("--format", given.form, FORMATS), ("--load-format", given.load_format, (None, *WORDS["load_format"]))]
+    for name, value, known in (*choices, ("--synthetic", given.synthetic, (None, *ProfileSettings.SYNTHETIC))):
         if value not in known:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")
-    if video is not None and synthetic is not None:
+    if given.video is not None and given.synthetic is not None:
         raise UsageError("a video and --synthetic cannot be combined", "give one of the two")
-    if pictures:
-        if video is not None or frames:
+    if given.pictures:
+        if given.video is not None or given.frames:
             raise UsageError("--pictures excludes a video and --frames", "leave them out; for other sizes, use --size")
         counts = [1]
         sizes = sizes or [*PICTURES]
-    if output is None:
+    if given.output is None:
         check_output()
     else:
-        check_writable(output, inputs=[video or ""])
-    check_chart(chart, inputs=[video or ""])
+        check_writable(given.output, inputs=[given.video or ""])
+    check_chart(given.chart, inputs=[given.video or ""])
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
@@ -160,17 +164,17 @@ def profile(
         if error is not None:
             results.interrupted = error["type"] in ("interrupted", "terminated")
         try:
-            if output is None:
-                print_text(results.text(form, page_width()))
+            if given.output is None:
+                print_text(results.text(given.form, page_width()))
             else:
-                _write_or_print(output, results.text(form, WIDTH))
+                _write_or_print(given.output, results.text(given.form, WIDTH))
         finally:  # even if the reader of stdout has exited
-            if chart:
-                write_bytes(chart, results.chart().encode())
+            if given.chart:
+                write_bytes(given.chart, results.chart().encode())
 
-    inputs = _inputs(video, counts, sizes, pipeline.model.offline)
+    inputs = _inputs(given.video, counts, sizes, pipeline.model.offline)
     ready = rescuing(lambda: results is not None, deliver)
-    with ready, inputs as (cases, info), progress(not quiet, timing=True) as show:
+    with ready, inputs as (cases, info), progress(not given.quiet, timing=True) as show:
         begun = time.perf_counter()
         show("loading libraries")
         prepare()
@@ -180,17 +184,17 @@ def profile(
             ProfileSettings(**settings),
             pipeline.model,
             cases,
-            load_format=load_format,
-            exact=bool(size),
+            load_format=given.load_format,
+            exact=bool(given.size),
             video=info,
-            source=without_password(video) if info else synthetic or ProfileSettings.SYNTHETIC[0],
+            source=without_password(given.video) if info else given.synthetic or ProfileSettings.SYNTHETIC[0],
             begun=begun,
         )
         needs = run.needs()
-        if needs.expected >= NOTED_S and not quiet:
+        if needs.expected >= NOTED_S and not given.quiet:
             weights = "random weights with the dimensions of" if run.model.random else "the weights of"
             needed = f"about {size_text(needs.memory)} of memory and about {needs.expected:.0f} s"
-            tell(f"{weights} {run.model.id}: needs {needed} (at most {time_limit:g} s: --time-limit)")
+            tell(f"{weights} {run.model.id}: needs {needed} (at most {given.time_limit:g} s: --time-limit)")
         for results in run.run(show):  # noqa: B007
             pass
     deliver()

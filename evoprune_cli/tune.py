@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,59 @@ AGREE = 0.98
 QUESTIONS = "Questions"  # a panel title
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneArguments:
+    """The arguments of `evoprune tune`."""
+
+    videos: opt.argument(list[str], "VIDEO", "Video files like those that you will ask about.")
+    questions: opt.option(
+        list[str] | None,
+        "-Q --question TEXT",
+        "Question to ask about every video; repeatable. Default: three general questions.",
+        QUESTIONS,
+    ) = None
+    question_file: opt.option(
+        str | None, "--questions FILE", "A text file with a question on each line.", QUESTIONS
+    ) = None
+    agree: opt.option(
+        float,
+        "--agree SHARE",
+        "Share of the unpruned answers' tokens at which the pruned model must make the same first choice, at the lower end of "
+        "the 95% interval.",
+        QUESTIONS,
+    ) = AGREE
+    time_limit: opt.option(
+        float,
+        "--time-limit SECONDS",
+        "Time limit of the whole run, including loading. The most promising settings are tried on all videos, the others on fewer.",
+        opt.SWEEP,
+    ) = 600
+    budget: opt.option(
+        list[str] | None,
+        "-b --budget",
+        "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
+        opt.SWEEP,
+        **opt.BUDGETS,
+    ) = None
+    method: opt.option(
+        list[str] | None,
+        "--method",
+        "Methods to try in addition to the usual ones.",
+        opt.SWEEP,
+        **opt.METHODS,
+    ) = None
+    operations: opt.option(bool, "--operations", "Find a recipe for the method operations instead.", opt.SWEEP) = False
+    options: opt.PipelineArguments
+    output: opt.option(str | None, "-o --output FILE.json", "Also write the results to FILE as JSON.", opt.OUTPUT) = (
+        None
+    )
+    chart: opt.option(
+        str | None, "--chart FILE.svg", "Draw agreement against the time to the first token.", opt.OUTPUT
+    ) = None
+    json: opt.JsonResults = False
+    quiet: opt.Quiet = False
+
+
 @opt.command(
     *ModelOptions.NAME,
     *ModelOptions.DEVICE,
@@ -32,56 +86,7 @@ QUESTIONS = "Questions"  # a panel title
     "think",
     short="questions agree time_limit budget method model output chart json quiet",
 )
-def tune(
-    *,
-    videos: opt.argument(list[str], "VIDEO", "Video files like those that you will ask about."),
-    questions: opt.option(
-        list[str] | None,
-        "-Q --question TEXT",
-        "Question to ask about every video; repeatable. Default: three general questions.",
-        QUESTIONS,
-    ) = None,
-    question_file: opt.option(
-        str | None, "--questions FILE", "A text file with a question on each line.", QUESTIONS
-    ) = None,
-    agree: opt.option(
-        float,
-        "--agree SHARE",
-        "Share of the unpruned answers' tokens at which the pruned model must make the same first choice, at the lower end of "
-        "the 95% interval.",
-        QUESTIONS,
-    ) = AGREE,
-    time_limit: opt.option(
-        float,
-        "--time-limit SECONDS",
-        "Time limit of the whole run, including loading. The most promising settings are tried on all videos, the others on fewer.",
-        opt.SWEEP,
-    ) = 600,
-    budget: opt.option(
-        list[str] | None,
-        "-b --budget",
-        "Shares of visual tokens to try, or presets.  [default: 0.5,0.35,0.25,0.15,0.1]",
-        opt.SWEEP,
-        **opt.BUDGETS,
-    ) = None,
-    method: opt.option(
-        list[str] | None,
-        "--method",
-        "Methods to try in addition to the usual ones.",
-        opt.SWEEP,
-        **opt.METHODS,
-    ) = None,
-    operations: opt.option(bool, "--operations", "Find a recipe for the method operations instead.", opt.SWEEP) = False,
-    options: opt.PipelineArguments,
-    output: opt.option(
-        str | None, "-o --output FILE.json", "Also write the results to FILE as JSON.", opt.OUTPUT
-    ) = None,
-    chart: opt.option(
-        str | None, "--chart FILE.svg", "Draw agreement against the time to the first token.", opt.OUTPUT
-    ) = None,
-    json: opt.JsonResults = False,
-    quiet: opt.Quiet = False,
-) -> int:
+def tune(given: TuneArguments) -> int:
     """Find the fastest setting that keeps this model's answers.
 
     No labels are needed. The unpruned model answers first. Each setting then reads these answers, and is judged by the share of
@@ -99,25 +104,29 @@ def tune(
     evoprune tune *.mp4 -m DIR --operations -o recipe.json
     """
     check_output()
-    if operations and (method or chart or agree != AGREE):
+    if given.operations and (given.method or given.chart or given.agree != AGREE):
         hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
         raise UsageError("--operations finds one recipe for all budgets", hint)
-    if operations and not (output or json):
+    if given.operations and not (given.output or given.json):
         raise UsageError("--operations finds a recipe, but there is no file for it", "add -o recipe.json")
-    read = [*videos, question_file or ""]
-    check_chart(chart, inputs=read)
-    check_writable(output, inputs=read)
-    settings: dict[str, Any] = {"videos": tuple(dict.fromkeys(videos)), "agree": agree, "time_limit_s": time_limit}
-    if not any(map(os.path.exists, videos)):
-        hint = missing_hint(videos[0], "evoprune tune VIDEO... -m MODEL")
-        raise VideoError(f"no such file: {shown(videos[0])}", hint)
-    if asked := _questions(questions or [], question_file):
+    read = [*given.videos, given.question_file or ""]
+    check_chart(given.chart, inputs=read)
+    check_writable(given.output, inputs=read)
+    settings: dict[str, Any] = {
+        "videos": tuple(dict.fromkeys(given.videos)),
+        "agree": given.agree,
+        "time_limit_s": given.time_limit,
+    }
+    if not any(map(os.path.exists, given.videos)):
+        hint = missing_hint(given.videos[0], "evoprune tune VIDEO... -m MODEL")
+        raise VideoError(f"no such file: {shown(given.videos[0])}", hint)
+    if asked := _questions(given.questions or [], given.question_file):
         settings["questions"] = asked
-    settings["budgets"] = tuple(Budget.parse(text).video for text in opt.listed(budget))
-    settings["methods"] = tuple(opt.listed(method))
+    settings["budgets"] = tuple(Budget.parse(text).video for text in opt.listed(given.budget))
+    settings["methods"] = tuple(opt.listed(given.method))
     for name in settings["methods"]:
         MethodText(name).check()
-    pipeline = options.parse()
+    pipeline = given.options.parse()
     settings |= {"seed": pipeline.pruning.seed, "model": pipeline.model, "sampling": pipeline.sampling}
     settings["think"] = pipeline.generation.think
     tuning = None
@@ -125,14 +134,14 @@ def tune(
     def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
         """Print and return the results, and write the output file and the chart. `error` explains why the run ended early."""
         results = tuning.results(error)
-        deliver_results(results, "json" if json else "table", output, chart)
+        deliver_results(results, "json" if given.json else "table", given.output, given.chart)
         return results.document()
 
     from evoprune.session import ReadAhead, describe
 
     with (
         rescuing(lambda: tuning is not None and tuning.has_results, deliver),
-        progress(not quiet) as tell,
+        progress(not given.quiet) as tell,
         ExitStack() as cleanup,
     ):
         tell("loading libraries")
@@ -142,12 +151,12 @@ def tune(
         ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
         from evoprune.bench import OperationTuning, TuneSettings, Tuning
 
-        kind = OperationTuning if operations else Tuning
+        kind = OperationTuning if given.operations else Tuning
         tuning = kind(TuneSettings(**settings))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"), model)
         tuning.ahead = ahead
-        tuning.run(tell, lambda text: quiet or note(text))
+        tuning.run(tell, lambda text: given.quiet or note(text))
     document = deliver()
     return SOME_FAILED if document["failures"] or document.get("recommended", "") is None else 0
 

@@ -1,6 +1,7 @@
 """`evoprune verify`: checks whether evoprune produces the same results as transformers on this machine."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from evoprune.session import ModelOptions
@@ -12,6 +13,31 @@ from evoprune_cli.words import check_not_model
 DIFFERENCE = 7  # exit code if any check finds a difference
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """The arguments of `evoprune verify`."""
+
+    path: opt.argument(
+        str | None, "INPUT", "Video or image to use; default: a synthetic clip and a synthetic image."
+    ) = None
+    quick: opt.option(bool, "--quick", "Run only the checks that take seconds.") = False
+    time_limit: opt.option(
+        float | None,
+        "--time-limit SECONDS",
+        "Time limit of the whole run, including loading: checks that would start later are skipped.",
+        min=0,
+    ) = None
+    options: opt.PipelineArguments
+    output: opt.option(
+        str | None,
+        "-o --output FILE.json",
+        "Also write the record to FILE as JSON, without paths, prompts and machine names.",
+        opt.OUTPUT,
+    ) = None
+    json: opt.option(bool, "--json", "Print the record as one JSON line instead of text.", opt.OUTPUT) = False
+    quiet: opt.Quiet = False
+
+
 @opt.command(
     *ModelOptions.NAME,
     *ModelOptions.DEVICE,
@@ -19,28 +45,7 @@ DIFFERENCE = 7  # exit code if any check finds a difference
     *ModelOptions.RUNNING,
     short="quick time_limit model output json quiet",
 )
-def verify(
-    *,
-    path: opt.argument(
-        str | None, "INPUT", "Video or image to use; default: a synthetic clip and a synthetic image."
-    ) = None,
-    quick: opt.option(bool, "--quick", "Run only the checks that take seconds.") = False,
-    time_limit: opt.option(
-        float | None,
-        "--time-limit SECONDS",
-        "Time limit of the whole run, including loading: checks that would start later are skipped.",
-        min=0,
-    ) = None,
-    options: opt.PipelineArguments,
-    output: opt.option(
-        str | None,
-        "-o --output FILE.json",
-        "Also write the record to FILE as JSON, without paths, prompts and machine names.",
-        opt.OUTPUT,
-    ) = None,
-    json: opt.option(bool, "--json", "Print the record as one JSON line instead of text.", opt.OUTPUT) = False,
-    quiet: opt.Quiet = False,
-) -> int:
+def verify(given: VerifyArguments) -> int:
     """Check this machine's results against transformers.
 
     Both sides compute positions, features, logits and an answer without pruning, using the same weights, device and dtype. With
@@ -55,22 +60,22 @@ def verify(
     """
     begun = time.perf_counter()
     check_output()
-    check_not_model(path, "evoprune verify -m")
-    check_writable(output, inputs=[path or ""])
-    pipeline = options.parse()
+    check_not_model(given.path, "evoprune verify -m")
+    check_writable(given.output, inputs=[given.path or ""])
+    pipeline = given.options.parse()
     results = None
 
     def deliver(error: dict[str, Any] | None = None) -> None:
         results.error = error
-        deliver_results(results, "json" if json else "table", output)
+        deliver_results(results, "json" if given.json else "table", given.output)
 
-    with rescuing(lambda: results is not None, deliver), progress(not quiet) as tell:
+    with rescuing(lambda: results is not None, deliver), progress(not given.quiet) as tell:
         tell("loading libraries")
         prepare()
         from evoprune.bench import run_checks
 
-        how = {"quick": quick, "progress": tell, "failed": print_traceback}
-        for results in run_checks(pipeline.model, path, time_limit_s=time_limit, begun=begun, **how):  # noqa: B007
+        how = {"quick": given.quick, "progress": tell, "failed": print_traceback}
+        for results in run_checks(pipeline.model, given.path, time_limit_s=given.time_limit, begun=begun, **how):  # noqa: B007
             pass
     deliver()
     return 0 if results.verdict == "held" else DIFFERENCE

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import floor, inf
 from typing import TYPE_CHECKING
@@ -32,6 +33,54 @@ STATUS_S = 1.0
 STDIN = "-"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchArguments:
+    """The arguments of `evoprune watch`."""
+
+    source: opt.argument(
+        str,
+        "SOURCE",
+        "An rtsp, http, udp or tcp URL, a camera (/dev/video0), a file, even while it is being written, or - for a pipe on stdin.",
+    )
+    question: opt.option(
+        list[str] | None, "-Q --question TEXT", "Question to ask at the end of the source, or see --every; repeatable."
+    ) = None
+    every: opt.option(
+        str | None,
+        "--every TIME",
+        "Ask -Q at this interval of source time, such as 30s. Files and downloads wait for "
+        "the answer; for other sources, stderr reports which answers were skipped.",
+    ) = None
+    questions: opt.option(
+        str | None,
+        "--questions FILE",
+        'Read questions from a pipe: JSON lines with "question" and optionally "id"; - for stdin.',
+    ) = None
+    history: opt.History = None
+    pace: opt.option(
+        str,
+        "--pace",
+        "source: frames as they arrive; file: at the pace of the file's timestamps.",
+        "Source",
+        **opt.one_of("source", "file"),
+    ) = "source"
+    timeout: opt.option(
+        str, "--timeout TIME", "How long the source may be silent, or a file may not grow; at most 20s.", "Source"
+    ) = "10s"
+    reconnects: opt.option(
+        int,
+        "--reconnects",
+        "Maximum number of consecutive attempts to reopen a URL or camera that ended or failed.",
+        "Source",
+    ) = 5
+    show_thoughts: opt.ShowThoughts = False
+    options: opt.PipelineArguments
+    json: opt.Json = False
+    stats: opt.Stats = None
+    quiet: opt.Quiet = False
+    verbose: opt.Verbose = False
+
+
 @opt.command(
     *StreamOptions.WATCHING,
     *ModelOptions.LOADING,
@@ -42,51 +91,7 @@ STDIN = "-"
     short="question every questions pace window_s memory_s model budget fps json quiet",
     offline={"help": "Never use the network, except for SOURCE."},
 )
-def watch(
-    *,
-    source: opt.argument(
-        str,
-        "SOURCE",
-        "An rtsp, http, udp or tcp URL, a camera (/dev/video0), a file, even while it is being written, or - for a pipe on stdin.",
-    ),
-    question: opt.option(
-        list[str] | None, "-Q --question TEXT", "Question to ask at the end of the source, or see --every; repeatable."
-    ) = None,
-    every: opt.option(
-        str | None,
-        "--every TIME",
-        "Ask -Q at this interval of source time, such as 30s. Files and downloads wait for "
-        "the answer; for other sources, stderr reports which answers were skipped.",
-    ) = None,
-    questions: opt.option(
-        str | None,
-        "--questions FILE",
-        'Read questions from a pipe: JSON lines with "question" and optionally "id"; - for stdin.',
-    ) = None,
-    history: opt.History = None,
-    pace: opt.option(
-        str,
-        "--pace",
-        "source: frames as they arrive; file: at the pace of the file's timestamps.",
-        "Source",
-        **opt.one_of("source", "file"),
-    ) = "source",
-    timeout: opt.option(
-        str, "--timeout TIME", "How long the source may be silent, or a file may not grow; at most 20s.", "Source"
-    ) = "10s",
-    reconnects: opt.option(
-        int,
-        "--reconnects",
-        "Maximum number of consecutive attempts to reopen a URL or camera that ended or failed.",
-        "Source",
-    ) = 5,
-    show_thoughts: opt.ShowThoughts = False,
-    options: opt.PipelineArguments,
-    json: opt.Json = False,
-    stats: opt.Stats = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> int:
+def watch(given: WatchArguments) -> int:
     """Ask about live video while it runs. Without -Q and --questions, questions are typed at a prompt.
 
     \b
@@ -95,64 +100,64 @@ def watch(
     evoprune watch clip.mp4 --pace file -Q "What happened?"
     ffmpeg -i SOURCE -f mpegts - | evoprune watch - -Q "What happens?" --every 10s
     """
-    asked = question or []
-    prompt = not (question or questions)
+    asked = given.question or []
+    prompt = not (given.question or given.questions)
     check_output()
     warm_up()  # warms up while this process imports its dependencies
-    if every and not asked:
+    if given.every and not asked:
         raise UsageError("--every needs a question", "add -Q TEXT")
     every_s = None
-    if every is not None:
-        every_s = parse_time(every)
+    if given.every is not None:
+        every_s = parse_time(given.every)
         if every_s <= 0:
-            raise UsageError(f"--every is {every}, not above 0", "give a time above 0")
-    if questions == STDIN and source == STDIN:
+            raise UsageError(f"--every is {given.every}, not above 0", "give a time above 0")
+    if given.questions == STDIN and given.source == STDIN:
         raise UsageError("standard input is both the video and the questions", "give one of them as a file")
     if not all(text.strip() for text in asked):
         raise UsageError("the question is empty", '-Q "What happens?"')
-    if prompt and (source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
+    if prompt and (given.source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("no questions, and stdin is not a terminal", "use -Q TEXT --every 30s, or --questions FILE")
-    if questions is not None:
-        _check_questions(questions)
-    check_history(history, prompt, hint="leave it out, or leave out -Q and --questions")
-    pipeline = options.parse()
+    if given.questions is not None:
+        _check_questions(given.questions)
+    check_history(given.history, prompt, hint="leave it out, or leave out -Q and --questions")
+    pipeline = given.options.parse()
     check_text(*asked, pipeline.generation.system)
-    check_generation(pipeline.generation, json)
+    check_generation(pipeline.generation, given.json)
 
     def speak(text: str) -> None:
-        if not quiet:
+        if not given.quiet:
             tell(text)
 
-    opened = LiveSource(source, pace, parse_time(timeout), reconnects, speak)
-    shown = {"interactive": prompt, "several": len(asked) > 1, "show_thoughts": show_thoughts}
-    talk = Conversation([opened.name], json, stats, quiet, verbose, **shown)
+    opened = LiveSource(given.source, given.pace, parse_time(given.timeout), given.reconnects, speak)
+    shown = {"interactive": prompt, "several": len(asked) > 1, "show_thoughts": given.show_thoughts}
+    talk = Conversation([opened.name], given.json, given.stats, given.quiet, given.verbose, **shown)
     try:
-        with progress(not quiet) as show:
-            session = load(pipeline, show, quiet, streams=True)
+        with progress(not given.quiet) as show:
+            session = load(pipeline, show, given.quiet, streams=True)
         from evoprune.live import LiveFeed, VideoStream
 
         system = pipeline.generation.system
         stream = VideoStream(session, pipeline.stream, pipeline.sampling, system, opened.name)
         with LiveFeed(stream, opened, pipeline.stream.window_s, every_s or inf) as feed:
-            with progress(not quiet) as show:
+            with progress(not given.quiet) as show:
                 show("waiting for a frame")
                 while not feed.begun.wait(TICK_S):
                     pass
             feed.check()
             chat = None
             if prompt:
-                why_single = why_single_questions(history, session)
+                why_single = why_single_questions(given.history, session)
                 if why_single is None:
                     chat = stream.chat(system)
             begin = partial(talk.begin, stream, pipeline.generation, None, chat)
-            watching = _Watching(talk, begin, stream, feed, session.loaded.device, prompt, quiet, speak)
+            watching = _Watching(talk, begin, stream, feed, session.loaded.device, prompt, given.quiet, speak)
             if prompt:
                 speak("Ask about the video so far. /help for help; q, Ctrl-D or Ctrl-C to end.")
-                if why_single and history is None:
+                if why_single and given.history is None:
                     speak(f"Questions are independent: {why_single}.")
                 code = watching.converse(chat)
             else:
-                code = watching.serve(asked, every_s, questions)
+                code = watching.serve(asked, every_s, given.questions)
             feed.check()
             return code
     except BaseException as problem:

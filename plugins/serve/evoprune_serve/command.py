@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +38,70 @@ BACKLOG = 512  # maximum number of connections waiting to be accepted
 UNTAKEN_S = 60  # maximum time without acknowledgment of response data by a client, in seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments:
+    """The arguments of `evoprune serve`."""
+
+    host: opt.option(str, "--host ADDRESS", "Address to listen on; any except 127.0.0.1 needs a key.", SERVER) = (
+        LOOPBACK[0]
+    )
+    port: opt.option(int, "-p --port N", "Port to listen on; 0 picks a free one.", SERVER, min=0, max=65535) = 8000
+    name: opt.option(
+        list[str] | None,
+        "--name TEXT",
+        "Name of the model in the API; default: its ID or the name of its folder. Repeat it for the models of --also, in order.",
+        SERVER,
+    ) = None
+    also: opt.option(
+        list[str] | None,
+        "--also ID|DIR|demo",
+        "Another model that requests may name, loaded with the same options; repeatable.",
+        SERVER,
+    ) = None
+    api_key: opt.option(
+        str | None,
+        "--api-key TEXT",
+        f"Key that every request must send; other users of this machine may see it.  [env var: {KEY}]",
+        ACCESS,
+    ) = None
+    api_key_file: opt.option(str | None, "--api-key-file FILE", "File that contains the key.", ACCESS) = None
+    no_auth: opt.option(bool, "--no-auth", "Serve other machines without a key.", ACCESS) = False
+    allow_urls: opt.option(
+        bool, "--allow-urls", "Read http and https URLs, except private and local addresses.", ACCESS
+    ) = False
+    allow_dir: opt.option(
+        list[str] | None,
+        "--allow-dir DIR",
+        "Read files below this folder, as file:///DIR/clip.mp4; repeatable.",
+        ACCESS,
+    ) = None
+    allow_host: opt.option(
+        list[str] | None, "--allow-host NAME", "Another host name of this server; repeatable.", ACCESS
+    ) = None
+    cors: opt.option(
+        list[str] | None,
+        "--cors ORIGIN",
+        "Allow requests from pages of this origin, such as https://example.org; repeatable.",
+        ACCESS,
+    ) = None
+    queue: opt.option(int, "--queue N", "Maximum number of waiting requests; more get error 429.", LIMITS, min=1) = 32
+    keep: opt.option(int, "--keep N", "Encoded videos to keep for further questions.", LIMITS, min=0) = 8
+    timeout: opt.option(str, "--timeout TIME", "Maximum time from a request to the end of its answer.", LIMITS) = "10m"
+    max_body: opt.option(int, "--max-body MIB", "Maximum size of a request, including its videos.", LIMITS, min=1) = 64
+    max_upload: opt.option(
+        int, "--max-upload MIB", "Maximum size of an uploaded or downloaded file.", LIMITS, min=1
+    ) = 2048
+    max_files: opt.option(
+        int, "--max-files MIB", "Maximum total size of the files that clients sent.", LIMITS, min=1
+    ) = 8192
+    file_age: opt.option(str, "--file-age TIME", "How long to keep an uploaded file.", LIMITS) = "24h"
+    options: opt.PipelineArguments
+    log_contents: opt.option(bool, "--log-contents", "Also log questions and answers.", opt.OUTPUT) = False
+    quiet: opt.option(
+        bool, "-q --quiet", "Print only warnings and errors, and the address if --port is 0.", opt.OUTPUT
+    ) = False
+
+
 @opt.command(
     *ModelOptions.LOADING,
     *PruneOptions.PRUNING,
@@ -50,67 +114,7 @@ UNTAKEN_S = 60  # maximum time without acknowledgment of response data by a clie
     "think",
     short="host port model budget quantize allow_urls allow_dir api_key_file no_auth",
 )
-def serve(
-    *,
-    host: opt.option(
-        str, "--host ADDRESS", "Address to listen on; any except 127.0.0.1 needs a key.", SERVER
-    ) = LOOPBACK[0],
-    port: opt.option(int, "-p --port N", "Port to listen on; 0 picks a free one.", SERVER, min=0, max=65535) = 8000,
-    name: opt.option(
-        list[str] | None,
-        "--name TEXT",
-        "Name of the model in the API; default: its ID or the name of its folder. Repeat it for the models of --also, in order.",
-        SERVER,
-    ) = None,
-    also: opt.option(
-        list[str] | None,
-        "--also ID|DIR|demo",
-        "Another model that requests may name, loaded with the same options; repeatable.",
-        SERVER,
-    ) = None,
-    api_key: opt.option(
-        str | None,
-        "--api-key TEXT",
-        f"Key that every request must send; other users of this machine may see it.  [env var: {KEY}]",
-        ACCESS,
-    ) = None,
-    api_key_file: opt.option(str | None, "--api-key-file FILE", "File that contains the key.", ACCESS) = None,
-    no_auth: opt.option(bool, "--no-auth", "Serve other machines without a key.", ACCESS) = False,
-    allow_urls: opt.option(
-        bool, "--allow-urls", "Read http and https URLs, except private and local addresses.", ACCESS
-    ) = False,
-    allow_dir: opt.option(
-        list[str] | None,
-        "--allow-dir DIR",
-        "Read files below this folder, as file:///DIR/clip.mp4; repeatable.",
-        ACCESS,
-    ) = None,
-    allow_host: opt.option(
-        list[str] | None, "--allow-host NAME", "Another host name of this server; repeatable.", ACCESS
-    ) = None,
-    cors: opt.option(
-        list[str] | None,
-        "--cors ORIGIN",
-        "Allow requests from pages of this origin, such as https://example.org; repeatable.",
-        ACCESS,
-    ) = None,
-    queue: opt.option(int, "--queue N", "Maximum number of waiting requests; more get error 429.", LIMITS, min=1) = 32,
-    keep: opt.option(int, "--keep N", "Encoded videos to keep for further questions.", LIMITS, min=0) = 8,
-    timeout: opt.option(str, "--timeout TIME", "Maximum time from a request to the end of its answer.", LIMITS) = "10m",
-    max_body: opt.option(int, "--max-body MIB", "Maximum size of a request, including its videos.", LIMITS, min=1) = 64,
-    max_upload: opt.option(
-        int, "--max-upload MIB", "Maximum size of an uploaded or downloaded file.", LIMITS, min=1
-    ) = 2048,
-    max_files: opt.option(
-        int, "--max-files MIB", "Maximum total size of the files that clients sent.", LIMITS, min=1
-    ) = 8192,
-    file_age: opt.option(str, "--file-age TIME", "How long to keep an uploaded file.", LIMITS) = "24h",
-    options: opt.PipelineArguments,
-    log_contents: opt.option(bool, "--log-contents", "Also log questions and answers.", opt.OUTPUT) = False,
-    quiet: opt.option(
-        bool, "-q --quiet", "Print only warnings and errors, and the address if --port is 0.", opt.OUTPUT
-    ) = False,
-) -> int:
+def serve(given: ServeArguments) -> int:
     """Serve one or several models over OpenAI's protocol.
 
     \b
@@ -118,17 +122,17 @@ def serve(
     evoprune serve -m Qwen/Qwen2.5-VL-3B-Instruct --allow-dir ~/videos
     EVOPRUNE_API_KEY=secret evoprune serve --host 0.0.0.0 --allow-urls
     """
-    pipeline = options.parse()
-    key = _key(api_key, api_key_file)
-    if host not in LOOPBACK and key is None and not no_auth:
+    pipeline = given.options.parse()
+    key = _key(given.api_key, given.api_key_file)
+    if given.host not in LOOPBACK and key is None and not given.no_auth:
         hint = f"--api-key-file FILE, or {KEY}; --no-auth serves everyone without a key"
-        raise UsageError(f"--host {host} serves other machines, and there is no key", hint)
-    if allow_urls and pipeline.model.offline:
+        raise UsageError(f"--host {given.host} serves other machines, and there is no key", hint)
+    if given.allow_urls and pipeline.model.offline:
         raise UsageError("--allow-urls and --offline cannot be combined", "leave out one of the two")
-    answer_s = _above_0("--timeout", timeout)
-    age_s = _above_0("--file-age", file_age)
-    folders = tuple(map(_folder, allow_dir or ()))
-    origins = tuple(map(_origin, cors or ()))
+    answer_s = _above_0("--timeout", given.timeout)
+    age_s = _above_0("--file-age", given.file_age)
+    folders = tuple(map(_folder, given.allow_dir or ()))
+    origins = tuple(map(_origin, given.cors or ()))
     warm_up()  # warms up while this process imports its dependencies
     try:
         import uvicorn
@@ -142,25 +146,25 @@ def serve(
         raise _missing(problem) from problem
 
     def say(line: str) -> None:
-        if not quiet:
+        if not given.quiet:
             tell(line)
 
-    hosts = (*NAMES, _in_url(host).lower(), *(each.lower() for each in allow_host or ()))
-    if host in ANY and key is not None and not allow_host:
+    hosts = (*NAMES, _in_url(given.host).lower(), *(each.lower() for each in given.allow_host or ()))
+    if given.host in ANY and key is not None and not given.allow_host:
         hosts = ()  # this machine's names are unknown, and pages on other sites can't know the key
     access = Access(
         key=key,
         hosts=hosts,
         origins=origins,
-        body_bytes=max_body * MIB,
-        bodies_bytes=max(128, 2 * max_body) * MIB,
-        upload_bytes=max_upload * MIB,
+        body_bytes=given.max_body * MIB,
+        bodies_bytes=max(128, 2 * given.max_body) * MIB,
+        upload_bytes=given.max_upload * MIB,
     )
     for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
         logging.getLogger(library).setLevel(logging.ERROR)
-    listening = _listening(host, port)
+    listening = _listening(given.host, given.port)
     with listening, private_folder() as folder:
-        with progress(not quiet) as show, answering(listening) as waiting:
+        with progress(not given.quiet) as show, answering(listening) as waiting:
             try:
                 # Importing torch in the main thread would swallow exceptions raised by signal handlers. The main thread must not
                 # compute anything either, so that only the model thread has a group of OpenMP workers. With a second group, there
@@ -170,20 +174,22 @@ def serve(
                 from evoprune_serve.ending import CLOSING_S, EndingServer
             except ImportError as problem:
                 raise _missing(problem) from problem
-            models = in_a_thread(partial(_loaded, name or (), pipeline, also or (), show, quiet), "evoprune-load")
+            models = in_a_thread(
+                partial(_loaded, given.name or (), pipeline, given.also or (), show, given.quiet), "evoprune-load"
+            )
         settings = Settings(
             folder=folder,
             usual=pipeline,
             access=access,
-            urls=allow_urls,
+            urls=given.allow_urls,
             folders=folders,
-            files_bytes=max_files * MIB,
+            files_bytes=given.max_files * MIB,
             file_age_s=age_s,
-            most=queue,
-            keep=keep,
+            most=given.queue,
+            keep=given.keep,
             answer_s=answer_s,
             log=say,
-            log_contents=log_contents,
+            log_contents=given.log_contents,
         )
         app = make_app(models, settings)
         config = uvicorn.Config(
@@ -200,8 +206,8 @@ def serve(
         gc.collect()
         gc.freeze()
         verb = "is" if len(models) == 1 else "are"
-        page = f"http://{_in_url(host)}:{listening.getsockname()[1]}/"
-        if not quiet or port == 0:  # a port that the system picked is known only from here
+        page = f"http://{_in_url(given.host)}:{listening.getsockname()[1]}/"
+        if not given.quiet or given.port == 0:  # a port that the system picked is known only from here
             tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
         EndingServer(config, app.state.server.work, waiting).run(sockets=[listening])
     return 0
