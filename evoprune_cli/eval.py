@@ -1,19 +1,23 @@
 """`evoprune eval`: measures accuracy and cost at each budget, and reports the results as tables and a chart."""
 
 import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
-from evoprune.session import ModelOptions
+from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_new_folder, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress
 from evoprune_cli.typed import typed
+
+if TYPE_CHECKING:
+    from evoprune.bench import EvalSettings, Evaluation, VideoQuestions
 
 FORMATS = ("table", "csv")
 # Options allowed with --resume DIR even without --data, because they don't affect the results.
@@ -112,6 +116,13 @@ def evaluate(given: EvalArguments) -> int:
     evoprune eval --data my.jsonl -b 0.25,0.1 --method evoprune,divprune -o runs/a
     evoprune eval --data my.jsonl -m Qwen/Qwen2.5-VL-3B-Instruct --json
     """
+    pipeline = _parse(given)
+    settings, videos = _check(given, pipeline)
+    return _run(given, settings, videos)
+
+
+def _parse(given: EvalArguments) -> PipelineOptions:
+    """Return the options that determine the answers, after checking the others."""
     pipeline = given.options.parse()
     if given.form not in FORMATS:
         raise UsageError(f"--format {given.form!r} is unknown", f"one of {', '.join(FORMATS)}")
@@ -122,6 +133,11 @@ def evaluate(given: EvalArguments) -> int:
             "no questions",
             "give --data FILE, a JSONL or CSV file whose rows have video, question and answer: evoprune eval --data my.jsonl",
         )
+    return pipeline
+
+
+def _check(given: EvalArguments, pipeline: PipelineOptions) -> "tuple[EvalSettings, Sequence[VideoQuestions]]":
+    """Return the settings and the questions, after checking the output files."""
     from evoprune.bench import EvalSettings
 
     if given.data is None:
@@ -135,59 +151,38 @@ def evaluate(given: EvalArguments) -> int:
         check_output()
         if given.output is not None and given.resume is not None:
             raise UsageError("-o and --resume cannot be combined", "--resume continues in its own folder")
-        groups = tuple(dict.fromkeys(opt.listed(given.group)))
-        given = {
+        settings = EvalSettings(
             **sweep,
-            "data": given.data,
-            "blind": given.blind,
-            "seed": given.seed,
-            "score": given.score,
-            "limit": given.limit,
-            "groups": groups,
-        }
-        given |= {"model": pipeline.model, "sampling": pipeline.sampling, "generation": pipeline.generation}
-        settings = EvalSettings(**given)
+            data=given.data,
+            blind=given.blind,
+            seed=given.seed,
+            score=given.score,
+            limit=given.limit,
+            groups=tuple(dict.fromkeys(opt.listed(given.group))),
+            model=pipeline.model,
+            sampling=pipeline.sampling,
+            generation=pipeline.generation,
+        )
     if given.output is not None:
         check_new_folder(given.output)
     check_chart(given.chart, beside=given.output, inputs=[settings.data])
-    settings, videos = settings.read_questions()
-    evaluation = None
-    shown = "json" if given.json else given.form
+    return settings.read_questions()
 
-    def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print the results so far, draw the chart, and write the results to the output folder."""
-        results = evaluation.results(error)
-        document = results.document()
-        try:
-            if given.json or document["rows"] or error is None:
-                deliver_results(results, shown, chart=given.chart)
-                if given.form == "csv" and not given.quiet:
-                    for line in results.remarks():
-                        note(line)
-        finally:  # even if the reader of stdout has exited
-            if evaluation.folder:
-                evaluation.folder.finish(document)
 
-    def rescue(error: dict[str, Any]) -> None:
-        try:
-            deliver(error)
-        finally:
-            if evaluation.folder and not given.quiet:
-                note(f"to continue: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")
-
+def _run(given: EvalArguments, settings: "EvalSettings", videos: "Sequence[VideoQuestions]") -> int:
+    """Load the model, ask the questions, and deliver the results, even if the run is interrupted. Returns the exit code."""
     from evoprune.session import ReadAhead, describe
 
+    evaluation = None
     with (
-        rescuing(lambda: evaluation is not None and evaluation.loaded, rescue),
+        rescuing(lambda: evaluation is not None and evaluation.loaded, lambda error: _rescue(given, evaluation, error)),
         progress(not given.quiet) as tell,
         ExitStack() as cleanup,
     ):
         tell("loading libraries")
         prepare()
         model = describe(settings.model)
-        asked = ()
-        if given.resume is None and given.processes == 1:
-            asked = settings.inputs(videos)
+        asked = settings.inputs(videos) if given.resume is None and given.processes == 1 else ()
         ahead = cleanup.enter_context(ReadAhead(model, asked))
         from evoprune.bench import Evaluation
 
@@ -202,5 +197,29 @@ def evaluate(given: EvalArguments) -> int:
                 note(f"{given.output} already exists: writing to {evaluation.folder.path}")
         evaluation.ahead = ahead
         evaluation.run(tell, given.processes)
-    deliver()
+    _deliver(given, evaluation)
     return SOME_FAILED if evaluation.failed else 0
+
+
+def _deliver(given: EvalArguments, evaluation: "Evaluation", error: dict[str, Any] | None = None) -> None:
+    """Print the results so far, draw the chart, and write the results to the output folder."""
+    results = evaluation.results(error)
+    document = results.document()
+    try:
+        if given.json or document["rows"] or error is None:
+            deliver_results(results, "json" if given.json else given.form, chart=given.chart)
+            if given.form == "csv" and not given.quiet:
+                for line in results.remarks():
+                    note(line)
+    finally:  # even if the reader of stdout has exited
+        if evaluation.folder:
+            evaluation.folder.finish(document)
+
+
+def _rescue(given: EvalArguments, evaluation: "Evaluation", error: dict[str, Any]) -> None:
+    """Deliver the results of an interrupted run, and say how to continue it."""
+    try:
+        _deliver(given, evaluation, error)
+    finally:
+        if evaluation.folder and not given.quiet:
+            note(f"to continue: evoprune eval --resume {shlex.quote(str(evaluation.folder.path))}")

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from typing import TextIO
+from typing import Any, TextIO
 
 import evoprune
 from evoprune.bundled import DEMOS
@@ -27,26 +27,8 @@ def environment_facts(stdout: TextIO) -> dict:
 
     from evoprune import methods
     from evoprune.backend import Device, Host, Quantization
-    from evoprune.session import BUNDLED_CONFIGS, Cache
-    from evoprune.video import choose_decoder
+    from evoprune.session import BUNDLED_CONFIGS
 
-    decoders = {"pyav": "works"}
-    try:
-        choose_decoder("decord")
-        decoders["decord"] = "works"
-    except EvopruneError as problem:
-        decoders["decord"] = problem.message
-    demos = {}  # keys: `demo_model`, `demo_model_folder`, and so on
-    for name, demo in DEMOS.items():
-        key = f"{name.replace('-', '_')}_model"
-        demos[key] = "missing"
-        if (demo.folder / "model.safetensors").is_file():
-            demos[key] = "installed"
-        demos[f"{key}_folder"] = str(demo.folder)
-    cache = Cache()
-    videos, occupied = cache.size()
-    segments, segments_bytes = cache.of_segments.size()
-    models, models_bytes = cache.of_weights.size()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -54,23 +36,13 @@ def environment_facts(stdout: TextIO) -> dict:
         "devices": Device.describe_all(),
         "available": {"cores": Host().available_cores(), "memory_bytes": Host().available_memory()},
         "quantize": Quantization.kinds(torch.device("cpu")),
-        "decoders": decoders,
+        "decoders": _decoders(),
         "methods": methods.available(),
         "method_plugins": methods.plugins(),
-        **demos,
+        **_demos(),
         "bundled_configs": list(BUNDLED_CONFIGS),
         "hub_cache": constants.HF_HUB_CACHE,
-        "cache": {
-            "folder": str(cache.folder),
-            "videos": videos,
-            "size_bytes": occupied,
-            "limit_bytes": cache.limit_bytes,
-            "segments": segments,
-            "segments_bytes": segments_bytes,
-            "segments_limit_bytes": cache.of_segments.limit_bytes,
-            "quantized_models": models,
-            "quantized_bytes": models_bytes,
-        },
+        "cache": _cache(),
         "offline": constants.HF_HUB_OFFLINE,
         "stdout_encoding": stdout.encoding,
         "environment": {
@@ -78,6 +50,46 @@ def environment_facts(stdout: TextIO) -> dict:
             for name, value in sorted(os.environ.items())
             if name.startswith("EVOPRUNE_")
         },
+    }
+
+
+def _decoders() -> dict[str, str]:
+    from evoprune.video import choose_decoder
+
+    try:
+        choose_decoder("decord")
+    except EvopruneError as problem:
+        return {"pyav": "works", "decord": problem.message}
+    return {"pyav": "works", "decord": "works"}
+
+
+def _demos() -> dict[str, str]:
+    """Return the state and the folder of each demo model: `demo_model`, `demo_model_folder`, and so on."""
+    demos = {}
+    for name, demo in DEMOS.items():
+        key = f"{name.replace('-', '_')}_model"
+        demos[key] = "installed" if (demo.folder / "model.safetensors").is_file() else "missing"
+        demos[f"{key}_folder"] = str(demo.folder)
+    return demos
+
+
+def _cache() -> dict[str, Any]:
+    from evoprune.session import Cache
+
+    cache = Cache()
+    videos, occupied = cache.size()
+    segments, segments_bytes = cache.of_segments.size()
+    models, models_bytes = cache.of_weights.size()
+    return {
+        "folder": str(cache.folder),
+        "videos": videos,
+        "size_bytes": occupied,
+        "limit_bytes": cache.limit_bytes,
+        "segments": segments,
+        "segments_bytes": segments_bytes,
+        "segments_limit_bytes": cache.of_segments.limit_bytes,
+        "quantized_models": models,
+        "quantized_bytes": models_bytes,
     }
 
 

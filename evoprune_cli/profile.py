@@ -9,7 +9,7 @@ from typing import Any
 
 from evoprune.bench import Case, ProfileSettings
 from evoprune.errors import UsageError
-from evoprune.session import ModelOptions
+from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.util import size as size_text
 from evoprune.util import without_password, words_of
 from evoprune.video import Video
@@ -130,21 +130,37 @@ def profile(given: ProfileArguments) -> int:
     evoprune profile --synthetic static90 --frames 32 -b fast --format json
     evoprune profile --pictures -b 0.25,0.1 --time-limit 3600
     """
+    settings, pipeline = _parse(given)
+    counts, sizes = _check(given)
+    return _run(given, settings, pipeline, counts, sizes)
+
+
+def _parse(given: ProfileArguments) -> tuple[ProfileSettings, PipelineOptions]:
+    """Return the settings of the run and the options of the model."""
     check_not_model(given.video, "evoprune profile -m")
     bits = tuple(dict.fromkeys(opt.listed(given.quantize) or ["none"]))
     pipeline = given.options.parse()
-    settings = {
-        **opt.sweep(given.budget, given.method), "seed": pipeline.pruning.seed,
-        "quantize": bits, "new_tokens": given.new_tokens, "warmups": given.warmup, "repetitions": given.repeat,
-        "time_limit_s": given.time_limit,
-    }  # fmt: skip
-    counts = _frames(opt.listed(given.frames))
-    sizes = _sizes(opt.listed(given.size))
+    settings = ProfileSettings(
+        **opt.sweep(given.budget, given.method),
+        seed=pipeline.pruning.seed,
+        quantize=bits,
+        new_tokens=given.new_tokens,
+        warmups=given.warmup,
+        repetitions=given.repeat,
+        time_limit_s=given.time_limit,
+    )
     choices = [("--quantize", width, QUANTIZE) for width in bits]
     choices += [("--format", given.form, FORMATS), ("--load-format", given.load_format, (None, *WORDS["load_format"]))]
     for name, value, known in (*choices, ("--synthetic", given.synthetic, (None, *ProfileSettings.SYNTHETIC))):
         if value not in known:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(filter(None, known))}")
+    return settings, pipeline
+
+
+def _check(given: ProfileArguments) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the numbers and sizes of frames, after checking combinations of options and the output files."""
+    counts = _frames(opt.listed(given.frames))
+    sizes = _sizes(opt.listed(given.size))
     if given.video is not None and given.synthetic is not None:
         raise UsageError("a video and --synthetic cannot be combined", "give one of the two")
     if given.pictures:
@@ -157,23 +173,20 @@ def profile(given: ProfileArguments) -> int:
     else:
         check_writable(given.output, inputs=[given.video or ""])
     check_chart(given.chart, inputs=[given.video or ""])
+    return counts, sizes
+
+
+def _run(
+    given: ProfileArguments,
+    settings: ProfileSettings,
+    pipeline: PipelineOptions,
+    counts: list[int],
+    sizes: list[tuple[int, int]],
+) -> int:
+    """Measure, and deliver the results, even if the run is interrupted. Returns the exit code."""
     results = None
-
-    def deliver(error: dict[str, Any] | None = None) -> None:
-        """Print or write the results and the chart. After an interruption, only finished rounds are included."""
-        if error is not None:
-            results.interrupted = error["type"] in ("interrupted", "terminated")
-        try:
-            if given.output is None:
-                print_text(results.text(given.form, page_width()))
-            else:
-                _write_or_print(given.output, results.text(given.form, WIDTH))
-        finally:  # even if the reader of stdout has exited
-            if given.chart:
-                write_bytes(given.chart, results.chart().encode())
-
     inputs = _inputs(given.video, counts, sizes, pipeline.model.offline)
-    ready = rescuing(lambda: results is not None, deliver)
+    ready = rescuing(lambda: results is not None, lambda error: _deliver(given, results, error))
     with ready, inputs as (cases, info), progress(not given.quiet, timing=True) as show:
         begun = time.perf_counter()
         show("loading libraries")
@@ -181,7 +194,7 @@ def profile(given: ProfileArguments) -> int:
         from evoprune.bench import Profile
 
         run = Profile(
-            ProfileSettings(**settings),
+            settings,
             pipeline.model,
             cases,
             load_format=given.load_format,
@@ -197,8 +210,22 @@ def profile(given: ProfileArguments) -> int:
             tell(f"{weights} {run.model.id}: needs {needed} (at most {given.time_limit:g} s: --time-limit)")
         for results in run.run(show):  # noqa: B007
             pass
-    deliver()
+    _deliver(given, results)
     return SOME_FAILED if any(row.error for row in results.rows) else 0
+
+
+def _deliver(given: ProfileArguments, results: Any, error: dict[str, Any] | None = None) -> None:
+    """Print or write the results and the chart. After an interruption, only finished rounds are included."""
+    if error is not None:
+        results.interrupted = error["type"] in ("interrupted", "terminated")
+    try:
+        if given.output is None:
+            print_text(results.text(given.form, page_width()))
+        else:
+            _write_or_print(given.output, results.text(given.form, WIDTH))
+    finally:  # even if the reader of stdout has exited
+        if given.chart:
+            write_bytes(given.chart, results.chart().encode())
 
 
 def _write_or_print(path: str, text: str) -> None:

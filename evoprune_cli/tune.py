@@ -2,18 +2,21 @@
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import Budget, MethodText
-from evoprune.session import ModelOptions
+from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.util import missing_hint, shown
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress
+
+if TYPE_CHECKING:
+    from evoprune.bench import TuneSettings, Tuning
 
 AGREE = 0.98
 QUESTIONS = "Questions"  # a panel title
@@ -103,6 +106,12 @@ def tune(given: TuneArguments) -> int:
     evoprune tune *.mp4 -m DIR --time-limit 1800 --chart tune.svg
     evoprune tune *.mp4 -m DIR --operations -o recipe.json
     """
+    _check(given)
+    return _run(given, _parse(given))
+
+
+def _check(given: TuneArguments) -> None:
+    """Check combinations of options, the output files, and that at least one video exists."""
     check_output()
     if given.operations and (given.method or given.chart or given.agree != AGREE):
         hint = "leave out --agree, --method and --chart; the budget is chosen when the recipe is used"
@@ -112,53 +121,81 @@ def tune(given: TuneArguments) -> int:
     read = [*given.videos, given.question_file or ""]
     check_chart(given.chart, inputs=read)
     check_writable(given.output, inputs=read)
-    settings: dict[str, Any] = {
-        "videos": tuple(dict.fromkeys(given.videos)),
-        "agree": given.agree,
-        "time_limit_s": given.time_limit,
-    }
     if not any(map(os.path.exists, given.videos)):
         hint = missing_hint(given.videos[0], "evoprune tune VIDEO... -m MODEL")
         raise VideoError(f"no such file: {shown(given.videos[0])}", hint)
-    if asked := _questions(given.questions or [], given.question_file):
-        settings["questions"] = asked
-    settings["budgets"] = tuple(Budget.parse(text).video for text in opt.listed(given.budget))
-    settings["methods"] = tuple(opt.listed(given.method))
-    for name in settings["methods"]:
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The values of the options. An empty tuple stands for the defaults."""
+
+    questions: tuple[str, ...]
+    budgets: tuple[float, ...]
+    methods: tuple[str, ...]
+    pipeline: PipelineOptions
+
+
+def _parse(given: TuneArguments) -> Parsed:
+    """Return the values of the options. Reads the file of questions."""
+    asked = _questions(given.questions or [], given.question_file)
+    budgets = tuple(Budget.parse(text).video for text in opt.listed(given.budget))
+    methods = tuple(opt.listed(given.method))
+    for name in methods:
         MethodText(name).check()
-    pipeline = given.options.parse()
-    settings |= {"seed": pipeline.pruning.seed, "model": pipeline.model, "sampling": pipeline.sampling}
-    settings["think"] = pipeline.generation.think
-    tuning = None
+    return Parsed(asked, budgets, methods, given.options.parse())
 
-    def deliver(error: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Print and return the results, and write the output file and the chart. `error` explains why the run ended early."""
-        results = tuning.results(error)
-        deliver_results(results, "json" if given.json else "table", given.output, given.chart)
-        return results.document()
 
+def _settings(given: TuneArguments, parsed: Parsed) -> "TuneSettings":
+    """Return the settings of the run. Imports torch."""
+    from evoprune.bench import TuneSettings
+
+    settings = TuneSettings(
+        videos=tuple(dict.fromkeys(given.videos)),
+        agree=given.agree,
+        time_limit_s=given.time_limit,
+        budgets=parsed.budgets,
+        methods=parsed.methods,
+        seed=parsed.pipeline.pruning.seed,
+        model=parsed.pipeline.model,
+        sampling=parsed.pipeline.sampling,
+        think=parsed.pipeline.generation.think,
+    )
+    return replace(settings, questions=parsed.questions) if parsed.questions else settings
+
+
+def _run(given: TuneArguments, parsed: Parsed) -> int:
+    """Load the model, try the settings, and deliver the results, even if the run is interrupted. Returns the exit code."""
     from evoprune.session import ReadAhead, describe
 
+    tuning = None
     with (
-        rescuing(lambda: tuning is not None and tuning.has_results, deliver),
+        rescuing(lambda: tuning is not None and tuning.has_results, lambda error: _deliver(given, tuning, error)),
         progress(not given.quiet) as tell,
         ExitStack() as cleanup,
     ):
         tell("loading libraries")
         prepare()
         # Prefetch only the first video because reading other videos in parallel would distort the measurements.
-        model = describe(pipeline.model)
-        ahead = cleanup.enter_context(ReadAhead(model, [(settings["videos"][:1], pipeline.sampling)]))
-        from evoprune.bench import OperationTuning, TuneSettings, Tuning
+        model = describe(parsed.pipeline.model)
+        ahead = cleanup.enter_context(ReadAhead(model, [(given.videos[:1], parsed.pipeline.sampling)]))
+        from evoprune.bench import OperationTuning, Tuning
 
         kind = OperationTuning if given.operations else Tuning
-        tuning = kind(TuneSettings(**settings))
+        tuning = kind(_settings(given, parsed))
         tell("loading model")
         tuning.load(partial(tell, "quantizing"), model)
         tuning.ahead = ahead
         tuning.run(tell, lambda text: given.quiet or note(text))
-    document = deliver()
+    document = _deliver(given, tuning)
     return SOME_FAILED if document["failures"] or document.get("recommended", "") is None else 0
+
+
+def _deliver(given: TuneArguments, tuning: "Tuning", error: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Print and return the results, and write the output file and the chart. `error` explains why the run ended early."""
+    results = tuning.results(error)
+    deliver_results(results, "json" if given.json else "table", given.output, given.chart)
+    return results.document()
 
 
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
-from evoprune.session import ModelOptions, PruneOptions, StreamOptions
+from evoprune.session import ModelOptions, PipelineOptions, PruneOptions, StreamOptions
 from evoprune.util import check_text, clock, counted, missing_hint, parse_time, size
 from evoprune.video import LiveSource, warm_up
 from evoprune_cli import options as opt
@@ -101,33 +101,50 @@ def watch(given: WatchArguments) -> int:
     ffmpeg -i SOURCE -f mpegts - | evoprune watch - -Q "What happens?" --every 10s
     """
     asked = given.question or []
-    prompt = not (given.question or given.questions)
     check_output()
     warm_up()  # warms up while this process imports its dependencies
-    if given.every and not asked:
+    every_s = _parse_interval(given.every, asked)
+    _check(given, asked)
+    pipeline = given.options.parse()
+    check_text(*asked, pipeline.generation.system)
+    check_generation(pipeline.generation, given.json)
+    return _run(given, asked, every_s, pipeline)
+
+
+def _parse_interval(every: str | None, asked: list[str]) -> float | None:
+    """Return the interval between questions in seconds, or None if they are asked once."""
+    if every and not asked:
         raise UsageError("--every needs a question", "add -Q TEXT")
-    every_s = None
-    if given.every is not None:
-        every_s = parse_time(given.every)
-        if every_s <= 0:
-            raise UsageError(f"--every is {given.every}, not above 0", "give a time above 0")
+    if every is None:
+        return None
+    every_s = parse_time(every)
+    if every_s <= 0:
+        raise UsageError(f"--every is {every}, not above 0", "give a time above 0")
+    return every_s
+
+
+def _check(given: WatchArguments, asked: list[str]) -> None:
+    """Check that there are questions, and that they don't come from the same pipe as the video."""
     if given.questions == STDIN and given.source == STDIN:
         raise UsageError("standard input is both the video and the questions", "give one of them as a file")
     if not all(text.strip() for text in asked):
         raise UsageError("the question is empty", '-Q "What happens?"')
+    prompt = _has_prompt(given)
     if prompt and (given.source == STDIN or sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError("no questions, and stdin is not a terminal", "use -Q TEXT --every 30s, or --questions FILE")
     if given.questions is not None:
         _check_questions(given.questions)
     check_history(given.history, prompt, hint="leave it out, or leave out -Q and --questions")
-    pipeline = given.options.parse()
-    check_text(*asked, pipeline.generation.system)
-    check_generation(pipeline.generation, given.json)
 
-    def speak(text: str) -> None:
-        if not given.quiet:
-            tell(text)
 
+def _has_prompt(given: WatchArguments) -> bool:
+    return not (given.question or given.questions)
+
+
+def _run(given: WatchArguments, asked: list[str], every_s: float | None, pipeline: PipelineOptions) -> int:
+    """Load the model, and answer questions while the source is being read. Returns the exit code."""
+    prompt = _has_prompt(given)
+    speak = _say_nothing if given.quiet else tell
     opened = LiveSource(given.source, given.pace, parse_time(given.timeout), given.reconnects, speak)
     shown = {"interactive": prompt, "several": len(asked) > 1, "show_thoughts": given.show_thoughts}
     talk = Conversation([opened.name], given.json, given.stats, given.quiet, given.verbose, **shown)
@@ -144,26 +161,25 @@ def watch(given: WatchArguments) -> int:
                 while not feed.begun.wait(TICK_S):
                     pass
             feed.check()
-            chat = None
-            if prompt:
-                why_single = why_single_questions(given.history, session)
-                if why_single is None:
-                    chat = stream.chat(system)
+            why_single = why_single_questions(given.history, session) if prompt else None
+            chat = stream.chat(system) if prompt and why_single is None else None
             begin = partial(talk.begin, stream, pipeline.generation, None, chat)
             watching = _Watching(talk, begin, stream, feed, session.loaded.device, prompt, given.quiet, speak)
             if prompt:
                 speak("Ask about the video so far. /help for help; q, Ctrl-D or Ctrl-C to end.")
                 if why_single and given.history is None:
                     speak(f"Questions are independent: {why_single}.")
-                code = watching.converse(chat)
-            else:
-                code = watching.serve(asked, every_s, given.questions)
+            code = watching.converse(chat) if prompt else watching.serve(asked, every_s, given.questions)
             feed.check()
             return code
     except BaseException as problem:
         if not talk.answered:
             talk.break_off(problem, asked)
         raise
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 class _Watching:
