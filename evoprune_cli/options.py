@@ -128,12 +128,7 @@ def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Cal
                 given["options"] = PipelineArguments(declared, typed, check_model=not resumed)
             return function(kind(**given)) if is_dataclass(kind) else function(**given)
 
-        parameters = []
-        for own in own_parameters:
-            if own.name == "options":
-                parameters += pipeline
-            else:
-                parameters.append(own)
+        parameters = [each for own in own_parameters for each in (pipeline if own.name == "options" else [own])]
         run.__signature__ = Signature([*parameters, *COMMON_PARAMETERS])
         run.__annotations__ = {}
         run.short = short.split()

@@ -89,25 +89,32 @@ def typed_questions(
         word = line.strip().lower()
         if word in ENDS:
             return
-        if word in HELPS:
-            tell(HELP_CHAT if chat else HELP)
-        elif chat and word == "/new":
-            chat.clear()
-            tell("conversation cleared")
-        elif chat and word == "/undo":
-            question = chat.undo()
-            tell("nothing to undo" if question is None else f"removed: {shown(question)}")
-        elif word in ("/new", "/undo"):
-            tell(f"nothing to {'undo' if word == '/undo' else 'clear'}: questions are independent")
-        elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
-            tell(f"{word.split()[0]} must be alone on its line: nothing was done")
-        elif command := re.match(r"/[\w-]*(?=\s|$)", word):
-            tell(f"unknown command {command[0]}, so nothing was asked; /help lists the commands")
-        elif re.match(r"--|-[a-z]", word):
-            hint = "options go on the command line: quit with q, then run evoprune ask with them"
-            print_error(f"{word.split()[0]} looks like an option, so nothing was asked", hint)
-        elif word:
+        if word and not _runs_command(word, chat):
             yield line
+
+
+def _runs_command(word: str, chat: "Chat | None") -> bool:
+    """Execute a command of the prompt. Returns False if the word is a question instead."""
+    if word in HELPS:
+        tell(HELP_CHAT if chat else HELP)
+    elif chat and word == "/new":
+        chat.clear()
+        tell("conversation cleared")
+    elif chat and word == "/undo":
+        question = chat.undo()
+        tell("nothing to undo" if question is None else f"removed: {shown(question)}")
+    elif word in ("/new", "/undo"):
+        tell(f"nothing to {'undo' if word == '/undo' else 'clear'}: questions are independent")
+    elif word.split()[:1] in (["/new"], ["/undo"], ["/help"]):
+        tell(f"{word.split()[0]} must be alone on its line: nothing was done")
+    elif command := re.match(r"/[\w-]*(?=\s|$)", word):
+        tell(f"unknown command {command[0]}, so nothing was asked; /help lists the commands")
+    elif re.match(r"--|-[a-z]", word):
+        hint = "options go on the command line: quit with q, then run evoprune ask with them"
+        print_error(f"{word.split()[0]} looks like an option, so nothing was asked", hint)
+    else:
+        return False
+    return True
 
 
 @contextlib.contextmanager

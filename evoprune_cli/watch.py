@@ -213,6 +213,7 @@ class _Watching:
         self._prompt = prompt
         self._speak = speak
         self._failed = 0
+        self._skips = False  # whether frames are being skipped
         self._status = not quiet and sys.stderr.isatty()
         # Time at which the last status line was printed, and whether the line is still visible.
         self._status_at = 0.0
@@ -234,10 +235,7 @@ class _Watching:
     def serve(self, asked: list[str], every_s: float | None, questions: str | None) -> int:
         """Answer questions from the command line and the pipe until no more can arrive, or the video source fails.
 
-        After the end of a video, questions from the pipe are still answered.
-
-        Returns:
-            The exit code.
+        After the end of a video, questions from the pipe are still answered. Returns the exit code.
         """
         lines = None if questions is None else _lines(questions)
         if every_s is not None:
@@ -245,20 +243,10 @@ class _Watching:
         next_s = every_s
         asked_s = -1.0
         answered_s = 0.0
-        skips = False
         said_end = False
         while True:
             ended = self._feed.ended.wait(TICK_S)
-            if (self._feed.backlog.stride > 1) != skips:
-                skips = not skips
-                if skips:
-                    self._warn("too slow for all frames: some are skipped at regular intervals")
-                else:
-                    self._clear()
-                    self._speak("frames are no longer skipped")
-            if self._status and time.monotonic() - self._status_at >= STATUS_S:  # overwrites the previous line
-                self._status_at, self._status_visible = time.monotonic(), True
-                _write(f"\r{self._state()}\x1b[K")
+            self._show_state()
             latest_s = self._feed.latest_s  # read this first, so that all earlier frames have been fed by then
             now_s = self._stream.until_s or 0.0
             due = next_s is not None and max(now_s, latest_s) >= next_s - self._feed.TOLERANCE_S
@@ -268,15 +256,9 @@ class _Watching:
                 for question in asked:
                     self._answer(question)
             if due:
-                until_s = now_s
-                why = "no frame was sampled in between"
-                if not new:
-                    until_s = latest_s
-                    why = "no frame has arrived since the previous one"
-                elif next_s <= answered_s:
-                    why = "the video continued during the previous answer"
+                until_s = now_s if new else latest_s
                 over_s = max(next_s, floor(until_s / every_s) * every_s)
-                self._report_skipped(next_s, over_s, every_s, new, why)
+                self._report_skipped(next_s, over_s, every_s, new, next_s <= answered_s)
                 answered_s = self._feed.latest_s
                 next_s = over_s + every_s
                 self._feed.ask_at(next_s)
@@ -295,6 +277,19 @@ class _Watching:
                     self._speak("the video has ended; waiting for more questions (Ctrl-C stops)")
                 time.sleep(TICK_S)
 
+    def _show_state(self) -> None:
+        """Report if frames begin or cease to be skipped, and update the status line."""
+        if (self._feed.backlog.stride > 1) != self._skips:
+            self._skips = not self._skips
+            if self._skips:
+                self._warn("too slow for all frames: some are skipped at regular intervals")
+            else:
+                self._clear()
+                self._speak("frames are no longer skipped")
+        if self._status and time.monotonic() - self._status_at >= STATUS_S:  # overwrites the previous line
+            self._status_at, self._status_visible = time.monotonic(), True
+            _write(f"\r{self._state()}\x1b[K")
+
     def _feasible_interval(self, every_s: float) -> float:
         """Return the interval between questions.
 
@@ -307,11 +302,20 @@ class _Watching:
         self._feed.ask_at(step_s)
         return step_s
 
-    def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, why: str) -> None:
-        """Report the number of repeated questions skipped from `first_s` to `over_s`, excluding `over_s` if `asked` is True."""
+    def _report_skipped(self, first_s: float, over_s: float, every_s: float, asked: bool, busy: bool) -> None:
+        """Report the number of repeated questions skipped from `first_s` to `over_s`, excluding `over_s` if `asked` is True.
+
+        Args:
+            busy: Whether the previous answer lasted until `first_s` or longer.
+        """
         count = round((over_s - first_s) / every_s) + (not asked)
         if not count:
             return
+        why = "no frame was sampled in between"
+        if not asked:
+            why = "no frame has arrived since the previous one"
+        elif busy:
+            why = "the video continued during the previous answer"
         last_s = first_s + (count - 1) * every_s
         when = f"at {clock(first_s)}"
         if count > 1:

@@ -46,7 +46,7 @@ def mcp(
     """
     pipeline = options.parse()
     if not allow_dir:
-        raise UsageError("no folder may be read", "name folders with videos: --allow-dir DIR")
+        raise UsageError("no folder may be read", "name folders with videos: evoprune mcp --allow-dir DIR")
     videos = Videos(Folders(allow_dir), pipeline, cache, quiet)
     try:
         from evoprune_mcp.server import make_server

@@ -24,8 +24,11 @@ from evoprune_cli import load, prepare, progress, tell
 from evoprune_cli import options as opt
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from evoprune.session import ModelDescription
     from evoprune.video_qa import VideoQA
+    from evoprune_serve.guard import Access
 
 SERVER = "Server"
 ACCESS = "Access"
@@ -123,32 +126,39 @@ def serve(given: ServeArguments) -> int:
     EVOPRUNE_API_KEY=secret evoprune serve --host 0.0.0.0 --allow-urls
     """
     pipeline = given.options.parse()
+    access, limits = _check(given, pipeline)
+    warm_up()  # warms up while this process imports its dependencies
+    return _run(given, pipeline, access, limits)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Checked values of options: times in seconds, and folders that requests may name."""
+
+    answer_s: float
+    age_s: float
+    folders: tuple[Path, ...]
+
+
+def _check(given: ServeArguments, pipeline: PipelineOptions) -> "tuple[Access, Limits]":
+    """Return who may use the server, and the limits of requests."""
     key = _key(given.api_key, given.api_key_file)
     if given.host not in LOOPBACK and key is None and not given.no_auth:
         hint = f"--api-key-file FILE, or {KEY}; --no-auth serves everyone without a key"
         raise UsageError(f"--host {given.host} serves other machines, and there is no key", hint)
     if given.allow_urls and pipeline.model.offline:
         raise UsageError("--allow-urls and --offline cannot be combined", "leave out one of the two")
-    answer_s = _above_0("--timeout", given.timeout)
-    age_s = _above_0("--file-age", given.file_age)
-    folders = tuple(map(_folder, given.allow_dir or ()))
+    limits = Limits(
+        _above_0("--timeout", given.timeout),
+        _above_0("--file-age", given.file_age),
+        tuple(map(_folder, given.allow_dir or ())),
+    )
     origins = tuple(map(_origin, given.cors or ()))
-    warm_up()  # warms up while this process imports its dependencies
     try:
-        import uvicorn
-
-        from evoprune_serve.connections import Connection
         from evoprune_serve.guard import LOOPBACK as NAMES
         from evoprune_serve.guard import Access
-        from evoprune_serve.loading import answering
-        from evoprune_serve.store import private_folder
     except ImportError as problem:
         raise _missing(problem) from problem
-
-    def say(line: str) -> None:
-        if not given.quiet:
-            tell(line)
-
     hosts = (*NAMES, _in_url(given.host).lower(), *(each.lower() for each in given.allow_host or ()))
     if given.host in ANY and key is not None and not given.allow_host:
         hosts = ()  # this machine's names are unknown, and pages on other sites can't know the key
@@ -160,8 +170,17 @@ def serve(given: ServeArguments) -> int:
         bodies_bytes=max(128, 2 * given.max_body) * MIB,
         upload_bytes=given.max_upload * MIB,
     )
-    for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
-        logging.getLogger(library).setLevel(logging.ERROR)
+    return access, limits
+
+
+def _run(given: ServeArguments, pipeline: PipelineOptions, access: "Access", limits: Limits) -> int:
+    """Listen, load the models, and serve them until a signal arrives."""
+    try:
+        import_module("uvicorn")
+        from evoprune_serve.loading import answering
+        from evoprune_serve.store import private_folder
+    except ImportError as problem:
+        raise _missing(problem) from problem
     listening = _listening(given.host, given.port)
     with listening, private_folder() as folder:
         with progress(not given.quiet) as show, answering(listening) as waiting:
@@ -171,46 +190,65 @@ def serve(given: ServeArguments) -> int:
                 # would be more threads than cores, so libgomp would put the workers to sleep between operations.
                 in_a_thread(partial(import_module, "evoprune_serve.app"), "evoprune-load")
                 from evoprune_serve.app import Settings, make_app
-                from evoprune_serve.ending import CLOSING_S, EndingServer
             except ImportError as problem:
                 raise _missing(problem) from problem
-            models = in_a_thread(
-                partial(_loaded, given.name or (), pipeline, given.also or (), show, given.quiet), "evoprune-load"
-            )
+            names, also = given.name or (), given.also or ()
+            models = in_a_thread(partial(_loaded, names, pipeline, also, show, given.quiet), "evoprune-load")
         settings = Settings(
             folder=folder,
             usual=pipeline,
             access=access,
             urls=given.allow_urls,
-            folders=folders,
+            folders=limits.folders,
             files_bytes=given.max_files * MIB,
-            file_age_s=age_s,
+            file_age_s=limits.age_s,
             most=given.queue,
             keep=given.keep,
-            answer_s=answer_s,
-            log=say,
+            answer_s=limits.answer_s,
+            log=_say_nothing if given.quiet else tell,
             log_contents=given.log_contents,
         )
-        app = make_app(models, settings)
-        config = uvicorn.Config(
-            app,
-            http=Connection,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # otherwise, clients could impersonate each other
-            timeout_graceful_shutdown=CLOSING_S,
-        )
-        # With torch and the models, a full garbage collection would block the event loop for more than 100 ms.
-        gc.collect()
-        gc.freeze()
-        verb = "is" if len(models) == 1 else "are"
-        page = f"http://{_in_url(given.host)}:{listening.getsockname()[1]}/"
-        if not given.quiet or given.port == 0:  # a port that the system picked is known only from here
-            tell(f"{' and '.join(models)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
-        EndingServer(config, app.state.server.work, waiting).run(sockets=[listening])
+        _serve(given, make_app(models, settings), [*models], listening, waiting)
     return 0
+
+
+def _serve(
+    given: ServeArguments,
+    app: "Starlette",
+    names: Sequence[str],
+    listening: socket.socket,
+    waiting: list[socket.socket],
+) -> None:
+    """Serve the application until a signal arrives. `waiting` are connections that were accepted while the models loaded."""
+    import uvicorn
+
+    from evoprune_serve.connections import Connection
+    from evoprune_serve.ending import CLOSING_S, EndingServer
+
+    for library in ("uvicorn.error", "python_multipart"):  # they would log a warning for every malformed request
+        logging.getLogger(library).setLevel(logging.ERROR)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # otherwise, clients could impersonate each other
+        timeout_graceful_shutdown=CLOSING_S,
+    )
+    # With torch and the models, a full garbage collection would block the event loop for more than 100 ms.
+    gc.collect()
+    gc.freeze()
+    if not given.quiet or given.port == 0:  # a port that the system picked is known only from here
+        verb = "is" if len(names) == 1 else "are"
+        page = f"http://{_in_url(given.host)}:{listening.getsockname()[1]}/"
+        tell(f"{' and '.join(names)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
+    EndingServer(config, app.state.server.work, waiting).run(sockets=[listening])
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _loaded(
