@@ -215,8 +215,9 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         check_type("progress", progress, Callable | None)
         _check_cache(cache)
         names = None if name is None else [name] * len(inputs)
-        given = {"progress": progress, "names": names, "cache": cache, "ahead": self._ahead}
-        with open_inputs(self.session, inputs, sampling, **given) as opened:
+        with open_inputs(
+            self.session, inputs, sampling, progress=progress, names=names, cache=cache, ahead=self._ahead
+        ) as opened:
             return opened.encode(progress)
 
     @overload

@@ -15,6 +15,7 @@ from evoprune.files import write_file
 from evoprune.report import Report
 from evoprune.untrusted import loads
 from evoprune.util import is_url, shown
+from evoprune.video import Folder
 
 ENDING = ".txt"
 
@@ -45,7 +46,7 @@ class Captions:
         every = [os.path.abspath(row.paths[0]) for row in rows]
         top = os.path.commonpath([os.path.dirname(path) for path in every])
         for row, path in zip(rows, every, strict=True):
-            name = os.path.relpath(path if os.path.isdir(path) else os.path.splitext(path)[0], top) + ENDING
+            name = os.path.relpath(path if Folder.is_at(path) else os.path.splitext(path)[0], top) + ENDING
             if name in videos:
                 both = f"two rows, about {shown(videos[name])} and {shown(row.video)}"
                 hint = "ask one question about every video, and rename videos that differ only in the ending"

@@ -425,8 +425,8 @@ class RecordFile:
         if record["schema"] != self.schema:
             raise ValueError
         about = record["batch"]
-        own = record["id"], about["row"], about["settings"]
-        if list(map(type, own)) != [str, dict, dict]:
+        identity, row, settings = record["id"], about["row"], about["settings"]
+        if [type(identity), type(row), type(settings)] != [str, dict, dict]:
             raise TypeError
         failed = record["error"] is not None
         below = None
@@ -434,7 +434,8 @@ class RecordFile:
             below = dict(record.get("pruning") or {}).get("after_tower_below") or 0
         files = dict(about.get("files") or {})
         commit = dict(record.get("model") or {}).get("revision")
-        return EarlierRecord(*own, failed, *place, files, commit, below)
+        start, end = place
+        return EarlierRecord(identity, row, settings, failed, start, end, files, commit, below)
 
     def _copied(self, kept: list[EarlierRecord]) -> int:
         """Atomically replace the file with a locked copy containing only these records. Returns the copy's file descriptor."""

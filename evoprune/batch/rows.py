@@ -557,7 +557,7 @@ def in_folders(
         recursive: Whether to search subfolders as well. Subfolders without videos or images are skipped.
     """
     for video in videos:
-        if not os.path.isdir(video):
+        if not Folder.is_at(video):
             yield video
             continue
         if recursive:
@@ -612,7 +612,7 @@ def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
         pictures: Whether images in a folder of videos are used. See `RowReader.pairs`.
         hint: Text that explains how to search the subfolders of a folder of images.
     """
-    if not os.path.isdir(video):
+    if not Folder.is_at(video):
         return ""
     inside = Folder(video)
     videos = inside.videos

@@ -49,9 +49,8 @@ def answers(
         return open_inputs(session, first.paths, sampling, names=names, cache=cache, ahead=ahead)
 
     with callback_errors() as passing, closing(in_flight(spans, opened, session.loaded, on_wait)) as prepared:
-        callbacks = on_failure, passing(progress), passing(on_wait)
         for span, inputs in prepared:
-            yield from _answer_span(span, inputs, settings, *callbacks)
+            yield from _answer_span(span, inputs, settings, on_failure, passing(progress), passing(on_wait))
 
 
 def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:

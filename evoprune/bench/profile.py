@@ -144,8 +144,15 @@ class Profile:
         """Load the model and measure it, yielding the results so far after each measured round. See `load` for exceptions."""
         progress("loading model")
         loaded = load(self.model, self.cases)
-        how = {"about": self._about, "progress": progress, "limit": self.limit}
-        yield from measure(loaded, self.cases, self._frames, self.settings, **how)
+        yield from measure(
+            loaded,
+            self.cases,
+            self._frames,
+            self.settings,
+            about=self._about,
+            progress=progress,
+            limit=self.limit,
+        )
 
     def bench(self, progress: Progress = lambda what: None) -> tuple["Bench", list[ProfileRow]]:
         """Load the model, and return a `Bench` and its rows for measuring individual turns. See `load` for exceptions."""
@@ -319,8 +326,8 @@ def run_evoprune(loaded: LoadedModel, clip: Clip, plan: EncoderPlan, config: Pru
         if method.reads_question:
             embed = model.model.language_model.embed_tokens
             question = embed(clip.ids[-TEXT_AFTER:].to(embed.weight.device))
-        options = {"normal": loaded.video.normal, "seed": config.seed}
-        encoded = encode_rows(visual, [clip.pixels], plan, **options).select_tokens(question)
+        rows = encode_rows(visual, [clip.pixels], plan, normal=loaded.video.normal, seed=config.seed)
+        encoded = rows.select_tokens(question)
     with clock.stage("prefill"):
         language = LanguageModel(model)
         prompt = prune_prompt(clip.ids, [clip.place], [encoded], clip.positions, language.embed)

@@ -622,8 +622,7 @@ class Run:
         settings = self.settings
         left = max(0.0, self.limit.left)  # loading has taken some of the time
         limit = TimeLimit(SHARE_OF_FULL * left, self.limit.now)
-        given = session, settings.sampling, settings.questions, limit
-        self.answering = Answering(*given, settings.think, self.ahead)
+        self.answering = Answering(session, settings.sampling, settings.questions, limit, settings.think, self.ahead)
         try:
             self.answering.answer(settings.videos, progress)
         except BaseException:  # for example, Ctrl-C while reading a video

@@ -324,8 +324,15 @@ class VideoStream(Askable):
         loaded = self._session.loaded
         # The markers around the video belong to the frame pairs.
         times = [[""]] if loaded.model.config.vision_config.traits.timestamps else ()
-        kwargs = {"system": self._system, "times": times, "thinking": thinking, "earlier": earlier}
-        prompt = Prompt.build(loaded.tokenizer, question, [("video", 1)], **kwargs)
+        prompt = Prompt.build(
+            loaded.tokenizer,
+            question,
+            [("video", 1)],
+            system=self._system,
+            times=times,
+            thinking=thinking,
+            earlier=earlier,
+        )
         (video,) = prompt.places[0].around or prompt.places[0].runs
         return prompt.input_ids[: video.start], prompt.input_ids[video.stop :]
 
@@ -461,8 +468,14 @@ class StreamMemory:
         """
         by = self._head - self._moved * self._axes
         prompt = encoded.prompt
-        more = {"deepstack": prompt.deepstack, "pause": pause}
-        self._language.forward(prompt.embeds, prompt.positions + by, self.cache, prompt.sizes, **more)
+        self._language.forward(
+            prompt.embeds,
+            prompt.positions + by,
+            self.cache,
+            prompt.sizes,
+            deepstack=prompt.deepstack,
+            pause=pause,
+        )
         return int((prompt.last + by).max()) + 1
 
     @torch.inference_mode()

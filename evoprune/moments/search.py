@@ -491,7 +491,7 @@ class Search:
         if sampling.speech == "none":
             return Subtitles()
         span = self.segments[0].start_s, self.segments[-1].end_s
-        found = read_subtitles(self._info, sampling.subtitles_wanted, *span)
+        found = read_subtitles(self._info, sampling.subtitles_wanted, start_s=span[0], end_s=span[1])
         if found.source is None:
             options = self._session.loaded.description.options
             found = speech_of(self._info, sampling, span, options, cache=self._cache, progress=progress)

@@ -28,6 +28,7 @@ from evoprune.files import FileMemo, cache_folder, replacing, unfinished_pattern
 from evoprune.suggestions import Suggesting
 from evoprune.untrusted import loads
 from evoprune.util import CONVERT, brief, check_type, converted, file_stats, open_safetensors
+from evoprune.video import Folder
 from evoprune.vision import Encoded
 
 SUFFIX = ".safetensors"  # file suffix of complete entries
@@ -189,7 +190,7 @@ class Cache(Entries):
         Raises:
             OSError: If a file cannot be read.
         """
-        if os.path.isdir(path):
+        if Folder.is_at(path):
             return content_hash(path)
         return _hashes.get(path, lambda: content_hash(path))
 

@@ -54,5 +54,13 @@ def prompt_about(
             before_pairs = timestamps(plan.shown_s, vision.temporal_patch_size)
         times.append(before_pairs)
     inputs = [(plan.kind, plan.visual_tokens) for plan in plans]
-    kwargs = {"system": system, "thinking": thinking, "earlier": earlier}
-    return Prompt.build(tokenizer, question, inputs, subtitles=subtitles, times=times, **kwargs)
+    return Prompt.build(
+        tokenizer,
+        question,
+        inputs,
+        subtitles=subtitles,
+        times=times,
+        system=system,
+        thinking=thinking,
+        earlier=earlier,
+    )

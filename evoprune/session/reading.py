@@ -447,7 +447,7 @@ def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Vi
     """Return an input's metadata (see `frames.probe`), which is cached until the file changes."""
     if isinstance(path, HeldVideo):
         return path
-    if os.path.isdir(path):  # probed quickly unless it changed, whereas checking the state of every image takes long
+    if Folder.is_at(path):  # probed quickly unless it changed, whereas checking the state of every image takes long
         return probe(path, folder_fps=folder_fps)
     key = os.fspath(path), folder_fps
     state = state_of(key[0])
@@ -468,7 +468,7 @@ def state_of(path: str) -> tuple | None:
     Returns None if the file doesn't exist.
     """
     try:
-        return states_of(Folder.images_in(path) if os.path.isdir(path) else [path])
+        return states_of(Folder.images_in(path) if Folder.is_at(path) else [path])
     except (OSError, ValueError):
         return None
 

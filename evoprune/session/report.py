@@ -87,8 +87,8 @@ def _input_facts(session: Session, encoding: InputResult) -> InputFacts:
     plan = encoding.plan
     tokens = encoding.encoded
     merge = session.loaded.video.merge_size
-    facts = {"path": plan.name, "decoder": plan.decoder, "damaged": encoding.damaged}
-    known = {f.name: getattr(plan.info, f.name) for f in fields(VideoFacts) if f.name not in facts}
+    own = ("path", "decoder", "damaged")
+    known = {f.name: getattr(plan.info, f.name) for f in fields(VideoFacts) if f.name not in own}
     times = {stage: spent * 1000 for stage, spent in encoding.seconds.items()}
     count, height, width = plan.grid
     grid = [count, height * merge, width * merge]
@@ -106,7 +106,7 @@ def _input_facts(session: Session, encoding: InputResult) -> InputFacts:
     return InputFacts(
         path=plan.name,
         kind=plan.kind,
-        video=VideoFacts(**known, **facts),
+        video=VideoFacts(**known, path=plan.name, decoder=plan.decoder, damaged=encoding.damaged),
         sampling=sampling,
         time_ms=InputTimes(**times, encode_prune=tokens.prune_seconds * 1000),
         cache=encoding.cache,

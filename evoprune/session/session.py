@@ -159,9 +159,11 @@ class Session:
         """
         for question in questions:
             self.loaded.check_texts(question, options.system)
-        given = self.loaded.tokenizer, self.loaded.model.config.vision_config, plans
-        beginning = options.system, options.thinking
-        longest = max(prompt_about(*given, asked, *beginning).text_tokens for asked in questions)
+        tokenizer, vision = self.loaded.tokenizer, self.loaded.model.config.vision_config
+        longest = max(
+            prompt_about(tokenizer, vision, plans, asked, options.system, options.thinking).text_tokens
+            for asked in questions
+        )
         kept = sum(plan.encoder.keep for plan in plans)
         self.loaded.check_context(longest, kept, options.max_new_tokens)
         for plan in plans:

@@ -153,7 +153,7 @@ def begin_speech(plan: Plan, sampling: SamplingOptions, options: SpeechModelOpti
     info = plan.info
     if sampling.speech == "none" or info.is_picture or not info.has_sound:
         return lambda: None
-    if read_subtitles(info, sampling.subtitles_wanted, *span).source is not None:
+    if read_subtitles(info, sampling.subtitles_wanted, start_s=span[0], end_s=span[1]).source is not None:
         return lambda: None
     wanted = _SpeechRequest.of(info, sampling, span, options)
     return partial(wanted.release, wanted.begin())

@@ -273,8 +273,17 @@ class Subtitles:
                 tokens = needed
             else:
                 too_many = count
-        how = (self.source, len(self.lines), fits, tokens, tuple(self.warnings), self.note)
-        return PromptSubtitles(text, *how, self.speech, self.language)
+        return PromptSubtitles(
+            text=text,
+            source=self.source,
+            lines=len(self.lines),
+            lines_in_prompt=fits,
+            tokens=tokens,
+            warnings=tuple(self.warnings),
+            note=self.note,
+            speech=self.speech,
+            language=self.language,
+        )
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,14 @@ class Folder:
             self.has_links = any(e.is_symlink() for e in seen)
         self.files = [os.path.join(path, name) for name in in_natural_order(names)]
 
+    @staticmethod
+    def is_at(path: str | os.PathLike[str]) -> bool:
+        """Return True if an input is a folder, whose images are read as one video. All other inputs are files.
+
+        This is the only place that decides it: readers, caches, and batches call this function.
+        """
+        return os.path.isdir(path)
+
     @property
     def images(self) -> list[str]:
         """The paths in `files` that have an image extension (`IMAGES`), in the same order."""
@@ -104,7 +112,7 @@ class Folder:
         """
         path = os.path.normpath(path)
         folder, name = os.path.split(path)
-        stem = name if os.path.isdir(path) else os.path.splitext(name)[0]
+        stem = name if Folder.is_at(path) else os.path.splitext(name)[0]
         exact = {}
         others = []
         for file in listdir(folder or "."):
@@ -141,7 +149,7 @@ def input_state(
         The state, or None if any file is missing or cannot be read.
     """
     try:
-        own = Folder(path).images if os.path.isdir(path) else [path]
+        own = Folder(path).images if Folder.is_at(path) else [path]
         if subtitles == "auto":
             own += [file for found in Folder.subtitles_beside(path, listdir) for file in found]
         elif subtitles != "none":

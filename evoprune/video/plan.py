@@ -410,9 +410,18 @@ class Plan:
         if grid[0] < pairs:
             sampling = sample(max_frames=grid[0] * pair)
         token_capped = grid[1:] != preferred or sampling.frames < wanted
-        size = grid[1] * limits.unit, grid[2] * limits.unit
         cut = token_capped or (options.max_frames is None and sampling.wanted > frame_limit)
-        return cls(info, sampling, *size, grid, frame_limit, max_tokens, token_capped, options.sets_frames and cut)
+        return cls(
+            info=info,
+            sampling=sampling,
+            height=grid[1] * limits.unit,
+            width=grid[2] * limits.unit,
+            grid=grid,
+            frame_limit=frame_limit,
+            token_limit=max_tokens,
+            token_capped=token_capped,
+            limited=options.sets_frames and cut,
+        )
 
     @cached_property
     def encoder(self) -> EncoderPlan:

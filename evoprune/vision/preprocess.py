@@ -5,6 +5,8 @@ by channel, frame, y and x. After normalization (patches.py), the patches are eq
 torchvision is not required.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,13 +47,13 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if frames.shape[1:3] == (height, width):
         return frames
     planes = frames.permute(0, 3, 1, 2)
-    kwargs = {"mode": "bicubic", "antialias": True}
+    scaled = partial(F.interpolate, mode="bicubic", antialias=True)
     if Device(frames.device).resizes_bytes:
-        return F.interpolate(planes, size=(height, width), **kwargs).permute(0, 2, 3, 1)
+        return scaled(planes, size=(height, width)).permute(0, 2, 3, 1)
     parts = []
     for part in planes.split(max(1, FLOATS // planes[0].numel())):
         for size in ((planes.shape[2], width), (height, width)):
-            part = F.interpolate(part.float(), size=size, **kwargs).round_().clamp_(0, 255)
+            part = scaled(part.float(), size=size).round_().clamp_(0, 255)
         parts.append(part.byte())
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(0, 2, 3, 1)
 

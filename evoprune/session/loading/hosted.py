@@ -302,9 +302,9 @@ def meta_model(config: Config, dtype: torch.dtype, device: torch.device, attenti
     """
     from transformers import AutoModelForImageTextToText
 
-    kwargs = {"dtype": dtype, "attn_implementation": attention}
+    settings = hugging_face_config(config)
     with torch.device("meta"):
-        host = AutoModelForImageTextToText.from_config(hugging_face_config(config), **kwargs)
+        host = AutoModelForImageTextToText.from_config(settings, dtype=dtype, attn_implementation=attention)
     for parent in list(host.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):

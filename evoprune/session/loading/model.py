@@ -268,8 +268,15 @@ class LoadedModel:
         description = self.description
         quantize = description.quantization or self.quantize
         engine = NATIVE if self.model.native else TRANSFORMERS
-        form = self.dtype, quantize, self.device, description.options.load_format, engine
-        return ModelFacts(self.id, description.commit, *form)
+        return ModelFacts(
+            id=self.id,
+            revision=description.commit,
+            dtype=self.dtype,
+            quantize=quantize,
+            device=self.device,
+            load_format=description.options.load_format,
+            engine=engine,
+        )
 
 
 @takes(ModelOptions, names=ModelOptions.LOADING)
@@ -360,23 +367,23 @@ def _loaded(
     quantize = model.quantize
     if not model.native:
         from evoprune.session.loading import hosted
-    form = DTYPES[model.dtype], device
+    dtype = DTYPES[model.dtype]
     start = time.perf_counter()
     if short := Device(device).shortage(stored.bytes):
         raise OutOfMemory(f"loading {name} {short} ({device})", stored.what_fits(), stage="load")
     try:
         if not model.native:
-            read_in = stored.read_dtype(model.dtype, quantize), device
+            read_in = stored.read_dtype(model.dtype, quantize)
             if stored.files:
-                weights = hosted.load_hosted(stored.config, model.folder, *read_in, model.quantization)
+                weights = hosted.load_hosted(stored.config, model.folder, read_in, device, model.quantization)
             else:
-                weights = hosted.random_hosted(stored.config, *read_in)
+                weights = hosted.random_hosted(stored.config, read_in, device)
             if quantize != "none":
-                hosted.widen(weights, DTYPES[model.dtype], skip=Quantization(quantize).layers(weights))
+                hosted.widen(weights, dtype, skip=Quantization(quantize).layers(weights))
         elif stored.files:
-            weights = load_weights(stored.config, stored.files, *form, quantize)
+            weights = load_weights(stored.config, stored.files, dtype, device, quantize)
         else:
-            weights = QwenVL.random(stored.config, *form)
+            weights = QwenVL.random(stored.config, dtype, device)
         read = time.perf_counter()
         quantized_file = None
         packing = Packing()

@@ -82,7 +82,7 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
             subtitles = _parsed.get(file, lambda: _from_file(file, origin_s), also=(origin_s, file))
             if subtitles.source is None:
                 raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
-        elif os.path.isdir(path):
+        elif Folder.is_at(path):
             subtitles = Subtitles(note=why or "no file next to the folder")
         else:
             subtitles = _parsed.get(path, lambda: _from_container(path, origin_s, ""), also=(origin_s, None))
@@ -120,7 +120,7 @@ def _clock_start(path: str) -> float:
 
     Playback begins with the earliest stream, which may be the audio.
     """
-    if os.path.isdir(path):
+    if Folder.is_at(path):
         return 0.0
     with ffmpeg.open_video(path) as container:
         return (container.start_time or 0) / av.time_base

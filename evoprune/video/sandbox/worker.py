@@ -39,6 +39,7 @@ import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import FrameTimes, ScanResult, Video
+from evoprune.video.input_files import Folder
 from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
 from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
@@ -66,7 +67,7 @@ def counted(done: int) -> None:
 def probe(path: str, folder_fps: float) -> Video:
     """Read the metadata of a video, a still image, or a folder of images. See `evoprune.video.frames.probe`."""
     with ffmpeg.reading(path):
-        if os.path.isdir(path):
+        if Folder.is_at(path):
             return folder.probe(path, folder_fps)
         if ffmpeg.picture_format(path):
             # Imported here, because importing Pillow would delay every video.
