@@ -110,6 +110,67 @@ FAULTS = [
     # Products in 8 bits subtract the wrong zero point.
     Fault("int8", "evoprune/backend/cpu/quantize.py", "* -(levels() + 1)).float()", "* -levels()).float()",
           "tests/backend/cpu/test_quantize.py"),
+    # The time that a thread waited for another one counts twice.
+    Fault("overlap", "evoprune/timeline.py", "overlap=_length(work) - covered", "overlap=_length(work)",
+          "tests/test_timeline.py"),
+    # A stage inside another one counts for both.
+    Fault("nested", "evoprune/timeline.py", "                at = inner.end", "                at = inner.start",
+          "tests/test_timeline.py"),
+    # A worker process that still has a request is lent again.
+    Fault("lent", "evoprune/video/sandbox/isolation.py", "kept = request.is_finished and len(_idle)", "kept = len(_idle)",
+          "tests/video/test_isolation.py"),
+    # After a crash, the request is retried in an old process.
+    Fault("fresh", "evoprune/video/sandbox/isolation.py", "if not (fresh or variables):", "if not variables:",
+          "tests/video/test_isolation.py"),
+    # After a crash, frames that were already read come twice.
+    Fault("twice", "evoprune/video/sandbox/isolation.py", "        skipped = done\n", "        skipped = 0\n",
+          "tests/video/test_isolation.py"),
+    # The times of a live source that was interrupted begin again at 0.
+    Fault("outage", "evoprune/video/live.py", "base = last[0] + time.monotonic() - last[1] - time_s", "base = 0.0",
+          "tests/video/test_live.py"),
+    # An answer goes on after the next question has been asked.
+    Fault("overtaken", "evoprune/session/answering.py", "if turn != inputs._turn:", "if turn > inputs._turn:",
+          "tests/session/test_thoughts.py"),
+    # An answer that consists of thoughts only looks complete.
+    Fault("thoughts", "evoprune/session/answering.py", "elif report.thoughts and not report.answer and",
+          "elif report.thoughts and report.answer and", "tests/session/test_thoughts.py"),
+    # The token that the prompt produces counts as one that took time.
+    Fault("rate", "evoprune/session/report.py", "(report.tokens.new or 0) - 1", "(report.tokens.new or 0)",
+          "tests/session/test_video_qa.py"),
+    # The text after a pruned prompt is one position too early.
+    Fault("furthest", "evoprune/hf/batch.py", "furthest + 1 - used.cumsum(1)", "furthest - used.cumsum(1)",
+          "tests/hf/test_generate.py"),
+    # The padding of a batch is a training target.
+    Fault("target", "evoprune/hf/batch.py", "labels = columns.take(labels, NO_TARGET)", "labels = columns.take(labels)",
+          "tests/hf/test_training.py"),
+    # The answers to one prompt of a batch come from another one.
+    Fault("repeated", "evoprune/hf/columns.py", "self.index.repeat_interleave(times, 0)", "self.index.repeat(times, 1)",
+          "tests/hf/test_generate.py"),
+    # The encoder does not let questions go first.
+    Fault("calm", "evoprune/live/gate.py", "lambda: self._calms > calms or self.state is not State.PREFILLING",
+          "lambda: True", "tests/live/test_gate.py"),
+    # The end of an older answer lets the memory change under the current one.
+    Fault("older", "evoprune/live/gate.py", "if number in (None, self._answer):", "if self._answer is not None:",
+          "tests/live/test_gate.py"),
+    # The server opens the inputs of a client that is gone, and keeps them.
+    Fault("gone", "plugins/serve/evoprune_serve/work.py", "            if owned:\n                owned.close()\n", "",
+          "tests/plugins/serve/test_work.py"),
+    # The server answers a client that is gone.
+    Fault("ended", "plugins/serve/evoprune_serve/work.py",
+          "            if self._state is not State.ENDED:\n                self._send(event)",
+          "            self._send(event)", "tests/plugins/serve/test_work.py"),
+    # A prompt that begins like an earlier one, but goes on differently, gets the earlier one's state.
+    Fault("prefix", "evoprune/language/prefix.py", "if each.common(ids) == each.length]", "if each.common(ids)]",
+          "tests/session/test_chat.py"),
+    # The grammar of an answer also applies to the thoughts.
+    Fault("grammar", "evoprune/language/constraints.py", "        if self._thinks:\n            return None\n", "",
+          "tests/session/test_thoughts.py"),
+    # An empty time span is only noticed once the model has been loaded.
+    Fault("span", "evoprune/video/plan.py", "(self.end_s < 0) == (self.start_s < 0):", "self.end_s < 0 and self.start_s < 0:",
+          "tests/video/test_plan.py"),
+    # The timestamps of frame pairs without tokens stay in the prompt.
+    Fault("timestamp", "evoprune/language/pruned.py", "stays[run.start : run.stop] = False",
+          "stays[run.start : run.start] = False", "tests/language/test_prompt.py"),
 ]
 # fmt: on
 
