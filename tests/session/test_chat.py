@@ -91,7 +91,7 @@ def test_a_conversation_at_full_budget_is_hugging_faces_generate(models, model, 
         assert len(chat.messages) == 2 * turn + 2 and chat.messages[-2] == {"role": "user", "content": question}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen3_5", "qwen3_vl_moe", "qwen4_exp"])
 @pytest.mark.parametrize("budget", [1.0, 0.3])
 def test_an_answer_depends_on_nothing_but_what_was_said(models, model, budget):
