@@ -379,6 +379,8 @@ def _hint(problem: Exception) -> str:
     command, words = typed().command, typed().words
     text = problem.format_message()
     if command is None:
+        if near := get_close_matches(getattr(problem, "option_name", ""), ("--version", "--help"), 1):
+            return f"did you mean {near[0]}?"
         return _suggestion(_word()) or "see evoprune --help"
     dashed = [word for word in words if word.startswith("-") and os.path.exists(word)]
     if dashed and "--" not in words:
@@ -391,10 +393,7 @@ def _hint(problem: Exception) -> str:
         return example
     see = f"see evoprune {command} --help-all"
     if "No such option" in text:
-        flag = next(
-            (word for word in words if word.startswith(problem.option_name)), problem.option_name
-        )  # -fps, not -f
-        return option_hint(flag.partition("=")[0], problem.ctx) + see
+        return option_hint(problem.option_name, problem.ctx) + see
     return see
 
 

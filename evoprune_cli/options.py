@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -352,6 +353,10 @@ class Command(TyperCommand):
         if ctx.resilient_parsing:
             return []
         remember(Typed(ctx.info_name, args, ctx))
+        flags = set(_long_flags(self.params).values())
+        for word in takewhile("--".__ne__, args):
+            if f"-{word}".partition("=")[0] in flags:  # click would read -budget as -b udget
+                raise UsageError(f"No such option: {word}", f"did you mean -{word}? long options have two dashes")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):
@@ -427,7 +432,7 @@ def option_hint(flag: str, context: Any) -> str:
         for item in param.shell_complete(context, "")
         if item.value not in GENERAL_VALUES
     }
-    if found := name if name in flags else other_name(name, flags):  # the name itself has a single dash
+    if found := other_name(name, flags):
         option, _, value = found.partition("=")
         return f"did you mean {' '.join([flags[option], value.strip(chr(39))]).strip()}? "
     if name in values:

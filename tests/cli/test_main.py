@@ -753,6 +753,7 @@ def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
         ("ask a.mp4 Why? --answer-fast", "did you mean --budget fast? see evoprune ask --help-all"),
         ("ask a.mp4 Why? --buget=0.1", "did you mean --budget? "),
         ("ask a.mp4 Why? -fps 2", "did you mean --fps? "),
+        ("--verison", "did you mean --version?"),
         ("ask a.mp4 Why? --num-frames 3", "did you mean --frames? "),
         ("ask a.mp4 Why? --load-in-4bit", "did you mean --quantize int4? "),
         ("ask a.mp4 Why? --every 5s", "--every is an option of evoprune watch; "),
@@ -767,6 +768,14 @@ def test_an_unknown_option_leads_to_the_right_one(cli, line, hint):
     error, hinted = result.err.splitlines()
     assert result.code == 2 and error.startswith("error: No such option: -") and "Possible" not in error
     assert hinted.startswith(f"hint: {hint}")
+
+
+def test_a_long_option_with_one_dash_is_named(cli):
+    """The parser reads -budget 0.1 as -b udget and another word."""
+    for words in (("-budget", "0.1"), ("-budget=0.1",)):
+        result = cli("ask", CLIP, "What?", *words)
+        assert result.code == 2 and f"hint: did you mean -{words[0]}? long options have two dashes" in result.err
+    assert "long options" not in cli("ask", "gone.mp4", "What?", "--", "-budget").err
 
 
 @pytest.mark.parametrize("line", ["ask --json", "watch --json", "aks --json", "ask a.mp4 Why? --jsn --json"])

@@ -190,6 +190,17 @@ def test_a_question_before_its_video_is_called_swapped(demo, video):
         demo.encode("clip.mp4")
 
 
+def test_a_traceback_of_an_expected_error_ends_at_the_public_call(demo, monkeypatch):
+    def depth() -> int:
+        with pytest.raises(VideoError) as caught:
+            demo.encode("gone.mp4")
+        return len(caught.traceback)
+
+    short = depth()
+    monkeypatch.setenv("EVOPRUNE_DEBUG", "1")
+    assert short == 2 < depth()  # this function and the wrapper of the public call
+
+
 def test_a_question_is_a_text(demo):
     video = demo.encode("samples/square.mp4", frames=4)
     for question in (3, None, b"What?", ["What?"]):
