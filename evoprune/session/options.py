@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
@@ -241,6 +242,13 @@ class ModelOptions:
         return file_state(files)
 
 
+def _accepted_budget(given: Any) -> Any:
+    """Return a budget as it is recorded. Values of other types are left to the type check."""
+    if given is None or isinstance(given, str | Real):
+        return Budget.parse(given, auto=True).recorded
+    return given
+
+
 @converted
 @dataclass(frozen=True)
 class PruneOptions:
@@ -265,7 +273,7 @@ class PruneOptions:
         "-b",
         "--budget",
         env="EVOPRUNE_BUDGET",
-        accept=lambda given: Budget.parse(given, auto=True).recorded,
+        accept=_accepted_budget,
     )
     method: str = option(
         MethodText.DEFAULT,
