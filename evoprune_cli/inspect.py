@@ -30,6 +30,8 @@ from evoprune_cli.words import check_not_model
 NAMES = ("versions", "devices", "decoders", "method_plugins", "environment", "tags")  # sections with names as keys
 ONLY_IF_SET = (
     "folder",
+    "files",
+    "assumed",
     "download_bytes",
     "clock_restarts",
     "clock_gap_s",
@@ -95,7 +97,8 @@ class InspectArguments:
     short="overlay scan clear_cache model budget fps frames start_s end_s json",
     model={
         "unless_typed": "",
-        "help": "Model to describe: hub id, local folder, demo or demo-scenes. With a video, the default is demo.",
+        "help": "Model to describe: hub id, local folder, GGUF file, ollama:NAME, demo or demo-scenes. With a video, the default "
+        "is demo.",
     },
 )
 def inspect(given: InspectArguments) -> int:
@@ -141,7 +144,7 @@ def _about_machine(
     if clear_cache:
         from evoprune.session import Cache
 
-        for cache in (Cache(), Cache().of_segments, Cache().of_weights, Cache().of_speech):
+        for cache in (Cache(), Cache().of_segments, Cache().of_weights, Cache().of_speech, Cache().of_gguf):
             try:
                 cache.clear()
             except OSError as problem:

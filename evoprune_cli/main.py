@@ -29,6 +29,7 @@ from evoprune_cli.eval import evaluate
 from evoprune_cli.find import find
 from evoprune_cli.inspect import inspect
 from evoprune_cli.methods import methods
+from evoprune_cli.models import models
 from evoprune_cli.options import Command, example_of, option_hint
 from evoprune_cli.profile import profile
 from evoprune_cli.tune import tune
@@ -42,11 +43,11 @@ from evoprune_cli.words import ASK
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 # Words that users may type instead of a command name, with a hint for each word.
-MODELS_HINT = "evoprune inspect -m MODEL shows what a model needs; every command takes -m MODEL"
+MODELS_HINT = "evoprune models lists the models on this machine; every command takes -m MODEL"
 COMMAND_HINTS = {
     **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
     **dict.fromkeys(("version", "v"), "evoprune --version"),
-    **dict.fromkeys(("model", "models", "pull", "download"), MODELS_HINT),
+    **dict.fromkeys(("model", "pull", "download"), MODELS_HINT),
     **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
     **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), ASK),
     **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red circle" finds moments'),
@@ -188,11 +189,11 @@ def main(
         raise typer.Exit(2)
 
 
-for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods):
+for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods, models):
     name = {evaluate: "eval"}.get(command, command.__name__)
     app.command(name, cls=Command)(command)
 # JSON schemas of error records, for commands that don't print reports.
-SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "tune", "verify")}
+SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "models", "tune", "verify")}
 
 
 def _raise_for_signal(number: int, frame: FrameType | None) -> None:

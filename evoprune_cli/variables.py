@@ -9,6 +9,7 @@ from evoprune_cli import terminal
 SECRET = "EVOPRUNE_API_KEY"  # `inspect` does not print its value
 VARIABLES = {
     "EVOPRUNE_MODEL": "The default of `-m`.",
+    "EVOPRUNE_MODELS": "Folders in which `evoprune models` looks for models, separated by colons (on Windows, semicolons).",
     "EVOPRUNE_BUDGET": "The default of `-b`.",
     "EVOPRUNE_THREADS": "The default of `--threads`.",
     "EVOPRUNE_CACHE_DIR": "The folder of the disk cache (`--cache`), of quantized weights and of transcripts. "

@@ -76,6 +76,19 @@ class DeviceName:
         return "cpu" if hidden or not _has_gpu(root) else "cuda"
 
     @property
+    def quantized_weight_bytes(self) -> int:
+        """Bytes per weight of a linear layer whose file contains fewer bits: 1 on a CPU, which quantizes it again, or 2."""
+        return 1 if self._on_host else 2
+
+    def available_memory(self) -> int | None:
+        """Return the memory available for weights, in bytes. It is None for a GPU, because asking it requires torch."""
+        return Host().available_memory() if self._on_host else None
+
+    @property
+    def _on_host(self) -> bool:
+        return self.resolve().partition(":")[0] == "cpu"
+
+    @property
     def visual_token_limit(self) -> float:
         """Maximum number of visual tokens before pruning, or infinity if the device imposes no limit."""
         return MAX_VISUAL_TOKENS_CPU if self._kind == "cpu" else math.inf

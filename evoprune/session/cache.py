@@ -25,6 +25,7 @@ import torch
 import evoprune
 from evoprune.errors import UsageError
 from evoprune.files import FileMemo, cache_folder, replacing, unfinished_pattern
+from evoprune.session.gguf.folder import GgufFolders
 from evoprune.suggestions import Suggesting
 from evoprune.untrusted import loads
 from evoprune.util import CONVERT, brief, check_type, converted, file_stats, open_safetensors
@@ -247,6 +248,11 @@ class Cache(Entries):
     def of_speech(self) -> Entries:
         """A cache for speech transcripts, stored in a subfolder with its own size limit."""
         return Entries(self.folder / "speech", SPEECH_LIMIT_BYTES)
+
+    @property
+    def of_gguf(self) -> GgufFolders:
+        """The small files made from GGUF files, in a subfolder."""
+        return GgufFolders(self.folder / "gguf")
 
     @property
     def of_weights(self) -> Entries:

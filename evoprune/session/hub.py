@@ -26,7 +26,8 @@ MODEL_HINT = f"evoprune runs {listed(SERIES)}, such as Qwen/Qwen2.5-VL-3B-Instru
 HUB_SECONDS = 5.0
 LONGEST_NAME = 200  # maximum number of characters of a name to correct; comparing longer ones would take seconds
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_CONVERTED = re.compile(r"(^|[-_./])(gguf|mlx)($|[-_.])", re.IGNORECASE)
+_GGUF = re.compile(r"(^|[-_./])gguf($|[-_.])", re.IGNORECASE)
+_MLX = re.compile(r"(^|[-_./])mlx($|[-_.])", re.IGNORECASE)
 # Matches the name of a series, however it is punctuated: Qwen2.5-VL is also found in qwen25vl.
 _SERIES = "|".join(name.replace("Qwen", "qwen-?").replace(".", "[._]?").replace("-VL", "[-_]?vl") for name in SERIES)
 _KNOWN = re.compile(_SERIES, re.IGNORECASE)
@@ -76,14 +77,17 @@ def near_hint(name: str) -> str:
 
 
 def kind_hint(name: str) -> str:
-    """Return a hint if the name suggests an unsupported model; otherwise, return an empty string.
+    """Return a hint if the name suggests a model that cannot be run under its hub ID; otherwise, return an empty string.
 
-    For GGUF and MLX weights, the hint says that they are not supported. For other models, it lists the supported models. The hint
-    ends with a semicolon so that more text can follow.
+    For GGUF files, the hint says how to download and run them; for MLX weights, that they are not supported. For other models, it
+    lists the supported models. The hint ends with a semicolon so that more text can follow.
     """
-    if _CONVERTED.search(name):
+    if _GGUF.search(name):
+        command = f'hf download {name} --include "*Q4_K_M*" "*mmproj*" --local-dir DIR'
+        return f"evoprune runs GGUF files from a folder: {command}, then use DIR as the model; "
+    if _MLX.search(name):
         instead = downloadable_id(name) or "the original checkpoint"
-        return f"the name suggests GGUF or MLX weights, which evoprune does not support; use {instead}; "
+        return f"the name suggests MLX weights, which evoprune does not support; use {instead}; "
     if _KNOWN.search(name):
         return ""
     return f"{MODEL_HINT}; "
@@ -92,10 +96,13 @@ def kind_hint(name: str) -> str:
 def downloadable_id(name: str) -> str | None:
     """Return the hub ID to suggest in a download command, correcting misspelled names.
 
-    For GGUF and MLX weights, which evoprune cannot run, this is the original model's ID, or None if the original is unknown. For
-    all other models, it is the `nearest_id`, or `name` itself if no published ID is similar.
+    For MLX weights, which evoprune cannot run, this is the original model's ID, or None if the original is unknown. It is also None
+    for GGUF files, for which `kind_hint` has a command. For all other models, it is the `nearest_id`, or `name` itself if no
+    published ID is similar.
     """
-    if _CONVERTED.search(name):
+    if _GGUF.search(name):
+        return None
+    if _MLX.search(name):
         original = _ORIGINAL.search(name)
         return f"Qwen/{original[0]}" if original else None
     return nearest_id(name) or name
@@ -151,7 +158,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         ) from problem
     except errors.EntryNotFoundError as problem:
         which = near_hint(name) or kind_hint(name) or f"{MODEL_HINT}; "
-        hint = f"{which}merge adapters first; GGUF files are not supported"
+        hint = f"{which}merge adapters first"
         raise ModelError(f"{name} has no config.json on the hub", hint) from problem
     except Exception as problem:  # the exceptions vary by huggingface_hub version
         return f"the hub cannot be reached ({first_line(problem)})"

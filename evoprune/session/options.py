@@ -15,6 +15,7 @@ from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, MethodText
 from evoprune.session.gguf.folder import gguf_files, gguf_folder
 from evoprune.session.hub import MODEL_HINT, is_id, near_hint
+from evoprune.session.local_models import LocalModel, here_hint, local_models
 from evoprune.util import (
     brief,
     converted,
@@ -109,7 +110,8 @@ class ModelOptions:
 
     model: str | PathLike[str] = option(
         "demo",
-        "Hub id, local folder, or a bundled tiny model: demo, demo-scenes.",
+        "Hub id, local folder, GGUF file, ollama:NAME, or a bundled tiny model: demo, demo-scenes. evoprune models lists those "
+        "on this machine.",
         "-m",
         "--model",
         env="EVOPRUNE_MODEL",
@@ -133,9 +135,9 @@ class ModelOptions:
     )
     quantize: Quantize = option(
         "auto",
-        "Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16, if no "
-        "dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the language model. int4: the same, "
-        "with 4-bit weights in the language model.",
+        "Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16 or in "
+        "GGUF files, if no dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the language model. "
+        "int4: the same, with 4-bit weights in the language model.",
     )
     store_quantized: bool | None = option(
         None,
@@ -182,6 +184,11 @@ class ModelOptions:
         if self.store_quantized and self.quantize not in ("int8", "int4"):
             raise UsageError("store_quantized needs quantize", "add --quantize int8 or int4")
 
+    @staticmethod
+    def on_this_machine() -> list[LocalModel]:
+        """Return the models on this machine, without reading their weights. Models that run here come first."""
+        return local_models()
+
     @property
     def folder(self) -> Path:
         """The folder of a bundled or local model. For a hub ID, this path usually doesn't exist.
@@ -219,11 +226,12 @@ class ModelOptions:
             return folder
         if os.path.exists(folder):
             raise ModelError(
-                f"{name} is a file, not a model", "give the folder that contains config.json and the weights"
+                f"{name} is a file, not a model",
+                "give a GGUF file, or the folder that contains config.json and the weights",
             )
         if not is_id(name):
             meant = near_hint(name) or did_you_mean(name, DEMOS)
-            hint = missing_hint(name, f"a hub id is org/name; {MODEL_HINT}", meant)
+            hint = missing_hint(name, f"{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None
 

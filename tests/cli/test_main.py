@@ -726,8 +726,8 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
     [
         ("man", "evoprune --help"),
         ("help aks", "did you mean evoprune ask?"),
-        ("models", "evoprune inspect -m"),
-        ("modles", "evoprune inspect -m"),
+        ("model", "evoprune models"),
+        ("modles", "evoprune models"),
         ("version", "evoprune --version"),
         ("-V", "evoprune --version"),
         ("run clip.mp4", "evoprune ask"),

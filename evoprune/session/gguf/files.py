@@ -4,9 +4,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from evoprune.errors import ModelError, first_line
+from evoprune.files import FileIdentity
 from evoprune.model import Unsupported
 from evoprune.session.gguf.reader import KINDS, Header, UnsupportedKind, is_gguf, read_header
 from evoprune.session.gguf.settings import ARCHITECTURES, PROJECTOR, GgufSettings
@@ -78,7 +80,7 @@ def header_of(path: Path, vocabulary: bool = True) -> Header:
         ModelError: If the file cannot be read, is damaged, or has weights of a type that evoprune does not read.
     """
     try:
-        return read_header(path, vocabulary)
+        return read_header(path) if vocabulary else _short_header(path, FileIdentity.of(path))
     except UnsupportedKind as problem:
         raise ModelError(
             f"{path} has weights of the type {problem}, which evoprune does not read", KINDS_HINT
@@ -91,6 +93,12 @@ def header_of(path: Path, vocabulary: bool = True) -> Header:
 def title_of(name: str, files: Sequence[Path]) -> str:
     """Return the name of a model for messages, given the name that the user specified and the model's files."""
     return name if name.startswith(OLLAMA) else " with ".join(map(str, [files[0], *files[len(_parts(files[0])) :]]))
+
+
+@lru_cache(maxsize=256)
+def _short_header(path: Path, state: FileIdentity) -> Header:
+    """Read a header without the vocabulary. Finding a model reads the headers of a folder several times."""
+    return read_header(path, vocabulary=False)
 
 
 def settings_of(files: Sequence[Path], title: str, vocabulary: bool = True) -> GgufSettings:
@@ -147,8 +155,8 @@ def _is_projector(path: Path) -> bool:
     if "mmproj" in path.name.lower():
         return True
     try:
-        return read_header(path, vocabulary=False).fields.get("general.architecture") == PROJECTOR
-    except (OSError, ValueError):
+        return header_of(path, vocabulary=False).fields.get("general.architecture") == PROJECTOR
+    except ModelError:
         return False
 
 

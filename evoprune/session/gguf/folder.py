@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -101,11 +102,17 @@ def _write(folder: Path, contents: dict[str, dict | str]) -> None:
         shutil.rmtree(other, ignore_errors=True)
 
 
-def clear_folders() -> None:
-    """Delete all folders that `gguf_folder` wrote."""
-    for folder in _folders().glob("*/"):
-        if (folder / INDEX).is_file():
-            shutil.rmtree(folder)
+@dataclass(frozen=True)
+class GgufFolders:
+    """The folders that `gguf_folder` wrote."""
+
+    folder: Path  # contains these folders
+
+    def clear(self) -> None:
+        """Delete all of these folders. Raises OSError if a file cannot be deleted."""
+        for folder in self.folder.glob("*/"):
+            if (folder / INDEX).is_file():
+                shutil.rmtree(folder)
 
 
 def gguf_files(folder: Path | None) -> list[Path]:

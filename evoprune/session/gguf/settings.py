@@ -39,6 +39,13 @@ WORDS = {name: _WORDS.replace("LETTERS", letters) for name, letters in (("qwen2"
 # llama.cpp's converter takes all tokens between <| and |> for special tokens. In Qwen's tokenizers, these are not.
 NOT_SPECIAL = re.compile(r"<\|(fim_\w+|repo_name|file_sep)\|>")
 ENDS = "<|im_end|>", "<|endoftext|>"  # tokens that end an answer in all families
+# Entries of config.json for the IDs of special tokens.
+SPECIAL = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "penalty_repeat": "repetition_penalty"}
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}  # all other types are dequantized to float16
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -155,8 +162,9 @@ class GgufSettings:
             ValueError: If metadata is missing or invalid.
             Unsupported: If evoprune does not support the tokenizer.
         """
+        tokens = {name: self._token_ids.get(token) for name, token in SPECIAL.items()}
         return {
-            "config.json": self._config(),
+            "config.json": self.config() | tokens,
             "tokenizer.json": self._tokenizer(),
             "tokenizer_config.json": self._named_tokens(),
             "generation_config.json": self._generation(),
@@ -164,11 +172,9 @@ class GgufSettings:
             "chat_template.jinja": self._template(),
         }
 
-    def _config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
+        """Return the contents of config.json, without the IDs of special tokens. For the exceptions, see `small_files`."""
         text = self._text_config()
-        tokens = self._token_ids
-        special = ("image_pad", "video_pad", "vision_start", "vision_end")
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return {
             "model_type": self.model_type,
             "architectures": [f"{self.traits.model}ForConditionalGeneration"],
@@ -176,7 +182,6 @@ class GgufSettings:
             "vision_config": self._vision_config(text["hidden_size"]),
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "dtype": self._dtype,
-            **{name: tokens.get(f"<|{token}|>") for name, token in zip(names, special, strict=True)},
         }
 
     @property

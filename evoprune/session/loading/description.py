@@ -20,6 +20,7 @@ from evoprune.bundled import DEMOS, Demo
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
 from evoprune.model import FAMILIES, Config, Unsupported, VisionConfig
+from evoprune.session.gguf.folder import gguf_files
 from evoprune.session.hub import (
     BUNDLED_CONFIGS,
     MODEL_HINT,
@@ -34,6 +35,7 @@ from evoprune.session.hub import (
     reach,
     revision_flag,
 )
+from evoprune.session.local_models import here_hint
 from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions, PruneOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import shorten
@@ -107,8 +109,9 @@ class ModelDescription:
     def quantize(self) -> str:
         """The quantization that evoprune applies to the weights: "int8", "int4", or "none".
 
-        "auto" means int8 for a large model on a CPU without bf16, unless the user specifies a dtype. Quantizing the demo models to
-        int8 costs less than half a percentage point of accuracy (results/int8.md). Resolving "auto" imports torch.
+        "auto" means int8 for a large model on a CPU without bf16, or in GGUF files on any CPU, unless the user specifies a dtype.
+        Quantizing the demo models to int8 costs less than half a percentage point of accuracy (results/int8.md). Resolving "auto"
+        imports torch.
         """
         if self.options.quantize != "auto":
             return self.options.quantize
@@ -119,7 +122,7 @@ class ModelDescription:
         from evoprune.backend import Quantization
 
         works = "int8" in Quantization.kinds(torch.device(self.device))
-        return "int8" if works and self.dtype == "fp32" else "none"
+        return "int8" if works and (self.dtype == "fp32" or gguf_files(self.folder)) else "none"
 
     @cached_property
     def large(self) -> bool:
@@ -348,7 +351,7 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     folder = cached_folder(name, revision)
     if folder or (bundled and revision is None):
         return folder, None, None
-    hint = near_hint(name) or kind_hint(name)
+    hint = here_hint() + (near_hint(name) or kind_hint(name))
     if not near_hint(name) and (wanted := downloadable_id(name)):
         command = f"hf download {wanted} config.json preprocessor_config.json{revision_flag(revision)}"
         hint += f"its small config files are enough: {command}"

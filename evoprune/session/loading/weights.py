@@ -1,6 +1,6 @@
 """Find a model's weight files, and estimate the memory needed for the weights without loading them.
 
-Only safetensors files are read, and code shipped with a model is never executed.
+Only safetensors and GGUF files are read, and code shipped with a model is never executed.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from evoprune.backend import Device, Packing, Quantization, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.gguf.folder import INDEX as GGUF_INDEX
-from evoprune.session.gguf.folder import gguf_files
+from evoprune.session.gguf.folder import assumed, gguf_files
 from evoprune.session.gguf.tensors import gguf_tensors
-from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
+from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id, kind_hint
 from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
@@ -208,10 +208,13 @@ class ModelWeights:
         model = self.description
         vision = model.config.vision_config
         text = model.config.text_config
+        files = gguf_files(model.folder)
         return {
             "id": model.id,
             "on_disk": bool(self.files_here),
-            "folder": model.folder and str(model.folder),
+            "folder": None if model.folder is None or files else str(model.folder),
+            "files": list(map(str, files)),
+            "assumed": assumed(model.folder),
             "download_bytes": self.download_bytes,
             "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
             "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
@@ -353,7 +356,9 @@ def weight_files(folder: Path) -> WeightFiles:
         raise ModelError(problem, hint)
     if not files and not broken:
         hint = "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not supported"
-        if name != str(folder):
+        if "gguf" in name.lower():
+            hint = kind_hint(name).strip("; ") or hint
+        elif name != str(folder):
             hint += f"; if the download was interrupted: {again}"
         raise ModelError(f"{folder} contains no safetensors weights", hint)
     stored = {}

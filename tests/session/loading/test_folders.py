@@ -278,14 +278,12 @@ def test_a_download_that_is_not_finished(dead_hub, cache, saved, shards):
 
 
 ORIGINAL = {  # the original repository, by the name of a repository with converted weights
-    "unsloth/Qwen3.5-35B-A3B-GGUF": "Qwen/Qwen3.5-35B-A3B",
-    "unsloth/Qwen3.8-27B-GGUF": "Qwen/Qwen3.8-27B",
     "unsloth/Qwen3.6-35B-A3B-MLX-8bit": "Qwen/Qwen3.6-35B-A3B",
-    "unsloth/Qwen3.8-Flash-Next-GGUF": "Qwen/Qwen3.8-Flash-Next",
-    "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "org/Qwen2.5-VL-3B-Instruct-mlx": "Qwen/Qwen2.5-VL-3B-Instruct",
     "mlx-community/Qwen2.5-VL-3B-Instruct-8bit": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "org/thing-GGUF": "the original checkpoint",
+    "org/thing-mlx": "the original checkpoint",
 }
+GGUF = ("unsloth/Qwen3.5-35B-A3B-GGUF", "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF", "org/thing-GGUF")
 OTHERS = ("org/my-awqward-model", "openai/whisper-base", "Qwen/Qwen3-4B", "Qwen/Qwen2.5-7B-Instruct")
 KNOWN = (
     "Qwen/Qwen3.5-4B",
@@ -301,8 +299,9 @@ KNOWN = (
 
 
 def test_what_a_name_says_of_its_model():
-    unread = "the name suggests GGUF or MLX weights, which evoprune does not support; use {}; "
+    unread = "the name suggests MLX weights, which evoprune does not support; use {}; "
     assert {name: kind_hint(name) for name in ORIGINAL} == {k: unread.format(v) for k, v in ORIGINAL.items()}
+    assert all(f"hf download {name} --include" in kind_hint(name) for name in GGUF)
     assert {kind_hint(name) for name in OTHERS} == {f"{MODEL_HINT}; "}
     assert {kind_hint(name) for name in KNOWN} == {""}
 
@@ -337,7 +336,7 @@ def test_methods_to_compare_are_refused_before_the_download(hub, kind):
 
 def test_quantised_names_are_known_before_the_download(hub, cache):
     _, hint = refused("org/thing-GGUF", offline=True)
-    assert hint.startswith("the name suggests GGUF or MLX weights")
+    assert hint.startswith("evoprune runs GGUF files from a folder: hf download org/thing-GGUF")
     edit(hub.folder / "config.json", quantization_config={"quant_method": "hqq"})
     assert "hqq and accelerate are not installed" in refused("org/tiny")[0]
     assert not any("safetensors" in path for path in hub.requests)

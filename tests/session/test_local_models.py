@@ -1,0 +1,103 @@
+"""List the models on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evoprune.errors import ModelError
+from evoprune.session import ModelOptions, describe
+from evoprune.session.gguf import files
+from tests.gguf_files import Folder, add_to_ollama, write_gguf
+from tests.tiny import save_tiny
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Use folders for all places in which models are found."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
+    monkeypatch.setenv("EVOPRUNE_MODELS", os.pathsep.join([str(tmp_path / "more"), str(tmp_path / "missing")]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_the_models_of_each_place(places, tiny):
+    snapshot = places / "hub/models--someone--Qwen2.5-VL-Tiny/snapshots/abc"
+    shutil.copytree(tiny, snapshot)
+    for name, kind in (("bert", "bert"), ("Qwen2-VL-Partial", "qwen2_vl")):
+        other = places / f"hub/models--x--{name}/snapshots/abc"
+        other.mkdir(parents=True)
+        (other / "config.json").write_text(json.dumps({"model_type": kind}))
+    text = Folder(tiny).write_pair(places / "home/.lmstudio/models/publisher/Qwen2.5-VL-GGUF", kind="Q8_0")
+    write_gguf(text.with_name("llama.gguf"), {"general.architecture": "llama"}, {})
+    add_to_ollama(places / "ollama", "qwen2.5vl", [text, text.with_name("mmproj-tiny-f16.gguf")], tag="3b")
+    shutil.copytree(tiny, places / "more/folder")
+    (places / "more/bad.gguf").write_bytes(b"GGUF")
+    found = {model.name: model for model in ModelOptions.on_this_machine()}
+    runs = {
+        "someone/Qwen2.5-VL-Tiny": "hub", str(text): "lmstudio", "ollama:qwen2.5vl:3b": "ollama",
+        str(places / "more/folder"): "folder",
+    }  # fmt: skip
+    assert {name: found[name].place for name in runs} == runs
+    for name in runs:
+        model = found[name]
+        assert (model.series, model.problem) == ("Qwen2.5-VL", None)
+        assert model.disk_bytes > 0 and model.parameters > 0 and model.needed_bytes > 0
+        if not name.startswith("someone"):
+            assert describe(ModelOptions(name)).config
+    parameters = {found[name].parameters for name in (str(text), "ollama:qwen2.5vl:3b")}
+    assert parameters == {sum(each.numel() for each in Folder(tiny).tensors.values())}
+    assert "llama" in found[str(text.with_name("llama.gguf"))].problem
+    assert "damaged" in found[str(places / "more/bad.gguf")].problem
+    assert found["x/Qwen2-VL-Partial"].problem
+    assert "x/bert" not in found
+    assert list(found)[: len(runs)] == [name for name in found if name in runs]  # the others come last
+
+
+def test_a_model_that_needs_too_much_memory(places, tiny, monkeypatch):
+    Folder(tiny).write_pair(places / "more")
+    monkeypatch.setattr("evoprune.backend.Host.available_memory", lambda self: 1000)
+    (model,) = ModelOptions.on_this_machine()
+    assert "memory" in model.problem and model.series == "Qwen2.5-VL"
+
+
+def test_a_hundred_models_take_half_a_second(places, tiny):
+    text = Folder(tiny).write_pair(places / "more/0")
+    for number in range(1, 100):
+        shutil.copytree(text.parent, places / f"more/{number}")
+    ModelOptions.on_this_machine()
+    files._short_header.cache_clear()
+    start = time.process_time()
+    assert len(ModelOptions.on_this_machine()) == 100
+    assert time.process_time() - start < 0.5
+
+
+def test_links_that_lead_in_circles_and_long_folders(places):
+    (places / "more/a/b/c/d/e/f").mkdir(parents=True)
+    (places / "more/a/loop").symlink_to(places / "more")
+    assert ModelOptions.on_this_machine() == []
+
+
+def test_an_unknown_name_is_answered_with_those_here(places, tiny):
+    text = Folder(tiny).write_pair(places / "more/Qwen2.5-VL")
+    with pytest.raises(ModelError) as caught:
+        ModelOptions("qwen").local_folder()
+    assert f"on this machine: {text}" in caught.value.hint
+
+
+def test_the_list_is_made_without_torch(places):
+    code = "import sys; from evoprune.session import ModelOptions; ModelOptions.on_this_machine(); print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert ran.stdout.strip() == "False"
