@@ -135,8 +135,11 @@ def unknown_attribute(owner: str, name: str, instead: Mapping[str, str], known: 
     """
     public = [each for each in known if not each.startswith("_")]
     # Python looks for many names that begin with an underscore, and expects them to be missing.
-    near = [] if name.startswith("_") else get_close_matches(name, public, 1)
-    meant = instead.get(name) or next(iter(near), None)
+    lower = {each.lower(): each for each in public} | {each: each for each in public}
+    near = (
+        [] if name.startswith("_") else get_close_matches(name, lower, 1) or get_close_matches(name.lower(), lower, 1)
+    )
+    meant = instead.get(name) or next((lower[each] for each in near), None)
     return AttributeError(f"{owner} has no attribute {name!r}" + (f"; did you mean {meant}?" if meant else ""))
 
 

@@ -169,6 +169,8 @@ def test_objects_and_packages_suggest_the_attribute_that_was_meant(qa):
         "start_s": (evoprune.Moment("a dog", 0.0, 1.0, 0.5, 0.9), "strat_s"),
         "answers": (batch, "answer"),
         "available": (evoprune.methods, "avalable"),
+        "RowReader": (batch, "rowreader"),
+        "VideoQA": (evoprune, "videoqa"),
         "evoprune.batch.answers": (qa, "batch"),
     }
     for right, (thing, wrong) in near.items():

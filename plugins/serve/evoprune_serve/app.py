@@ -23,6 +23,7 @@ from evoprune.backend import empty_cache
 from evoprune.errors import EvopruneError
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import check_levels
+from evoprune.util import did_you_mean, shorten
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
 from evoprune_serve.checks import Checks
@@ -497,6 +498,11 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
         gone.cancel()
 
 
+def _no_path(path: str) -> str:
+    """Return the message for a request to a path that doesn't exist."""
+    return f"there is no {shorten(path, 100)}; {did_you_mean(path[:100], PATHS)}docs/server.md lists the paths"
+
+
 async def _gone(request: Request) -> None:
     """Wait until the client disconnects. The request body must already have been read."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -514,7 +520,8 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     def refuse(request: Request, problem: Exception) -> Response:
         """Log an error, and return an error response in OpenAI's format."""
         if isinstance(problem, HTTPException):
-            problem = plain(problem.status_code, problem.detail, problem.headers)
+            detail = _no_path(request.url.path) if problem.status_code == 404 else problem.detail
+            problem = plain(problem.status_code, detail, problem.headers)
         elif not isinstance(problem, ApiError):
             settings.log("".join(traceback.format_exception(problem)))
             problem = told(problem, {})

@@ -732,6 +732,14 @@ def test_models_health_and_metrics(server):
     assert model["id"] == "demo" and server.client.get("/v1/models/demo").json() == model
     assert server.client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
     assert server.client.get("/health").text == '{"status":"ok"}'
+    for wrong, right in (
+        ("/v1/model", "/v1/models"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/heath", "/health"),
+    ):
+        missing = server.client.get(wrong)
+        message = missing.json()["error"]["message"]
+        assert missing.status_code == 404 and message.startswith(f"there is no {wrong}; did you mean {right}? ")
     response = server.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     counts = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
