@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from evoprune.backend import Device
+from evoprune.backend import Device, Quantization
 from evoprune.errors import callback_errors
 from evoprune.language import static
 from evoprune.language.generate import PrefillState
@@ -67,7 +67,7 @@ class PlainDecoder:
 
 
 class DraftingDecoder:
-    """Reads drafted tokens in the same pass as the latest token. Requires a croppable cache."""
+    """Reads drafted tokens in the same pass as the latest token. The cache must be able to crop the columns of the latest pass."""
 
     def __init__(self, state: PrefillState, lookup: Lookup):
         self._state = state
@@ -98,9 +98,9 @@ class DraftingDecoder:
             self._lookup.reject(len(self._drafted) - 1 - (state.answer_columns - last))
         self._crop(min(last, state.answer_columns))
         draft = self._lookup.draft(ids, left - 1)
-        if not draft:
-            return False
         missing = ids[state.answer_columns :]
+        if not draft or len(missing) + len(draft) > Quantization.few_rows:
+            return False
         logits = state.read(torch.tensor([*missing, *draft], dtype=torch.int64, device="cpu"))
         self._drafted = logits[len(missing) - 1 :]
         return True

@@ -37,7 +37,10 @@ class LanguageModel:
 
     @property
     def can_crop(self) -> bool:
-        """Whether the KV cache can be cropped. Recurrent layers don't support cropping, so callers keep a copy instead."""
+        """Whether the KV cache can be cropped to any length.
+
+        With recurrent layers, at most the last few columns can be cropped (see `KVCache`), so callers keep a copy instead.
+        """
         if self._hosted:
             return hosted.can_crop(self.model)
         return not hybrid.has_deltas(self.model)
@@ -59,11 +62,7 @@ class LanguageModel:
         Models run by transformers are excluded: their layers round several columns differently than a single one, and quantized
         layers and routers would turn such differences into larger ones.
         """
-        return (
-            not self._hosted
-            and self.can_crop
-            and Device(self.model.model.language_model.norm.weight.device).reads_drafts
-        )
+        return not self._hosted and Device(self.model.model.language_model.norm.weight.device).reads_drafts
 
     @property
     def reads_drafts_exactly(self) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evoprune.backend import Quantization
-from evoprune.language import LanguageModel, decoder, hybrid
+from evoprune.language import GenerationOptions, LanguageModel, PrefillState, TokenStream, decoder, hybrid
 from evoprune.model import Config, QwenVL
 from tests import tiny
 from tests.language.test_hybrid import columns, load
@@ -176,3 +176,25 @@ def test_a_copy_is_independent(model):
 def test_the_config_and_the_weights_have_the_names_of_transformers(host, model):
     assert model.state_dict().keys() == host.state_dict().keys()
     assert Config.parse(host.config.as_written()) == host.config
+
+
+@pytest.mark.parametrize("wrong_at", [None, 4, 7])
+def test_an_answer_is_the_same_with_drafts(model, wrong_at, monkeypatch):
+    passes = []
+    read = PrefillState.read
+    monkeypatch.setattr(PrefillState, "read", lambda self, ids: passes.append(len(ids)) or read(self, ids))
+
+    def answer(text: list[int] | None) -> list[int]:
+        passes.clear()
+        state = LanguageModel(model).prefill(columns(40), places(40), 50)
+        if text is not None:
+            state.prompt_ids = torch.tensor(text)
+        return list(TokenStream(state, GenerationOptions(max_new_tokens=24), ()))
+
+    expected = answer(None)
+    assert passes == [1] * 23 and len(set(expected)) > 4
+    text = expected.copy()
+    if wrong_at:
+        text[::wrong_at] = [(token + 1) % 100 for token in text[::wrong_at]]
+    assert answer(text) == expected
+    assert max(passes) == 4 and len(passes) <= (23 if wrong_at else 15)
