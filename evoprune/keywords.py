@@ -192,6 +192,52 @@ class ReadAheadKeywords(ModelKeywords, SamplingKeywords, total=False):
     """The options of both."""
 
 
+class ReadKeywords(TypedDict, total=False):
+    """Options for reading frames."""
+
+    fps: float | None
+    """Frames per second to sample; default: the model's rate."""
+    frames: int | None
+    """Number of frames to sample, instead of fps; odd numbers are rounded up."""
+    start_s: float
+    """Start time in seconds; negative values count from the end."""
+    end_s: float | None
+    """End time in seconds; negative values count from the end; None for the end."""
+    frame_rate: float
+    """Frames per second of an array or a folder of frames. Video files have their own rate."""
+    decoder: Literal["auto", "pyav", "decord"]
+    """Library that decodes the video; auto is pyav."""
+    seek: Literal["auto", "exact", "keyframes"]
+    """Which frame to take from each equal part of the video. exact: the one in the middle. keyframes: the keyframe
+    nearest to the middle, if the part has one, which reads many times faster. auto: keyframes if that saves seconds,
+    otherwise exact."""
+
+
+class WatchKeywords(StreamKeywords, total=False):
+    """StreamKeywords, and options for reading frames."""
+
+    fps: float | None
+    """Frames per second to sample; default: the model's rate."""
+    max_visual_tokens: int | None
+    """Limit before pruning: above it, frames become smaller, then fewer; default: 24576, or 4096 for real models on a
+    CPU."""
+
+
+class SearchKeywords(FindKeywords, total=False):
+    """FindKeywords, and options for reading frames."""
+
+    fps: float | None
+    """Frames per second to sample; default: the model's rate."""
+    start_s: float
+    """Start time in seconds; negative values count from the end."""
+    end_s: float | None
+    """End time in seconds; negative values count from the end; None for the end."""
+    speech: str | PathLike[str]
+    """Transcribe what is said and add it to the prompt like subtitles, which take precedence: a Whisper model (tiny,
+    base, small or large-v3-turbo), or a folder with one for CTranslate2. auto: the video's subtitles, or base if it has
+    none. Needs evoprune[speech]."""
+
+
 # The options of each method, for messages about options that are passed to another method.
 OPTIONS_OF = {
     "VideoQA.load": (
@@ -207,10 +253,10 @@ OPTIONS_OF = {
         "think", "stop", "logprobs", "schema", "regex", "choices", "choice_score",
     ),
     "VideoQA.stream": (
-        "fps", "max_visual_tokens", "system", "name", "window_s", "memory_s", "memory_tokens",
+        "system", "name", "fps", "max_visual_tokens", "window_s", "memory_s", "memory_tokens",
     ),
     "VideoQA.find": (
-        "fps", "start_s", "end_s", "speech", "progress", "cache", "top", "min_score", "segment_s", "total_tokens",
+        "progress", "cache", "fps", "start_s", "end_s", "speech", "top", "min_score", "segment_s", "total_tokens",
         "prompt", "yes", "no",
     ),
 }  # fmt: skip

@@ -42,13 +42,13 @@ from evoprune.video import GivenInput, Input, SamplingOptions
 
 if TYPE_CHECKING:
     from evoprune.keywords import (
-        FindKeywords,
         GenerationKeywords,
         LoadKeywords,
         PruneKeywords,
         SamplingKeywords,
-        StreamKeywords,
+        SearchKeywords,
         UntypedKeywords,
+        WatchKeywords,
     )
     from evoprune.live import VideoStream
     from evoprune.moments import Moment
@@ -294,15 +294,13 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         last = asked not in opened  # the caller has no reference to these inputs, so it can't ask another question
         return asked.ask(question, seed=seed, on_thoughts=on_thoughts, last=last, **options)
 
-    @takes(StreamOptions, names=StreamOptions.WATCHING)
+    @takes(SamplingOptions, StreamOptions, names=(*SamplingOptions.WATCHING, *StreamOptions.WATCHING))
     def stream(
         self,
         *,
-        fps: float | None = None,
-        max_visual_tokens: int | None = None,
         system: str | None = None,
         name: str = "stream",
-        **options: "Unpack[StreamKeywords]",
+        **options: "Unpack[WatchKeywords]",
     ) -> "VideoStream":
         """Start watching a live video.
 
@@ -310,11 +308,9 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         so far.
 
         Args:
-            fps: The number of frames to sample per second. Defaults to the model's own rate.
-            max_visual_tokens: The maximum number of visual tokens per window before pruning; see `encode`.
             system: The system prompt, or None for the model's default.
             name: The name of the stream in reports.
-            options: How the stream is remembered: the fields of `keywords.StreamKeywords`.
+            options: How each window is sampled, and how the stream is remembered: the fields of `keywords.WatchKeywords`.
 
         Raises:
             UsageError: If an option is out of range, or the method can't prune streams.
@@ -322,25 +318,20 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         """
         from evoprune.live import VideoStream
 
-        (remembered,) = from_keywords(options, StreamOptions)
+        sampling, remembered = from_keywords(options, SamplingOptions, StreamOptions)
         check_type("system", system, str | None)
         check_type("name", name, str)
-        sampling = SamplingOptions(fps=fps, max_visual_tokens=max_visual_tokens)
         return VideoStream(self.session, remembered, sampling, system, name)
 
-    @takes(FindOptions, names=FindOptions.FINDING)
+    @takes(SamplingOptions, FindOptions, names=(*SamplingOptions.SEARCHING, *FindOptions.FINDING))
     def find(
         self,
         path: Input,
         query: str | Sequence[str],
         *,
-        fps: float | None = None,
-        start_s: float = 0.0,
-        end_s: float | None = None,
-        speech: str | os.PathLike[str] = "none",
         progress: Callable[[str, int, int], None] | None = None,
         cache: "Cache | None" = None,
-        **options: "Unpack[FindKeywords]",
+        **options: "Unpack[SearchKeywords]",
     ) -> "list[Moment]":
         """Find the moments in a video that match a query, best first. With several queries, the moments are grouped by query.
 
@@ -351,14 +342,12 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         Args:
             path: A single video in any format accepted by `encode`, except an array.
             query: A query such as "a red star", or several queries.
-            fps: The number of frames to sample per second, in all segments. Defaults to the model's own rate, or less for a long
-                video (see `total_tokens`).
-            start_s, end_s: The part of the video to search, in seconds. Negative times count from the end of the video.
             progress: Called with "segment", the number of segments read so far, and the total. Later called with "piece" for parts
                 of the best segments, and, for each query, with "moment", the number of moments whose start and end have been found,
                 and the total.
             cache: See `encode`. Encoded segments are stored in a subfolder so that other queries can reuse them.
-            options: How to find moments: the fields of `keywords.FindKeywords`.
+            options: Which part of the video to search, and how to find moments: the fields of `keywords.SearchKeywords`. `fps`
+                applies to all segments. It defaults to the model's rate, or less for a long video (see `total_tokens`).
 
         Raises:
             UsageError: If an option or a query is invalid, or the input is an array of frames.
@@ -368,7 +357,7 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         """
         from evoprune.moments import Search
 
-        (finding,) = from_keywords(options, FindOptions)
+        sampling, finding = from_keywords(options, SamplingOptions, FindOptions)
         check_type("progress", progress, Callable | None)
         _check_cache(cache)
         check_order(path, query, "qa.find(path, query)")
@@ -377,7 +366,6 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         if others:
             raise UsageError("find takes one video", "call it once per video")
         queries = [query] if isinstance(query, str) else query
-        sampling = SamplingOptions(fps=fps, start_s=start_s, end_s=end_s, speech=speech)
         segments = cache.of_segments if cache else None
         with Search(self.session, source, queries, finding, sampling, segments) as search:
             search.run(progress)

@@ -17,6 +17,12 @@ from evoprune.video_qa import VideoQA
 KINDS = (ModelOptions, PruneOptions, SamplingOptions, GenerationOptions, StreamOptions, FindOptions, EvoPrune)
 # Typed dicts for functions that accept the options of several classes.
 JOINED = {"LoadKeywords": (ModelOptions, PruneOptions), "ReadAheadKeywords": (ModelOptions, SamplingOptions)}
+# Typed dicts for functions that accept only some options of a class: the class of the other options, that class, and the names.
+PARTS = {
+    "ReadKeywords": (None, SamplingOptions, SamplingOptions.READING),
+    "WatchKeywords": (StreamOptions, SamplingOptions, SamplingOptions.WATCHING),
+    "SearchKeywords": (FindOptions, SamplingOptions, SamplingOptions.SEARCHING),
+}
 # For each class, an additional typed dict without one option, for overloads whose return type depends on that option.
 WITHOUT = {GenerationOptions: ("UntypedKeywords", "schema")}
 # Methods of `VideoQA` in the order of their use. If several have an option, messages name the first.
@@ -42,7 +48,13 @@ WIDTH = 120
 def module() -> str:
     """Generate the source code of evoprune/keywords.py."""
     return "\n\n".join(
-        [HEAD, *map(_keywords, KINDS), *(_joined(name, kinds) for name, kinds in JOINED.items()), _options()]
+        [
+            HEAD,
+            *map(_keywords, KINDS),
+            *(_joined(name, kinds) for name, kinds in JOINED.items()),
+            *(_part(name, *given) for name, given in PARTS.items()),
+            _options(),
+        ]
     )
 
 
@@ -76,6 +88,13 @@ def _class(name: str, base: str, title: str, kind: type, options: list[str]) -> 
 
 def _joined(name: str, kinds: tuple[type, ...]) -> str:
     return f'class {name}({", ".join(map(_name, kinds))}, total=False):\n    """The options of both."""\n'
+
+
+def _part(name: str, base: type | None, kind: type, names: tuple[str, ...]) -> str:
+    title = '    """Options for reading frames."""'
+    if base is not None:
+        title = f'    """{_name(base)}, and options for reading frames."""'
+    return _class(name, _name(base) if base else "TypedDict", title, kind, list(names))
 
 
 def _options() -> str:

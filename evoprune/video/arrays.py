@@ -5,31 +5,29 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, UsageError, memory_guard
-from evoprune.signatures import suggests
-from evoprune.util import brief, counted, size
+from evoprune.signatures import takes
+from evoprune.util import brief, counted, from_keywords, size
 from evoprune.video.frames import checked_times, probe, read_chunks
-from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Seek, Video
+from evoprune.video.info import MAX_TIMES, Video
 from evoprune.video.plan import SamplingOptions, SamplingPlan
 
+if TYPE_CHECKING:
+    from evoprune.keywords import ReadKeywords
 
-@suggests
+
+@takes(SamplingOptions, names=SamplingOptions.READING, seek="exact")
 def read_frames(
     path: str | os.PathLike[str],
     times_s: Iterable[float] | None = None,
-    *,
-    frames: int | None = None,
-    fps: float | None = None,
-    start_s: float = 0.0,
-    end_s: float | None = None,
-    seek: Seek = "exact",
-    decoder: Decoder = "auto",
-    frame_rate: float = FOLDER_FPS,
+    **options: "Unpack[ReadKeywords]",
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Read frames from a video file, a folder of images, or a still image. On Linux, decoding runs in a separate process.
 
@@ -41,13 +39,9 @@ def read_frames(
 
     Args:
         times_s: Up to 2,097,152 timestamps in seconds from the first frame, in ascending order. Duplicates are allowed.
-        frames, fps: Number of frames or frames per second, as an alternative to `times_s`. The span from `start_s` to `end_s` is
-            divided into equal parts, and the frame in the middle of each part is read. The result contains at least one frame, or
-            exactly one for a still image.
-        start_s, end_s: Start and end of the span in seconds. Negative values count from the end of the video.
-        seek: How to choose the frame for each part: "exact", "keyframes", or "auto". See `--seek` in docs/video.md.
-        decoder: "auto", "pyav", or "decord".
-        frame_rate: Frame rate of a folder of images, in images per second of video.
+        options: How to read frames: the fields of `keywords.ReadKeywords`. `frames` or `fps` is an alternative to `times_s`. The
+            span from `start_s` to `end_s` is divided into equal parts, and the frame in the middle of each part is read. The result
+            contains exactly `frames` frames (also if the number is odd) or at least one, and one for a still image.
 
     Returns:
         The frames as uint8 `[n, H, W, 3]`, RGB with the video's rotation applied, and their actual timestamps in seconds as float64
@@ -61,20 +55,22 @@ def read_frames(
         OutOfMemory: The frames do not fit in memory.
     """
     _check_path(path)
-    sampling = SamplingOptions(fps=fps, frames=frames, start_s=start_s, end_s=end_s, frame_rate=frame_rate, seek=seek)
+    (sampling,) = from_keywords({"seek": "exact", **options}, SamplingOptions)
     if times_s is None and not sampling.sets_frames:
         raise UsageError("neither times nor frames nor fps is given", "give one of them")
-    if times_s is not None and sampling != SamplingOptions(frame_rate=frame_rate, seek="exact"):
+    if times_s is not None and sampling != replace(
+        SamplingOptions(seek="exact"), frame_rate=sampling.frame_rate, decoder=sampling.decoder
+    ):
         raise UsageError(
             "times cannot be combined with frames, fps, start_s, end_s or seek",
             "give only the times, or leave them out",
         )
     times = None if times_s is None else _as_numbers(times_s)
-    info = probe(path, folder_fps=frame_rate)
+    info = probe(path, folder_fps=sampling.frame_rate)
     part_s = 0.0
     if times is None:
         times, part_s = _parts(info, sampling)
-    return in_one(info, times, decoder=decoder, seek=seek, part_s=part_s)
+    return in_one(info, times, decoder=sampling.decoder, seek=sampling.seek, part_s=part_s)
 
 
 def in_one(info: Video, times_s: Sequence[float], **how) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

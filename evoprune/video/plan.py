@@ -50,6 +50,10 @@ class SamplingOptions:
     SPAN: ClassVar[tuple[str, ...]] = ("start_s", "end_s")
     LIMITS: ClassVar[tuple[str, ...]] = ("max_frames", "max_visual_tokens")
     TEXT: ClassVar[tuple[str, ...]] = ("subtitles", "max_subtitle_tokens", "speech")
+    # Options of functions that read frames, watch streams, or search videos.
+    READING: ClassVar[tuple[str, ...]] = ("frames", "fps", *SPAN, "seek", "decoder", "frame_rate")
+    WATCHING: ClassVar[tuple[str, ...]] = ("fps", "max_visual_tokens")
+    SEARCHING: ClassVar[tuple[str, ...]] = ("fps", *SPAN, "speech")
     # Options of front ends that answer questions about files.
     FILES: ClassVar[tuple[str, ...]] = (*RATE, *SPAN, *LIMITS, "frame_rate", "decoder", "seek", *TEXT)
 

@@ -38,8 +38,9 @@ TAKES: list[tuple[Callable, tuple[type, ...], str]] = [
     (evoprune.VideoQA.load, (ModelOptions, PruneOptions), "LoadKeywords"),
     (evoprune.VideoQA.encode, (SamplingOptions,), "SamplingKeywords"),
     (evoprune.VideoQA.ask, (GenerationOptions,), "GenerationKeywords"),
-    (evoprune.VideoQA.stream, (StreamOptions,), "StreamKeywords"),
-    (evoprune.VideoQA.find, (FindOptions,), "FindKeywords"),
+    (evoprune.VideoQA.stream, (SamplingOptions, StreamOptions), "WatchKeywords"),
+    (evoprune.VideoQA.find, (SamplingOptions, FindOptions), "SearchKeywords"),
+    (evoprune.read_frames, (SamplingOptions,), "ReadKeywords"),
     (evoprune.EncodedInputs.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.Chat.ask, (GenerationOptions,), "GenerationKeywords"),
     (evoprune.VideoStream.ask, (GenerationOptions,), "GenerationKeywords"),
@@ -50,14 +51,24 @@ TAKES: list[tuple[Callable, tuple[type, ...], str]] = [
 ]
 
 
+# The sampling options of callables that don't accept all of them.
+PARTS = {
+    evoprune.VideoQA.stream: SamplingOptions.WATCHING,
+    evoprune.VideoQA.find: SamplingOptions.SEARCHING,
+    evoprune.read_frames: SamplingOptions.READING,
+}
+
+
 @pytest.mark.parametrize(("function", "kinds", "name"), TAKES, ids=[each[0].__qualname__ for each in TAKES])
 def test_help_has_the_type_the_default_and_the_meaning_of_each_option(function, kinds, name):
     parameters = inspect.signature(function).parameters
     help_page = re.sub(r"\s+", " ", pydoc.render_doc(function, renderer=pydoc.plaintext).replace("\n |", "\n"))
     options = [(kind, field) for kind in kinds for field in fields(kind) if field.name not in POSITIONAL]
+    if part := PARTS.get(function):
+        options = [(kind, field) for kind, field in options if kind is not SamplingOptions or field.name in part]
     for kind, field in options:
         default = parameters[field.name].default
-        other = (function, field.name) == (evoprune.processor_inputs, "seek")
+        other = field.name == "seek" and function in (evoprune.processor_inputs, evoprune.read_frames)
         assert default == ("exact" if other else field.default)
         assert f" {field.name} ({type_code(field)} = {default!r}): {meaning(kind, field)}" in help_page
     assert getattr(keywords, name).__annotations__.keys() == {field.name for _, field in options}
