@@ -134,3 +134,55 @@ def test_uses_are_found_however_they_are_written():
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "evoprune_cli"])
 def test_the_doors_are_narrow(room):
     assert len(import_module(room).__all__) <= MOST_NAMES[ROOMS[room].name]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+# Matches the definition of a private function, class, attribute, or variable of a module.
+DEFINED = re.compile(r"(?:\b(?:def|class) |\bself\.|^)(_(?!_)\w+)(?=[(\[: ,=])", re.M)
+
+
+def private_names() -> dict[str, set[str]]:
+    """Return the private names that the code of rooms and other modules defines, with the folders of tests that may use them."""
+    found: dict[str, set[str]] = {}
+    for path in (path for path in files() if path.suffix == ".py" and not path.is_relative_to(ROOT / "tests")):
+        parts = path.relative_to(ROOT).parts
+        folder = {"evoprune": parts[1], "evoprune_cli": "cli", "plugins": f"plugins/{parts[1]}"}.get(parts[0], parts[0])
+        for name in DEFINED.findall(path.read_text(encoding="utf-8")):
+            found.setdefault(name, set()).add(folder)
+    return found
+
+
+def used_private_names(code: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield the private names of other objects that a test reads, imports, or patches, with their lines."""
+    for node in ast.walk(code):
+        names = []
+        if isinstance(node, ast.Attribute) and not (
+            isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        ):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("evoprune"):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+            given = [each.value for each in node.args[:2] if isinstance(each, ast.Constant)]
+            names = [each.rpartition(".")[2] for each in given if isinstance(each, str)]
+        yield from ((node.lineno, name) for name in names if is_private(name))
+
+
+def test_no_test_uses_private_names_of_another_room():
+    """A folder of tests may use those of the room that it mirrors, and offer functions to other tests, as tests/live/inside.py."""
+    known = private_names()
+    foreign = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        folder = path.parent.relative_to(ROOT / "tests").as_posix()
+        code = path.read_text(encoding="utf-8")
+        if not re.search(r"[.\"'\s]_(?!_)\w", code):
+            continue  # faster than parsing
+        own = {*DEFINED.findall(code), "_name"}  # ctypes has an attribute `_name`
+        for line, name in used_private_names(ast.parse(code)):
+            rooms = known.get(name, set()) - {folder, *folder.split("/")[:1]}
+            if name not in own and rooms and rooms == known[name]:
+                foreign.append(f"{path.relative_to(ROOT)}:{line}: {name} of {', '.join(sorted(rooms))}")
+    assert not foreign, "\n".join(foreign)

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
         ("kernels.py", "1", "not full"),
         pytest.param("kernels.py", "1", "full", marks=pytest.mark.full),
         pytest.param("compiled.py", "0", "not full", marks=pytest.mark.full),
-        pytest.param("variants.py", "1", "not full", marks=pytest.mark.full),
+        pytest.param("../session/loading/variants.py", "1", "not full", marks=pytest.mark.full),
     ],
 )
 def test_the_kernels_of_triton(file, interpreter, which, tmp_path):

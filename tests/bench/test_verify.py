@@ -4,7 +4,6 @@ import json
 import platform
 import shutil
 from itertools import product
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from evoprune.model import FAMILIES
 from evoprune.session import load_model
 from tests.backend.recorder import Graphs
 from tests.bench.faults import FAULTS, QWEN3_FAULTS
+from tests.language.graphs import forget_graphs
 from tests.loading import edit
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
@@ -62,7 +62,7 @@ def graphs(monkeypatch):
     made = Graphs()
     monkeypatch.setattr(Device, "uses_kernels", True)
     monkeypatch.setattr(Device, "capture", property(lambda self: made.capture))
-    monkeypatch.setattr(static, "_caches", WeakKeyDictionary())
+    forget_graphs(monkeypatch)
     monkeypatch.setattr("evoprune.backend.hosted.is_host", lambda device: False)
     return made
 

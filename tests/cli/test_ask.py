@@ -21,9 +21,9 @@ import evoprune
 from evoprune.backend.limits import MAX_VISUAL_TOKENS_CPU
 from evoprune.bundled import DEMOS
 from evoprune.errors import VideoError
-from evoprune.language import LanguageModel
+from evoprune.language import LanguageModel, PrefixCache
 from evoprune.report import Report
-from evoprune.session import EncodedInputs, ModelOptions, ReadAhead, asking, encoding
+from evoprune.session import EncodedInputs, ModelOptions, ReadAhead, encoding
 from evoprune.video import frames
 from evoprune_cli.terminal import stdout
 from evoprune_cli.words import split_words
@@ -59,13 +59,13 @@ def test_a_wrong_value_from_the_environment_is_traced_to_it(cli, monkeypatch):
     ],
 )
 def test_a_model_is_told_that_no_question_follows(cli, monkeypatch, command, last):
-    read, told = asking.EncodedInputs._prefill, []
+    read, told = PrefixCache.read, []
 
-    def reads(self, prompt, last, goes_on):
+    def reads(self, pruned, prompt, last, *more):
         told.append(last)
-        return read(self, prompt, last, goes_on)
+        return read(self, pruned, prompt, last, *more)
 
-    monkeypatch.setattr(asking.EncodedInputs, "_prefill", reads)
+    monkeypatch.setattr(PrefixCache, "read", reads)
     assert cli(*command.split(), "-q").code == 0 and told == last
 
 

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from typer.main import get_command
 
 from evoprune.methods import registry
 from evoprune_cli.main import app
+from tests.methods.plugged import plug
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["ask", "batch", "watch", "eval", "find", "tune", "inspect", "profile", "verify", "methods"]
@@ -80,8 +80,7 @@ def test_every_method_is_offered_and_reuse_with_what_may_follow(at_tab):
 
 
 def test_methods_of_other_packages_are_offered_unloaded(at_tab, monkeypatch):
-    broken = EntryPoint("mine", "no_such_module:Thing", registry.GROUPS[0])
-    monkeypatch.setattr(registry, "_plugins", lambda: {"mine": broken})
+    plug(monkeypatch, "mine", "no_such_module:Thing")
     result = at_tab("bash", "ask --method evoprune+mi")
     assert (result.out, result.err) == ("evoprune+mine\n", "")
 

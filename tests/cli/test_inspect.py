@@ -16,7 +16,7 @@ from evoprune.bundled import DEMOS
 from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune_cli.inspect import TITLE, lines
 from evoprune_cli.inspection import environment_facts
-from tests.compiled import use
+from tests.backend.cpu.library import use
 from tests.decoders import needs_decord
 from tests.quantized import KINDS
 from tests.video.files import write_video

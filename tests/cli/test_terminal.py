@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend import Quantization
+from evoprune.backend import Device, Quantization
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, stats_block
 from evoprune_cli.running import note_model
@@ -84,7 +84,7 @@ def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
 
 
 def test_a_model_in_8_bits_that_nobody_asked_for_is_noted(saved, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("evoprune.backend.devices._has_bf16", lambda device: False)
+    monkeypatch.setattr(Device, "default_dtype", "fp32")
     monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**40))

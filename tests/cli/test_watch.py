@@ -289,10 +289,10 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_everything(keyboard, endless):
 def test_a_frame_that_is_early_by_a_rounding_error_holds_nothing_up(cli, tmp_path, monkeypatch):
     """The frame at 15 s has a time just below it, so it is held back until the question at 15 s has been asked."""
     path = write_video(tmp_path / "slow.ts", numbered_frames(22, 112, 168), fps=1)
-    timed = LiveReader._timed
+    timed = LiveReader.timed
     early = 15 - 2**-49
     monkeypatch.setattr(
-        LiveReader, "_timed", lambda self: ((early if at == 15 else at, each) for at, each in exact(timed(self)))
+        LiveReader, "timed", lambda self: ((early if at == 15 else at, each) for at, each in exact(timed(self)))
     )
     monkeypatch.setattr("evoprune.video.sandbox.isolation.POSSIBLE", False)
     result = cli("watch", str(path), *ASKED, "--every", "5s", "--json")

@@ -7,6 +7,7 @@ from functools import partial
 
 import evoprune
 from tests.contract.small import Held, demo, encoded, filmed, ground, runs
+from tests.live.inside import latest_encoding, windows_in_memory
 from tests.tiny import save_tiny
 
 QUESTION, HAPPENS = "What colour is the square?", "What happens?"
@@ -50,13 +51,13 @@ def window_of(stream) -> Held:
     """Return the latest window's encoding, and the memory's seconds, windows, tokens, frames seen and thinned windows."""
     seen = stream.seen
     memory = [seen.start_s, seen.end_s, seen.windows, seen.tokens, seen.frames, seen.thinned]
-    made = encoded(stream._latest.encoded)  # the public report has only its counts
+    made = encoded(latest_encoding(stream))  # the public report has only its counts
     return {"pairs": stream.report.pruning.kept_per_pair, "memory": memory} | made
 
 
 def left(stream) -> list[list]:
     """Return, for each window in memory, its start and the places of its remaining tokens in the order of their priority."""
-    return [[window.start_s, runs(window.order.tolist())] for window in stream._memory.windows]
+    return [[window.start_s, runs(window.order.tolist())] for window in windows_in_memory(stream)]
 
 
 def answered(stream) -> Held:

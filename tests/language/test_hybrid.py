@@ -9,6 +9,7 @@ from evoprune.errors import DeviceWarning
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, hosted, hybrid
 from evoprune.model import Config, HostedVL
 from tests import tiny
+from tests.backend.failures import forget_failures
 from tests.tiny import tiny_model
 
 PARTS = [(1,), (63,), (64,), (65,), (200,), (130, 27), (5, 64, 1, 3), (2, 1, 1)]
@@ -168,7 +169,7 @@ def test_norms_take_the_kernel_while_it_works(fails, model, elsewhere, monkeypat
                 raise RuntimeError("no such kernel")
             return kernels.add_norm(*args, **kwargs)
 
-    monkeypatch.setattr(devices, "_failed", set())
+    forget_failures(monkeypatch)
     monkeypatch.setattr(hybrid, "kernels_for", lambda device: None if devices.failed("layers") else Counted)
     x, expected = columns(20), as_transformers(model, (20,), columns(20))[0]
     if fails:

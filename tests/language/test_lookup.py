@@ -4,7 +4,7 @@ import torch
 from evoprune import VideoQA
 from evoprune.language import GenerationOptions, LanguageModel, PrefillState, TokenStream, lookup
 from evoprune.language.lookup import DRAFT, NGRAM, REST, Lookup
-from tests.compiled import compiled, library  # noqa: F401
+from tests.backend.cpu.library import compiled, library  # noqa: F401
 from tests.language.test_generate import CLIPS, TOKENS, Clip, Steps
 from tests.quantized import parameters
 from tests.tiny import tiny_model

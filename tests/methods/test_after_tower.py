@@ -16,7 +16,6 @@ from evoprune.backend import limits
 from evoprune.methods.plans import TowerShape
 from evoprune.report import stats_block
 from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_model
-from evoprune.session.loading import model
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode_rows, encoder
@@ -225,13 +224,6 @@ def test_a_held_model_follows(as_cuda):
     assert small.live_share == 1 and small.after_tower_below == LIMIT
     inside = evoprune.encode(held, patches, grids, budget=0.25, method="evoprune:inner=always")
     assert len(inside.kept) == len(small.kept) and inside.live_share < 1 and not inside.after_tower_below
-
-
-def test_warming_up_compiles_what_larger_inputs_need(loaded, as_cuda, monkeypatch):
-    plans = []
-    monkeypatch.setattr(model, "encode_rows", lambda *given: plans.append(given[2]) or encode_rows(*given))
-    model._warm_up(loaded.model.config, torch.float32, CPU, native=True)
-    assert len(plans[0].stages) == 3 and plans[0].reuse
 
 
 def test_a_plan_before_loading_is_that_of_the_device_that_will_run_it():

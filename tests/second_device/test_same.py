@@ -25,10 +25,12 @@ from evoprune.video import InputLimits, SamplingOptions
 from evoprune.vision import patches_of
 from evoprune.vision.preprocess import MAX_SHRINK
 from tests.backend.recorder import Graphs, Recorder
+from tests.live.inside import cache_of
 from tests.loading import described
 from tests.recipes import write_recipe
 from tests.second_device import far
 from tests.second_device.far import NAME, Far, Memory
+from tests.session.inside import encodings_of
 from tests.session.test_language_methods import DEMO
 from tests.tiny import save_tiny
 from tests.vision.devices import varlen_by_hand
@@ -56,10 +58,10 @@ def both(inputs, model="demo", frames=FRAMES, budget=0.25, **pruning):
 
 def assert_same(cpu, device, near=2e-4) -> None:
     """Check that encodings, logits and answers match. `near`: feature tolerance; resizing may change values by one level."""
-    for ours, theirs in zip(device._encodings, cpu._encodings, strict=True):
-        assert ours.encoded.features.device.type == NAME and ours.encoded.layers == theirs.encoded.layers
-        assert ours.encoded.kept.tolist() == theirs.encoded.kept.tolist()
-        torch.testing.assert_close(ours.encoded.features.cpu(), theirs.encoded.features, atol=near, rtol=1e-4)
+    for ours, theirs in zip(encodings_of(device), encodings_of(cpu), strict=True):
+        assert ours.features.device.type == NAME and ours.layers == theirs.layers
+        assert ours.kept.tolist() == theirs.kept.tolist()
+        torch.testing.assert_close(ours.features.cpu(), theirs.features, atol=near, rtol=1e-4)
     made, expected = (each.read_along(QUESTION, [5, 6])[0].cpu() for each in (device, cpu))
     torch.testing.assert_close(made, expected, atol=max(2e-3, near / 5), rtol=1e-3)
     assert device.ask(QUESTION).text == cpu.ask(QUESTION).text
@@ -203,14 +205,13 @@ def test_a_stream(demo_range):
             for number in range(64):
                 frame = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)
                 stream.add(frame, number / 2)
-            made.append((stream.ask(QUESTION).text, stream.seen, stream._memory.cache))
+            made.append((stream.ask(QUESTION).text, stream.seen, cache_of(stream)))
     (cpu, seen, expected), (device, also, cache) = made
     assert device == cpu and also == seen and seen.thinned
-    assert cache._layers[0][0].device.type == NAME
-    for ours, theirs in zip(cache._layers, expected._layers, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            here = slice(None), slice(None), slice(cache.length)
-            torch.testing.assert_close(a[here].cpu(), b[here], atol=2e-3, rtol=1e-3)
+    for layer in range(len(cache.lengths)):
+        for ours, theirs in zip(cache.room(layer, 0)[2:], expected.room(layer, 0)[2:], strict=True):
+            assert ours.device.type == NAME
+            torch.testing.assert_close(ours.cpu(), theirs, atol=2e-3, rtol=1e-3)
 
 
 def test_the_cache(tmp_path):

@@ -28,6 +28,7 @@ from evoprune.video import SamplingOptions, probe, read_chunks
 from evoprune.video.sandbox import isolation
 from evoprune.video_qa import VideoQA
 from tests.video.files import number_of, numbered_frames, write_video
+from tests.video.idle import idle_processes
 
 ROOT = Path(__file__).parents[2]
 SQUARE, THREE = "samples/square.mp4", "samples/three.mp4"
@@ -52,7 +53,7 @@ def nothing_is_left():
     if set(threading.enumerate()) - before:
         gc.collect()  # an exception keeps its frames alive; collecting only if needed saves time
     assert {thread.name for thread in set(threading.enumerate()) - before} == set()
-    assert len(isolation._idle) <= isolation.MAX_IDLE
+    assert idle_processes() <= isolation.MAX_IDLE
 
 
 @pytest.fixture(autouse=True)
@@ -475,8 +476,8 @@ def test_python(read_anew, tmp_path):
 
 
 def test_what_nobody_asks_for_goes_with_the_model(long):
-    qa = VideoQA.load("demo", device="cpu", ahead=long)
-    ahead = qa._ahead
+    ahead = read_ahead(long, device="cpu")
+    qa = VideoQA.load("demo", device="cpu", ahead=ahead)
     wait_for(lambda: ahead.held_bytes)
     del qa
     gc.collect()

@@ -175,8 +175,6 @@ def test_offline_nothing_is_downloaded(qa, speech_model, monkeypatch):
 
 def test_transcription_begins_before_the_model_is_loaded(saved, clip, speech_model):
     with read_ahead(clip, str(saved), frames=2, speech=speech_model) as ahead:
-        loaded = load_model(str(saved), dtype="fp32", pack=False)
-        qa = VideoQA(loaded)
-        qa._ahead = ahead
+        qa = VideoQA.load(str(saved), dtype="fp32", ahead=ahead)
         encoded = qa.encode(clip, frames=2, speech=speech_model)
     assert "loud" in lines_of(encoded) and LoudModel.loads == 1 and len(LoudModel.calls) == 1

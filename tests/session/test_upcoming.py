@@ -11,18 +11,18 @@ from evoprune.session import upcoming
 from evoprune.session.encoding import OpenInputs
 from evoprune.session.loading.model import LoadedModel
 from evoprune.session.upcoming import in_flight, readers
-from evoprune.video.sandbox import isolation
 from tests.threads import check_ended
+from tests.video.idle import idle_limit
 
 GATE_S = 60  # longer than `check_ended` waits, so a thread that is left at a gate is found
 
 
 @pytest.fixture(autouse=True)
 def no_thread_stays():
-    before, idle = set(threading.enumerate()), isolation._max_idle()
+    before, idle = set(threading.enumerate()), idle_limit()
     yield
     check_ended(before)
-    assert isolation._max_idle() == idle
+    assert idle_limit() == idle
 
 
 @pytest.fixture

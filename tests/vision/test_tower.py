@@ -14,6 +14,7 @@ from evoprune.methods.evoprune import EvoPruneMethod
 from evoprune.model import FAMILIES, Tower, VisionConfig
 from evoprune.vision import tower
 from evoprune.vision.encoder import encode_rows
+from tests.backend.failures import forget_failures
 from tests.methods.tokens import Largest, plan_of
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
@@ -83,7 +84,7 @@ def test_a_kernel_that_fails_leaves_the_other_layers_to_pytorch(on_kernels, monk
         return real(layer, x)
 
     expected = encode_patches(patches, FUSED_GRID, MethodChain(), 36)
-    monkeypatch.setattr(devices, "_failed", set())
+    forget_failures(monkeypatch)
     monkeypatch.setattr(tower.Layer, "_mlp_by_kernels", fails)
     made = encode_patches(patches, FUSED_GRID, MethodChain(), 36)
     assert made.layers == expected.layers

@@ -100,7 +100,7 @@ class LiveReader:
         self._converter = colour.Converter(name, hdr)
         resets = container == HLS or (self._scheme and not known)
         self._clock = Clock(FORWARD_S if resets else longest_gap_s(container), live=True)
-        self._frames = deinterlacing(self._timed())
+        self._frames = deinterlacing(self.timed())
 
     def next(self, after_s: float) -> dict | None:
         """Find the next frame at or after a time in seconds from the first frame. Call `fill` to get the pixels.
@@ -183,7 +183,7 @@ class LiveReader:
             ffmpeg.alive()
             time.sleep(POLL_S)
 
-    def _timed(self) -> Iterator[tuple[float, VideoFrame]]:
+    def timed(self) -> Iterator[tuple[float, VideoFrame]]:
         """Yield frames with their timestamps in seconds from the first frame. The timestamps never decrease."""
         step = 1 / (self.facts["fps"] or ffmpeg.FALLBACK_FPS)
         last_s = -step

@@ -16,7 +16,7 @@ from evoprune.backend.cpu.quantize import (
     int8_weights,
     row_major_int4_weights,
 )
-from tests.compiled import compiled, library  # noqa: F401
+from tests.backend.cpu.library import compiled, library  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
 SHAPES = [(64, 32), (96, 64), (32, 96), (64, 2080), (32, 8192)]

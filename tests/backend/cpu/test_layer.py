@@ -10,7 +10,7 @@ from evoprune.backend import Quantization, shared_copy
 from evoprune.backend.cpu import layer, quantize
 from evoprune.language.decoder import KVCache, forward
 from evoprune.session import calibrate
-from tests.compiled import compiled, library, use  # noqa: F401
+from tests.backend.cpu.library import compiled, library, use  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import QWEN3_5_TEXT, QWEN3_TEXT, native_model
 

@@ -23,7 +23,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.session import calibrate
 from evoprune.vision import encode_rows
-from tests.compiled import compiled, library, use  # noqa: F401
+from tests.backend.cpu.library import compiled, library, use  # noqa: F401
 from tests.quantized import int8, parameters
 from tests.tiny import tiny_model
 

@@ -51,9 +51,9 @@ def test_a_saved_folder_loads_as_it_was(saved, capfd):
 
 
 @pytest.mark.parametrize("name", DEMOS)
-@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, has_bf16, expected, name):
-    monkeypatch.setattr("evoprune.backend.devices._has_bf16", lambda device: has_bf16)
+@pytest.mark.parametrize("expected", ["bf16", "fp32"])
+def test_auto_dtype_follows_the_hardware_and_the_demos_are_exact(saved, monkeypatch, expected, name):
+    monkeypatch.setattr(Device, "default_dtype", expected)
     assert load_model(str(saved), device="cpu").dtype == expected
     monkeypatch.setitem(DEMOS, name, replace(DEMOS[name], folder=saved))
     demo = load_model(name, device="cpu")
