@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
@@ -23,20 +23,9 @@ import evoprune
 from evoprune.errors import EvopruneWarning, PluginWarning, UsageError, first_line
 from evoprune.report import SCHEMA
 from evoprune_cli import terminal
-from evoprune_cli.ask import ask
-from evoprune_cli.batch import batch
-from evoprune_cli.eval import evaluate
-from evoprune_cli.find import find
-from evoprune_cli.inspect import inspect
-from evoprune_cli.methods import methods
-from evoprune_cli.models import models
 from evoprune_cli.options import Command, example_of, option_hint
-from evoprune_cli.profile import profile
-from evoprune_cli.tune import tune
 from evoprune_cli.typed import Typed, remember, typed
 from evoprune_cli.variables import warn_of_unknown
-from evoprune_cli.verify import verify
-from evoprune_cli.watch import watch
 from evoprune_cli.words import ASK
 
 # Base class of parser errors. Some Typer versions bundle click and others import it, so look it up among Typer's base classes.
@@ -83,7 +72,11 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Group(TyperGroup):
-    """The subcommand group. Looking up a subcommand imports neither pydantic nor third-party commands."""
+    """The subcommand group. Looking up a subcommand imports neither pydantic nor other commands."""
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        self.commands = BuiltIn()
 
     def list_commands(self, ctx):
         """Return the command names, with third-party commands at the end."""
@@ -133,16 +126,53 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# The module and the function of each command, in the order of `--help`. A module is only imported when its command is needed.
+BUILT_IN = {
+    "ask": "evoprune_cli.ask:ask",
+    "batch": "evoprune_cli.batch:batch",
+    "find": "evoprune_cli.find:find",
+    "watch": "evoprune_cli.watch:watch",
+    "eval": "evoprune_cli.eval:evaluate",
+    "tune": "evoprune_cli.tune:tune",
+    "inspect": "evoprune_cli.inspect:inspect",
+    "profile": "evoprune_cli.profile:profile",
+    "verify": "evoprune_cli.verify:verify",
+    "methods": "evoprune_cli.methods:methods",
+    "models": "evoprune_cli.models:models",
+}
 # Entry point group for third-party commands. Each entry point is a function decorated with `options.command`.
-
 COMMANDS = "evoprune.commands"
+
+
+class BuiltIn(Mapping[str, Any]):
+    """The built-in commands as Typer commands, each created when it is first looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        return built_in(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(BUILT_IN)
+
+    def __len__(self) -> int:
+        return len(BUILT_IN)
+
+
+@cache
+def built_in(name: str) -> Any:
+    return _command(EntryPoint(name, BUILT_IN[name], COMMANDS))
+
+
+def _command(entry: EntryPoint) -> Any:
+    """Import a command and return it as a Typer command."""
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command(entry.name, cls=Command)(entry.load())
+    return typer.main.get_command(alone)
 
 
 @cache
 def plugged() -> dict[str, EntryPoint]:
     """Return third-party commands by name, except commands that share a name with a built-in command."""
-    own = {command.name for command in app.registered_commands}
-    return {entry.name: entry for entry in entry_points(group=COMMANDS) if entry.name not in own}
+    return {entry.name: entry for entry in entry_points(group=COMMANDS) if entry.name not in BUILT_IN}
 
 
 @cache
@@ -150,9 +180,7 @@ def plugged_command(entry: EntryPoint) -> Any:
     """Load a third-party command and return it as a Typer command. If loading fails, issue a warning and return None."""
     package = entry.dist.name if entry.dist else entry.value
     try:
-        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(entry.name, cls=Command)(entry.load())
-        return typer.main.get_command(alone)
+        return _command(entry)
     except (Exception, SystemExit) as problem:  # importing a third-party package may raise any exception
         reason = f"{type(problem).__name__}: {first_line(problem)}"
         warnings.warn(f"the command {entry.name} of {package} cannot be loaded ({reason})", PluginWarning, stacklevel=2)
@@ -189,9 +217,6 @@ def main(
         raise typer.Exit(2)
 
 
-for command in (ask, batch, find, watch, evaluate, tune, inspect, profile, verify, methods, models):
-    name = {evaluate: "eval"}.get(command, command.__name__)
-    app.command(name, cls=Command)(command)
 # JSON schemas of error records, for commands that don't print reports.
 SCHEMAS = {name: f"evoprune/{name}@1" for name in ("eval", "find", "inspect", "methods", "models", "tune", "verify")}
 
@@ -400,7 +425,7 @@ def _hint(problem: Exception) -> str:
 
 def _suggestion(word: str | None) -> str:
     """Return a hint that suggests a command with a meaning or name similar to a word, or "" if there is none."""
-    known = [*(command.name for command in app.registered_commands), *plugged()]
+    known = [*BUILT_IN, *plugged()]
     if word is None:
         return COMMAND_HINTS["version"] if typed().words[:1] in (["-V"], ["-v"], ["-version"]) else ""
     if os.path.exists(word):

@@ -17,7 +17,7 @@ from evoprune_cli.main import app
 from tests.methods.plugged import plug
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["ask", "batch", "watch", "eval", "find", "tune", "inspect", "profile", "verify", "methods"]
+COMMANDS = ["ask", "batch", "watch", "eval", "find", "tune", "inspect", "profile", "verify", "methods", "models"]
 BUDGETS = ["full", "high", "balanced", "fast", "auto", "auto:inflection"]
 # A line up to the cursor, and the suggestions. Without suggestions, the shell offers files.
 LINES = {
