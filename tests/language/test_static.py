@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from evoprune.backend import Attention, Device, devices, layers
+from evoprune.backend import Attention, Device, Quantization, devices, layers
 from evoprune.errors import DeviceWarning, ModelError
 from evoprune.language import GenerationOptions, LanguageModel, PrefillState, TokenStream, decoder, static
 from evoprune.language.prompt import prompt_positions, video_positions
@@ -41,6 +41,8 @@ def graphs(monkeypatch):
     """Use recorded graphs on the CPU, starting with the second token."""
     made = Graphs()
     monkeypatch.setattr(Device, "capture", property(lambda self: made.capture))
+    # A recorded graph has only PyTorch's operations.
+    monkeypatch.setattr(Quantization, "delta_rule", staticmethod(lambda device, values: None))
     monkeypatch.setattr(static, "PLAIN_TOKENS", 1)
     monkeypatch.setattr(static, "MIN_COLUMNS", 64)
     monkeypatch.setattr(static, "_caches", weakref.WeakKeyDictionary())
