@@ -47,7 +47,7 @@ class LocalModel:
     place: str  # one of `PLACES`
     series: str | None = None  # name of the series, such as "Qwen2.5-VL", or None if evoprune does not run the model
     parameters: int | None = None  # None if unknown
-    disk_bytes: int | None = None  # size of all of the model's weight files
+    disk_bytes: int | None = None  # total size of the weight files
     needed_bytes: int | None = None  # estimated memory that the weights need with the default options
     problem: str | None = None  # reason why the model does not run here, or None if it does
 

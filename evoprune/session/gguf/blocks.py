@@ -1,6 +1,6 @@
-"""Dequantize the blocks of GGUF tensors. The block layouts are those of ggml-quants.c in llama.cpp.
+"""Dequantize the blocks of GGUF tensors. ggml-quants.c in llama.cpp defines the block layouts.
 
-Results equal those of llama.cpp bit by bit, because all products and sums are computed in float32 in the same order.
+The results are bit-identical to llama.cpp, because all products and sums are computed in float32 in the same order.
 """
 
 from collections.abc import Callable

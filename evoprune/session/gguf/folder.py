@@ -125,7 +125,7 @@ def gguf_files(folder: Path | None) -> list[Path]:
 
 
 def assumed(folder: Path | None) -> list[str]:
-    """Return the settings that a model's GGUF files do not contain, so that the values are those of its family."""
+    """Return the settings that a model's GGUF files do not contain, so they have the family's values."""
     return list(_index(folder).get("assumed", ()))
 
 

@@ -75,7 +75,7 @@ class Header:
 
     file: Path
     fields: dict[str, Any]  # numbers, strings, and lists; None for a long list that was skipped
-    lengths: dict[str, int]  # length of each list
+    lengths: dict[str, int]  # number of elements in a list, by its key
     tensors: dict[str, TensorInfo]
 
 

@@ -1,4 +1,4 @@
-"""Read the tensors of GGUF files under their Hugging Face names, one at a time, like those of a safetensors file.
+"""Read the tensors of GGUF files under their Hugging Face names, one at a time, like a safetensors file.
 
 llama.cpp's and Ollama's converters rename tensors, split and join them, and reorder some of them. This module undoes it.
 """
