@@ -23,9 +23,9 @@ class ModelKeywords(TypedDict, total=False):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
     """auto: bf16 if the hardware supports it; demo models use fp32."""
     quantize: Literal["auto", "none", "int8", "int4"]
-    """Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16
-    or in GGUF files, if no dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the
-    language model. int4: the same, with 4-bit weights in the language model."""
+    """Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model, if no dtype is given;
+    otherwise none. int8: 8-bit weights and products in the tower and the language model. int4: the same, with 4-bit
+    weights in the language model."""
     store_quantized: bool | None
     """Keep the quantized weights on disk (at most 32 GiB) for later runs. None: if the model is large and the disk has
     room."""

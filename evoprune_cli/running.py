@@ -107,7 +107,7 @@ def note_model(session: "Session", asked: GenerationOptions | None, quiet: bool)
         tell(f"note: the model's generation_config.json has other sampling settings; to use them: {flags}")
     if loaded.description.options.quantize == "auto" and loaded.quantize != "none":
         tell(
-            f"note: {loaded.quantize}, because this CPU has no bf16; --quantize none is exact, but takes about twice as long"
+            f"note: {loaded.quantize}, the fastest form on a CPU; --quantize none is exact, but takes about twice as long"
         )
     if loaded.quantized_file is not None:
         tell(

@@ -135,8 +135,8 @@ class ModelOptions:
     )
     quantize: Quantize = option(
         "auto",
-        "Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model on a CPU without bf16 or in "
-        "GGUF files, if no dtype is given; otherwise none. int8: 8-bit weights and products in the tower and the language model. "
+        "Quantize the model on a CPU: faster, smaller and less exact. auto: int8 for a large model, if no dtype is given; "
+        "otherwise none. int8: 8-bit weights and products in the tower and the language model. "
         "int4: the same, with 4-bit weights in the language model.",
     )
     store_quantized: bool | None = option(

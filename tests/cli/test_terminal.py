@@ -98,7 +98,7 @@ def test_a_model_in_8_bits_that_nobody_asked_for_is_noted(saved, capsys, monkeyp
         assert noted() == ""
         return
     first, second = noted(), noted()
-    assert "note: int8, because this CPU has no bf16; --quantize none is exact" in first and first.startswith(second)
+    assert "note: int8, the fastest form on a CPU; --quantize none is exact" in first and first.startswith(second)
     assert f"the quantized weights are kept in {tmp_path / 'weights'} for later runs" in first.replace("\n", " ")
     assert noted(quantize="int8") == noted(quantize="none") == noted(dtype="fp32") == ""
     assert noted(store_quantized=False) == second
