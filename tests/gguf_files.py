@@ -1,6 +1,6 @@
 """Write the files of a model folder as GGUF files, as llama.cpp's and Ollama's converters do.
 
-This is written independently of evoprune's reader. `experiments/environments/gguf.py` compares it with llama.cpp's converter.
+This is written independently of evoprune's reader.
 """
 
 import hashlib
