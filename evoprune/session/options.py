@@ -15,7 +15,6 @@ from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, MethodText
 from evoprune.session.gguf.folder import gguf_files, gguf_folder
 from evoprune.session.hub import MODEL_HINT, is_id, near_hint
-from evoprune.session.local_models import LocalModel, here_hint, local_models
 from evoprune.util import (
     brief,
     converted,
@@ -32,6 +31,7 @@ from evoprune.video import SamplingOptions, Video
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig
+    from evoprune.session.local_models import LocalModel
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "int8", "int4"]
@@ -185,8 +185,10 @@ class ModelOptions:
             raise UsageError("store_quantized needs quantize", "add --quantize int8 or int4")
 
     @staticmethod
-    def on_this_machine() -> list[LocalModel]:
+    def on_this_machine() -> "list[LocalModel]":
         """Return the models on this machine, without reading their weights. Models that run here come first."""
+        from evoprune.session.local_models import local_models
+
         return local_models()
 
     @property
@@ -231,6 +233,8 @@ class ModelOptions:
             )
         if not is_id(name):
             meant = near_hint(name) or did_you_mean(name, DEMOS)
+            from evoprune.session.local_models import here_hint
+
             hint = missing_hint(name, f"{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None

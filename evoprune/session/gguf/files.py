@@ -10,17 +10,15 @@ from pathlib import Path
 from evoprune.errors import ModelError, first_line
 from evoprune.files import FileIdentity
 from evoprune.model import Unsupported
-from evoprune.session.gguf.reader import KINDS, Header, UnsupportedKind, is_gguf, read_header
+from evoprune.session.gguf.names import MAX_FILES, OLLAMA, in_folder
+from evoprune.session.gguf.reader import KINDS, Header, UnsupportedKind, read_header
 from evoprune.session.gguf.settings import ARCHITECTURES, PROJECTOR, GgufSettings
 from evoprune.untrusted import read_object
 from evoprune.util import listed, some
 
-OLLAMA = "ollama:"  # prefix of the names of Ollama's models
 # Where Ollama stores models without OLLAMA_MODELS: for a user, and for the service that its installer sets up on Linux.
 OLLAMA_STORES = "~/.ollama/models", "/usr/share/ollama/.ollama/models"
 OLLAMA_HOST, OLLAMA_OWNER = "registry.ollama.ai", "library"
-SUFFIX = ".gguf"
-MAX_FILES = 1000  # maximum number of GGUF files in a folder, and of the parts of a model
 MAX_LAYERS = 100  # maximum number of layers in an Ollama manifest
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -33,20 +31,6 @@ KINDS_HINT = f"use a file such as Q4_K_M, Q8_0 or F16; evoprune reads {listed([k
 PAIR_HINT = (
     "a model needs its projector (mmproj-*.gguf), which is published in the same place; put it into the same folder"
 )
-
-
-def names_gguf(name: str) -> bool:
-    """Return True if a model name means GGUF files: a name in Ollama's store, a GGUF file, or a folder of GGUF files."""
-    if name.startswith(OLLAMA):
-        return True
-    path = os.path.expanduser(name)
-    if os.path.isfile(path):
-        return path.lower().endswith(SUFFIX) or is_gguf(Path(path))
-    return os.path.isdir(path) and not _is_folder_of_another_kind(Path(path)) and any(_in_folder(Path(path)))
-
-
-def _is_folder_of_another_kind(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def find_files(name: str) -> list[Path]:
@@ -134,20 +118,9 @@ def reported(title: str) -> Iterator[None]:
         ) from problem
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
-    """Yield the GGUF files in a folder, in alphabetical order."""
-    try:
-        found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIX))
-    except OSError as problem:
-        raise ModelError(f"{folder} cannot be read: {first_line(problem)}", "check its permissions") from problem
-    if len(found) > MAX_FILES:
-        raise ModelError(f"{folder} contains {len(found):,} GGUF files", "give one of them")
-    return iter(found)
-
-
 def text_files(folder: Path) -> list[Path]:
     """Return the GGUF files in a folder that contain a language model, without the later parts of split files."""
-    files = [path for path in _in_folder(folder) if not ((part := PART.fullmatch(path.name)) and int(part[2]) > 1)]
+    files = [path for path in in_folder(folder) if not ((part := PART.fullmatch(path.name)) and int(part[2]) > 1)]
     return [path for path in files if not _is_projector(path)]
 
 
@@ -201,7 +174,7 @@ def _check_parts(headers: list[Header]) -> None:
 
 def _projector(path: Path, headers: list[Header]) -> Path:
     """Return the projector that belongs to a text file in the same folder: its sizes fit, and its name if several sizes fit."""
-    found = [each for each in _in_folder(path.parent) if each != path and _is_projector(each)]
+    found = [each for each in in_folder(path.parent) if each != path and _is_projector(each)]
     if not found:
         raise ModelError(f"{path} is only a language model: there is no projector next to it", PAIR_HINT)
     fitting: dict[Path, Header] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from evoprune.errors import ModelError, first_line
 from evoprune.files import cache_folder
 from evoprune.model import Config
-from evoprune.session.gguf.files import find_files, names_gguf, reported, settings_of, title_of
+from evoprune.session.gguf.names import names_gguf
 from evoprune.untrusted import TEXT, Rule, read_object
 from evoprune.util import file_stats
 
@@ -35,6 +35,9 @@ def gguf_folder(name: str) -> Path | None:
     """
     if not names_gguf(name):
         return None
+
+    from evoprune.session.gguf.files import find_files, reported, settings_of, title_of
+
     files = [Path(os.path.abspath(file)) for file in find_files(name)]
     folder = _folders() / _key(files)
     if (folder / INDEX).is_file():

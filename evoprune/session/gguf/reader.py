@@ -13,7 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-MAGIC = b"GGUF"
+from evoprune.session.gguf.names import MAGIC
+
 VERSIONS = (2, 3)
 MAX_ENTRIES = 10_000  # maximum number of metadata entries; Qwen's files have about 40
 MAX_TENSORS = 100_000
@@ -77,17 +78,6 @@ class Header:
     fields: dict[str, Any]  # numbers, strings, and lists; None for a long list that was skipped
     lengths: dict[str, int]  # number of elements in a list, by its key
     tensors: dict[str, TensorInfo]
-
-
-def is_gguf(path: Path) -> bool:
-    """Return True if a file begins like a GGUF file. Return False if it cannot be read."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe could block forever
-            return False
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except (OSError, ValueError):
-        return False
 
 
 def read_header(path: Path, vocabulary: bool = True) -> Header:

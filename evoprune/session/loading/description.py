@@ -34,7 +34,6 @@ from evoprune.session.hub import (
     reach,
     revision_flag,
 )
-from evoprune.session.local_models import here_hint
 from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions, PruneOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import shorten
@@ -349,6 +348,9 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     folder = cached_folder(name, revision)
     if folder or (bundled and revision is None):
         return folder, None, None
+
+    from evoprune.session.local_models import here_hint
+
     hint = here_hint() + (near_hint(name) or kind_hint(name))
     if not near_hint(name) and (wanted := downloadable_id(name)):
         command = f"hf download {wanted} config.json preprocessor_config.json{revision_flag(revision)}"

@@ -52,7 +52,6 @@ from evoprune.model import (
 )
 from evoprune.report import ModelFacts
 from evoprune.session.gguf.folder import gguf_files
-from evoprune.session.gguf.tensors import GgufTensors, gguf_tensors
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
     DTYPES,
@@ -415,7 +414,11 @@ def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int
     fingerprint = None
     if store and stored.files:
         fingerprint = f"{stored.fingerprint} {model.dtype}"
-    read = gguf_tensors(model.folder).get_tensor if gguf_files(model.folder) else None
+    read = None
+    if gguf_files(model.folder):
+        from evoprune.session.gguf.tensors import gguf_tensors
+
+        read = gguf_tensors(model.folder).get_tensor
     file = quantize_once(weights, model.quantize, fingerprint, progress, read)
     empty_cache()  # frees the memory of the original weights
     return file
@@ -500,7 +503,7 @@ def load_weights(
             if not ignored.search(name):
                 unused.append(stored)
             continue
-        if name.removesuffix(".weight") in as_stored and isinstance(content, GgufTensors):
+        if name.removesuffix(".weight") in as_stored and hasattr(content, "placeholder"):
             # Dequantized layers would not fit into memory together, so each one is read when it is quantized.
             weight = content.compact(stored) if name == EMBEDDINGS else content.placeholder(stored)
         else:

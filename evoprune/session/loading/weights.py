@@ -19,7 +19,6 @@ from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.gguf.folder import INDEX as GGUF_INDEX
 from evoprune.session.gguf.folder import assumed, gguf_files
-from evoprune.session.gguf.tensors import gguf_tensors
 from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id, kind_hint
 from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
@@ -389,6 +388,8 @@ def _indexed(stored: WeightFiles, index: Mapping[str, Path]) -> WeightFiles:
 
 def _opened(file: Path) -> Any:
     if file.name == GGUF_INDEX:
+        from evoprune.session.gguf.tensors import gguf_tensors
+
         return gguf_tensors(file.parent)
     with valid(f"weights file {file} is damaged or incomplete"):
         return open_safetensors(file)

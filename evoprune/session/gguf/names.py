@@ -1,0 +1,49 @@
+"""Tell whether a model name means GGUF files. Imported by every command, so it imports nothing else of this package."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from evoprune.errors import ModelError, first_line
+
+MAGIC = b"GGUF"
+OLLAMA = "ollama:"  # prefix of the names of Ollama's models
+SUFFIX = ".gguf"
+MAX_FILES = 1000  # maximum number of GGUF files in a folder, and of the parts of a model
+
+
+def names_gguf(name: str) -> bool:
+    """Return True if a model name means GGUF files: a name in Ollama's store, a GGUF file, or a folder of GGUF files."""
+    if name.startswith(OLLAMA):
+        return True
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return path.lower().endswith(SUFFIX) or is_gguf(Path(path))
+    return os.path.isdir(path) and not _is_folder_of_another_kind(Path(path)) and any(in_folder(Path(path)))
+
+
+def _is_folder_of_another_kind(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def is_gguf(path: Path) -> bool:
+    """Return True if a file begins like a GGUF file. Return False if it cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading from a pipe could block forever
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, ValueError):
+        return False
+
+
+def in_folder(folder: Path) -> Iterator[Path]:
+    """Yield the GGUF files in a folder, in alphabetical order."""
+    try:
+        found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIX))
+    except OSError as problem:
+        raise ModelError(f"{folder} cannot be read: {first_line(problem)}", "check its permissions") from problem
+    if len(found) > MAX_FILES:
+        raise ModelError(f"{folder} contains {len(found):,} GGUF files", "give one of them")
+    return iter(found)
