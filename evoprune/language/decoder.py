@@ -120,7 +120,8 @@ class KVCache(ColumnIds):
     """KV cache containing the keys and values of all columns read so far, except for columns dropped by a layer.
 
     Gated DeltaNets have no keys and values. Instead, the cache contains their states after all columns, and after each of the last
-    few columns if these were read in a single pass. Only these columns can be cropped, and all columns at once.
+    few columns if these were read in a single pass. Only these columns can be cropped, all columns at once, and the columns after
+    the latest call of `hold`.
 
     Args:
         model: The model to cache keys and values for.
@@ -144,6 +145,10 @@ class KVCache(ColumnIds):
         # is also that of the empty cache.
         self._empty = [DeltaState.initial(config, weight) if skips else None for skips in linear]
         self._states = [self._empty]
+        self._held = (
+            0,
+            self._empty,
+        )  # the length at the latest call of `hold` that is still valid, and the states at this length
         self._recurrent = any(linear)
         # Number of leading columns that differ between layers because some layers have dropped columns. The cache cannot be cropped
         # within this range.
@@ -165,10 +170,14 @@ class KVCache(ColumnIds):
 
     @property
     def least(self) -> int:
-        """The smallest length, except for 0, that the cache can be cropped to."""
+        """The smallest length from which on the cache can be cropped to any length. It can also be cropped to 0."""
         if self._recurrent:
             return max(self._uneven_until, self.length + 1 - len(self._states))
         return self._uneven_until
+
+    def hold(self) -> None:
+        """Make it possible to crop the cache to its current length later, until it is cropped further or `keep` is called."""
+        self._held = self.length, self.states
 
     def crop(self, length: int) -> None:
         """Drop all columns after the first `length` columns.
@@ -177,7 +186,8 @@ class KVCache(ColumnIds):
             ValueError: If the cache has fewer columns; or cropping to `length` would split the range of columns that differ between
                 layers, or require a state that is no longer known. Cropping to 0 is always possible.
         """
-        if not (0 <= length <= self.length and (length >= self.least or not length)):
+        held, held_states = self._held
+        if not (0 <= length <= self.length and (length >= self.least or length in (0, held))):
             raise ValueError(f"a cache of {self.length} columns cannot be cropped to {length}")
         lengths = [max(0, end - (self.length - length)) for end in self.lengths]
         cropped = {id(sizes): sizes[:end] for sizes, end in zip(self.sizes, lengths, strict=True) if sizes is not None}
@@ -185,9 +195,14 @@ class KVCache(ColumnIds):
         whole = self._uneven_until if length else 0
         states = [self._empty]
         if length and self._recurrent:
-            states = self._states[: len(self._states) - (self.length - length)]
+            known = length >= self.least
+            states = self._states[: len(self._states) - (self.length - length)] if known else [held_states]
+        kept = self._held if held <= length else (0, self._empty)
         # Assign all attributes in a single statement, so that a signal (Ctrl-C) cannot leave them partially updated.
-        self.length, self.lengths, self.sizes, self._uneven_until, self._states = length, lengths, sizes, whole, states
+        self.length, self.lengths, self.sizes, self._uneven_until, self._states, self._held = (
+            *(length, lengths, sizes, whole, states),
+            kept,
+        )
 
     def copy(self) -> Self:
         """Return a copy, which can be extended without changing the original."""
@@ -216,7 +231,7 @@ class KVCache(ColumnIds):
         for stored, state in zip(self._layers, self.states, strict=True):
             for tensor in stored if state is None else ():
                 tensor[:, :, :count] = tensor[:, :, columns]
-        self._states = self._states[-1:]
+        self._states, self._held = self._states[-1:], (0, self._empty)
         self.sizes = [sized.get(id(sizes)) for sizes in self.sizes]
         self._ids, self.length, self.lengths = ids, count, [count] * len(self.lengths)
 

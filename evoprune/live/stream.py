@@ -6,8 +6,9 @@ After the answer, everything prefilled for the question is cropped from the cach
 video, because tokens get the positions that Qwen assigns to their frame pairs, counted from the stream's first frame.
 
 Windows in the newest half of the memory keep all their tokens, whereas older windows are thinned (see `kept_counts`). The remaining
-tokens keep their positions. If a new position would exceed the model's supported range, the cached keys are rotated back first, so
-that the video starts at the oldest remaining window.
+tokens keep their positions. Recurrent states (Qwen3.5) are not thinned: they have a fixed size, so they include every window so
+far, and older windows fade by the model's own decay. If a new position would exceed the model's supported range, the cached keys
+are rotated back first, so that the video starts at the oldest remaining window.
 
 Units that haven't changed since the previous window are not encoded again, but they may still become tokens in the new window (see
 segments.py).
@@ -437,6 +438,7 @@ class StreamMemory:
         alike = int(language.model.config.vision_config.traits.timestamps)
         self._axes = torch.tensor([[1], [alike], [alike]], dtype=torch.int64, device="cpu")
         language.forward(language.embed(ids), arange_on(len(ids), "cpu").expand(3, -1), self.cache)
+        self.cache.hold()
 
     @property
     def columns(self) -> int:
@@ -458,6 +460,7 @@ class StreamMemory:
         self.following = self.look(encoded, pause)
         self.windows.append(encoded.window)
         self._thin(kept_counts([(window.tokens, window.whole) for window in self.windows], self._limit))
+        self.cache.hold()
 
     @torch.inference_mode()
     def look(self, encoded: EncodedWindow, pause: Callable[[], None] = lambda: None) -> int:
@@ -505,6 +508,7 @@ class StreamMemory:
             return
         head = torch.ones(self._head, dtype=torch.bool, device="cpu")
         self.cache.keep(torch.cat([head, *stay]).nonzero()[:, 0])
+        self.cache.hold()
         for window, kept in zip(self.windows, stay, strict=True):
             window.order, window.visual = window.order[kept], window.visual[kept]
         self.windows = [window for window in self.windows if len(window.order)]

@@ -40,6 +40,12 @@ def qwen3(tmp_path_factory):
     return load_model(str(folder), dtype="fp32", pack=False)
 
 
+@pytest.fixture(scope="module")
+def qwen3_5(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("qwen3_5"), family="qwen3_5")
+    return load_model(str(folder), dtype="fp32", pack=False)
+
+
 def frames_of(video):
     """Return the sampled frames of a file and their times."""
     with closing(read_chunks(video.plan.info, video.plan.sampling.times_s)) as chunks:
@@ -63,7 +69,7 @@ def fed(stream, seconds, fps=2.0, start=0.0):
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("budget, method", [(1.0, "none"), (0.25, "evoprune"), (0.1, "adjacent"), (0.25, "visionzip")])
-@pytest.mark.parametrize("model", ["demo", "qwen3"])
+@pytest.mark.parametrize("model", ["demo", "qwen3", "qwen3_5"])
 def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method, request):
     qa = VideoQA(request.getfixturevalue(model), budget=budget, method=method)
     video = qa.encode(CLIP)
@@ -79,8 +85,8 @@ def test_a_stream_of_one_window_has_the_answer_of_the_file(model, budget, method
 
 
 def keys_of(cache):
-    """Return the keys of all columns in the first layer, `[1, kv_heads, length, head_dim]`."""
-    return cache.room(0, 0)[2]
+    """Return the keys of all columns in the first attention layer, `[1, kv_heads, length, head_dim]`."""
+    return cache.room(next(layer for layer, state in enumerate(cache.states) if state is None), 0)[2]
 
 
 def logits(stream):
@@ -88,7 +94,9 @@ def logits(stream):
     answer = stream.ask(QUESTION, max_new_tokens=1)
     next(answer, None)
     cache = stream._memory.cache
-    state = [torch.cat(cache.room(layer, 0)[2:]) for layer in range(len(cache.lengths))]
+    state = []
+    for layer, recurrent in enumerate(cache.states):
+        state += [torch.cat(cache.room(layer, 0)[2:])] if recurrent is None else recurrent
     answer.close()
     return state
 
@@ -110,8 +118,9 @@ def watch_encoder(monkeypatch, watch):
     return found
 
 
-def test_a_question_leaves_no_trace(demo):
-    qa = VideoQA(demo, budget=0.25)
+@pytest.mark.parametrize("model", ["demo", "qwen3_5"])
+def test_a_question_leaves_no_trace(model, request):
+    qa = VideoQA(request.getfixturevalue(model), budget=0.25)
     with fed(qa.stream(window_s=2.0), 6) as asked, fed(qa.stream(window_s=2.0), 6) as silent:
         assert asked.ask("What happens?").text
         half = asked.ask("How many?", max_new_tokens=8)
@@ -124,7 +133,7 @@ def test_a_question_leaves_no_trace(demo):
         assert left == (half.report.finish_reason == "interrupt") and asked.seen == silent.seen
 
 
-@pytest.mark.parametrize("model", ["demo", "qwen3"])
+@pytest.mark.parametrize("model", ["demo", "qwen3", "qwen3_5"])
 def test_a_question_sees_the_frames_of_the_unfinished_window(model, request):
     qa = VideoQA(request.getfixturevalue(model), budget=0.25)
     with fed(qa.stream(window_s=4.0), 7) as stream, fed(qa.stream(window_s=4.0), 7) as ended:
@@ -140,10 +149,11 @@ def test_a_question_sees_the_frames_of_the_unfinished_window(model, request):
         assert answer.report.time_ms.ttft_wall > answer.report.time_ms.encode
 
 
-def test_the_unfinished_window_leaves_no_trace(demo):
+@pytest.mark.parametrize("model", ["demo", "qwen3_5"])
+def test_the_unfinished_window_leaves_no_trace(model, request):
     """Compares a stream asked after each frame with one never asked. Some frames change and some do not."""
     frames = [noise(0) if number % 5 else noise(number) for number in range(18)]
-    qa, ends = VideoQA(demo, budget=0.25), []
+    qa, ends = VideoQA(request.getfixturevalue(model), budget=0.25), []
     with qa.stream(window_s=4.0, memory_s=8.0) as asked, qa.stream(window_s=4.0, memory_s=8.0) as silent:
         for number, frame in enumerate(frames):
             asked.add(frame, number / 2)
@@ -188,7 +198,7 @@ def test_a_window_of_half_of_the_frames_has_half_of_the_tokens(demo):
         assert (full.seen.frames, half.seen.frames) == (16, 8) and full.seen.tokens == 2 * half.seen.tokens
 
 
-@pytest.mark.parametrize("model", ["demo", "qwen3"])
+@pytest.mark.parametrize("model", ["demo", "qwen3", "qwen3_5"])
 def test_windows_are_read_as_one_video(model, request):
     """Unpruned windows have the columns and positions of one video, because frame pairs do not attend to each other."""
     qa = VideoQA(request.getfixturevalue(model), budget=1.0)
@@ -237,6 +247,65 @@ def test_windows_of_any_method_are_thinned(demo, method):
         assert answer.text and answer.report.tokens.visual == sum(counts)
 
 
+def bytes_of(cache):
+    """Return the size of a cache in bytes, including recurrent states."""
+    stored = [cache.room(i, 0)[2:] if state is None else state for i, state in enumerate(cache.states)]
+    return sum(tensor.untyped_storage().nbytes() for each in stored for tensor in each)
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.full)])
+def test_the_memory_of_recurrent_layers_is_bounded(qwen3_5, count):
+    with VideoQA(qwen3_5, budget=0.25).stream(fps=2.0, window_s=1.0, memory_s=8.0) as stream:
+        sizes, starts = [], []
+        for number in range(count):
+            for half in (0, 1):
+                stream.add(noise(2 * number + half, 56), number + half / 2)
+            if number % 20 == 19:
+                assert stream.ask(QUESTION, max_new_tokens=3).report.stream["end_s"] == number + 1
+                stream.add(noise(number, 56), number + 1)  # the next window's first frame
+                answer = stream.ask(QUESTION, max_new_tokens=3)  # also reads the unfinished window
+                assert answer.report.stream["end_s"] > number + 1
+                stream.catch_up()
+                sizes.append(bytes_of(stream._memory.cache))
+                starts.append(stream.seen.start_s)
+        assert max(sizes) == sizes[1] and starts[-1] > count / 2
+
+
+def test_recurrent_states_include_thinned_windows(qwen3_5):
+    """Thinning removes keys, but the states are those after the windows were read as a whole."""
+    qa = VideoQA(qwen3_5, budget=0.25)
+    with qa.stream(window_s=2.0, memory_s=8.0) as thinned, qa.stream(window_s=2.0, memory_s=60.0) as whole:
+        fed(thinned, 8), fed(whole, 8)
+        expected = [state.recurrent for state in whole._memory.cache.states if state]
+        assert not thinned.seen.thinned
+        with torch.inference_mode():
+            thinned._memory._thin([1] * 4)
+        assert thinned.seen.thinned and thinned.seen.tokens < whole.seen.tokens
+        made = [state.recurrent for state in thinned._memory.cache.states if state]
+        assert len(made) == 4 and all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
+        assert thinned.ask(QUESTION, max_new_tokens=2).text is not None
+        thinned.catch_up()
+        fed(thinned, 2, start=8.0)
+        assert thinned.seen.windows == 5 and thinned.ask(QUESTION, max_new_tokens=2).text is not None
+
+
+def test_a_question_that_fails_leaves_the_recurrent_states(qwen3_5, monkeypatch):
+    qa = VideoQA(qwen3_5, budget=0.25)
+    with fed(qa.stream(window_s=2.0), 5) as broken, fed(qa.stream(window_s=2.0), 5) as whole:
+        usual = LanguageModel.prefill
+
+        def interrupted(*given, **options):
+            usual(*given, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(LanguageModel, "prefill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            str(broken.ask(QUESTION))
+        monkeypatch.undo()
+        fed(broken, 2, start=5.0), fed(whole, 2, start=5.0)
+        assert all(torch.equal(a, b) for a, b in zip(logits(broken), logits(whole), strict=True))
+
+
 def test_what_is_left_keeps_its_keys(demo):
     with VideoQA(demo, budget=0.25).stream(window_s=2.0, memory_s=8.0) as stream:
         fed(stream, 8)
@@ -248,16 +317,18 @@ def test_what_is_left_keeps_its_keys(demo):
         assert torch.equal(keys_of(cache)[0, :, head : head + left], keys[:, (order < left).nonzero()[:, 0]])
 
 
-def test_the_beginning_can_be_moved_without_a_change_of_distances(demo):
-    with fed(VideoQA(demo, budget=0.25).stream(window_s=2.0), 6) as stream:
+@pytest.mark.parametrize("model", ["demo", "qwen3_5"])
+def test_the_beginning_can_be_moved_without_a_change_of_distances(model, request):
+    model = request.getfixturevalue(model)
+    with fed(VideoQA(model, budget=0.25).stream(window_s=2.0), 6) as stream:
         memory = stream._memory
         keys = keys_of(memory.cache)
         whole = slice(memory._head, memory.cache.length)
         old = keys[0, :, whole].clone()
         with torch.inference_mode():
-            memory.cache.move(demo.model.config.text_config, whole, -40 * memory._axes)
+            memory.cache.move(model.model.config.text_config, whole, -40 * memory._axes)
             moved = keys[0, :, whole].clone()
-            memory.cache.move(demo.model.config.text_config, whole, 40 * memory._axes)
+            memory.cache.move(model.model.config.text_config, whole, 40 * memory._axes)
         products = [each @ each.transpose(1, 2) for each in (old, moved)]
         torch.testing.assert_close(*products, atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(keys[0, :, whole], old, atol=1e-4, rtol=1e-4)
@@ -501,8 +572,9 @@ def test_the_encoder_waits_while_a_question_is_read(demo, monkeypatch):
         assert len(layers) > 4 and stream.seen.windows == 2
 
 
-def test_a_window_that_a_question_interrupts_is_read_later(demo, monkeypatch):
-    qa = VideoQA(demo, budget=0.25)
+@pytest.mark.parametrize("model", ["demo", "qwen3_5"])
+def test_a_window_that_a_question_interrupts_is_read_later(model, monkeypatch, request):
+    qa = VideoQA(request.getfixturevalue(model), budget=0.25)
     usual, layers = Gate.give_way, []
 
     def give_way(gate):

@@ -33,7 +33,7 @@ def test_a_misspelt_id_is_recognized(name, meant):
     assert nearest_id(name) == meant
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-0.8B"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.6-35B-A3B"])
 def test_a_model_that_cannot_watch_is_refused_before_a_download_is_suggested(name):
     with pytest.raises(UsageError, match="cannot forget the oldest tokens") as caught:
         Session.load(name, PruneOptions(), streams=True)

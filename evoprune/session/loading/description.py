@@ -192,14 +192,11 @@ class ModelDescription:
         """Check that this model can watch a live stream using a given pruning method.
 
         Raises:
-            UsageError: If the method cannot prune a stream, or the model cannot forget its oldest tokens.
+            UsageError: If the method cannot prune a stream, or transformers runs the language model.
         """
         if method.reads_question or method.language or method.input:
             hint = "use one that acts inside the encoder or selects tokens without the question, such as evoprune"
             raise UsageError(f"method {method.name} cannot prune a stream", hint)
-        if self.recurrent:
-            problem = f"the recurrent layers of {self.id} cannot forget the oldest tokens"
-            raise UsageError(problem, "use a model without recurrent layers, such as Qwen/Qwen3-VL-4B-Instruct")
         if not self.native:
             problem = f"the language model of {self.id} is run by transformers, which cannot forget the oldest tokens"
             raise UsageError(problem, self.to_be_native)
