@@ -110,7 +110,7 @@ class ModelOptions:
 
     model: str | PathLike[str] = option(
         "demo",
-        "Hub id, local folder, GGUF file, ollama:NAME, or a bundled tiny model: demo, demo-scenes. evoprune models lists those "
+        "Hub id, local folder, GGUF file, ollama:NAME, or a bundled tiny model: demo, demo-scenes. The command models lists those "
         "on this machine.",
         "-m",
         "--model",
