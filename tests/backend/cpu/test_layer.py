@@ -105,7 +105,7 @@ def test_a_replaced_or_hooked_layer_is_called(model):
     mlp = model.model.language_model.layers[0].mlp
     seen = []
     with mlp.up_proj.register_forward_hook(lambda *given: seen.append(given)):
-        torch.testing.assert_close(outputs(model, [1, 4]), expected, rtol=0.1, atol=0.1)
+        assert (outputs(model, [1, 4]) - expected).norm() < 0.1 * expected.norm()
     assert len(seen) == 3
     mlp.down_proj = model.model.language_model.layers[1].mlp.down_proj
     assert (outputs(model, [1, 4]) - expected).norm() > 0.2 * expected.norm()
