@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evoprune.batch.rows import (
+    FIELDS,
     Problems,
     Row,
     RowReader,
@@ -104,6 +105,25 @@ def test_what_a_row_says_is_what_is_asked(rows):
     for row, given_, name in zip(made, rows, names, strict=True):
         assert (row.video, row.question) == (given_["video"], given_["question"]) and name in (None, row.id)
         assert (row.start_s, row.end_s) == (given_.get("start", 0), given_.get("end"))
+
+
+OTHER_VALUES = {
+    "video": "b.mp4", "inputs": ["a.mp4", "b.mp4"], "question": "Who?", "start": 1, "end": 2, "fps": 3, "frames": 4,
+    "frame_rate": 5,
+    "max_new_tokens": 6, "options": ["red", "blue"], "subtitles": "a.srt",
+    "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+}  # fmt: skip
+
+
+def test_every_field_that_changes_an_answer_is_part_of_what_is_asked():
+    assert {*OTHER_VALUES} == {*FIELDS} - {"id", "answer", "type", "groups"}
+    (usual,) = read(jsonl(ROW))
+    for name, value in OTHER_VALUES.items():
+        row = {key: each for key, each in ROW.items() if (key, name) != ("video", "inputs")} | {name: value}
+        if name == "messages":
+            row = row | {name: [*value, {"role": "user", "content": row.pop("question")}]}
+        (other,) = read(jsonl(row))
+        assert other.asked != usual.asked, name
 
 
 def test_an_id_is_made_of_what_is_asked_and_of_nothing_else():
