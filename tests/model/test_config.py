@@ -507,3 +507,11 @@ def test_only_the_family_decides_on_interleaving():
     content = copy.deepcopy(CONTENTS["3"])
     content["text_config"]["rope_scaling"] = {"mrope_section": [24, 20, 20], "mrope_interleaved": False}
     assert Config.parse(content).text_config.rope_parameters["mrope_interleaved"] is True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_rotary_sections_fill_the_heads(family):
+    """Each section has the number of feature pairs of one position axis."""
+    text = FAMILIES[family].text
+    if "head_dim" in text:
+        assert 2 * sum(text["mrope_section"]) == text["head_dim"] * text.get("partial_rotary_factor", 1)
