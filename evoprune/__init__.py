@@ -3,6 +3,8 @@
 Public names are imported on first use, so `import evoprune` itself takes almost no time.
 """
 
+from importlib import import_module
+
 import lazy_loader
 
 __version__ = "0.1.0"
@@ -15,9 +17,15 @@ _MEANT = dict.fromkeys(
 ) | {"ask": "evoprune.VideoQA.load(model).ask", "Video": "evoprune.VideoQA.load(model).encode"}
 
 
+# Packages that the documentation mentions, which are attributes even before they are imported.
+_PACKAGES = ("batch", "bench", "errors", "hf", "live", "methods", "moments", "report", "session", "video")
+
+
 def __getattr__(name: str):
     if name in __all__:
         return _import(name)
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     from evoprune.suggestions import unknown_attribute
 
     raise unknown_attribute("module 'evoprune'", name, _MEANT, __all__)

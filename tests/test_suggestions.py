@@ -235,3 +235,8 @@ def test_a_suggestion_imports_no_torch():
     assert [line.partition("; ")[2] for line in out[:3]] == [
         "did you mean evoprune.VideoQA.load?", "set max_new_tokens in VideoQA.ask", "set budget in VideoQA.load or EvoPrune",
     ] and out[3] == "False"  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["batch", "bench", "methods", "session", "video"])
+def test_a_documented_package_is_an_attribute_before_it_is_imported(name):
+    assert evoprune.__getattr__(name).__name__ == f"evoprune.{name}"

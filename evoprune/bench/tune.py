@@ -36,6 +36,7 @@ from evoprune.bench.shared import (
 from evoprune.bench.tune_results import TuneResults
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, UsageError, VideoError, error_record
 from evoprune.methods import MethodChain, MethodText
+from evoprune.report import DEMO_KNOWLEDGE
 from evoprune.session import (
     EncodedInputs,
     LoadedModel,
@@ -399,6 +400,7 @@ class FullAnswers:
     references: tuple[Reference, ...]
     first_s: float  # time to encode the video and to process the first question, in seconds
     took_s: float  # total time, in seconds
+    warnings: tuple[str, ...] = ()  # names of the warnings of the last answer
 
     @property
     def tokens(self) -> int:
@@ -522,7 +524,9 @@ class Answering:
             str(answer)  # generates the answer
             ended = answer.report.finish_reason == "stop"
             references.append(Reference.of(fresh, question, answer.ids, ended, think=self._think))
-        return FullAnswers(path, tuple(references), seconds + references[0].seconds, self._limit.now() - start)
+        first_s = seconds + references[0].seconds
+        warnings = tuple(answer.report.warnings)
+        return FullAnswers(path, tuple(references), first_s, self._limit.now() - start, warnings)
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
         """Choose an answer length and a number of questions that fit in the available time, based on the speed of a short test
@@ -822,6 +826,10 @@ class Tuning(Run):
         if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
             asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
             notes.append(f"the time limit allowed only answers of {answering.tokens} tokens to {asked}")
+        if any({"demo_model", "demo_untold"} & {*each.warnings} for each in answering.made):
+            notes.append(
+                f"{DEMO_KNOWLEDGE}, so these answers mean nothing; for a real model: -m Qwen/Qwen2.5-VL-3B-Instruct"
+            )
         fewer = sum(len(trials) < len(answering.made) for trials in known)
         if self.has_results and fewer:
             untried = sum(not trials for trials in known)
@@ -829,7 +837,7 @@ class Tuning(Run):
             if len(names) > MOST_NAMES:
                 names = [f"{len(names)} videos, {names[0]} to {names[-1]}"]
             notes.append(
-                f"{fewer} of {len(known)} settings were not tried on all {counted(len(answering.made), 'video')}, and {untried} on "
+                f"{fewer} of {len(known)} settings were not tried on every video, and {untried} on "
                 f"none; {counted(compared['settings'], 'setting')} compared on {listed(names)}"
             )
         if self.loaded:

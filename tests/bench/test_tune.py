@@ -354,7 +354,7 @@ def test_a_note_names_the_videos_on_which_settings_were_compared(saved, monkeypa
     assert {row["videos"] for row in document["rows"]} == {1} and len(document["rows"]) == 6
     assert document["compared"] == {"settings": 6, "videos": [CLIPS[0]]}
     notes = " ".join(document["notes"])
-    assert "6 of 6 settings were not tried on all 2 videos, and 0 on none; 6 settings compared on square.mp4" in notes
+    assert "6 of 6 settings were not tried on every video, and 0 on none; 6 settings compared on square.mp4" in notes
 
 
 @pytest.mark.parametrize("agree", [0.5, 0.9, 0.98, 0.999])

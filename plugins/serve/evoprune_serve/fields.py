@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from evoprune.util import did_you_mean
 from evoprune_serve.errors import refused
 
 NUMBER = (int, float)
@@ -42,6 +43,7 @@ class Fields:
             raise refused(f"{place or 'the body'} is {json_text(value)}, not an object", place or None)
         self._place = place
         self._left = {name: each for name, each in value.items() if each is not None}
+        self._known: set[str] = set()  # names of the fields that were asked for
 
     def name_of(self, field: str) -> str:
         return f"{self._place}.{field}" if self._place else field
@@ -52,6 +54,7 @@ class Fields:
         Raises:
             ApiError: If the value has the wrong type.
         """
+        self._known.add(field)
         if field not in self._left:
             return default
         value = self._left.pop(field)
@@ -88,6 +91,7 @@ class Fields:
         for field, value in self._left.items():
             name = self.name_of(field[:60])
             if field not in (neutral or {}):
-                raise refused(f"{name} is not supported here", name, "unsupported_parameter")
+                meant = did_you_mean(field, self._known).strip()
+                raise refused(f"{name} is not supported here" + (meant and f"; {meant}"), name, "unsupported_parameter")
             if not neutral[field](value):
                 self.refuse(field, f"is {json_text(value)}, which is not supported here")

@@ -100,6 +100,8 @@ class UploadForm:
             extended = EXTENDED_NAME.search(disposition)
             self.filename = unquote(_text(extended[1])) if extended else _text(options.get(b"filename", b""))
             return
+        if b"filename" in options:
+            raise refused(f"the file is in the field {name[:60]}; send it in the field file", name[:60])
         _, kind_options = parse_options_header(self._headers.get(b"content-type", b""))
         _check_charset(kind_options)
         if len(self.fields) >= MOST_FIELDS:

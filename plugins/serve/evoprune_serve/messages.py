@@ -85,6 +85,8 @@ def read_messages(messages: Mapping[str, Any], field: str) -> tuple[str | None, 
         said.append({"role": role, "content": str(text)})
         contents.append(pieces)
         sources += shown
+    if not said:
+        raise refused(f"{field} is empty", field)
     if len(said) % 2 == 0:
         raise refused("the last message is not from the user", field)
     if not sources:
