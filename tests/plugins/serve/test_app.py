@@ -504,6 +504,11 @@ def test_forms_that_are_not_valid_are_400(server, tmp_path):
         ("boundary=b", form("Content-Disposition: form-data\r\n\r\nx"), "Content-Disposition"),
         ("boundary=b", form("Content-Disposition\r\n\r\nx"), "not valid"),
         ("boundary=b", form(file, file), "more than one file"),
+        (
+            "boundary=b",
+            form('Content-Disposition: form-data; name="foo"; filename="a.mp4"\r\n\r\nx'),
+            "in the field file",
+        ),
         ("boundary=b", form(text_part("a"), text_part("a")), "twice"),
         ("boundary=b", form(*map(text_part, "abcdefghi")), "more than 8 fields"),
         ("boundary=b", form(text_part("purpose", 2000 * "x")), "more than 1024 bytes"),
@@ -514,6 +519,18 @@ def test_forms_that_are_not_valid_are_400(server, tmp_path):
         response = server.client.post("/v1/files", content=content, headers=head)
         assert response.status_code == 400 and says in response.json()["error"]["message"], (kind, content)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelled_field_and_no_messages(server):
+    from evoprune_serve.errors import ApiError
+    from evoprune_serve.fields import Fields
+
+    response = server.client.post(CHAT, json={"messages": []})
+    assert response.json()["error"]["message"] == "messages is empty"
+    fields = Fields({"budgt": 0.1})
+    fields.take("budget", float)
+    with pytest.raises(ApiError, match="budgt is not supported here; did you mean budget"):
+        fields.end()
 
 
 def test_names_of_uploads(server):
