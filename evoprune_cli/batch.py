@@ -396,6 +396,8 @@ class Tally:
     def __exit__(self, category, problem, trace) -> None:
         if isinstance(problem, BrokenPipeError | SystemExit):
             return
+        if problem and not isinstance(problem, Exception):
+            problem.reported = True
         if problem and not (self._file and self._file.written):
             if not isinstance(problem, Exception) and not self.quiet:
                 tell("interrupted before any record was written; to continue, repeat the same command")

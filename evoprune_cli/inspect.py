@@ -127,7 +127,7 @@ def inspect(given: InspectArguments) -> int:
             for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
                 print(printable(line, stdout()), file=stdout())
 
-    with rescuing(lambda: True, deliver):
+    with rescuing(lambda: given.json or given.video is None, deliver):
         every = _about_machine(given.options, given.overlay, given.scan, given.clear_cache)
         if given.video is not None:
             every = _about_video(given.video, given.options, given.overlay, given.scan, given.clear_cache)

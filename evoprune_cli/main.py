@@ -99,6 +99,14 @@ class Group(TyperGroup):
         remember(Typed(None, args))
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx):
+        """Run the command, and report Ctrl-C, of which some Typer versions only return the exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            terminal.tell_stopped(stop)
+            raise
+
     def format_commands(self, ctx, formatter):
         """Write the commands with their whole descriptions, which click would cut off in a narrow terminal."""
         commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
@@ -330,6 +338,8 @@ def _outcome() -> int:
         code = 143
     except (Exception, ParserError) as problem:
         if code := _signal_code(problem):
+            if code == 130:
+                terminal.tell_stopped(problem)
             return code
         try:
             code = _report(problem)

@@ -244,6 +244,15 @@ def tell(text: str) -> None:
         note(paint(line, "2"))
 
 
+def tell_stopped(problem: BaseException) -> None:
+    """Print that Ctrl-C stopped the command, unless the command has reported it, or `--quiet` is set."""
+    if typed().wants("quiet") or getattr(problem, "reported", False):
+        return
+    if sys.stderr.isatty():
+        note("\r", end="")  # overwrites the ^C printed by the terminal
+    tell("Stopped.")
+
+
 def print_titled(title: str, text: str) -> None:
     """Print a message with a colored title to stderr. `title` is a key of `COLORS`.
 

@@ -1,4 +1,4 @@
-"""Test Ctrl-C while a video read hangs: every command, and Python, exits immediately and silently, and leaves nothing behind.
+"""Test Ctrl-C while a video read hangs: every command, and Python, exits immediately, and leaves nothing behind.
 
 `python -m tests.cli.test_interrupts FOLDER NAME...` performs the runs. Each run is a fork of that process, which has already
 imported everything. The process prints one JSON object per run.
