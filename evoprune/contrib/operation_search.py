@@ -139,12 +139,15 @@ class RecipeSearch:
     The attribute `found` contains the steps found so far, and `complete` indicates whether the order is complete.
 
     Raises:
-        UsageError: If the language model has only one layer.
+        UsageError: If the language model has only one layer, or layers without attention.
     """
 
     schema: ClassVar[str] = SCHEMA
 
     def __init__(self, config):
+        if config.linear_layers:
+            problem = "operations need attention in every layer, but most layers of this model are Gated DeltaNets"
+            raise UsageError(problem, "use a model with attention in all layers, such as Qwen3-VL")
         after = LanguagePlan.layers_before(PLACE, config.num_hidden_layers)
         if not after:
             raise UsageError("a language model with one layer has no operations to skip", "use a deeper model")

@@ -198,6 +198,7 @@ class Operations(LanguageMethod):
 
     name = "operations"
     source = "zxcvfd13502/GSOP"
+    attends = "every"
 
     recipe: Recipe | None = None
 
@@ -217,8 +218,7 @@ class Operations(LanguageMethod):
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, *where: torch.Tensor
     ) -> Dropping:
-        plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
-        return _Grouped(self, plan, model, embeds, visual, *where)
+        return _Grouped(self, self.plan_for(model, len(visual), budget), model, embeds, visual, *where)
 
 
 class _Grouped(Dropping):

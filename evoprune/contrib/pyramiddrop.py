@@ -22,6 +22,7 @@ class PyramidDrop(LanguageMethod):
     name = "pyramiddrop"
     source = "arXiv 2410.17247, section 3.2"
     default_share = 7 / 24  # (1/2 + 1/4 + 1/8) / 3, because each drop leaves half of the tokens
+    attends = "next"
 
     def drops(self, depth: int, tokens: int, budget: float) -> LanguagePlan:
         return several_drops(depth, tokens, (0.25, 0.5, 0.75), lambda share: (share, share**2, share**3), budget)

@@ -26,6 +26,7 @@ class VisiPruner(LanguageMethod):
     name = "visipruner"
     source = "arXiv 2510.17205, section 4"
     exact = False
+    attends = "every"
 
     shallow: Part = 6 / 32  # fraction of the layers, from the first, in which text does not attend to visual tokens
     latest: Part = 0.5  # fraction of the layers after which tokens are dropped if no layer has been decisive

@@ -411,6 +411,7 @@ def forward(
             count = len(rows[0])
         entered.append(count)
         entering = x
+        heads = []
         if (state := cache.states[i]) is not None:
             if compiled:
                 x, inputs, recurrent = compiled[i](x, *state)

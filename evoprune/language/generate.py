@@ -165,7 +165,8 @@ class LanguageModel:
             prompt: The prompt after pruning.
         """
         tokens = sum(len(each.kept) for each in read)
-        if method.language_work(self.model.config.text_config.num_hidden_layers, tokens, budget) is None:
+        config = self.model.config.text_config
+        if method.language_work(config.num_hidden_layers, tokens, budget, config.linear_layers) is None:
             return None
         pairs = []
         inside = []

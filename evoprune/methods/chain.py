@@ -4,6 +4,7 @@ The four components of a chain act on the input, inside the encoder, after the e
 `PruneConfig` combines a chain with a budget and a seed.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Self
@@ -207,22 +208,30 @@ class MethodChain:
             return budget
         return self.language.left
 
-    def language_work(self, depth: int, tokens: int, budget: float) -> tuple[tuple[int, int, int], ...] | None:
+    def language_work(
+        self, depth: int, tokens: int, budget: float, linear: Collection[int] = ()
+    ) -> tuple[tuple[int, int, int], ...] | None:
         """Return the number of visual tokens that each language-model layer computes, or None if no tokens are dropped.
 
         Args:
             tokens: The number of visual tokens that reach the language model.
             budget: The user-requested fraction of tokens.
+            linear: The indices of the layers without attention. See `LanguageMethod.plan`.
 
         Returns:
             Three counts per layer. See `LanguagePlan.work`.
+
+        Raises:
+            UsageError: If the method cannot be used with these layers.
         """
         if self.language is None:
             return None
         inner = self.language
-        return call(inner.package, lambda: inner.drops(depth, tokens, self.language_share(budget)).work)
+        return call(inner.package, lambda: inner.plan(depth, tokens, self.language_share(budget), linear).work)
 
-    def prompt_columns(self, depth: int, tokens: int, text: int, budget: float) -> int | tuple[int, ...]:
+    def prompt_columns(
+        self, depth: int, tokens: int, text: int, budget: float, linear: Collection[int] = ()
+    ) -> int | tuple[int, ...]:
         """Return the total number of prompt tokens (columns), both visual and text.
 
         Args:
@@ -231,7 +240,7 @@ class MethodChain:
         Returns:
             One number per layer, or a single number if no tokens are dropped inside the language model.
         """
-        work = self.language_work(depth, tokens, budget)
+        work = self.language_work(depth, tokens, budget, linear)
         if work is None:
             return tokens + text
         return tuple(keys + text for keys, _, _ in work)

@@ -6,7 +6,7 @@ contrib/fastv.py.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 
 from evoprune.backend import Timer, snap, to_device
-from evoprune.errors import call
+from evoprune.errors import UsageError, call
 from evoprune.methods.base import Method, check_ranges
 from evoprune.methods.budget import Budget
 from evoprune.methods.ranking import highest
@@ -34,9 +34,10 @@ class LayerState:
     x: torch.Tensor  # `[C, hidden]`, the layer's output
     places: tuple[torch.Tensor, torch.Tensor]  # rotary cosines and sines of the columns
     bias: torch.Tensor | None  # `[C]`, added to each column's attention logits
-    queries: torch.Tensor  # `[1, C, heads, head_dim]`, rotated
-    keys: torch.Tensor  # `[1, kv_heads, C, head_dim]`, rotated
-    values: torch.Tensor  # same shape as `keys`
+    # `[1, C, heads, head_dim]`, rotated; like the keys and values, None after a layer without attention (a Gated DeltaNet)
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None  # `[1, kv_heads, C, head_dim]`, rotated
+    values: torch.Tensor | None = None  # same shape as `keys`
 
 
 class Drop(NamedTuple):
@@ -96,6 +97,26 @@ class LanguagePlan:
         if not self.drops:
             return None
         return tuple((count,) * 3 for count in self.layers)
+
+    @property
+    def mean(self) -> float:
+        """The mean number of visual tokens that the layers after the first drop read."""
+        read = self.layers[self.drops[0].after if self.drops else 0 :]
+        return sum(read) / len(read)
+
+    def moved(self, places: Sequence[int]) -> Self:
+        """Return a plan whose drops follow only numbers of layers in `places` (ascending).
+
+        Each drop moves to the next place, or to the last place if there is none after it. If several drops move to the same place,
+        the last one applies.
+        """
+
+        def place(after: int) -> int:
+            return next((each for each in places if each >= after), places[-1])
+
+        drops = {place(drop.after): drop.left for drop in self.drops}
+        looks = sorted({place(after) for after in self.looks})
+        return replace(self, drops=tuple(map(Drop, drops.keys(), drops.values())), looks=tuple(looks))
 
     def left(self, after: int) -> int:
         """Return the number of visual tokens that remain after the first `after` layers."""
@@ -170,9 +191,11 @@ class LayerTokens:
     visual: torch.Tensor  # int64 [n], the columns of the visual tokens among the layer's C columns, ascending
     pair: torch.Tensor  # int64 [n], the index of the token's frame pair
     place: torch.Tensor  # float32 [n, 2], the token's row and column in the frame, as fractions of its height and width
-    queries: torch.Tensor  # [Q, heads, head_dim], queries of the text after the last visual token, rotated
-    keys: torch.Tensor  # [C, kv_heads, head_dim], keys of the columns, rotated; neighboring heads share a key
-    values: torch.Tensor  # [C, kv_heads, head_dim]
+    # [Q, heads, head_dim], queries of the text after the last visual token, rotated. Like the keys and values, they are None after
+    # a layer without attention, which only methods that set `attends` to "next" encounter.
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None  # [C, kv_heads, head_dim], keys of the columns, rotated; neighboring heads share a key
+    values: torch.Tensor | None  # [C, kv_heads, head_dim]
     bias: torch.Tensor | None  # [C], added to each column's attention logits
     visual_embeds: torch.Tensor  # [N, hidden], all visual tokens as fed to the first layer
     text_embeds: torch.Tensor  # [Q, hidden], the text after the last visual token, as fed to the first layer
@@ -251,6 +274,10 @@ class LanguageMethod(Method, ABC):
 
     acts: ClassVar[Literal["language"]] = "language"
     default_share: ClassVar[float] = 0.5  # the fraction used in the method's paper
+    # The layers that must have attention, because the method reads their queries and keys, or changes their attention: the layer
+    # before each drop ("latest"), the layer after it ("next"; see `LayerTokens.following`), or all layers ("every"). In models with
+    # Gated DeltaNets, `plan` moves the drops accordingly.
+    attends: ClassVar[Literal["latest", "next", "every"]] = "latest"
 
     # This method's budget when it follows another method, in (0, 1]; None uses `default_share`.
     share: float | None = None
@@ -274,6 +301,49 @@ class LanguageMethod(Method, ABC):
             budget: The fraction of these tokens to leave, averaged over the layers after the first drop.
         """
 
+    def plan(self, depth: int, tokens: int, budget: float, linear: Collection[int] = ()) -> LanguagePlan:
+        """Return the plan of `drops`, adapted to a model in which some layers have no attention.
+
+        Each drop moves to the next layer at which `attends` is met, or to the last such layer if there is none after it. Moving
+        several drops changes the mean number of tokens, so they leave fewer or more tokens, such that the mean is at most that of
+        the original plan.
+
+        Args:
+            depth, tokens, budget: See `drops`.
+            linear: The indices of the Gated DeltaNet layers, which have no attention.
+
+        Raises:
+            UsageError: If the method needs attention in every layer, or there is no layer to which the drops can move.
+        """
+        if linear and self.attends == "every":
+            raise self._unsuited("needs attention in every layer")
+        plan = self.drops(depth, tokens, budget)
+        if not (linear and plan.looks):
+            return plan
+        if plan.blind:
+            raise self._unsuited("hides visual tokens from the text in some layers")
+        scored = 0 if self.attends == "next" else -1
+        places = [after for after in range(1, depth) if after + scored not in linear]
+        if not places:
+            raise self._unsuited("drops tokens next to an attention layer")
+        made = plan.moved(places)
+        if len(plan.drops) > 1:
+            low, high = 0.0, 1.0
+            for _ in range(30):
+                middle = (low + high) / 2
+                tried = self.drops(depth, tokens, middle).moved(places)
+                if tried.mean > plan.mean:
+                    high = middle
+                else:
+                    low, made = middle, tried
+        return made
+
+    def _unsuited(self, why: str) -> UsageError:
+        problem = (
+            f"method {self.name} {why}, but most layers of this model are Gated DeltaNets, which have no attention"
+        )
+        return UsageError(problem, "use evoprune or fastv, or a model with attention in all layers, such as Qwen3-VL")
+
     def score(self, tokens: LayerTokens) -> torch.Tensor:
         """Return a nonnegative score for each visual token: float32 `[n]`. The highest-scoring tokens are kept.
 
@@ -291,12 +361,16 @@ class LanguageMethod(Method, ABC):
         # Scores with a relative difference below 1/10,000 are considered ties.
         return Selection(highest(snap(self.score(tokens).log()), tokens.left))
 
+    def plan_for(self, model, tokens: int, budget: float) -> LanguagePlan:
+        """Return the plan for a prompt of a loaded model. See `plan`."""
+        config = model.config.text_config
+        return self.plan(config.num_hidden_layers, tokens, budget, config.linear_layers)
+
     def reading(
         self, model, budget: float, embeds: torch.Tensor, visual: torch.Tensor, pair: torch.Tensor, place: torch.Tensor
     ) -> "Dropping":
         """Return the object that drops tokens while the decoder reads one prompt. See `Dropping` for the arguments."""
-        plan = self.drops(model.config.text_config.num_hidden_layers, len(visual), budget)
-        return Dropping(self, plan, model, embeds, visual, pair, place)
+        return Dropping(self, self.plan_for(model, len(visual), budget), model, embeds, visual, pair, place)
 
 
 def select_in_language(method: LanguageMethod, tokens: LayerTokens) -> Selection | None:
@@ -446,14 +520,17 @@ class Dropping:
         after = state.after
         entering = state.entering
         x = state.x
-        keys = state.keys[0].transpose(0, 1)
-        values = state.values[0].transpose(0, 1)
+        queries = keys = values = None
         due = after in {drop.after for drop in self._plan.drops}
         latest = layers[after - 1]
         cos, sin = state.places
         texts = slice(len(x) - self._text, None)
+        if state.queries is not None:
+            queries = state.queries[0][texts]
+            keys = state.keys[0].transpose(0, 1)
+            values = state.values[0].transpose(0, 1)
         seen = LayerTokens(
-            after, left, due, x[self._visual], self._visual, self._pair, self._place, state.queries[0][texts],
+            after, left, due, x[self._visual], self._visual, self._pair, self._place, queries,
             keys, values, state.bias, *self._embeds, self._memory,
         )  # fmt: skip
 
@@ -475,4 +552,9 @@ class Dropping:
     def _projected(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
         """Project a layer's input `x` to queries ("q") or keys ("k"), without rotary embeddings: `[C, heads, head_dim]`."""
         config = self._model.config.text_config
+        if not hasattr(layer, "self_attn"):
+            problem = f"method {self._method.name} reads the attention of a layer that has none (a Gated DeltaNet)"
+            raise UsageError(
+                problem, "use evoprune or fastv, or a model with attention in all layers, such as Qwen3-VL"
+            )
         return heads_of(layer.self_attn, name, norm(x, layer.input_layernorm.weight, config), config)[0]

@@ -349,6 +349,11 @@ class TextConfig:
         """Return True if the layer with the given zero-based index is a Gated DeltaNet."""
         return self.delta_net is not None and self.delta_net.layer_types[layer] == LINEAR
 
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """The zero-based indices of the layers that are Gated DeltaNets."""
+        return tuple(filter(self.is_linear, range(self.num_hidden_layers)))
+
     def has_experts(self, layer: int) -> bool:
         experts = self.experts
         return (

@@ -108,8 +108,9 @@ class Session:
         Returns:
             A single number for all layers, or a tuple with one number per layer.
         """
-        depth = self.loaded.model.config.text_config.num_hidden_layers
-        return self.pruning.method.prompt_columns(depth, tokens, text, self.pruning.budget.largest)
+        config = self.loaded.model.config.text_config
+        share = self.pruning.budget.largest
+        return self.pruning.method.prompt_columns(config.num_hidden_layers, tokens, text, share, config.linear_layers)
 
     def fitting_prompt(
         self,

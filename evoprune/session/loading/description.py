@@ -163,8 +163,7 @@ class ModelDescription:
     @property
     def recurrent(self) -> bool:
         """Whether some layers are Gated DeltaNets, whose state includes all tokens that they have read."""
-        text = self.config.text_config
-        return any(map(text.is_linear, range(text.num_hidden_layers)))
+        return bool(self.config.text_config.linear_layers)
 
     @property
     def can_be_quantized(self) -> bool:
@@ -176,13 +175,10 @@ class ModelDescription:
 
         Raises:
             UsageError: If the language model doesn't support the method, for example because the method has no recipe for this
-                number of layers.
+                number of layers, or needs attention in every layer.
         """
-        method.language_work(self.config.text_config.num_hidden_layers, 64, 1.0)
-        if method.language and self.recurrent:
-            works = method.before.name if method.before.members else "evoprune"
-            problem = f"method {method.name} acts inside the language model, which has recurrent layers here"
-            raise UsageError(problem, f"use {works}, or a model without recurrent layers, such as Qwen3-VL")
+        text = self.config.text_config
+        method.language_work(text.num_hidden_layers, 64, 0.25, text.linear_layers)
         if method.language and not self.native:
             works = method.before.name if method.before.members else "evoprune"
             problem = f"method {method.name} acts inside the language model, which transformers runs here"

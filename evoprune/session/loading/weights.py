@@ -232,9 +232,9 @@ class ModelWeights:
         model = self.description
         pruning = plan.pruning.config()
         encoder = plan.encoder
-        depth = model.config.text_config.num_hidden_layers
+        text = model.config.text_config
         share = pruning.budget.share_of_all([encoder.grid])
-        prompt = pruning.method.prompt_columns(depth, encoder.keep, TEXT, share)
+        prompt = pruning.method.prompt_columns(text.num_hidden_layers, encoder.keep, TEXT, share, text.linear_layers)
         available = Device(model.device).available_memory()
         bytes_each = DTYPES[model.dtype].itemsize
         # If memory is low, try smaller pieces, just like an actual run.
