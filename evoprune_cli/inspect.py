@@ -33,6 +33,7 @@ ONLY_IF_SET = (
     "files",
     "assumed",
     "download_bytes",
+    "language_layers",
     "clock_restarts",
     "clock_gap_s",
     "rate_guessed",
@@ -311,6 +312,11 @@ def _times(value: list[float]) -> str:
     return ", ".join(times) + " s"
 
 
+def _drops(layers: list[list[int]]) -> str:
+    edges = [pair for before, pair in zip([[], *layers], layers, strict=False) if before[1:] != pair[1:]]
+    return ", ".join(f"{tokens:,} from layer {layer} on" for layer, tokens in edges)
+
+
 def _parameters(count: int) -> str:
     if count < 10**9:
         return f"{count:,}"
@@ -328,6 +334,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {  # formatters for single values
     "tower": _layers,
     "language_model": _layers,
     "parameters": _parameters,
+    "language_layers": _drops,
     "duration_s": lambda seconds: f"{seconds:.3f} s ({clock(seconds)})",
     "seconds": lambda seconds: f"{seconds:.3f} s",
 }

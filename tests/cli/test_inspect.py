@@ -85,6 +85,15 @@ def test_the_memory_is_that_of_the_check_before_a_run(cli, tiny_folder, monkeypa
     )
 
 
+def test_the_layers_that_drop_tokens_are_shown(cli):
+    args = ("inspect", CLIP, "-m", "Qwen/Qwen3.5-2B", "--method", "fastv", "-b", "0.25")
+    layers = cli(*args, "--json").record["memory"]["language_layers"]
+    assert layers == [[layer, 120 if layer < 4 else 30] for layer in range(24)]
+    assert "language layers     120 from layer 0 on, 30 from layer 4 on\n" in cli(*args).out
+    assert "language layers" not in cli(*args[:4]).out
+    assert "needs attention in every layer" in cli(*args[:5], "visipruner").err
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
 def test_fewer_bits_need_less_memory_whether_or_not_the_model_is_here(cli, no_network_no_weights, tiny_folder):

@@ -253,6 +253,7 @@ class ModelWeights:
             "method": pruning.name,
             "budget": pruning.budget.recorded,
             "visual_tokens": encoder.keep,
+            "language_layers": None if isinstance(prompt, int) else [[i, n - TEXT] for i, n in enumerate(prompt)],
             "weights_bytes": self.bytes,
             "working_bytes": working,
             "needed_bytes": needed,
