@@ -5,6 +5,7 @@ Reads only small files and headers. Does not import torch.
 
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,10 +13,11 @@ from math import prod
 from pathlib import Path
 
 from evoprune.backend import DeviceName
-from evoprune.errors import ModelError, first_line
+from evoprune.errors import ModelError, ModelWarning, first_line
 from evoprune.model import FAMILIES, Config
 from evoprune.session.gguf.files import (
     OLLAMA,
+    OLLAMA_PART,
     find_files,
     ollama_files,
     ollama_models,
@@ -53,7 +55,13 @@ class LocalModel:
 
 
 def local_models() -> list[LocalModel]:
-    """Return the models on this machine. Models that run here come first."""
+    """Return the models on this machine. Models that run here come first. Warns of unreadable folders in EVOPRUNE_MODELS."""
+    unreadable = [
+        str(path) for path in _own_folders() if not (os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK))
+    ]
+    if unreadable:
+        text = f"EVOPRUNE_MODELS names a folder that does not exist or cannot be read: {some(unreadable)}"
+        warnings.warn(text, ModelWarning, stacklevel=3)
     found = list(islice(_described(), MAX_MODELS))
     return sorted(found, key=lambda model: (model.problem is not None, model.series is None))
 
@@ -63,6 +71,15 @@ def here_hint() -> str:
     names = (name for name, _, _ in _places() if VISION_NAMES.search(name))
     found = list(islice(dict.fromkeys(names), HINTED + 1))
     return f"on this machine: {some(found)}; " if found else ""
+
+
+def ollama_hint(name: str) -> str:
+    """Return a hint for a model name that lacks the prefix of Ollama's models, or an empty string."""
+    parts = name.split("/")
+    written_so = ":" in name or (name == name.lower() and VISION_NAMES.search(name))
+    if not (written_so and len(parts) <= 3 and all(map(OLLAMA_PART.fullmatch, parts))):
+        return ""
+    return f"a model of Ollama is {OLLAMA}{name}; evoprune models lists the models on this machine; "
 
 
 def _described() -> Iterator[LocalModel]:
@@ -84,8 +101,14 @@ def _places() -> Iterator[tuple[str, str, Path]]:
     for folder in map(os.path.expanduser, LM_STUDIO_FOLDERS):
         yield from ((name, LM_STUDIO, path) for name, path in _below(Path(folder), LEVELS))
     yield from ((f"{OLLAMA}{name}", OLLAMA_STORE, path) for name, path in ollama_models().items())
-    for folder in filter(None, os.environ.get("EVOPRUNE_MODELS", "").split(os.pathsep)):
-        yield from ((name, FOLDER, path) for name, path in _below(Path(os.path.expanduser(folder)), LEVELS))
+    for folder in _own_folders():
+        yield from ((name, FOLDER, path) for name, path in _below(folder, LEVELS))
+
+
+def _own_folders() -> list[Path]:
+    """Return the folders in EVOPRUNE_MODELS."""
+    given = os.environ.get("EVOPRUNE_MODELS", "").split(os.pathsep)
+    return [Path(os.path.expanduser(folder)) for folder in given if folder]
 
 
 def _below(folder: Path, levels: int) -> Iterator[tuple[str, Path]]:

@@ -186,7 +186,10 @@ class ModelOptions:
 
     @staticmethod
     def on_this_machine() -> "list[LocalModel]":
-        """Return the models on this machine, without reading their weights. Models that run here come first."""
+        """Return the models on this machine, without reading their weights. Models that run here come first.
+
+        Warns of folders in EVOPRUNE_MODELS that don't exist or can't be read.
+        """
         from evoprune.session.local_models import local_models
 
         return local_models()
@@ -233,9 +236,9 @@ class ModelOptions:
             )
         if not is_id(name):
             meant = near_hint(name) or did_you_mean(name, DEMOS)
-            from evoprune.session.local_models import here_hint
+            from evoprune.session.local_models import here_hint, ollama_hint
 
-            hint = missing_hint(name, f"{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
+            hint = missing_hint(name, f"{ollama_hint(name)}{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from evoprune.errors import ModelError
+from evoprune.errors import ModelError, ModelWarning
 from evoprune.session import ModelOptions, describe
 from evoprune.session.gguf import files
 from tests.gguf_files import Folder, add_to_ollama, write_gguf
@@ -23,7 +23,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
-    monkeypatch.setenv("EVOPRUNE_MODELS", os.pathsep.join([str(tmp_path / "more"), str(tmp_path / "missing")]))
+    monkeypatch.setenv("EVOPRUNE_MODELS", os.pathsep.join([str(tmp_path / "more"), ""]))
+    (tmp_path / "more").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
@@ -95,6 +96,32 @@ def test_an_unknown_name_is_answered_with_those_here(places, tiny):
     with pytest.raises(ModelError) as caught:
         ModelOptions("qwen").local_folder()
     assert f"on this machine: {text}" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["qwen2.5vl", "qwen2.5vl:7b", "qwen3-vl", "llava:7b", "owner/qwen2.5vl:3b"])
+def test_a_name_of_ollama_without_its_prefix(places, name):
+    with pytest.raises(ModelError) as caught:
+        ModelOptions(name).local_folder()
+    assert f"a model of Ollama is ollama:{name}; " in caught.value.hint and "evoprune models " in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name", ["demo2", "Qwen2.5-VL-3B-Instruct", "./qwen2.5vl:7b", "/models/qwen2.5vl", "a:b/c/d/e"]
+)
+def test_other_names_get_no_hint_on_ollama(places, name):
+    with pytest.raises(ModelError) as caught:
+        ModelOptions(name).local_folder()
+    assert "ollama" not in caught.value.hint.lower()
+
+
+def test_a_missing_folder_is_warned_of_once(places, monkeypatch):
+    ModelOptions.on_this_machine()  # an existing folder, and an empty name
+    (places / "file").touch()
+    given = [str(places / name) for name in ("more", "missing", "file")]
+    monkeypatch.setenv("EVOPRUNE_MODELS", os.pathsep.join(given))
+    with pytest.warns(ModelWarning) as warned:
+        ModelOptions.on_this_machine()
+    assert [str(each.message).partition(": ")[2] for each in warned] == [", ".join(given[1:])]
 
 
 def test_the_list_is_made_without_torch(places):
