@@ -17,11 +17,19 @@ def places(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_machine_without_models(cli):
+def test_a_machine_without_models(cli, places):
+    (places / "models").mkdir()
     result = cli("models")
     assert (result.code, result.err) == (0, "")
     assert "The demo needs no download" in " ".join(result.out.split())
     assert cli("models", "--json").record == {"schema": "evoprune/models@1", "models": [], "error": None}
+
+
+def test_a_missing_folder_is_reported_in_one_line(cli, places):
+    result = cli("models", "--json")
+    assert (result.code, result.err.count("\n")) == (0, 1)
+    assert result.err.startswith("warning: EVOPRUNE_MODELS ") and result.err.endswith(f": {places / 'models'}\n")
+    assert result.record["models"] == []
 
 
 def test_a_listed_name_is_the_name_of_a_model(cli, places):
