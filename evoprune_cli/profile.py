@@ -206,7 +206,7 @@ def _run(
         needs = run.needs()
         if needs.expected >= NOTED_S and not given.quiet:
             weights = "random weights with the dimensions of" if run.model.random else "the weights of"
-            needed = f"about {size_text(needs.memory)} of memory and about {needs.expected:.0f} s"
+            needed = f"about {size_text(needs.memory)} of memory and about {needs.expected:.0f} s on an idle machine"
             tell(f"{weights} {run.model.id}: needs {needed} (at most {given.time_limit:g} s: --time-limit)")
         for results in run.run(show):  # noqa: B007
             pass

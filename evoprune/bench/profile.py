@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +76,7 @@ Progress = Callable[[str], None]
 # For estimating the duration of a run, measured with the 3B model's dimensions on a CPU.
 SLOWER = 3.0  # time of a row, divided by its number of operations at the speed of plain matrix products
 FIXED_SHARE = 0.2  # time of a pruned row relative to budget 1.0, in addition to its budget
+RATE_S = 0.1  # time to measure the speed of matrix products of one shape, once in each round
 LOAD_BYTES_PER_S = 2**28  # how fast random weights are generated and packed
 
 
@@ -190,9 +191,9 @@ class Needs(NamedTuple):
     """The resources required by a profiling run.
 
     Attributes:
-        memory: The memory in bytes.
+        memory: The memory in bytes that the run uses, including packed and quantized copies of the weights that fit into memory.
         seconds: A lower bound on the duration, in seconds.
-        expected: An estimate of the duration, in seconds, including loading. The time limit is its upper bound.
+        expected: An estimate of the duration on an idle machine, in seconds, including loading. The time limit is its upper bound.
     """
 
     memory: int
@@ -225,10 +226,48 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], settings: ProfileSe
     shares = [Budget.parse(budget).video for _, budget in swept(settings.methods, settings.budgets)]
     rows = 2 + sum(FIXED_SHARE + share for share in shares) * len(settings.quantize)
     frames = sum(prod(case_grid(case, model.limits["video"])) for case in cases) / units
-    rounds = (settings.warmups + settings.repetitions) * frames * rows / 2
-    expected = rounds * SLOWER * seconds + cost.parameters * dtype.itemsize / LOAD_BYTES_PER_S
+    rounds = settings.warmups + settings.repetitions
+    once = RATE_S * (len(Device(device).product_sides) + 1) + frames * rows / 2 * SLOWER * seconds
+    expected = rounds * once + cost.parameters * dtype.itemsize / LOAD_BYTES_PER_S
     working = max(working_memory(config, case, model.limits["video"], dtype.itemsize) for case in cases)
-    return Needs(cost.parameters * dtype.itemsize + working, seconds, min(expected, limit_s))
+    weights = all_weights_bytes(config, dtype, device, settings.quantize, working)
+    return Needs(weights + working, seconds, min(expected, limit_s))
+
+
+def all_weights_bytes(
+    config: Config, dtype: torch.dtype, device: torch.device, quantize: Sequence[str], working: int
+) -> int:
+    """Predict how many bytes the weights and the copies made by `quantized_models` take. For the arguments, see there."""
+    empty = QwenVL.empty(config).to(dtype)
+    plain = total = sum(weight.nbytes for weight in empty.parameters())
+    available = Device(device).available_memory()
+
+    def free() -> float:
+        return inf if available is None else available - total
+
+    if Packing.supports(torch.empty(1, dtype=dtype, device=device)) and (part := packed_part(empty, free(), working)):
+        total += sum(layer.weight.nbytes for layer in part.modules() if type(layer) is torch.nn.Linear)
+    for name in quantize:
+        if name != "none":
+            needed = plain - Quantization(name).saved_bytes(empty)
+            total += needed if needed + working <= free() else 0
+    return total
+
+
+def packed_part(model: QwenVL, free: float, working: int) -> torch.nn.Module | None:
+    """Return the part of a model that can be packed next to the plain weights: the model, its tower, or None.
+
+    Args:
+        free: The available memory in bytes.
+        working: The amount of memory, in bytes, to leave free for computation.
+    """
+    visual = model.model.visual
+    tower = sum(weight.nbytes for weight in visual.parameters())
+    language = sum(weight.nbytes for weight in model.model.language_model.parameters())
+    for part, size in ((model, tower + 1.2 * language), (visual, tower)):
+        if free > 1.1 * size + working:
+            return part
+    return None
 
 
 def quantized_models(
@@ -251,18 +290,13 @@ def quantized_models(
         ours = ours.shared()
     notes = []
     missing = {}
-    tower = sum(weight.nbytes for weight in ours.model.visual.parameters())
-    language = sum(weight.nbytes for weight in ours.model.language_model.parameters())
     all_bytes = sum(weight.nbytes for weight in loaded.model.parameters())
     if Packing.supports(next(ours.parameters())):
         progress("packing weights")
         start = Device(ours.device).now()
         free = Device(loaded.device).available_memory()
-        packed = None
-        for part, size in ((ours, tower + 1.2 * language), (ours.model.visual, tower)):
-            if free is None or free > 1.1 * size + working:
-                Packing.now(packed := part)
-                break
+        if packed := packed_part(ours, inf if free is None else free, working):
+            Packing.now(packed)
         if packed is not ours:
             notes.append(
                 "not enough memory to pack all weights next to those of Hugging Face, so ask is faster than these figures"
@@ -457,7 +491,7 @@ class Bench:
 
     def rate(self) -> float:
         """Measure this machine's speed of plain matrix products, in floating-point operations per second."""
-        return matmul_rate(self._loaded.model.dtype, self._loaded.device, shapes=self._shapes)
+        return matmul_rate(self._loaded.model.dtype, self._loaded.device, RATE_S, self._shapes)
 
     def run(self, row: ProfileRow) -> Turn | str:
         """Run a row once. If it fails because of NaN, infinity, or insufficient memory, the reason is returned instead."""

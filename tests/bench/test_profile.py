@@ -261,6 +261,22 @@ def test_memory_is_checked_before_weights_are_read(saved, monkeypatch):
         profile.load(describe(ModelOptions(str(saved))), [CASE])
 
 
+@pytest.mark.parametrize("quantize", [("none",), ("none", "int8")])
+def test_the_expected_memory_includes_copies_of_the_weights_that_fit(saved, loaded, monkeypatch, quantize):
+    settings = ProfileSettings((0.5,), ("random",), quantize=quantize)
+    run = profile.Profile(settings, ModelOptions(str(saved), dtype="fp32"), [CASE])
+    models, missing, _ = profile.quantized_models(loaded, quantize, 0, lambda what: None)
+    assert not missing
+    plain = loaded.weights_bytes
+    once = {name: model.weights_bytes for name, model in models.items()}
+    working = profile.working_memory(loaded.model.config, CASE, loaded.video, 4)
+    # Embeddings and norms are in all of these models, but not copied.
+    assert plain + working < run.needs().memory <= plain + sum(once.values()) + working
+    assert run.needs().memory > 0.85 * (plain + sum(once.values())) + working
+    monkeypatch.setattr("evoprune.backend.Device.available_memory", lambda self: plain + working)
+    assert run.needs().memory == plain + working
+
+
 def test_random_weights_need_a_bundled_config(tmp_path, monkeypatch):
     name = "Qwen/Qwen2.5-VL-3B-Instruct"
     assert [profile.default_load_format(each) for each in (name, "demo")] == ["dummy", "auto"]

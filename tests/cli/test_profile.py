@@ -242,7 +242,7 @@ def test_a_run_that_surely_takes_longer_than_its_limit_is_refused_before_it_load
 def test_what_a_long_run_takes_is_said_before_it(profile, monkeypatch):
     monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e6)
     result = profile("--time-limit", "1000")
-    needed = r"the weights of \S+: needs about \d+ MiB of memory and about \d+ s "
+    needed = r"the weights of \S+: needs about \d+ MiB of memory and about \d+ s on an idle machine "
     assert result.code == 0 and re.fullmatch(rf"{needed}\(at most 1000 s: --time-limit\)\n", result.err)
     assert profile("--time-limit", "1000", "-q").err == ""
 
@@ -258,6 +258,8 @@ def test_the_expected_duration_counts_rounds_and_rows_up_to_the_limit(tiny_folde
     assert expected(repetitions=3) == pytest.approx(2 * one, rel=0.01)
     assert one < expected(budgets=(0.1, 0.5)) < expected(budgets=(0.1, 0.5), methods=("random", "divprune")) < 2 * one
     assert expected(limit_s=one / 2) == one / 2
+    monkeypatch.setattr(measuring, "matmul_rate", lambda *_, **__: 1e15)  # only measuring this rate takes time
+    assert expected(repetitions=9) > 10 * 0.2
 
 
 def test_progress_is_printed_in_plain_lines_if_stderr_is_no_terminal(profile, monkeypatch):
