@@ -18,6 +18,7 @@ from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
 from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
+from evoprune_cli.words import check_no_questions
 
 if TYPE_CHECKING:
     from evoprune.batch import Captions, RecordFile, Row, RowReader, Settings
@@ -286,6 +287,7 @@ def _pairs(given: BatchArguments, reader: "RowReader") -> list["Row"]:
     if DASH in given.videos:
         message = "a batch cannot read a video from stdin"
         raise UsageError(message, "evoprune ask - can; for a file with that name, write ./-")
+    check_no_questions(given.videos, USAGE)
     pictures = not reader.sampling.has_span  # --start and --end don't apply to images
     rows = reader.pairs(given.videos, given.questions, given.recursive, pictures)
     if not given.quiet and not given.recursive:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
 from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOptions
-from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, without_password
+from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, some, without_password
 from evoprune.video import SamplingOptions, choose_decoder, probe, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.moment_files import MomentFiles
@@ -27,7 +27,7 @@ from evoprune_cli.terminal import (
     stdout,
     tell,
 )
-from evoprune_cli.words import check_not_swapped, split_words
+from evoprune_cli.words import check_no_questions, check_not_swapped, split_words
 
 if TYPE_CHECKING:
     from evoprune.batch import Row
@@ -316,10 +316,11 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
     """
     from evoprune.batch import RowReader, left_out
 
+    check_no_questions(words, 'evoprune find video.mp4 -Q "a red circle" -Q "a dog"')
     missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
     if missing:
         raise VideoError(
-            f"no such file: {shown(missing[0])}",
+            f"no such file: {some(list(map(shown, missing)))}",
             missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
         )
     reader = RowReader(sampling=sampling)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import Budget, MethodText
 from evoprune.session import ModelOptions, PipelineOptions
-from evoprune.util import missing_hint, shown
+from evoprune.util import missing_hint, shown, some
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliver_results, prepare, rescuing
 from evoprune_cli.terminal import check_output, note, progress
+from evoprune_cli.words import check_no_questions
 
 if TYPE_CHECKING:
     from evoprune.bench import TuneSettings, Tuning
@@ -121,9 +122,10 @@ def _check(given: TuneArguments) -> None:
     read = [*given.videos, given.question_file or ""]
     check_chart(given.chart, inputs=read)
     check_writable(given.output, inputs=read)
+    check_no_questions(given.videos, 'evoprune tune *.mp4 -Q "What does the sign say?" -m DIR')
     if not any(map(os.path.exists, given.videos)):
         hint = missing_hint(given.videos[0], "evoprune tune VIDEO... -m MODEL")
-        raise VideoError(f"no such file: {shown(given.videos[0])}", hint)
+        raise VideoError(f"no such file: {some(list(map(shown, given.videos)))}", hint)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ from itertools import takewhile
 
 from evoprune.bundled import DEMOS
 from evoprune.errors import UsageError, VideoError
-from evoprune.util import PATH, check_order, counted, is_url, looks_like_input, missing_hint, shown, without_password
+from evoprune.util import (
+    PATH,
+    check_order,
+    counted,
+    is_url,
+    looks_like_input,
+    missing_hint,
+    shown,
+    some,
+    without_password,
+)
 from evoprune.video import Folder
 
 STDIN = "-"
@@ -59,16 +69,39 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         raise VideoError(f"no such file: {name}", missing_hint(name, f"videos and images come first: {ASK}"))
     if not PATH.fullmatch(name):
         words = [*missing, *filter(None, [question])]
+        there = shlex.join(shown(without_password(word)) for word in inputs if exists(word))
+        if len(words) > 1 and all(map(is_question, words)):
+            asked = " ".join(f"-Q {_quoted(word)}" for word in words)
+            hint = (
+                f"put -Q before each: evoprune ask {there} {asked}; -i opens a prompt for questions, and evoprune batch "
+                "asks about many videos"
+            )
+            raise UsageError(f"ask takes one question, not {len(words)}: {shlex.join(words)}", hint)
         hint = f"quote the question: {ASK}; for more questions: -Q"
         if any(word.startswith("-") for word in words):
             hint = "words after -- are not options: put options before it"
         elif question is None and exists(last):
-            hint = f"quote the question and put it last: {ASK}"
+            quote = "" if is_question(name) else "quote the question and "
+            hint = f"{quote}put it last: evoprune ask {there} {_quoted(' '.join(words))}"
         raise UsageError(f"unexpected extra words: {' '.join(words)}", hint)
     hint = "check the path"
     if name == last and question is None:
         hint += f"; to ask it as a question: -Q {name}"
-    raise VideoError(f"no such file: {shown(name)}", missing_hint(name, hint))
+    names = [shown(word) for word in missing if PATH.fullmatch(word)]
+    raise VideoError(f"no such file: {some(names)}", missing_hint(name, hint))
+
+
+def is_question(word: str) -> bool:
+    """Return True if a word that is no input looks like a question: it was quoted, because it has spaces, or it ends with "?"."""
+    return re.search(r"\s", word.strip()) is not None or word.endswith("?")
+
+
+def check_no_questions(videos: Sequence[str], usage: str) -> None:
+    """Raise VideoError if a question is in the place of a video, with an example of the right place in `usage`."""
+    asked = [word for word in videos if not (exists(word) or looks_like_input(word)) and is_question(word)]
+    if asked:
+        message = f"no such file: {some(list(map(shown, asked)))}"
+        raise VideoError(message, missing_hint(asked[0], f"put -Q before each question: {usage}"))
 
 
 def check_not_swapped(command: str, inputs: Sequence[str], question: str | None) -> None:

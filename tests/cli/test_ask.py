@@ -236,6 +236,17 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
         ((CLIP,), 2, f'no question\nhint: evoprune ask {CLIP} "What happens?", or -i for a prompt\n'),
         ((CLIP, OTHER), 2, f'no question\nhint: evoprune ask {CLIP} {OTHER} "What differs?", or -i for a prompt\n'),
         ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
+        (
+            (CLIP, "one thing", "it's another", "a third?"),
+            2,
+            "ask takes one question, not 3: 'one thing' 'it'\"'\"'s another' 'a third?'\n"
+            f'hint: put -Q before each: evoprune ask {CLIP} -Q "one thing" -Q "it\'s another" -Q "a third?"; -i opens ',
+        ),
+        ((CLIP, "What?", "Who?"), 2, "ask takes one question, not 2: 'What?' 'Who?'"),
+        ((CLIP, "one thing", "here"), 2, "unexpected extra words: one thing here\nhint: quote the question: "),
+        ((CLIP, "what differs", OTHER), 2, f'\nhint: put it last: evoprune ask {CLIP} {OTHER} "what differs"\n'),
+        ((CLIP, "what", "differs", OTHER), 2, f'put it last: evoprune ask {CLIP} {OTHER} "what differs"\n'),
+        ((CLIP, "a.mp4", "b.mp4", DIFFERS), 3, "no such file: a.mp4, b.mp4\nhint: check the path\n"),
         (("-", "-", DIFFERS), 2, "standard input is given twice"),
         ((CLIP, OTHER, DIFFERS, "--subtitles", "a.srt"), 2, "a.srt has the subtitles of one video"),
     ],

@@ -127,6 +127,20 @@ def test_refused_before_weights_are_read(run, monkeypatch, out, args, says, code
     assert not out.exists()
 
 
+@pytest.mark.parametrize("question", ["What is here?", "Why?", "count the squares"])
+def test_a_question_among_the_videos(run, monkeypatch, out, question):
+    no_weights(monkeypatch)
+    result = run(*CLIPS, question, *ASKED)
+    assert result.code == 3 and not out.exists()
+    assert f"no such file: {question}\nhint: put -Q before each question: evoprune batch " in result.err
+
+
+def test_all_missing_videos_are_named_at_once(run, tmp_path):
+    names = [str(tmp_path / f"gone {number}.mp4") for number in range(12)]
+    result = run(*names, *ASKED)
+    assert result.code == 3 and f": {', '.join(names[:10])}, and 2 more\n" in result.err
+
+
 def test_resume_asks_what_is_left(run, out, monkeypatch):
     assert run(CLIPS[0], *ASKED, "--resume").code == 0  # nothing there yet
     before = out.read_bytes()

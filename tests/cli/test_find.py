@@ -84,6 +84,12 @@ def test_ctrl_c_prints_what_was_found_so_far(cli, monkeypatch):
     [
         ((SQUARE,), 2, "nothing to find"),
         (("gone.mp4", GREEN), 3, "no such file: gone.mp4"),
+        (("gone.mp4", SQUARE, "b.mp4", GREEN), 3, "no such file: gone.mp4, b.mp4\n"),
+        (
+            (SQUARE, "a red circle", GREEN),
+            3,
+            "no such file: a red circle\nhint: put -Q before each question: evoprune find ",
+        ),
         ((SQUARE, " "), 2, "the query is empty"),
         ((SQUARE, GREEN, "--min-score", "2"), 2, "--min-score is 2"),
         ((SQUARE, GREEN, "--segment", "soon"), 2, "is not a time"),

@@ -131,6 +131,18 @@ def test_wrong_options_are_refused_before_weights_are_read(tune, monkeypatch, wr
     assert UsageError.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("a.mp4", "b.mp4"), "no such file: a.mp4, b.mp4\n"),
+        ((CLIPS[0], "What is it?"), "put -Q before each question: "),
+    ],
+)
+def test_words_that_are_no_videos(cli, words, problem):
+    result = cli("tune", *words, "-m", "demo")
+    assert (result.code, result.out) == (3, "") and problem in result.err
+
+
 def test_the_time_limit_is_kept(tune):
     result = tune(*LOW, "--time-limit", "0.001", "--json", "-b", "0.5,0.2")
     assert result.code == 6 and result.record["rows"] == [] and result.record["recommended"] is None
