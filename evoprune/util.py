@@ -34,6 +34,8 @@ ADDRESS = re.compile(r"(?<![a-z\d+.-])([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | 
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # matches a web address without a scheme
 # Matches words that look like files: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
 PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
+# What the values of an environment variable mean that stands for yes or no.
+SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which can't be read as a file
 DOWNLOAD_HINT = "download it first, e.g. with yt-dlp"
 _TAG = r"(?:<(?:video|image)>|<\|vision_start\|><\|(?:video|image)_pad\|><\|vision_end\|>)"
@@ -612,6 +614,18 @@ def record_of(groups: Iterable[Any], always: Iterable[str]) -> dict[str, Any]:
             if f.name in always or (f.metadata[OPTION].changes_answers and value != f.default):
                 values[f.name] = value
     return values
+
+
+def switched_on(variable: str) -> bool:
+    """Return whether an environment variable that means yes or no is set to yes. If it is unset or empty, it means no.
+
+    Raises:
+        UsageError: If the value is neither.
+    """
+    value = os.environ.get(variable, "").strip().lower()
+    if value not in SWITCH:
+        raise UsageError(f"{variable} is {os.environ[variable]!r}, neither yes nor no", f"{variable}=1 or {variable}=0")
+    return SWITCH[value]
 
 
 def overlapping(change: Callable[[], Iterator[None]]) -> Callable[[], AbstractContextManager[None]]:

@@ -25,7 +25,7 @@ from evoprune.report import SCHEMA
 from evoprune_cli import terminal
 from evoprune_cli.options import Command, example_of, option_hint
 from evoprune_cli.typed import Typed, remember, typed
-from evoprune_cli.variables import warn_of_unknown
+from evoprune_cli.variables import check_variables, warn_of_unknown
 from evoprune_cli.words import ASK
 
 # Base class of parser errors. Some Typer versions bundle click and others import it, so look it up among Typer's base classes.
@@ -102,6 +102,7 @@ class Group(TyperGroup):
     def invoke(self, ctx):
         """Run the command, and report Ctrl-C, of which some Typer versions only return the exit code."""
         try:
+            check_variables()
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             terminal.tell_stopped(stop)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from evoprune.errors import UsageError, error_record
 from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
-from evoprune.util import clock, counted, harmless, one_line, roughly, size
+from evoprune.util import clock, counted, harmless, one_line, roughly, size, switched_on
 from evoprune_cli.typed import typed
 
 # When this process started, on the clock of `time.perf_counter`. Until here, it has been busy starting Python and importing.
@@ -206,7 +206,11 @@ def failure(problem: BaseException) -> dict:
 
 def print_traceback(problem: BaseException) -> None:
     """Print the traceback of an exception if `--debug` or EVOPRUNE_DEBUG enables tracebacks."""
-    if typed().wants("debug") or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
+    try:
+        wanted = typed().wants("debug") or switched_on("EVOPRUNE_DEBUG")
+    except UsageError:  # `check_variables` has already raised it, and its traceback would be no help
+        wanted = False
+    if wanted:
         traceback.print_exception(problem)
 
 

@@ -3,7 +3,7 @@
 import os
 from difflib import get_close_matches
 
-from evoprune.util import shorten
+from evoprune.util import shorten, switched_on
 from evoprune_cli import terminal
 
 SECRET = "EVOPRUNE_API_KEY"  # `inspect` does not print its value
@@ -18,6 +18,13 @@ VARIABLES = {
     "EVOPRUNE_PLAIN": "1 turns off kernels and CUDA graphs.",
     SECRET: "The key that clients of `evoprune serve` have to send.",
 }
+SWITCHES = ("EVOPRUNE_DEBUG", "EVOPRUNE_PLAIN")
+
+
+def check_variables() -> None:
+    """Raise UsageError if a variable that means yes or no has another value."""
+    for name in SWITCHES:
+        switched_on(name)
 
 
 def warn_of_unknown() -> None:

@@ -30,7 +30,7 @@ from evoprune import timeline
 from evoprune.backend import limits
 from evoprune.errors import DeviceWarning, UsageError, first_line, is_out_of_memory
 from evoprune.report import Environment
-from evoprune.util import size
+from evoprune.util import size, switched_on
 
 T = TypeVar("T")
 
@@ -412,8 +412,8 @@ _plain_pytorch: list[bool] = []
 
 
 def wants_plain_pytorch() -> bool:
-    """Return True if EVOPRUNE_PLAIN is set to anything other than 0, or inside a `plain_pytorch` context."""
-    return bool(_plain_pytorch) or os.environ.get("EVOPRUNE_PLAIN", "0") not in ("", "0")
+    """Return True if EVOPRUNE_PLAIN is 1, or inside a `plain_pytorch` context."""
+    return bool(_plain_pytorch) or switched_on("EVOPRUNE_PLAIN")
 
 
 def uses_kernels(device: torch.device) -> bool:

@@ -284,6 +284,23 @@ def test_a_traceback_only_where_it_is_asked_for(cli, monkeypatch, code):
     assert "Traceback" not in cli(*args).err
 
 
+@pytest.mark.parametrize(
+    ("value", "prints"), [("yes", True), ("TRUE", True), ("on", True), ("false", False), ("No", False)]
+)
+def test_words_for_yes_and_no_in_the_environment(cli, monkeypatch, value, prints):
+    monkeypatch.setenv("EVOPRUNE_DEBUG", value)
+    assert ("Traceback" in cli("ask", "no/such.mp4", QUESTION).err) == prints
+
+
+@pytest.mark.parametrize("variable", ["EVOPRUNE_DEBUG", "EVOPRUNE_PLAIN"])
+@pytest.mark.parametrize("args", [("methods", "--json"), ("ask", "no/such.mp4", QUESTION, "--json")])
+def test_other_words_in_the_environment_are_refused(cli, monkeypatch, variable, args):
+    monkeypatch.setenv(variable, "maybe")
+    result = cli(*args)
+    assert result.code == 2 and result.record["error"]["type"] == "usage"
+    assert result.err == f"error: {variable} is 'maybe', neither yes nor no\nhint: {variable}=1 or {variable}=0\n"
+
+
 @pytest.mark.parametrize("wrapped", [ImportError, SystemError])
 @pytest.mark.parametrize(("signal_", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_a_signal_that_an_extension_module_turned_into_another_error(cli, monkeypatch, wrapped, signal_, code):

@@ -335,7 +335,7 @@ def test_a_model_that_is_gone_leaves_nothing(graphs):
     assert len(static._caches) == 0
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("1", True)])
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("0", False), ("", False), ("no", False), ("1", True)])
 def test_plain_is_a_setting_of_the_environment(value, expected, monkeypatch):
     monkeypatch.delenv("EVOPRUNE_PLAIN", raising=False)
     if value is not None:

@@ -199,6 +199,8 @@ def test_a_traceback_of_an_expected_error_ends_at_the_public_call(demo, monkeypa
     short = depth()
     monkeypatch.setenv("EVOPRUNE_DEBUG", "1")
     assert short == 2 < depth()  # this function and the wrapper of the public call
+    monkeypatch.setenv("EVOPRUNE_DEBUG", "off")
+    assert depth() == short
 
 
 def test_a_question_is_a_text(demo):

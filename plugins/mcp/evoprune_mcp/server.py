@@ -1,7 +1,6 @@
 """Defines the MCP tools for agents, and reports errors and progress to the client."""
 
 import asyncio
-import os
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +15,7 @@ from pydantic import Field, StrictFloat, ValidationError
 
 import evoprune
 from evoprune.errors import DoesNotFit, OutOfMemory, error_record
-from evoprune.util import listed
+from evoprune.util import listed, switched_on
 from evoprune_cli import tell
 from evoprune_mcp.advice import for_agents
 from evoprune_mcp.folders import Listing
@@ -180,7 +179,7 @@ def _told(problem: Exception, less: str | None) -> str:
     record = error_record(problem)
     if record["type"] == "bug":
         tell(f"error: {record['message']}")
-        if "--debug" in sys.argv or os.environ.get("EVOPRUNE_DEBUG", "") not in ("", "0"):
+        if "--debug" in sys.argv or switched_on("EVOPRUNE_DEBUG"):
             traceback.print_exception(problem)
     hint = record["hint"]
     if less and isinstance(problem, OutOfMemory | DoesNotFit) and record["stage"] != "load":
