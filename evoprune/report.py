@@ -20,6 +20,7 @@ from math import ceil, floor
 from typing import Any
 
 from evoprune.bundled import DEMOS
+from evoprune.files import cache_folder
 from evoprune.suggestions import Suggesting
 from evoprune.util import budget_text, clock, counted, listed, one_line, shorten, shown, size
 
@@ -56,8 +57,7 @@ WARNINGS = {
     "pictures_whole": "images are not pruned without pictures=True; pruning counts cover only the videos",
     EQUAL_SCORES: "{video} shows only flat colors, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer is meaningless; times and counts are valid for these dimensions",
-    "cache_not_written": "the encoded video could not be stored: is the cache folder full or read-only? `evoprune inspect` shows "
-    "its path",
+    "cache_not_written": "the encoded video could not be stored: is the cache folder (by default {cache}) full or read-only?",
     "damaged_subtitles": "some lines or characters of the subtitles cannot be read and were left out or replaced; is their text "
     "UTF-8, and are their times written correctly?",
     "subtitles_encoding": "the subtitle file is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",
@@ -528,6 +528,7 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
         "ends": clock(video.duration_s),
         "stated": clock(video.stated_s),
         "gap": clock(video.clock_gap_s),
+        "cache": cache_folder(),
     }
     return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} is")
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -266,6 +267,15 @@ def is_url(path: Any) -> bool:
 def without_password(source: str) -> str:
     """Return a URL without its user name and password."""
     return re.sub(r"(?<=://)[^/]*@", "", source)
+
+
+def unwritable_hint(path: str | PathLike[str]) -> str:
+    """Return a hint on how to correct the path of an output file that cannot be written."""
+    folder = os.path.dirname(os.path.expanduser(path))
+    hint = "name a file in a folder that you can write to"
+    if folder and not os.path.lexists(folder):
+        hint += f", or create the folder: mkdir -p {shlex.quote(shown(folder))}"
+    return hint
 
 
 def some(texts: Sequence[str], separator: str = ", ") -> str:

@@ -21,7 +21,7 @@ from evoprune.files import OPEN_FILES, write_file
 from evoprune.language import GenerationOptions
 from evoprune.report import WIDTH
 from evoprune.session import PipelineOptions
-from evoprune.util import in_a_thread, install_hint
+from evoprune.util import in_a_thread, install_hint, unwritable_hint
 from evoprune_cli.terminal import encodable, failure, page_width, stdout, tell, write_whole
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
     changed = path if os.path.exists(path) else folder
     writable = os.access(changed, os.W_OK)
     if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
-        raise UsageError(f"cannot write {path}", "name a file in an existing folder that you can write to")
+        raise UsageError(f"cannot write {path}", unwritable_hint(path))
     read = list(filter(None, inputs))
     if folder in map(os.path.realpath, read) or is_one_of(path, read):
         raise UsageError(f"writing {path} would change an input", "choose another place")

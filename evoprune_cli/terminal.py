@@ -227,15 +227,16 @@ def print_warning(name: str, video: VideoFacts, more: int | None = None) -> None
     In a batch, the warning includes the video's path, and `more` is the number of other videos with the same warning.
     """
     template = WARNINGS.get(name, name)
+    names_video = "{video}" in template or "{answers}" in template
     if more is None:
         text = warning_text(name, video)
     elif more == 0:
         text = warning_text(name, video, video.path)
-        if text == template:  # the warning doesn't mention the video
+        if not names_video:
             text += f" ({video.path})"
     else:
         text = warning_text(name, video, video.path, f"its answers about {more + 1:,} videos are")
-        if text == template:
+        if not names_video:
             text += f" ({video.path} and {more:,} more)"
         elif "{video}" in template:
             text += f" (and {counted(more, 'more video')})"

@@ -20,7 +20,7 @@ from evoprune.methods import MethodText
 from evoprune.report import SCHEMA, rounded
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import MAX_LEVELS, loads
-from evoprune.util import differences, file_changes, record_of, shown
+from evoprune.util import differences, file_changes, record_of, shown, unwritable_hint
 from evoprune.video import input_state
 
 if TYPE_CHECKING:
@@ -456,7 +456,7 @@ class RecordFile:
         return number
 
     def _cannot_write(self, problem: OSError) -> UsageError:
-        hint = "free some space there" if self._started else "name a file in a folder that you can write to"
+        hint = "free some space there" if self._started else unwritable_hint(self.name)
         return UsageError(f"cannot write {self.name}: {problem.strerror}", hint)
 
 

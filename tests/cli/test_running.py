@@ -158,6 +158,23 @@ def test_files_are_written_though_nobody_reads_stdout(cli, monkeypatch, tmp_path
     assert (result.code, result.out) == (0, "") and (tmp_path / file).stat().st_size
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("batch", "samples/square.mp4", "-Q", "Who?", "-m", "demo", "-o"),
+        ("find", "samples/square.mp4", "a red circle", "-o"),
+        ("find", "samples/square.mp4", "a red circle", "--srt"),
+        ("verify", "-m", "demo", "-o"),
+    ],
+    ids=lambda args: f"{args[0]} {args[-1]}",
+)
+def test_the_hint_on_a_missing_folder_is_how_to_create_it(cli, tmp_path, args):
+    file = tmp_path / "my runs" / "out.jsonl"
+    result = cli(*args, file)
+    assert result.code == 2 and result.err.startswith(f"error: cannot write {file}")
+    assert result.err.endswith(f", or create the folder: mkdir -p '{file.parent}'\n")
+
+
 def test_a_link_into_no_folder_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "file")
     with pytest.raises(UsageError, match="cannot write"):

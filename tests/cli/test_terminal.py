@@ -83,6 +83,14 @@ def test_a_warning_says_which_video_it_is_about(capsys, name, path, more, says):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [None, 0, 3])
+def test_the_warning_of_a_full_cache_has_its_path(capsys, monkeypatch, tmp_path, more):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    print_warning("cache_not_written", VideoFacts(path="clip.mp4"), more)
+    err = capsys.readouterr().err
+    assert f"(by default {tmp_path / 'cache'})" in err and ("clip.mp4" in err) == (more is not None)
+
+
 def test_a_model_in_8_bits_that_nobody_asked_for_is_noted(saved, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(Device, "default_dtype", "fp32")
     monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import evoprune
 from evoprune.backend import Quantization
-from evoprune.errors import callback_errors
+from evoprune.errors import ModelWarning, callback_errors
 from evoprune.language import LanguageModel
 from evoprune.methods import EncoderPlan, TowerShape, arange_on
 from evoprune.model import PATCHES, Model
@@ -93,6 +94,8 @@ def quantize_once(
         written = entries.write(name, write)
     if written:
         return entries.path(name)
+    message = f"the quantized weights could not be stored: is the folder {entries.folder} full or read-only?"
+    warnings.warn(message, ModelWarning, stacklevel=2)
     if not stream.file:  # the cache folder couldn't be created
         quantization.apply(model, calibrate, progress, read=read_weight)
     return None
