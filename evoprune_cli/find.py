@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import OutOfMemory, UsageError, VideoError
@@ -360,13 +361,21 @@ def _deliver(search: "Search", name: str, several: bool, found: list[dict[str, A
     for query in search.queries:
         shown = [moment for moment in moments if moment.query == query]
         if shown and found is None:
-            lines = [f"{name}: {query}", *map(line, shown)]
+            lines = [*header(name, query), *map(line, shown)]
             print_text("".join(printable(each, stdout()) + "\n" for each in lines))
         if shown and not quiet and (left_out := more(search, query)):
             tell(f"{name}: {left_out}")
         elif not shown and search.asked > search.unread and not quiet:
             score, best_s = search.best(query)
             tell(f"{name}: nothing shows {query!r}; the best score is {score:.2f} at {clock(best_s)} (--min-score)")
+
+
+def header(name: str, query: str) -> list[str]:
+    """Return the line above the moments of a query. On a terminal, it is folded to fit."""
+    text = printable(f"{name}: {query}", stdout())
+    if not stdout().isatty():
+        return [text]
+    return wrap(text, page_width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def more(search: "Search", query: str) -> str:

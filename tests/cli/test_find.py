@@ -1,12 +1,14 @@
 """`evoprune find` on the command line: text, JSON, several videos, and how it ends."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
 
 from evoprune.errors import OutOfMemory
 from evoprune.moments import Search
+from evoprune_cli.find import header
 from tests.cli.conftest import ROOT
 
 SQUARE = str(ROOT / "samples" / "square.mp4")
@@ -27,6 +29,14 @@ def test_lines_fit_into_the_terminal(cli, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     _, line = cli("find", SQUARE, GREEN).out.splitlines()
     assert len(line) <= columns and "0:00.0 - 0:06.0" in line and "##" in line
+
+
+def test_a_long_query_is_folded_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    query = "a green square to the left of a red circle"
+    assert header("clip.mp4", query) == [f"clip.mp4: {query}"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert header("clip.mp4", query) == ["clip.mp4: a green square to the left of", "  a red circle"]
 
 
 def test_json_has_a_line_a_moment(cli):
