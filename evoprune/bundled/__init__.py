@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 __all__ = ["DEMOS", "Demo"]
 _WEIGHTS = Path(__file__).parent
@@ -13,6 +13,8 @@ _WEIGHTS = Path(__file__).parent
 @dataclass(frozen=True)
 class Demo:
     """A bundled demo model, trained on generated clips (see docs/demo-model.md)."""
+
+    SCORERS: ClassVar[Path] = _WEIGHTS / "scorers"  # folders of scorers for the demo models, see contrib/scorer.py
 
     folder: Path
     world: str

@@ -1,4 +1,4 @@
-"""MMR, the selection step of IDPruner, which selects tokens by maximal marginal relevance."""
+"""MMR, the selection step of IDPruner without its trained scorer, which selects tokens by maximal marginal relevance."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ class Mmr(Selector):
     Each step keeps the token with the highest `lam` * importance - (1 - `lam`) * (highest cosine similarity to a kept token) in the
     whole video. Importance is scaled to the range from 0 to 1.
 
-    Differences from the paper: the paper's trained scorer is not available. Instead, a token's importance is its received attention
-    or the norm of its key.
+    Differences from the paper: `mmr` needs no trained scorer, unlike `idpruner`. A token's importance is its received attention or
+    the norm of its key.
     """
 
     name = "mmr"
-    source = "based on arXiv 2602.13315, without its trained scorer"
+    source = "based on arXiv 2602.13315, without a scorer"
 
     importance: str = "attention"  # `attention` for the received attention, or `keynorm` for the norm of a unit's key
     lam: Share = 0.5  # weight of importance; the weight of diversity is 1 - lam
@@ -58,5 +58,9 @@ def most_relevant(features: torch.Tensor, importance: torch.Tensor, keep: int, l
     Returns:
         int64 `[keep]`, ascending.
     """
-    important = lam * snap(scaled(importance.float()))
-    return greedy_cosine(F.normalize(features.float(), dim=1), None, important, 1 - lam, keep, False)
+    return diverse(features, scaled(importance.float()), keep, lam)
+
+
+def diverse(features: torch.Tensor, importance: torch.Tensor, keep: int, lam: float) -> torch.Tensor:
+    """Select like `most_relevant`, but without scaling the importance."""
+    return greedy_cosine(F.normalize(features.float(), dim=1), None, lam * snap(importance), 1 - lam, keep, False)

@@ -106,6 +106,13 @@ class Selector(Method, ABC):
     def select(self, tokens: Tokens, keep: int) -> Selection:
         """Select the tokens to pass to the language model: exactly `keep` tokens if the method is `exact`."""
 
+    def check_tower(self, tower: TowerShape) -> None:
+        """Check that the selector can select tokens of a vision tower.
+
+        Raises:
+            UsageError: If it cannot, for example because it was trained for another model.
+        """
+
     def suffices(self, count: int, keep: int, units: int) -> bool:
         """Return True if `count` is a valid number of tokens to select.
 

@@ -177,6 +177,9 @@ class MethodChain:
         Args:
             keep: K, the number of tokens for the language model.
             inflection: Whether to derive the number of tokens from the curve of the selector's scores, with K as the maximum.
+
+        Raises:
+            UsageError: If the token selector cannot be used with this tower.
         """
         if self.input:
             return EncoderPlan.full(tower, call(self.input.package, self.input.resize, grid, keep))
@@ -189,6 +192,7 @@ class MethodChain:
             stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
         if self.token_selector:
+            call(self.token_selector.package, self.token_selector.check_tower, tower)
             stages.append(Stage(tower.depth, keep, self.token_selector, inflection=inflection))
         return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
 

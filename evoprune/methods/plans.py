@@ -42,12 +42,14 @@ class TowerShape:
     full_layers: tuple[int, ...]
     window: int = 4  # window side length, in units
     launch_bound: int = 0  # inputs with fewer units are launch-bound, so computing fewer rows would not save time
+    width: int = 0  # number of channels of the tokens
 
     @classmethod
     def of(cls, sizes: VisionConfig, device: str) -> Self:
         """Return the shape of a vision tower with the given configuration on a device such as "cuda:1"."""
         window = sizes.window_size // sizes.patch_size // sizes.spatial_merge_size
-        return cls(sizes.depth, sizes.fullatt_block_indexes, window, DeviceName(device).launch_bound_units)
+        launch_bound = DeviceName(device).launch_bound_units
+        return cls(sizes.depth, sizes.fullatt_block_indexes, window, launch_bound, sizes.out_hidden_size)
 
     @classmethod
     def of_tower(cls, visual) -> Self:

@@ -36,7 +36,7 @@ CORE = {
     "divprune": "evoprune.methods.baselines:DivPrune",
 }
 # Paper names of methods that have a different name here, reduced to letters and digits.
-PAPER_NAMES = {"idpruner": "mmr", "mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
+PAPER_NAMES = {"mmgvid": "mmg", "streamingassistant": "adjacent", "pdrop": "pyramiddrop"}
 RESIZING = ("downscale", "subsample")  # this project's input methods (class `InputMethod`)
 REUSE = "reuse"  # the prefix for selectors, as in reuse+divprune
 OWN = "evoprune"  # the distribution that provides this project's entry points

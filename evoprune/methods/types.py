@@ -4,6 +4,7 @@ Nothing in this module synchronizes the GPU, because all shapes are known from t
 would synchronize it, because the shapes of their results depend on the data.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -53,11 +54,16 @@ class Tokens:
     seed: int = field(default=0, metadata={CONVERT: generator_seed})
     # The inputs requested by the method: float32 "attention" [E], "keys" [E, 4 d], "middle" [E, D], and "question" [Q, D].
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # The weights of the norm in the tower's patch merger, which identify the model; None between layers.
+    merger_norm: torch.Tensor | None = None
 
     def copied(self) -> "Tokens":
         """Return a copy with cloned tensors."""
         given = {name: value.clone() for name, value in self.given.items()}
-        return replace(self, rows=self.rows.clone(), unit_to_row=self.unit_to_row.clone(), given=given)
+        norm = None if self.merger_norm is None else self.merger_norm.clone()
+        return replace(
+            self, rows=self.rows.clone(), unit_to_row=self.unit_to_row.clone(), given=given, merger_norm=norm
+        )
 
     @cached_property
     def features(self) -> torch.Tensor:
@@ -68,6 +74,17 @@ class Tokens:
     def normalised(self) -> torch.Tensor:
         """The features scaled to unit length, float32 `[N, D]`. Zero vectors stay zero."""
         return F.normalize(self.features.float(), dim=1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A string of 16 hex digits that identifies the model, computed from `merger_norm`, or "" if it is None.
+
+        The result does not depend on the dtype or the device of a loaded model.
+        """
+        if self.merger_norm is None:
+            return ""
+        values = self.merger_norm.detach().to("cpu", torch.bfloat16).view(torch.int16)
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
     def by_pair(self, x: torch.Tensor) -> torch.Tensor:
         """Reshape `x` from `[N, ...]` to `[T, H * W, ...]`, with one entry per frame pair."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 import torch
 
 import evoprune
+from evoprune.bundled import Demo
 from evoprune.errors import UsageError
 from evoprune.files import FileMemo, cache_folder, replacing, unfinished_pattern
 from evoprune.session.gguf.folder import GgufFolders
@@ -41,11 +42,11 @@ OPTIONAL = ("size", "deepstack")  # optional fields of `Encoded`, which may be m
 
 @cache
 def own_code() -> str:
-    """Return a hash of the `file_stats` of evoprune's source files.
+    """Return a hash of the `file_stats` of evoprune's source files and bundled scorers.
 
     Cache keys include this hash because the code may change without a new version number.
     """
-    files = sorted(Path(evoprune.__file__).parent.rglob("*.py"))
+    files = sorted([*Path(evoprune.__file__).parent.rglob("*.py"), *Demo.SCORERS.glob("*/*")])
     return hashlib.sha256(repr(file_stats(files)).encode()).hexdigest()
 
 

@@ -39,7 +39,7 @@ from evoprune.methods import (
 )
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, without_autocast
 from evoprune.suggestions import Suggesting
-from evoprune.vision.families import embed, merge_patches, tower_layers
+from evoprune.vision.families import embed, merge_patches, merger_norm, tower_layers
 from evoprune.vision.hooks import Hook, selector_hooks
 from evoprune.vision.layout import bincount_fixed, cat, geometry, window_order
 from evoprune.vision.merging import Merging
@@ -182,11 +182,13 @@ class TowerOutput:
     # bool `[3]`: whether all values are finite, whether mergers removed the planned number of rows, and whether every frame pair
     # has a single color. These values are read only at the end because reading them synchronizes.
     checks: torch.Tensor
+    merger_norm: torch.Tensor  # see `Tokens`
 
     @cached_property
     def selector_input(self) -> Tokens:
         """The token selector's input: the rows together with the grid and the seed."""
-        return Tokens(self.rows.values, self.rows.unit_to_row, self.plan.grid, self.seed, self.rows.given)
+        rows = self.rows
+        return Tokens(rows.values, rows.unit_to_row, self.plan.grid, self.seed, rows.given, self.merger_norm)
 
     @property
     def reads_question(self) -> bool:
@@ -384,7 +386,17 @@ class EncoderRun:
                     rows = self.select_rows(rows, stage)
             rows = self.finish(rows)
         layers = list(enumerate(self.computed))
-        return TowerOutput(self.plan, rows, self.seed, self.source, layers, self.selection, self.timer, self.checks())
+        return TowerOutput(
+            plan=self.plan,
+            rows=rows,
+            seed=self.seed,
+            source=self.source,
+            layers=layers,
+            selection=self.selection,
+            timer=self.timer,
+            checks=self.checks(),
+            merger_norm=merger_norm(self.visual),
+        )
 
     def embed(self, patches: Iterable[torch.Tensor]) -> Rows:
         """Embed the patches and return the first layer's input rows, one for each unit to encode."""

@@ -107,6 +107,11 @@ def _resampled(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.lerp(x[low], x[low + 1], (at - low).view(-1, *[1] * (x.ndim - 1)))
 
 
+def merger_norm(visual) -> torch.Tensor:
+    """Return the weights of the norm in the patch merger."""
+    return visual.merger.get_submodule(VisionConfig.of(visual.config).traits.merger[0]).weight
+
+
 def merge_patches(visual, x: torch.Tensor, number: int | None = None) -> torch.Tensor:
     """Apply the patch merger to the last layer's output rows (`[R, 4, hidden]`). Returns the tokens, `[R, D]`.
 

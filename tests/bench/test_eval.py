@@ -27,6 +27,7 @@ from evoprune.model import Cost
 from evoprune.session import ModelOptions, describe, encoding, open_inputs
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
+from tests.methods.tokens import AFTER
 from tests.quantized import parameters
 from tests.threads import one_thread  # noqa: F401
 from tests.tiny import save_tiny
@@ -490,7 +491,6 @@ def test_the_demo_model_on_the_sample_questions():
     assert torch.get_num_threads() == 1
 
 
-AFTER = tuple(name for name in methods.available(plugins=False) if methods.MethodChain.parse(name).acts == "after")
 REUSING = ("evoprune", "evoprune:alpha=0", "reuse+divprune", "reuse+scope", "reuse+cdpruner", "evoprune:depth=1")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from evoprune import methods
-from tests.methods.kinds import INNER, one_of_each
+from tests.methods.kinds import INNER, NEED_FILES, one_of_each
 
 CLIP = "samples/square.mp4"
 NAMES = methods.available(plugins=False)
-RUN = [name for name in NAMES if name != "operations"]  # operations needs the recipe of a model
+RUN = [name for name in NAMES if name not in NEED_FILES]
 
 PAIRS = [
     f"{before}+{inner}"

@@ -37,6 +37,9 @@ def one_method(method: str) -> Held:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Held]]]:
-    for method in (*evoprune.methods.available(plugins=False), *COMBINED):
+    unscored = [
+        name for name in evoprune.methods.available(plugins=False) if name not in ("idpruner", "visionselector")
+    ]
+    for method in (*unscored, *COMBINED):
         given = f"{method}:recipe=recipe.json" if method == "operations" else method
         yield f"method {method}", partial(one_method, given)

@@ -19,6 +19,7 @@ from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_m
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode_rows, encoder
+from tests.methods.kinds import NEED_FILES
 from tests.tiny import tiny_model
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
@@ -89,7 +90,7 @@ def test_from_the_limit_on_nothing_differs(grid):
     assert len(made.stages) == 3 and made.reuse
 
 
-OTHERS = [name for name in methods.available(plugins=False) if name not in ("evoprune", "operations")]
+OTHERS = [name for name in methods.available(plugins=False) if name not in ("evoprune", *NEED_FILES)]
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "reuse+divprune", "ipcv+divprune"])

@@ -14,7 +14,7 @@ from evoprune.methods.selecting import inflection_point, tokens_before_inflectio
 from evoprune.session import PruneOptions
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode_rows
-from tests.methods.tokens import ranked, snapped, tokens_of
+from tests.methods.tokens import AFTER, ranked, snapped, tokens_of
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
 
@@ -64,7 +64,7 @@ def test_a_method_is_looked_up_once_for_a_whole_answer(monkeypatch):
 # `-b auto:inflection`: the curve of a method's sorted scores determines the number of kept tokens.
 
 
-RANKING = [name for name in methods.available(plugins=False) if getattr(methods.get(name), "scores", None) is not None]
+RANKING = [name for name in AFTER if methods.get(name).scores is not None]
 
 
 def inflection_line_by_line(scores: list[float]) -> int:

@@ -22,7 +22,7 @@ from evoprune.methods.plans import (
     spread,
 )
 from evoprune.vision import encode_rows
-from tests.methods.kinds import one_of_each
+from tests.methods.kinds import NEED_FILES, one_of_each
 from tests.methods.tokens import AFTER
 from tests.vision.clips import changes, clip
 from tests.vision.tower import tiny_tower
@@ -118,7 +118,7 @@ GRID = (5, 4, 6)
 UNITS = prod(GRID)
 QUESTION = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
 NAMES = [
-    *methods.available(plugins=False),
+    *(name for name in methods.available(plugins=False) if name not in NEED_FILES),
     "evoprune:reuse=0",
     "evoprune:depth=1",
     "evoprune:within=0.3",

@@ -249,7 +249,7 @@ def test_some_are_known_to_be_wrong_before_their_classes_are_loaded(name):
         ("FastV", "did you mean fastv? "),
         ("reuse+DART", "did you mean dart? "),
         ("sparsevlm2", "did you mean sparsevlm? "),
-        ("idpruner", "mmr is based on it; "),
+        ("IDPruner", "did you mean idpruner? "),
         ("MMG-Vid", "mmg is based on it; "),
     ],
 )

@@ -12,9 +12,12 @@ from evoprune.methods.chain import MethodChain
 from evoprune.methods.plans import EncoderPlan, TowerShape
 from evoprune.methods.types import Selection, Tokens
 from evoprune.vision import encode_rows
+from tests.methods.kinds import NEED_FILES
 from tests.vision.tower import tiny_tower
 
-AFTER = [name for name in methods.available(plugins=False) if methods.get(name).acts == "after"]
+AFTER = [
+    name for name in methods.available(plugins=False) if methods.get(name).acts == "after" and name not in NEED_FILES
+]
 KINDS = ("random", "duplicates", "constant", "zero", "two directions", "drift")
 
 

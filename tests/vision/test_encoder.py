@@ -32,7 +32,7 @@ from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
 from evoprune.vision.patches import normalised
 from evoprune.vision.preprocess import pixel_patches
-from tests.methods.kinds import INNER
+from tests.methods.kinds import INNER, NEED_FILES
 from tests.methods.tokens import plan_of
 from tests.vision.clips import changes, clip
 from tests.vision.devices import take_gpu_route, varlen_by_hand
@@ -248,7 +248,7 @@ def test_merging_against_loops(grid, settings_, keep, full_layers):
 # Every method on the GPU path, with groups packed for the varlen kernel or padded without it, equals the CPU's result
 
 GRID = (5, 5, 7)
-METHODS = [name for name in available(plugins=False) if name not in (*INNER, "downscale", "subsample")]
+METHODS = [name for name in available(plugins=False) if name not in (*INNER, *NEED_FILES, "downscale", "subsample")]
 COMBINED = ["reuse+divprune", "reuse+visionzip", "ipcv+divprune", "ipcv+nuwa"]
 
 
