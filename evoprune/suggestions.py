@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import lazy_loader
 
@@ -166,6 +166,15 @@ class Suggesting:
             if hasattr(type(self), name):  # a property has raised an AttributeError; raise it again
                 return object.__getattribute__(self, name)
             raise unknown_attribute(f"{type(self).__name__!r} object", name, self.MEANT, dir(self))
+
+
+def not_callable(instead: str) -> Callable[..., NoReturn]:
+    """Return a `__call__` method for objects that can't be called. Its error suggests an expression."""
+
+    def __call__(self: object, *_: object, **__: object) -> NoReturn:  # noqa: N807
+        raise TypeError(f"{type(self).__name__!r} object is not callable; did you mean {instead}?")
+
+    return __call__
 
 
 class SuggestingClass(type):

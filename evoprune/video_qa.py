@@ -36,7 +36,7 @@ from evoprune.session import (
     open_inputs,
 )
 from evoprune.signatures import takes
-from evoprune.suggestions import Suggesting, SuggestingClass
+from evoprune.suggestions import Suggesting, SuggestingClass, not_callable
 from evoprune.util import Uncopied, brief, check_order, check_type, from_keywords
 from evoprune.video import GivenInput, Input, SamplingOptions
 
@@ -99,6 +99,8 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         "dtype": "qa.loaded.dtype",
         "tokenizer": "qa.loaded.tokenizer",
     }
+    if not TYPE_CHECKING:
+        __call__ = not_callable("qa.ask(path, question)")
 
     @takes(PruneOptions, names=PruneOptions.PRUNING)
     def __init__(

@@ -10,6 +10,7 @@ from functools import wraps
 from importlib.metadata import version
 from inspect import signature
 from math import prod
+from os import PathLike
 from typing import Any
 
 import torch
@@ -53,7 +54,19 @@ def check_class(model) -> None:
         ModelError: If the model's class is not in `MODELS`.
     """
     if not _is_one_of(model, MODELS):
-        raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", SUPPORTED)
+        raise ModelError(f"an object of class {type(model).__name__} cannot be pruned", _instead_of(model))
+
+
+def _instead_of(given: Any) -> str:
+    """Return a hint for a caller who passes this instead of a Hugging Face model."""
+    kind = type(given)
+    if isinstance(given, str | PathLike):
+        return f"to load a model that prunes: evoprune.VideoQA.load({str(given)!r}, budget=0.1)"
+    if kind.__module__.partition(".")[0] != "evoprune" or isinstance(given, torch.nn.Module):
+        return SUPPORTED
+    if kind.__name__ == "PrunedModel":
+        return "pass the model itself"
+    return "a VideoQA prunes already; set its budget: evoprune.VideoQA.load(model, budget=0.1)"
 
 
 def tower_of(model):

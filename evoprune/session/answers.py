@@ -13,7 +13,7 @@ from evoprune.language import GenerationOptions, Turn
 from evoprune.report import Report
 from evoprune.session.answering import Answering, Inputs, Request
 from evoprune.signatures import takes
-from evoprune.suggestions import Suggesting
+from evoprune.suggestions import Suggesting, not_callable
 from evoprune.util import Uncopied, check_question, counted, from_keywords
 
 if TYPE_CHECKING:
@@ -207,6 +207,8 @@ class Chat(Uncopied, Suggesting):
     """
 
     INSTEAD = "use chat.messages"
+    if not TYPE_CHECKING:
+        __call__ = not_callable("chat.ask(question)")
 
     def __init__(self, inputs: Asked, system: str | None, turns: Sequence[Turn]):
         self.system = system

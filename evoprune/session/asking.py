@@ -25,7 +25,7 @@ from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inpu
 from evoprune.session.result import InputResult
 from evoprune.session.session import Session
 from evoprune.signatures import suggests, takes
-from evoprune.suggestions import Suggesting
+from evoprune.suggestions import Suggesting, not_callable
 from evoprune.util import Uncopied, check_question, check_type, counted, from_keywords
 from evoprune.video import Plan
 from evoprune.vision import Encoded
@@ -43,6 +43,8 @@ class Askable(ABC, Uncopied, Suggesting):
     INSTEAD = "threads may share it; another process must load a VideoQA and encode again"
     # Error message for reading an answer after another question has been asked.
     OVERTAKEN = "another question was asked meanwhile"
+    if not TYPE_CHECKING:
+        __call__ = not_callable("video.ask(question)")
 
     def __init__(self, session: Session):
         self._session = session

@@ -123,6 +123,9 @@ MISTAKES = {
     "budget None .*full, high, balanced, fast": lambda: evoprune.VideoQA.load(budget=None),
     "auto works only with VideoQA": lambda: evoprune.EvoPrune("auto"),
     "an object of class int cannot be pruned; supported": lambda: evoprune.remove(3),
+    r"class str cannot be pruned; to load a model that prunes: evoprune.VideoQA.load\('Qwen/x'": lambda: evoprune.apply(
+        "Qwen/x"
+    ),
     "progress is True, not a function or None": lambda: evoprune.VideoQA.load(progress=True),
     "seed is 1[0-9]{30}, which does not fit into 64 bits": lambda: evoprune.EvoPrune(seed=10**30),
     "unknown dtype 'float64'": lambda: evoprune.VideoQA.load(dtype=torch.float64),
@@ -135,6 +138,27 @@ def test_a_mistake_is_named_in_a_line_with_what_would_be_right(says):
         MISTAKES[says]()
     text = "; ".join(str(caught.value).split("\nhint: "))
     assert re.search(says, text) and "in_features" not in text and "\n" not in text
+
+
+def test_a_model_that_prunes_already(demo):
+    for given in (demo, demo.session, demo.loaded):
+        with pytest.raises(evoprune.ModelError, match=f"class {type(given).__name__} cannot be pruned") as caught:
+            evoprune.EvoPrune()(given)
+        assert caught.value.hint.startswith("a VideoQA prunes already; set its budget: evoprune.VideoQA.load(")
+    model = tiny_model()
+    with pytest.raises(evoprune.ModelError) as caught:
+        evoprune.EvoPrune()(evoprune.EvoPrune()(model))
+    assert caught.value.hint == "pass the model itself"
+
+
+def test_calling_what_answers_questions(demo):
+    inputs = demo.encode("samples/square.mp4", frames=4)
+    with demo.stream() as stream:
+        called = {"qa.ask(path, question)": demo, "chat.ask(question)": inputs.chat()}
+        for right, given in [*called.items(), ("video.ask(question)", inputs), ("video.ask(question)", stream)]:
+            with pytest.raises(TypeError, match="object is not callable; did you mean ") as caught:
+                given("samples/square.mp4", question="What?")
+            assert str(caught.value).endswith(f" {right}?")
 
 
 ENCODED = [  # arguments of `encode`, and the error message
