@@ -400,7 +400,7 @@ class FullAnswers:
     references: tuple[Reference, ...]
     first_s: float  # time to encode the video and to process the first question, in seconds
     took_s: float  # total time, in seconds
-    warnings: tuple[str, ...] = ()  # names of the warnings of the last answer
+    warnings: frozenset[str] = frozenset()  # names of the warnings of all answers
 
     @property
     def tokens(self) -> int:
@@ -518,15 +518,16 @@ class Answering:
                 video, seconds = encode(self.session, path, self._sampling)  # the first encoding was a warm-up
             self._plan(video, spent, videos)
         references: list[Reference] = []
+        warnings: set[str] = set()
         fresh = video.with_session(self.session)  # with an empty prefix cache, as for a pruned video
         for question in self._questions[: self.asked]:
             answer = video.ask(question, max_new_tokens=self.tokens, think=self._think)
             str(answer)  # generates the answer
+            warnings |= set(answer.report.warnings)
             ended = answer.report.finish_reason == "stop"
             references.append(Reference.of(fresh, question, answer.ids, ended, think=self._think))
         first_s = seconds + references[0].seconds
-        warnings = tuple(answer.report.warnings)
-        return FullAnswers(path, tuple(references), first_s, self._limit.now() - start, warnings)
+        return FullAnswers(path, tuple(references), first_s, self._limit.now() - start, frozenset(warnings))
 
     def _plan(self, video: EncodedInputs, encoding: float, videos: int) -> None:
         """Choose an answer length and a number of questions that fit in the available time, based on the speed of a short test
@@ -826,10 +827,12 @@ class Tuning(Run):
         if answering.tokens < TOKENS[0] or answering.asked < len(settings.questions):
             asked = f"{answering.asked} of {counted(len(settings.questions), 'question')}"
             notes.append(f"the time limit allowed only answers of {answering.tokens} tokens to {asked}")
-        if any({"demo_model", "demo_untold"} & {*each.warnings} for each in answering.made):
-            notes.append(
-                f"{DEMO_KNOWLEDGE}, so these answers mean nothing; for a real model: -m Qwen/Qwen2.5-VL-3B-Instruct"
-            )
+        warnings = frozenset().union(*(each.warnings for each in answering.made))
+        unknown = DEMO_KNOWLEDGE if warnings & {"demo_model", "demo_untold"} else None
+        if "demo_question" in warnings:
+            unknown = unknown or "a question contains words that the demo model was not trained on"
+        if unknown:
+            notes.append(f"{unknown}, so these answers mean nothing; for a real model: -m Qwen/Qwen2.5-VL-3B-Instruct")
         fewer = sum(len(trials) < len(answering.made) for trials in known)
         if self.has_results and fewer:
             untried = sum(not trials for trials in known)

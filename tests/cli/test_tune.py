@@ -66,6 +66,26 @@ def test_a_recipe_of_operations_that_is_used(tune, cli, tiny_folder, tmp_path):
     assert "is not a complete" in cli(*ask, recipe.replace("t.json", "u.json"), "-b", "0.3").err
 
 
+QUICK = ("-m", "demo", "--frames", "4", "-b", "0.2", "--method", "random", "--agree", "0.01")
+KNOWN, UNKNOWN = ("-Q", "What colour is the square?"), ("-Q", "Why do they leave?")
+
+
+@pytest.mark.parametrize(
+    ("own", "questions", "reason"),
+    [
+        (True, KNOWN, "the demo models know only generated clips"),
+        (False, (*UNKNOWN, *KNOWN), "a question contains words that the demo model was not trained on"),
+        (False, KNOWN, None),
+    ],
+)
+def test_answers_of_a_demo_that_mean_nothing(cli, foreign, own, questions, reason):
+    result = cli("tune", foreign if own else CLIPS[0], *questions, *QUICK, "--json")
+    notes = [note for note in result.record["notes"] if "mean nothing" in note]
+    assert result.code == 0 and len(notes) == (reason is not None)
+    if reason:
+        assert notes[0].startswith(reason) and notes[0].endswith("for a real model: -m Qwen/Qwen2.5-VL-3B-Instruct")
+
+
 def test_none_passes(tune):
     result = tune("--agree", "0.99")
     assert result.code == 6 and all(len(line) <= 80 for line in result.out.splitlines())
