@@ -668,6 +668,30 @@ def holitom_line_by_line(tokens: Tokens, keep: int, method) -> dict[int, list[tu
     return members_of
 
 
+def vcast_line_by_line(tokens: Tokens, keep: int, method) -> list[int]:
+    t, h, w = tokens.grid
+    n = h * w
+    x = [row.double() for row in tokens.features]
+    frames = [x[f * n : (f + 1) * n] for f in range(t)]
+
+    def cos(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(a @ b / (a.norm().clamp(min=1e-6) * b.norm().clamp(min=1e-6)))
+
+    vectors = [mean_of(frame) / mean_of(frame).norm().clamp(min=1e-6) for frame in frames]
+    changes = [b - a if (b - a).norm() >= 1e-4 else 0 * a for a, b in pairwise(vectors)]
+    curve = [1.0, *(1 - cos(a, b) for a, b in pairwise(changes)), 1.0][:t]
+    power = [math.exp(snapped(c) / method.temperature) for c in curve]
+    least = min(1, keep // t)
+    due = [least + c for c in apportion(keep - least * t, [p / sum(power) for p in power], [n - least] * t)]
+    kept = []
+    for f, frame in enumerate(frames):
+        norms = [float(token.norm()) for token in frame]
+        low, high = min(norms), max(norms)
+        score = [1 - cos(a, vectors[f]) + (v - low) / (high - low + 1e-6) for a, v in zip(frame, norms, strict=True)]
+        kept += [f * n + i for i in ranked([snapped(value) for value in score])[: due[f]]]
+    return sorted(kept)
+
+
 def rests(x: torch.Tensor, random: torch.Generator) -> None:
     """Make some places of `x`, `[T, n, D]`, stand still."""
     still = torch.rand(x.shape[1], generator=random) < 0.6
@@ -697,6 +721,7 @@ SPECIFIED = {
     "adjacent": (adjacent_line_by_line, {"still": [1.0, 0.9, 0.2, -1.0]}),
     "par": (par_line_by_line, {"link": [0.8, 0.3, -1.0, 1.0]}),
     "vidcom2": (vidcom2_line_by_line, {}),
+    "vcast": (vcast_line_by_line, {"temperature": [0.7, 0.1]}, None),
     "fastvid": (
         fastvid_line_by_line,
         {"segments": range(1, 9), "every": range(1, 5), "salient": [0.0, 0.6, 1.0], "ignore": [0.1, 0.95, 1.0]}
