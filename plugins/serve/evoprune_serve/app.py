@@ -17,13 +17,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from evoprune.backend import empty_cache
 from evoprune.errors import EvopruneError
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import check_levels
-from evoprune.util import did_you_mean, shorten
+from evoprune.util import did_you_mean, listed, shorten
 from evoprune.video_qa import VideoQA
 from evoprune_serve.chat import END, read_chat
 from evoprune_serve.checks import Checks
@@ -43,6 +43,7 @@ from evoprune_serve.work import Done, Failed, Gone, Job, Piece, Task, Told, Work
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FILES = "/v1/files"
+FORM_FIELDS = ("file", "purpose")  # of an upload
 STRUCTURE = (b",", b"[", b"{")  # characters that begin a value in JSON, apart from the first one
 PART_BYTES = 2**16  # size of the arrays in which a body is collected
 LARGE_BODY = 2**22  # size of a body after which unused memory is returned to the system, in bytes
@@ -234,9 +235,12 @@ class Server:
                 raise refused("the form breaks off before its end")
             purpose = form.fields.pop("purpose", PURPOSES[0])
             if purpose not in PURPOSES:
-                raise refused(f"purpose is one of {', '.join(PURPOSES)}", "purpose")
+                meant = did_you_mean(purpose[:60], PURPOSES)
+                raise refused(f"{meant}purpose is one of {', '.join(PURPOSES)}", "purpose")
             for name in form.fields:
-                raise refused(f"{name[:60]} is not supported here", name[:60], "unsupported_parameter")
+                meant = did_you_mean(name[:60], FORM_FIELDS) or f"the fields are {listed(FORM_FIELDS)}"
+                message = f"{name[:60]} is not supported here; {meant.strip()}"
+                raise refused(message, name[:60], "unsupported_parameter")
             if form.filename is None:
                 raise refused("the form has no file", "file", "missing_required_parameter")
             keep = partial(incoming.keep, form.filename, purpose)
@@ -503,6 +507,17 @@ def _no_path(path: str) -> str:
     return f"there is no {shorten(path, 100)}; {did_you_mean(path[:100], PATHS)}docs/server.md lists the paths"
 
 
+def _other_method(request: Request) -> ApiError:
+    """Return the error for a method that no route of an existing path accepts."""
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    allowed = {method for route in matching for method in route.methods}
+    instead = listed(sorted(allowed - {"HEAD"}), "or")
+    message = (
+        f"send {instead} to {shorten(request.url.path, 100)}, not {request.method[:20]}; docs/server.md has examples"
+    )
+    return ApiError(405, message, headers={"Allow": ", ".join(sorted(allowed))})
+
+
 async def _gone(request: Request) -> None:
     """Wait until the client disconnects. The request body must already have been read."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -521,7 +536,8 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
         """Log an error, and return an error response in OpenAI's format."""
         if isinstance(problem, HTTPException):
             detail = _no_path(request.url.path) if problem.status_code == 404 else problem.detail
-            problem = plain(problem.status_code, detail, problem.headers)
+            plainly = plain(problem.status_code, detail, problem.headers)
+            problem = _other_method(request) if problem.status_code == 405 else plainly
         elif not isinstance(problem, ApiError):
             settings.log("".join(traceback.format_exception(problem)))
             problem = told(problem, {})

@@ -510,6 +510,13 @@ def test_forms_that_are_not_valid_are_400(server, tmp_path):
             "in the field file",
         ),
         ("boundary=b", form(text_part("a"), text_part("a")), "twice"),
+        ("boundary=b", form(text_part("purpos"), file), "purpos is not supported here; did you mean purpose?"),
+        (
+            "boundary=b",
+            form(text_part("expires"), file),
+            "expires is not supported here; the fields are file and purpose",
+        ),
+        ("boundary=b", form(text_part("purpose", "visoin"), file), "did you mean vision?"),
         ("boundary=b", form(*map(text_part, "abcdefghi")), "more than 8 fields"),
         ("boundary=b", form(text_part("purpose", 2000 * "x")), "more than 1024 bytes"),
         ("boundary=b", form(f"{PART}A: {5000 * 'a'}\r\n\r\nx"), "not valid"),
@@ -805,8 +812,16 @@ def test_a_key_is_asked_for(qa, tmp_path):
 
 
 def test_another_method_is_told_those_that_are_allowed(server):
-    response = server.client.put("/v1/models")
-    assert response.status_code == 405 and {*response.headers["allow"].split(", ")} == {"GET", "HEAD"}
+    for method, path, allowed, instead in (
+        ("PUT", "/v1/models", {"GET", "HEAD"}, "send GET to /v1/models, not PUT; "),
+        ("GET", CHAT, {"POST"}, f"send POST to {CHAT}, not GET; "),
+        ("GET", "/v1/responses", {"POST"}, "send POST to /v1/responses, not GET; "),
+        ("POST", "/v1/files/file-1", {"GET", "HEAD", "DELETE"}, "send DELETE or GET to /v1/files/file-1, not POST; "),
+    ):
+        response = server.client.request(method, path)
+        assert response.status_code == 405 and {*response.headers["allow"].split(", ")} == allowed
+        error = response.json()["error"]
+        assert error["message"].startswith(instead) and error["code"] == "method_not_allowed"
 
 
 def test_bodies_are_sent_as_they_are(server):
