@@ -57,7 +57,6 @@ Tower = Callable[..., TowerOutput]
 
 KINDS_HINT = "give a path or a URL, an array of frames, a Pillow image, the bytes of a file, or an open file"
 AHEAD_BYTES = 2**26  # maximum size in bytes of prefetched patches outside the patch store
-READERS = {"pyav": "av", "decord": "decord", "pillow": "pillow"}  # Python packages of the decoders
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -405,7 +404,7 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
         "model": [loaded.fingerprint, loaded.dtype, loaded.quantize, Device(loaded.device).kind],
         "method": [repr(pruning.method.before), pruning.seed],  # the repr includes the classes and all settings
         "code": [evoprune.__version__, torch.__version__, own_code(), MethodText(pruning.name).plugin_code()],
-        "reader": version(READERS[plan.decoder]),
+        "reader": version(plan.decoder_package),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

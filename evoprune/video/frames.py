@@ -28,6 +28,7 @@ from evoprune.video.info import (
     Video,
     check_seek,
 )
+from evoprune.video.reader_table import reader_of
 from evoprune.video.sandbox.isolation import run_task, stream_frames
 from evoprune.video.temporary import temporary_file
 
@@ -223,24 +224,24 @@ def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Ite
 
 
 def choose_decoder(decoder: str, info: Video | None = None) -> str:
-    """Return the decoder to use (`pyav`, `decord`, `pillow`, or `none`) after checking that it works.
+    """Return the decoder to use (`decord`, `none`, or the `decoder` of an entry in `READERS`) after checking that it works.
 
-    Still images and some animations are always read with `pillow`. Arrays need no decoder (`none`). For all other inputs, `auto`
-    means PyAV. Note that decord decodes every frame up to the last requested one (see readers/decord.py), does not support AV1, and
-    gives up on damaged files.
+    Still images are always read with `pillow`. Arrays need no decoder (`none`). For all other inputs, `auto` means the decoder of
+    the input's reader, which for video files is PyAV. Note that decord decodes every frame up to the last requested one (see
+    readers/decord.py), does not support AV1, and gives up on damaged files.
 
     Raises:
         UsageError: The decoder is unknown, or decord is requested but not installed.
         VideoError: decord is requested, but it is known to fail on this kind of video.
     """
-    if info is not None and (info.is_picture or (info.is_animation and decoder != "decord")):
-        return "pillow"
     if isinstance(info, HeldVideo):
         return "none"
+    if info is not None and info.is_picture:
+        return reader_of(info).decoder
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r}", f"choose one of {', '.join(DECODERS)}")
     if decoder != "decord":
-        return "pyav"
+        return "pyav" if info is None else reader_of(info).decoder
     if info is None:
         run_task("check_decord", "", {"info": None})
     else:

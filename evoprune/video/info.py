@@ -24,6 +24,7 @@ FOLDER_FPS = 2.0
 ROUNDED_S = 0.000501  # slightly more than the rounding error of timestamps in Matroska, which rounds to milliseconds
 TOLERANCE_S = 0.0006  # maximum tolerance (see `Video.tolerance_s`)
 FOLDER = "folder"  # value of `Video.container` for a folder of images
+PICTURE = "picture"  # value of `Video.container` for a still image
 MAX_TIMES = 2**21  # maximum number of times in a single request for frames; as text, they take at most 54 MB
 AUDIO_RATE = 16_000  # samples per second of the audio for speech recognition
 # HDR formats: two transfer curves, and Dolby Vision's proprietary format (profile 5), which is not supported.
@@ -105,17 +106,12 @@ class Video:
 
     @property
     def is_picture(self) -> bool:
-        return self.container == "picture"
+        return self.container == PICTURE
 
     @property
     def is_folder(self) -> bool:
         """True for a folder of images treated as a video."""
         return self.container == FOLDER
-
-    @property
-    def is_animation(self) -> bool:
-        """True for an animation that has to be read with Pillow. All other animations are read with FFmpeg as ordinary videos."""
-        return self.container in ANIMATIONS.values()
 
     @property
     def is_file(self) -> bool:

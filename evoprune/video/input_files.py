@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from evoprune.files import FileMemo, in_natural_order
 from evoprune.util import file_state
 from evoprune.video.info import Video
+from evoprune.video.reader_table import FRAMES, READERS
 
 SUBTITLES = (".srt", ".vtt", ".ass", ".ssa")  # subtitle file extensions, in order of preference
 # Matches a language tag before a subtitle file extension, such as .en or .pt-BR.
@@ -31,12 +32,17 @@ class Folder:
         ValueError: The path contains a null byte.
     """
 
-    IMAGES: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-    PHOTOS: ClassVar[tuple[str, ...]] = (".avif", ".heic", ".heif")
-    VIDEOS: ClassVar[tuple[str, ...]] = (
-        ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-        ".mts", ".mxf", ".ogv", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".y4m",
-    )  # fmt: skip
+    IMAGES: ClassVar[tuple[str, ...]] = FRAMES
+    PHOTOS: ClassVar[tuple[str, ...]] = tuple(
+        extension
+        for reader in READERS
+        if reader.kind == "picture"
+        for extension in reader.extensions
+        if extension not in FRAMES
+    )
+    VIDEOS: ClassVar[tuple[str, ...]] = tuple(
+        extension for reader in READERS if reader.kind == "video" for extension in reader.extensions
+    )
 
     def __init__(self, path: str):
         with os.scandir(path) as entries:

@@ -17,6 +17,7 @@ from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
 from evoprune.util import converted, option, parse_time
 from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
+from evoprune.video.reader_table import package_of
 from evoprune.video.sound import check_speech
 
 if TYPE_CHECKING:
@@ -453,6 +454,11 @@ class Plan:
     def read_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `frames.read_chunks` that determine which frames are read."""
         return {"decoder": self.decoder, "seek": self.seek, "part_s": self.sampling.seconds_per_frame}
+
+    @property
+    def decoder_package(self) -> str:
+        """Python package of the decoder, whose version affects the frames."""
+        return package_of(self.decoder)
 
     @property
     def chunk_bytes(self) -> int:

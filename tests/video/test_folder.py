@@ -15,7 +15,9 @@ from evoprune.video.frames import probe, read_chunks
 from evoprune.video.info import FOLDER_FPS
 from evoprune.video.input_files import Folder
 from evoprune.video.readers import folder as backend
-from evoprune.video.readers.folder import decode_image, list_images
+from evoprune.video.readers import images
+from evoprune.video.readers.folder import list_images
+from evoprune.video.readers.images import decode_image
 from tests.video.files import number_of, numbered_frame, numbered_frames, numbers, pixels, quarters, write_image
 
 
@@ -74,7 +76,7 @@ def test_the_first_image_is_decoded_once_until_it_changes(tmp_path, monkeypatch)
     write_images(tmp_path, 3)
     time.sleep(0.05)
     decoded = []
-    monkeypatch.setattr(backend, "decode_image", lambda path: decoded.append(path) or decode_image(path))
+    monkeypatch.setattr(images, "decode_image", lambda *image: decoded.append(image) or decode_image(*image))
     first = backend.probe(str(tmp_path), 2.0)
     assert backend.probe(str(tmp_path), 2.0) == first and len(decoded) == 1
     write_image(tmp_path / "frame0.png", numbered_frame(0, height=24))
@@ -200,8 +202,7 @@ def test_exif_of_either_byte_order(order, tmp_path):
     picture = picture[:2] + before + picture[2:]
 
     def orientation(content):
-        (tmp_path / "a.jpg").write_bytes(content)
-        return decode_image(tmp_path / "a.jpg")[2]
+        return decode_image(content, "a.jpg")[2]
 
     assert orientation(picture) == (270, True)
     tag = struct.pack(order + "IHH", 1, 5, 0)
@@ -268,8 +269,13 @@ def test_all_images_damaged_is_an_error(tmp_path):
 @pytest.fixture
 def opened(in_process, monkeypatch):
     """A list of the names of the images that have been opened, in order."""
-    names, original = [], backend.decode_image
-    monkeypatch.setattr(backend, "decode_image", lambda path: names.append(os.path.basename(path)) or original(path))
+    names = []
+
+    def opened(content, path):
+        names.append(os.path.basename(path))
+        return decode_image(content, path)
+
+    monkeypatch.setattr(images, "decode_image", opened)
     return names
 
 

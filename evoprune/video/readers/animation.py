@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from evoprune.errors import VideoError
-from evoprune.video.info import ANIMATIONS, Video
+from evoprune.video.info import ANIMATIONS, FrameTimes, Video
 from evoprune.video.readers import ffmpeg, picture, probing, pyav
+from evoprune.video.signatures import head_of, picture_format
 
 WEBP, AVIF = ANIMATIONS.values()
 SHORTEST_S = 0.01  # browsers display frames with this duration or less for `INSTEAD_S` instead
@@ -22,9 +23,9 @@ INSTEAD_S = 0.1
 CHUNK_BYTES = 8  # size of a WebP chunk header, which contains the chunk's type and length
 
 
-def is_read_here(path: str) -> bool:
+def claims(path: str) -> bool:
     """Return True if a file is an animation supported by this module. Callers must first rule out still images."""
-    name = ffmpeg.picture_format(path)
+    name = picture_format(head_of(path))
     if name not in ANIMATIONS:
         return False
     if name == "WEBP":
@@ -36,8 +37,8 @@ def is_read_here(path: str) -> bool:
         return False
 
 
-def probe(path: str) -> Video:
-    """Read an animation's metadata, without decoding any frames of a WebP. Raises VideoError if the animation cannot be read."""
+def probe(path: str, fps: float) -> Video:
+    """Read an animation's metadata, without decoding any frames of a WebP. See the docstring of the `readers` package."""
     with picture.opened(path, animated=True) as image:
         width, height = image.size
         if width * height > ffmpeg.MAX_VIDEO_PIXELS:
@@ -66,8 +67,12 @@ def probe(path: str) -> Video:
     )
 
 
-def frame_times(info: Video) -> list[float]:
-    """Return the display times of all frames in an animation, in seconds from the first frame."""
+def frame_times(info: Video) -> FrameTimes:
+    """Return the display times of all frames in an animation."""
+    return FrameTimes(_begins(info), info.frames_total or 0)
+
+
+def _begins(info: Video) -> list[float]:
     if info.container == AVIF:
         return pyav.frame_times(replace(info, container=ffmpeg.MOV)).times_s
     return list(accumulate(_lengths(info.path), initial=0.0))[:-1]
@@ -75,7 +80,7 @@ def frame_times(info: Video) -> list[float]:
 
 def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpeg.Frames:
     """Yield the frame on screen at each requested time. See the docstring of the `readers` package."""
-    begins = frame_times(info)
+    begins = _begins(info)
     size = ffmpeg.turned_size((info.width, info.height), info.rotation_deg)
     with picture.opened(info.path, animated=True) as image:
         done = shown = -1  # if a frame is damaged, the previous frame stays on screen
@@ -97,8 +102,8 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames and yield their timestamp, duration, and keyframe flag. Only the first frame is treated as a keyframe."""
-    begins = frame_times(info)
+    """Decode all frames. See the docstring of the `readers` package. Only the first frame is treated as a keyframe."""
+    begins = _begins(info)
     with picture.opened(info.path, animated=True) as image:
         for number, (begin, end) in enumerate(zip(begins, [*begins[1:], info.length_s], strict=True)):
             if _decoded(image, number, damaged) is not None:

@@ -35,6 +35,7 @@ from av.video.stream import VideoStream
 from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.info import CLIP_ENDINGS, TOLERANCE_S, Video
+from evoprune.video.reader_table import FILES, reader_of
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.pyav import Picture, planned, start_decoding
@@ -74,7 +75,7 @@ class ClipReader:
     """
 
     def __init__(self, info: Video, start_s: float, end_s: float, exact: bool, title: str):
-        if info.is_picture or info.is_animation or info.is_folder:
+        if reader_of(info) is not FILES:
             raise VideoError(f"cannot cut a clip from {info.path}: it is not a video file", "give a video file")
         self._path = info.path
         self._made = _MemoryFile()

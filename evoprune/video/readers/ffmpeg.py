@@ -29,6 +29,7 @@ from evoprune.errors import LFS, LFS_HINT, VideoError
 from evoprune.util import LONGEST, missing_hint, overlapping, shorten, shown
 from evoprune.video.info import WIDEST_PIXEL, Video, fitted
 from evoprune.video.readers import colour
+from evoprune.video.signatures import head_of
 
 # A callback for damaged data. It is called for each damaged packet or image with a mark that identifies the damage. The same damage
 # always has the same mark.
@@ -90,14 +91,6 @@ BOXES = (
 )  # every MP4 or MOV contains one of these at byte 4
 # Image formats listed in hints. HEIC requires an optional package.
 PICTURES = ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF", "AVIF", "HEIC")
-PICTURE_HEADS = {
-    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG",
-    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF87a": "GIF", b"GIF89a": "GIF",
-}  # fmt: skip
-PICTURE_BRANDS = {
-    b"avif": "AVIF", b"avis": "AVIF",
-    b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"heis": "HEIC", b"mif1": "HEIC",
-}  # fmt: skip
 of_thread = threading.local()  # in all threads except the first, its `alive` attribute replaces `report_alive`
 CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f\b\x1b"))  # control characters that never occur in text
 # Clockwise rotation in degrees for each EXIF orientation, and whether to flip left to right before rotating (see `orientation`).
@@ -137,7 +130,7 @@ def picture_size(pixels: int, decoders: int = 1) -> None:
 
 
 class Encrypted(ValueError):
-    """Raised when a packet is encrypted. `reading` converts it to a VideoError that includes the file name."""
+    """Raised when a packet is encrypted. `converting` converts it to a VideoError that includes the file name."""
 
 
 def encrypted(path: str) -> VideoError:
@@ -151,27 +144,6 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def picture_format(path: str) -> str | None:
-    """Return Pillow's name for an image file's format, or None if the file does not start with an image signature."""
-    head = _head(path)
-    if head[4:8] == b"ftyp":
-        brand = PICTURE_BRANDS.get(head[8:12])
-        if brand == "HEIC" and b"avif" in head[16 : head[3]]:
-            return "AVIF"
-        return brand
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in (12, 40, 52, 56, 64, 108, 124):
-        return "BMP"  # the header size is also checked, because the signature is short
-    return next((name for start, name in PICTURE_HEADS.items() if head.startswith(start)), None)
-
-
-def is_sequence(path: str) -> bool:
-    """Return True if an AVIF file's header declares an animation."""
-    head = _head(path)
-    return b"avis" in head[8 : head[3]]
-
-
 def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     """Return an error that explains why an unreadable file is not a video, or None if it may be a damaged video.
 
@@ -179,7 +151,7 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
         unrecognised: True if FFmpeg did not recognize the file format. In this case, a file without a video signature is assumed
             not to be a video.
     """
-    head = _head(path)
+    head = head_of(path)
     if not head or head.startswith(MEDIA) or head[4:8] in BOXES:
         return None
     kind = next((name for start, name in OTHERS.items() if head.startswith(start)), None)
@@ -194,34 +166,35 @@ def not_a_video(path: str, *, unrecognised: bool) -> VideoError | None:
     return None
 
 
-def _head(path: str) -> bytes:
-    try:
-        # Reading a file of size 0, such as /proc/kmsg, may block.
-        if not os.path.isfile(path) or not os.path.getsize(path):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(4096)
-    except OSError:
-        return b""
-
-
 @contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Convert PyAV and file system errors to `VideoError`. The message points out if the file is clearly not a video.
+def converting(path: str) -> Iterator[None]:
+    """Convert PyAV and file system errors to `VideoError`. A `VideoError` is raised unchanged.
 
     FFmpeg's out-of-memory error is also converted, because a damaged file may request any amount of memory. A `MemoryError` from
     another source, such as NumPy, is not converted.
     """
     try:
         yield
+    except VideoError:
+        raise
     except Encrypted as error:
         raise encrypted(path) from error
-    except (VideoError, av.error.FFmpegError, OSError, ValueError) as error:
-        if no_video := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
-            raise no_video from error
-        if isinstance(error, VideoError):
-            raise
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"cannot read {path}: {reason(error)}", INCOMPLETE) from error
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Like `converting`, for files read by FFmpeg: if the file is clearly not a video, the message says what it is instead."""
+    with converting(path):
+        try:
+            yield
+        except Encrypted:
+            raise
+        except (VideoError, av.error.FFmpegError, OSError, ValueError) as error:
+            if no_video := not_a_video(path, unrecognised=isinstance(error, av.error.InvalidDataError)):
+                raise no_video from error
+            raise
 
 
 def check_file(path: str) -> None:

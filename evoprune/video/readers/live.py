@@ -22,10 +22,12 @@ from av.video.frame import VideoFrame
 from evoprune.backend import Host
 from evoprune.errors import VideoError
 from evoprune.video.info import TOLERANCE_S
+from evoprune.video.reader_table import FILES, reader_at
 from evoprune.video.readers import colour, ffmpeg
 from evoprune.video.readers.clock import FORWARD_S, Clock, longest_gap_s
 from evoprune.video.readers.deinterlacing import deinterlacing
 from evoprune.video.readers.probing import another_follows
+from evoprune.video.signatures import head_of, picture_format
 
 # The FFmpeg protocols required for each URL scheme, and the formats allowed in addition to `FORMATS`.
 WEB = "http,https,httpproxy,tcp,tls,crypto", ",hls,dash,aac,mp3,webvtt"
@@ -151,18 +153,10 @@ class LiveReader:
         limits |= {"protocol_whitelist": "none", "format_whitelist": FORMATS}
         end = time.monotonic() + self._timeout_s
         while True:
-            if path and ffmpeg.picture_format(path) not in (
-                None,
-                "GIF",
-            ):  # a GIF is treated as a video even if it has only one frame
-                from evoprune.video.readers import picture  # imports Pillow
-
-                if picture.is_picture(path):
-                    raise VideoError(f"{path} is an image, not a video", "evoprune ask answers questions about it")
-                from evoprune.video.readers import animation
-
-                if animation.is_read_here(path):
-                    raise VideoError(f"{path} is an animation, not a video", "evoprune ask answers questions about it")
+            # A GIF is treated as a video even if it has only one frame.
+            if path and picture_format(head_of(path)) != "GIF" and (reader := reader_at(path)) is not FILES:
+                hint = "evoprune ask answers questions about it"
+                raise VideoError(f"{path} is {reader.noun}, not a video", hint)
             late = not self._follow or time.monotonic() > end
             number = os.open(path, os.O_RDONLY) if path else os.dup(descriptor)
             file = _Following(number, self._timeout_s)

@@ -5,32 +5,36 @@ An image is rotated according to its EXIF data, as in `transformers.image_utils.
 their upper 8 bits.
 """
 
+import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 from evoprune.errors import VideoError
 from evoprune.util import install_hint, overlapping
-from evoprune.video.info import Video
+from evoprune.video.info import PICTURE, FrameTimes, Video
 from evoprune.video.readers import ffmpeg
+from evoprune.video.signatures import head_of, is_sequence, picture_format
 
 MAX_BYTES = 2**29  # larger files are rejected before they are read
 CONVERT_HINT = "convert it to JPEG or PNG"
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # formats with animations that are treated as videos
 
 
-def is_picture(path: str) -> bool:
+def claims(path: str) -> bool:
     """Return True if a file is a still image. The file must have an image signature.
 
     Animations and JPEG sequences are not still images, because they are treated as videos.
     """
-    name = ffmpeg.picture_format(path)
+    head = head_of(path)
+    name = picture_format(head)
     if name == "AVIF" and not features.check("avif"):
-        return not ffmpeg.is_sequence(path)
+        return not is_sequence(head)
     if name not in (*ANIMATIONS, "JPEG"):
         return True
     try:
@@ -52,9 +56,9 @@ def _without_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _header(path: str, name: str | None) -> Iterator[Image.Image]:
+def _header(path: str, name: str | None, content: BinaryIO | None = None) -> Iterator[Image.Image]:
     try:
-        with _without_warnings(), _opened(path, name) as image:
+        with _without_warnings(), _opened(content or path, name) as image:
             if image.width * image.height > ffmpeg.MAX_PIXELS:
                 raise too_large(path)
             yield image
@@ -62,22 +66,22 @@ def _header(path: str, name: str | None) -> Iterator[Image.Image]:
         raise too_large(path) from None
 
 
-def _opened(path: str, name: str | None) -> Image.Image:
+def _opened(file: str | BinaryIO, name: str | None) -> Image.Image:
     if name != "HEIC":
-        return Image.open(path, formats=[name])
+        return Image.open(file, formats=[name])
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         raise VideoError(
-            f"{path} is in HEIC, which needs pillow-heif", f"{install_hint('heic')}, or {CONVERT_HINT}"
+            f"{file} is in HEIC, which needs pillow-heif", f"{install_hint('heic')}, or {CONVERT_HINT}"
         ) from error
-    return HeifImageFile(path)  # don't register it with Pillow, because evoprune may be running inside another program
+    return HeifImageFile(file)  # don't register it with Pillow, because evoprune may be running inside another program
 
 
-def check_size(path: str) -> None:
-    """Raise VideoError if a file is an image with more than `MAX_PIXELS` pixels. Non-image files pass the check."""
+def check_size(content: bytes, path: str) -> None:
+    """Raise VideoError if a file's content is an image with more than `MAX_PIXELS` pixels. Other content passes the check."""
     try:
-        with _header(path, ffmpeg.picture_format(path)):
+        with _header(path, picture_format(content), io.BytesIO(content)):
             pass
     except Exception as problem:
         if isinstance(problem, VideoError):  # any other error means it isn't an image
@@ -89,8 +93,8 @@ def too_large(path: str) -> VideoError:
     return VideoError(message, "make it smaller; the model sees at most a few megapixels of it")
 
 
-def probe(path: str) -> Video:
-    """Read a still image's metadata from its header. Raises VideoError if the file cannot be read as a single image."""
+def probe(path: str, fps: float) -> Video:
+    """Read a still image's metadata from its header. See the docstring of the `readers` package."""
     with opened(path) as image:
         rotation, mirrored = orientation(image)
         size = image.size
@@ -112,7 +116,7 @@ def probe(path: str) -> Video:
             rotation_deg=rotation,
             codec=(image.format or "").lower().replace("mpo", "jpeg").replace("heif", "heic"),
             pix_fmt=image.mode,
-            container="picture",
+            container=PICTURE,
             frames_total=1,
             tags=tags,
             mirrored=mirrored,
@@ -135,6 +139,16 @@ def read(info: Video, times_s: Sequence[float], damaged: ffmpeg.Damage) -> ffmpe
         yield ffmpeg.Shown(0.0, pixels)
 
 
+def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
+    """Raise VideoError, because an image has only one frame."""
+    raise VideoError(f"{info.path} is an image, which has nothing to scan", "leave out --scan")
+
+
+def frame_times(info: Video) -> FrameTimes:
+    """Return the time of an image's only frame."""
+    return FrameTimes([0.0], 1)
+
+
 def orientation(image: Image.Image) -> tuple[int, bool]:
     """Return the rotation and flip specified by an image's EXIF data, in the same format as `ffmpeg.orientation`.
 
@@ -153,7 +167,7 @@ def opened(path: str, *, animated: bool = False) -> Iterator[Image.Image]:
         VideoError: The file cannot be read, is too large, requires a missing package, has more than one page, or is an animation
             while `animated` is False.
     """
-    name = ffmpeg.picture_format(path)
+    name = picture_format(head_of(path))
     if name is None:
         raise VideoError(f"{path} is no longer an image", CONVERT_HINT)
     if name == "AVIF" and not features.check("avif"):

@@ -17,7 +17,7 @@ from av.video.frame import VideoFrame
 
 from evoprune.backend import Host
 from evoprune.video.info import FrameTimes, Video
-from evoprune.video.readers import colour, ffmpeg
+from evoprune.video.readers import colour, ffmpeg, probing
 from evoprune.video.readers.deinterlacing import deinterlaced
 from evoprune.video.readers.opened import open_tracks
 from evoprune.video.readers.track import (
@@ -47,6 +47,17 @@ class Run:
     times_s: tuple[float, ...]
     entries: tuple[Keyframe | None, ...]  # where to start decoding, best first; None means the beginning of the file
     near: tuple[Keyframe, ...] = ()  # keyframes to which the run's single time may be moved, nearest first
+
+
+def claims(path: str) -> bool:
+    """Return True, because FFmpeg recognizes its own files, and no other reader is asked after this one."""
+    return True
+
+
+def probe(path: str, fps: float) -> Video:
+    """Read a video file's metadata. See `evoprune.video.frames.probe`. A file specifies its own frame rate, so `fps` is ignored."""
+    with ffmpeg.reading(path):
+        return probing.probe(path)
 
 
 def read(
@@ -88,9 +99,9 @@ def read(
 
 
 def intervals(info: Video, damaged: ffmpeg.Damage) -> Iterator[tuple[float, float, bool]]:
-    """Decode all frames of a video. Yields each frame's timestamp and duration in seconds, and whether it is a keyframe."""
+    """Decode all frames of a video. See the docstring of the `readers` package."""
     step = 1 / (info.fps or ffmpeg.FALLBACK_FPS)
-    with closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
+    with ffmpeg.reading(info.path), closing(Track(info, ffmpeg.thread_count(Host().available_cores()))) as track:
         for time_s, frame in track.from_beginning((), damaged):
             length = frame.duration if frame.pts is not None else 0
             # PyAV 18 sets no time base for the frames that a decoder returns at the end.

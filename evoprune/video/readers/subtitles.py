@@ -23,6 +23,7 @@ from evoprune.files import FileMemo
 from evoprune.util import missing_hint, shorten, shown
 from evoprune.video.info import SubtitleLine, Subtitles
 from evoprune.video.input_files import Folder
+from evoprune.video.reader_table import FILES, reader_at
 from evoprune.video.readers import ffmpeg
 from evoprune.video.readers.subtitle_text import (
     EventFormat,
@@ -82,8 +83,8 @@ def read(path: str, origin_s: float, choice: str, start_s: float, end_s: float) 
             subtitles = _parsed.get(file, lambda: _from_file(file, origin_s), also=(origin_s, file))
             if subtitles.source is None:
                 raise VideoError(f"no subtitles in {file}: {subtitles.note}", HINT)
-        elif Folder.is_at(path):
-            subtitles = Subtitles(note=why or "no file next to the folder")
+        elif (reader := reader_at(path)) is not FILES:
+            subtitles = Subtitles(note=why or f"no file next to it, and {reader.noun} has no text track")
         else:
             subtitles = _parsed.get(path, lambda: _from_container(path, origin_s, ""), also=(origin_s, None))
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -120,7 +121,7 @@ def _clock_start(path: str) -> float:
 
     Playback begins with the earliest stream, which may be the audio.
     """
-    if Folder.is_at(path):
+    if reader_at(path) is not FILES:
         return 0.0
     with ffmpeg.open_video(path) as container:
         return (container.start_time or 0) / av.time_base

@@ -32,15 +32,14 @@ from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from evoprune.errors import EvopruneError, VideoError
 from evoprune.video.info import FrameTimes, ScanResult, Video
-from evoprune.video.input_files import Folder
-from evoprune.video.readers import decord, ffmpeg, folder, probing, pyav, subtitles
+from evoprune.video.reader_table import FILES, reader_at, reader_of
+from evoprune.video.readers import decord, ffmpeg, probing, pyav, subtitles
 from evoprune.video.readers.cutting import ClipReader
 from evoprune.video.readers.live import LiveReader
 from evoprune.video.readers.opened import OpenTracks, keep_open
@@ -66,37 +65,22 @@ def counted(done: int) -> None:
 
 def probe(path: str, folder_fps: float) -> Video:
     """Read the metadata of a video, a still image, or a folder of images. See `evoprune.video.frames.probe`."""
-    with ffmpeg.reading(path):
-        if Folder.is_at(path):
-            return folder.probe(path, folder_fps)
-        if ffmpeg.picture_format(path):
-            # Imported here, because importing Pillow would delay every video.
-            from evoprune.video.readers import picture
-
-            if picture.is_picture(path):
-                return picture.probe(path)
-            from evoprune.video.readers import animation
-
-            if animation.is_read_here(path):
-                return animation.probe(path)
-        return probing.probe(path)
+    with ffmpeg.converting(path):
+        return reader_at(path).load().probe(path, folder_fps)
 
 
 def scan(path: str, folder_fps: float) -> ScanResult:
     """Decode an entire video to find damage and measure its length. See `evoprune.video.frames.scan`."""
     began = time.perf_counter()
     info = probe(path, folder_fps)
-    if info.is_picture:
-        raise VideoError(f"{path} is an image, which has nothing to scan", "leave out --scan")
-    reader = _reader(info)
     damage = set()
     frames = 0
     end_s = 0.0
     # Histogram of frame intervals, rounded so that equal intervals are counted together.
     gaps = Counter()
     keyframes = Counter()
-    with ffmpeg.reading(path):
-        for time_s, length_s, key in reader.intervals(info, damage.add):
+    with ffmpeg.converting(path):
+        for time_s, length_s, key in reader_of(info).load().intervals(info, damage.add):
             if not frames:
                 first_s = last_s = key_s = time_s
             else:
@@ -130,17 +114,6 @@ def scan(path: str, folder_fps: float) -> ScanResult:
     )
 
 
-def _reader(info: Video) -> ModuleType:
-    if info.is_folder:
-        return folder
-    if info.is_picture or info.is_animation:
-        # Imported here, because importing Pillow would delay every video.
-        from evoprune.video.readers import animation, picture
-
-        return picture if info.is_picture else animation
-    return pyav
-
-
 def _median(counts: Counter[float]) -> float:
     values = sorted(counts)
     half = sum(counts.values()) / 2
@@ -158,9 +131,8 @@ def check_decord(info: dict[str, Any] | None) -> None:
 def frame_times(info: dict[str, Any]) -> FrameTimes:
     """Return the display times of all frames in a video. See `evoprune.video.frames.frame_times`."""
     video = Video(**info)
-    if video.is_animation:
-        return FrameTimes(_reader(video).frame_times(video), video.frames_total or 0)
-    return pyav.frame_times(video)
+    with ffmpeg.converting(video.path):
+        return reader_of(video).load().frame_times(video)
 
 
 TASKS = {
@@ -185,12 +157,14 @@ class FrameReader:
         ffmpeg.picture_size(info.width * info.height)
         self._damaged: set[object] = set()
         self._joints = ffmpeg.incomplete_joints(info)
-        reader = _reader(info)
-        if reader is not pyav:
-            how = {}
+        self._path = info.path
+        reader = reader_of(info)
+        module = reader.load()
+        if reader is not FILES:
+            how = {}  # only video files have keyframes to choose from
         elif decoder == "decord":
-            reader, how = decord, {}
-        self._frames = reader.read(info, times_s, self._damaged.add, **how)
+            module, how = decord, {}
+        self._frames = module.read(info, times_s, self._damaged.add, **how)
 
     def fill(self, frames: np.ndarray) -> dict[str, Any]:
         """Fill `frames` with the next n frames as uint8 `[n, H, W, 3]`.
@@ -201,7 +175,8 @@ class FrameReader:
         before = self._count()
         filled = []
         for slot in frames:
-            shown = next(self._frames)
+            with ffmpeg.converting(self._path):
+                shown = next(self._frames)
             slot[:] = shown.rgb
             filled.append(shown)
             counted(len(filled))
