@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from evoprune.batch import RowReader
 from evoprune.errors import UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.report import Report, VideoFacts, warned
@@ -21,7 +22,7 @@ from evoprune_cli.terminal import encoding, print_traceback, print_warning, prog
 from evoprune_cli.words import check_no_questions
 
 if TYPE_CHECKING:
-    from evoprune.batch import Captions, RecordFile, Row, RowReader, Settings
+    from evoprune.batch import Captions, RecordFile, Row, Settings
 
 DASH = "-"  # stdin or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
@@ -43,7 +44,7 @@ class BatchArguments:
         str | None,
         "--from FILE|-",
         "Instead of VIDEO and -Q: JSONL or CSV rows with video, question and optionally "
-        "id, start, end, fps, frames, frame_rate, max_new_tokens, options (in CSV a|b|c), subtitles, "
+        f"{RowReader.MAY_HAVE} (in CSV a|b|c), subtitles, "
         "answer; in JSONL also messages instead of question. Paths are relative to the file; - is stdin, "
         "which is read completely first.",
         "Rows",
@@ -154,7 +155,7 @@ class Batch:
 
 def _check(given: BatchArguments, pipeline: PipelineOptions) -> Batch:
     """Read the rows, and check everything that can be checked before loading the model."""
-    from evoprune.batch import Captions, RowReader, Settings, TableFile
+    from evoprune.batch import Captions, Settings, TableFile
     from evoprune.video import choose_decoder
 
     if not pipeline.model.model:
@@ -256,7 +257,7 @@ def _answers(left: Sequence["Row"], settings: "Settings", given: BatchArguments,
         yield from answers(session, spans, settings, stored, print_traceback, ahead, **callbacks)
 
 
-def _rows(given: BatchArguments, reader: "RowReader") -> list["Row"]:
+def _rows(given: BatchArguments, reader: RowReader) -> list["Row"]:
     """Return the rows from the --from file, or one row for each combination of video and question.
 
     Raises:
@@ -276,7 +277,7 @@ def _rows(given: BatchArguments, reader: "RowReader") -> list["Row"]:
     return replace(reader, file="name a file with --from").read(stdin, "stdin")
 
 
-def _pairs(given: BatchArguments, reader: "RowReader") -> list["Row"]:
+def _pairs(given: BatchArguments, reader: RowReader) -> list["Row"]:
     """Return one row for each combination of video and question, and report skipped files on stderr. For errors, see `_rows`."""
     from evoprune.batch import left_out
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any, BinaryIO, ClassVar, Self
 from urllib.parse import unquote
 
@@ -40,11 +41,6 @@ from evoprune.util import (
 from evoprune.video import Folder, SamplingOptions
 
 LETTERED = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])\s*[.):])\s*(.*\S)\s*", re.IGNORECASE | re.DOTALL)
-# The fields of a row. Only evaluations use `type` and `groups`, but batches accept files that contain them.
-FIELDS = (
-    "id", "video", "inputs", "question", "start", "end", "fps", "frames", "frame_rate", "max_new_tokens", "options",
-    "subtitles", "messages", "answer", "type", "groups",
-)  # fmt: skip
 ALIASES = {
     "video_start": "start",
     "video_end": "end",
@@ -59,6 +55,78 @@ Line = tuple[str, int, dict[str, Any] | ValueError]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """How a row overrides an option of the batch. The `Row` field has the option's name; in files, it has no `_s` suffix.
+
+    `read` converts a value from a file, given the value and the name of the field. It raises ValueError or UsageError.
+    """
+
+    options: type  # the dataclass with the option: `SamplingOptions` or `GenerationOptions`
+    read: Callable[[Any, str], Any]
+    applied: str | None = None  # the `Row` field with the option's value, if it isn't the same field
+    recorded: bool = False  # whether records and IDs also contain the default value
+
+    def field(self, default: Any = None) -> Any:
+        """Return a dataclass field for `Row`."""
+        return field(default=default, metadata={SETTING: self})
+
+
+SETTING = "setting"
+
+
+def _must(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _filled(value: Any, name: str) -> str:
+    _must(value is not None, f"no {name}")
+    _must(isinstance(value, str), f"{name} is not text")
+    _must(value.strip(), f"{name} is empty")
+    return value
+
+
+def _file(value: Any, name: str) -> str:
+    hint = "write it to a file and give its path"
+    if _filled(value, name).startswith("data:"):
+        raise UsageError(f"{name} is a data: URL, not a path", hint)
+    if len(value) > LONGEST_PATH:
+        raise UsageError(f"{name} has {len(value):,} characters, too many for a path", hint)
+    return value
+
+
+def _number(value: Any, name: str, kind: type[int] | type[float] = float) -> Any:
+    """Convert the value of a numeric field, which is a string in a CSV file."""
+    number = value
+    if isinstance(value, str):
+        for read in (float, kind):
+            with suppress(ValueError):
+                number = read(value)
+    if kind is int and isinstance(number, float) and number.is_integer():  # spreadsheets may write 8 as 8.0
+        number = int(number)
+    right = isinstance(number, (int, kind))
+    noun = "whole number" if kind is int else "number"
+    _must(right, f"{name} is not a {noun}")
+    return check_type(name, number, kind)
+
+
+def _whole_number(value: Any, name: str) -> Any:
+    return _number(value, name, int)
+
+
+def _rate(value: Any, name: str) -> float:
+    return float(_number(value, name))
+
+
+def _seconds(value: Any, name: str) -> float:
+    if isinstance(value, str):
+        return parse_time(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    _must(number and math.isfinite(check_type(name, value, float)), f"{name} is not a time in seconds")
+    return float(value)
+
+
+@dataclass(frozen=True)
 class Row:
     """A question about one or more videos and images, optionally limited to a time span of the videos."""
 
@@ -68,15 +136,17 @@ class Row:
     inputs: tuple[str, ...]  # the paths of the videos and images as specified by the user
     paths: tuple[str, ...]  # the same inputs as paths that can be opened
     question: str
-    start_s: float = 0.0  # start of the time span in seconds; a negative value counts from the end
-    end_s: float | None = None  # end of the time span in seconds; None means the end of the video
-    fps: float | None = None  # None means the batch's value, for this and the next three fields
-    frames: int | None = None
-    frame_rate: float | None = None  # the frame rate at which folders of frames are read
-    max_new_tokens: int | None = None
+    # Settings, which override options of the batch. None means the batch's value, except that every row has its own time span.
+    start_s: float = Setting(SamplingOptions, _seconds, recorded=True).field(0.0)
+    end_s: float | None = Setting(SamplingOptions, _seconds, recorded=True).field()
+    fps: float | None = Setting(SamplingOptions, _number).field()
+    frames: int | None = Setting(SamplingOptions, _whole_number).field()
+    frame_rate: float | None = Setting(SamplingOptions, _rate).field()
+    max_new_tokens: int | None = Setting(GenerationOptions, _whole_number).field()
     options: tuple[str, ...] = ()  # the possible answers; empty for an open-ended question
     scored: bool = False  # whether to choose the most probable option instead of asking for a letter
-    subtitles: str | None = None  # subtitles as specified by the user; None means the batch's subtitles
+    # Subtitles as specified by the user; None means the batch's subtitles.
+    subtitles: str | None = Setting(SamplingOptions, _file, applied="subtitles_path").field()
     subtitles_path: str | None = None  # the same subtitles as a path that can be opened
     earlier: tuple[Turn, ...] = ()  # the earlier turns, if the question continues a conversation
     # The expected answer. If there are `options`, it is one of them. A batch copies it to the output, and an evaluation compares
@@ -109,28 +179,34 @@ class Row:
         about = {"video": without_password(self.video)}
         if len(self.inputs) > 1:
             about = {"inputs": list(map(without_password, self.inputs))}
-        facts = {"question": self.question, "start_s": self.start_s, "end_s": self.end_s, "options": list(self.options)}
-        names = ("fps", "frames", "frame_rate", "max_new_tokens", "subtitles")
-        own = {name: getattr(self, name) for name in names}
-        own["messages"] = Turn.to_messages(self.earlier) or None
-        return about | facts | {name: value for name, value in own.items() if value is not None}
+        facts = {"question": self.question, "options": list(self.options)}
+        for name, (setting, default) in SETTINGS.items():
+            value = getattr(self, name)
+            if setting.recorded or value != default:
+                facts[name] = value
+        if self.earlier:
+            facts["messages"] = Turn.to_messages(self.earlier)
+        return about | facts
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Fields of `SamplingOptions` set by this row."""
-        numbers = {"fps": self.fps, "frames": self.frames, "frame_rate": self.frame_rate}
-        own = numbers | {"subtitles": self.subtitles_path}
-        span = {"start_s": self.start_s, "end_s": self.end_s}
-        return span | {name: value for name, value in own.items() if value is not None}
+        """Fields of `SamplingOptions` set by this row. They always include the time span."""
+        return self._settings(SamplingOptions)
 
     def generation(self, usual: GenerationOptions) -> GenerationOptions:
         """Return a copy of the batch's options (`usual`), overridden with any values from this row."""
-        own = {}
-        if self.max_new_tokens is not None:
-            own["max_new_tokens"] = self.max_new_tokens
+        own = self._settings(GenerationOptions)
         if self.scored:
             own["choices"] = self.options
         return replace(usual, **own)
+
+    def _settings(self, options: type) -> dict[str, Any]:
+        values = {
+            name: getattr(self, setting.applied or name)
+            for name, (setting, _) in SETTINGS.items()
+            if setting.options is options
+        }
+        return {name: value for name, value in values.items() if value is not None or name in SamplingOptions.SPAN}
 
     def with_scored_options(self) -> Self:
         """Return a copy of the row in which the model chooses the most probable option.
@@ -144,6 +220,17 @@ class Row:
             texts = shown(", ".join(self.options))
             raise UsageError(f"row {shown(self.id)} has an option twice: {texts}", "give each option once")
         return replace(self, scored=True)
+
+
+# Maps each `Row` field that overrides an option to its `Setting` and its default value.
+SETTINGS = {
+    each.name: (each.metadata[SETTING], each.default) for each in dataclass_fields(Row) if SETTING in each.metadata
+}
+NAMES = {name: name.removesuffix("_s") for name in SETTINGS}  # their names in files
+# All fields in files. Only evaluations use `type` and `groups`, but batches accept files that contain them.
+FIELDS = (
+    "id", "video", "inputs", "question", *NAMES.values(), "options", "messages", "answer", "type", "groups",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,7 +268,7 @@ class RowReader:
     """
 
     # The optional fields, as listed in hints.
-    MAY_HAVE: ClassVar[str] = "id, start, end, fps, frames, frame_rate, max_new_tokens, options"
+    MAY_HAVE: ClassVar[str] = ", ".join(["id", *(name for name in NAMES.values() if name != "subtitles"), "options"])
 
     fields: str = (
         "a row has question (or messages) and video (or inputs for several), and may have "
@@ -310,24 +397,21 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
     for theirs, own in ALIASES.items():
         _must(theirs not in fields or own not in fields, f"{own} and {theirs} cannot be combined")
     fields = {ALIASES.get(name, name): value for name, value in fields.items()}
-    start = _seconds(fields.get("start", reader.sampling.start_s), "start")
-    end = _seconds(fields.get("end", reader.sampling.end_s), "end")
-    kinds = {"fps": float, "frames": int, "max_new_tokens": int, "frame_rate": float}
-    numbers = {name: _number(fields.get(name), name, kind) for name, kind in kinds.items()}
-    if numbers["frame_rate"] is not None:
-        numbers["frame_rate"] = float(numbers["frame_rate"])
+    given = {NAMES[name]: getattr(reader.sampling, name) for name in SamplingOptions.SPAN} | fields
+    own = {
+        name: setting.read(given[NAMES[name]], NAMES[name])
+        for name, (setting, _) in SETTINGS.items()
+        if given.get(NAMES[name]) is not None
+    }
     if "inputs" in fields:
         _must("video" not in fields, "video and inputs cannot be combined")
         _must(isinstance(fields["inputs"], list) and fields["inputs"], "inputs is not a list of paths")
         inputs = tuple(_file(path, "input") for path in fields["inputs"])
     else:
         inputs = (_file(fields.get("video"), "video"),)
-    subtitles = None
-    if "subtitles" in fields:
-        subtitles = _file(fields["subtitles"], "subtitles")
-    subtitles_path = subtitles
-    if subtitles not in (None, "none", "auto"):
-        subtitles_path = _path(folder, subtitles)
+    subtitles_path = own.get("subtitles")
+    if subtitles_path not in (None, "none", "auto"):
+        subtitles_path = _path(folder, subtitles_path)
     earlier, question = _turns_and_question(fields)
     row = Row(
         id="",
@@ -335,13 +419,10 @@ def _row(number: int, fields: dict[str, Any] | ValueError, folder: str, reader: 
         paths=tuple(_path(folder, path) for path in inputs),
         question=question,
         earlier=earlier,
-        start_s=start,
-        end_s=end,
         options=_options(fields.get("options", [])),
-        subtitles=subtitles,
         subtitles_path=subtitles_path,
         answer=fields.get("answer"),
-        **numbers,
+        **own,
     )
     # The next two lines only validate values, raising an error if a value is out of range.
     row.generation(GenerationOptions())
@@ -402,11 +483,6 @@ def _path(folder: str, text: str) -> str:
     return path
 
 
-def _must(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ValueError(problem)
-
-
 def _options(options: Any) -> tuple[str, ...]:
     """Validate a question's options and remove any leading letters, because the prompt adds its own letters."""
     right = isinstance(options, list) and len(options) != 1 and len(options) <= len(Row.LETTERS)
@@ -424,50 +500,9 @@ def _options(options: Any) -> tuple[str, ...]:
     return tuple(match[3] for match in lettered)
 
 
-def _file(value: Any, name: str) -> str:
-    hint = "write it to a file and give its path"
-    if _filled(value, name).startswith("data:"):
-        raise UsageError(f"{name} is a data: URL, not a path", hint)
-    if len(value) > LONGEST_PATH:
-        raise UsageError(f"{name} has {len(value):,} characters, too many for a path", hint)
-    return value
-
-
-def _filled(value: Any, name: str) -> str:
-    _must(value is not None, f"no {name}")
-    _must(isinstance(value, str), f"{name} is not text")
-    _must(value.strip(), f"{name} is empty")
-    return value
-
-
 def _text(value: Any, name: str) -> str:
     _must(is_text(_filled(value, name)), f"{name} is not valid text")
     return value
-
-
-def _number(value: Any, name: str, kind: type[int] | type[float]) -> Any:
-    """Convert the value of a numeric field, which is a string in a CSV file. Returns None if the field is missing."""
-    number = value
-    if isinstance(value, str):
-        for read in (float, kind):
-            with suppress(ValueError):
-                number = read(value)
-    if kind is int and isinstance(number, float) and number.is_integer():  # spreadsheets may write 8 as 8.0
-        number = int(number)
-    right = number is None or isinstance(number, (int, kind))
-    noun = "whole number" if kind is int else "number"
-    _must(right, f"{name} is not a {noun}")
-    return check_type(name, number, kind | None)
-
-
-def _seconds(value: Any, name: str) -> float | None:
-    if value is None:  # the row has no end time
-        return None
-    if isinstance(value, str):
-        return parse_time(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    _must(number and math.isfinite(check_type(name, value, float)), f"{name} is not a time in seconds")
-    return float(value)
 
 
 class Problems:

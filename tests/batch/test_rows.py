@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from evoprune.batch.rows import (
     FIELDS,
+    NAMES,
+    SETTINGS,
     Problems,
     Row,
     RowReader,
@@ -19,7 +22,7 @@ from evoprune.batch.rows import (
     left_out,
 )
 from evoprune.errors import EvopruneWarning, UsageError
-from evoprune.language import Turn
+from evoprune.language import GenerationOptions, Turn
 from evoprune.video import SamplingOptions
 
 ROW = {"video": "a.mp4", "question": "What?"}
@@ -107,12 +110,50 @@ def test_what_a_row_says_is_what_is_asked(rows):
         assert (row.start_s, row.end_s) == (given_.get("start", 0), given_.get("end"))
 
 
-OTHER_VALUES = {
-    "video": "b.mp4", "inputs": ["a.mp4", "b.mp4"], "question": "Who?", "start": 1, "end": 2, "fps": 3, "frames": 4,
-    "frame_rate": 5,
-    "max_new_tokens": 6, "options": ["red", "blue"], "subtitles": "a.srt",
+OTHER_VALUES = dict.fromkeys(NAMES.values(), 2) | {
+    "video": "b.mp4", "inputs": ["a.mp4", "b.mp4"], "question": "Who?", "options": ["red", "blue"], "subtitles": "a.srt",
     "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
 }  # fmt: skip
+
+
+def test_a_row_sets_options_and_always_its_span():
+    for name, (setting, default) in SETTINGS.items():
+        assert getattr(setting.options(), name) == default or not setting.recorded
+    assert {*SamplingOptions.SPAN} <= {*SETTINGS}, "SPAN contains an option that isn't a setting of Row"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_reaches_its_options_and_separates_encodings(name):
+    value = OTHER_VALUES[NAMES[name]]
+    usual, row = read(jsonl(ROW | {"id": "a"}, ROW | {"id": "b", NAMES[name]: value}))
+    if name == "subtitles":
+        value = row.subtitles_path
+    if SETTINGS[name][0].options is GenerationOptions:
+        assert getattr(row.generation(GenerationOptions()), name) == value
+        assert usual.generation(GenerationOptions()) == GenerationOptions() and len(Span.group([usual, row])) == 1
+    else:
+        assert getattr(SamplingOptions().with_overrides(**row.sampling), name) == value
+        assert SamplingOptions().with_overrides(**usual.sampling) == SamplingOptions()
+        assert len(Span.group([usual, row])) == 2
+
+
+@pytest.mark.parametrize("name", SamplingOptions.SPAN)
+def test_the_span_of_the_batch_applies_to_rows_without_their_own(name):
+    reader = RowReader(sampling=SamplingOptions(**{name: 3}))
+    rows = reader.read(io.BytesIO(jsonl(ROW | {"id": "a"}, ROW | {"id": "b", NAMES[name]: 2})), "rows")
+    assert [getattr(row, name) for row in rows] == [3.0, 2.0]
+
+
+def test_hints_and_documents_list_every_setting():
+    root = Path(__file__).parent.parent.parent
+    with pytest.raises(UsageError) as caught:
+        read(jsonl({}))
+    records = (root / "docs/json.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^A line may also have .*", (root / "docs/guide.md").read_text(encoding="utf-8"), re.M)
+    for name in SETTINGS:
+        assert NAMES[name] in caught.value.hint.replace(",", "").split()
+        assert f"`batch.row.{name}`" in records
+        assert f"`{NAMES[name]}`" in line or name == "subtitles"
 
 
 def test_every_field_that_changes_an_answer_is_part_of_what_is_asked():
