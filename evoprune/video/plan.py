@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import EncoderPlan, Grid, TowerShape
 from evoprune.untrusted import Rule
-from evoprune.util import converted, option, parse_time
+from evoprune.util import converted, listed, option, parse_time
 from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.reader_table import package_of
 from evoprune.video.sound import check_speech
@@ -133,10 +133,11 @@ class SamplingOptions:
             raise UsageError(f"max_visual_tokens is {self.max_visual_tokens}, not 1 or more", "give 1 or more")
         if self.fps is not None and self.frames is not None:
             raise UsageError("fps and frames cannot be combined", "give one of the two")
-        for name, time_s in (("start", self.start_s), ("end", self.end_s)):
+        for name in self.SPAN:
+            time_s = getattr(self, name)
             if time_s is not None and not math.isfinite(time_s):
                 raise UsageError(
-                    f"{name} is {time_s}, not a time in seconds",
+                    f"{name.removesuffix('_s')} is {time_s}, not a time in seconds",
                     "give seconds from the start, or negative seconds from the end",
                 )
         _check_at_least(2, "max_frames", self.max_frames)
@@ -194,7 +195,7 @@ class SamplingOptions:
 
     def part(self, start_s: float = 0.0, end_s: float | None = None) -> "SamplingOptions":
         """Return a copy of the options for exactly this time span. By default, it covers the entire video."""
-        usual = {name: getattr(DEFAULT_SAMPLING, name) for name in self.SPAN}
+        usual = {name: getattr(type(self), name) for name in self.SPAN}  # the fields' defaults
         return replace(self, **usual | {"start_s": start_s, "end_s": end_s})
 
     def span(self, length_s: float) -> tuple[float, float]:
@@ -213,10 +214,16 @@ class SamplingOptions:
                 f"end {self.end_s:g} s is not after start {self.start_s:g} s", "choose an end after the start"
             )
 
+    @classmethod
+    def span_names(cls, word: str) -> str:
+        """Return the names of the options in `SPAN` for a message, joined with `word`, such as "start or end"."""
+        return listed([name.removesuffix("_s") for name in cls.SPAN], word)
+
     def check_still(self, info: Video) -> None:
         """Raise UsageError if a time span is given for a still image."""
         if info.is_picture and self.has_span:
-            raise UsageError(f"{info.path} is an image, which has no start or end", "leave out start and end")
+            problem = f"{info.path} is an image, which has no {self.span_names('or')}"
+            raise UsageError(problem, f"leave out {self.span_names('and')}")
 
     def of_each(self, inputs: Sequence[Video]) -> list["SamplingOptions"]:
         """Return the options to use for each input, in the same order.

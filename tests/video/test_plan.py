@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.model import FAMILIES
+from evoprune.util import converted, option
 from evoprune.video.info import Video
 from evoprune.video.plan import (
     InputLimits,
@@ -106,6 +108,24 @@ limits = st.builds(
     min_frames=st.integers(2, 8),
     max_frames=st.integers(8, 768),
 )
+
+
+@converted
+@dataclass(frozen=True)
+class WithAnotherSpan(SamplingOptions):
+    SPAN = (*SamplingOptions.SPAN, "skip_s")
+
+    skip_s: float = option(0.0, "Skip the beginning.")
+
+
+def test_messages_about_the_span_name_each_of_its_options():
+    options = WithAnotherSpan(skip_s=1.0, end_s=4.0)
+    assert options.has_span and not options.part().has_span and options.part(2.0) == WithAnotherSpan(start_s=2.0)
+    with pytest.raises(UsageError, match=r"no start, end or skip\n") as caught:
+        options.check_still(replace(video(), container="picture"))
+    assert caught.value.hint == "leave out start, end and skip"
+    with pytest.raises(UsageError, match=r"skip is inf, not a time in seconds"):
+        WithAnotherSpan(skip_s=math.inf)
 
 
 def video(width=640, height=360, duration=60.0) -> Video:

@@ -162,7 +162,7 @@ class SoundReader:
                 ffmpeg.alive()
                 values += frame.samples * max(1, frame.layout.nb_channels)
                 if values > MOST_VALUES:
-                    hint = "give a part of it: --start, --end"
+                    hint = "choose a shorter part of the video"
                     raise VideoError(f"the sound of {info.path} is longer than 100 hours", hint)
                 if frame.samples and frame.sample_rate:
                     yield frame, _time(frame, stream, info)

@@ -255,7 +255,7 @@ def test_hints_and_warnings_are_about_arguments_of_tools(server, own):
         "\nhint: ask about fewer files, a shorter span (start and end), or with a lower budget"
     )
     for text, adapted in (
-        ("give a part of it: --start, --end", "give a part of it: start, end"),
+        ("choose a later part: --start, --end", "choose a later part: start, end"),
         ("re-encode it, e.g. with ffmpeg -i IN OUT.mp4", "re-encode it"),
         ("it was cut: it reached the limit, -n (max_new_tokens)", "it was cut: it reached the limit"),
         ("its answer is meaningless. For a real answer: --model=x", "its answer is meaningless."),
