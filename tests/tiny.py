@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from evoprune.model import FAMILIES, Config, QwenVL
+from evoprune.video import InputLimits
 from evoprune.vision import Encoded
 
 _NAMES = (
@@ -78,7 +80,6 @@ QWEN3_VISION = PATCHES | {
 }
 # The heads are wider than hidden size / heads, and there is one layer more than DeepStack adds to.
 QWEN3_TEXT = {"num_hidden_layers": 4, "head_dim": 24}
-QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
 # Two Gated DeltaNet layers before each attention layer. The rotary embedding covers half of an attention head.
 QWEN3_5_TEXT = {
     "num_hidden_layers": 6,
@@ -101,6 +102,63 @@ QWEN4_TEXT = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
+# Maps a family that transformers does not have yet to the family whose transformers classes compute the same. With an entry here, a
+# tiny model of the family can be written, and is compared with these classes.
+STAND_INS: dict[str, str] = {}
+
+
+@cache
+def _register(family: str, stand_in: str) -> None:
+    """Add a family to transformers. Its classes are subclasses of the classes of `stand_in`."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    def subclass(kind: type, **attributes) -> type:
+        return type(f"{kind.__name__}_{family}", (kind,), attributes)
+
+    def renamed(kind: type, **attributes) -> type:
+        return subclass(kind, model_type=kind.model_type.replace(stand_in, family), **attributes)
+
+    theirs = CONFIG_MAPPING[stand_in]
+    parts = {name: renamed(kind) for name, kind in theirs.sub_configs.items()}
+    config = renamed(theirs, sub_configs=parts, sub_configs_defaults=parts)
+    for each in (config, *parts.values()):
+        AutoConfig.register(each.model_type, each)
+    for name, part in parts.items():
+        AutoModel.register(part, subclass(MODEL_MAPPING[theirs.sub_configs[name]], config_class=part))
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[theirs]
+    AutoModelForImageTextToText.register(config, subclass(whole, config_class=config))
+
+
+def register_stand_in(family: str) -> None:
+    """Make transformers know a family in `STAND_INS`. Does nothing for other families."""
+    if family in STAND_INS:
+        _register(family, STAND_INS[family])
+
+
+def _tiny_vision(traits) -> dict:
+    """Return the tiny tower of a family, as far as its values differ from the defaults."""
+    vision = QWEN2_VISION if traits.embed_dim else QWEN2_5_VISION if traits.windows else QWEN3_VISION
+    vision = vision | {"patch_size": traits.vision.get("patch_size", PATCHES["patch_size"])}
+    if "deepstack_visual_indexes" not in traits.vision:
+        vision.pop("deepstack_visual_indexes", None)
+    return vision
+
+
+def _tiny_text(traits) -> dict:
+    """Return the tiny language model of a family, as far as its values differ from the defaults."""
+    if not traits.head_norms:
+        return {}
+    text = dict(QWEN3_5_TEXT if "full_attention_interval" in traits.text else QWEN3_TEXT)
+    if "num_experts" in traits.text:
+        text |= EXPERTS
+        shared = "shared_expert_intermediate_size" in traits.text
+        text |= {"shared_expert_intermediate_size": 48} if shared else {"mlp_only_layers": [1]}
+    if "hc_count" in traits.text:
+        text |= QWEN4_TEXT
+    return text
+
+
 def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
     """Return a config with two language layers and two vision layers, hidden size 64 and head dimension 16.
 
@@ -109,28 +167,17 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
     """
     from transformers import AutoConfig
 
-    half, part = QWEN3_TEXT["head_dim"] // 2, QWEN3_5_TEXT["head_dim"] // 4
-    of_3, of_3_5 = [half // 2, half // 4, half // 4], [part - part // 3 * 2, part // 3, part // 3]
-    vision, text, rope = {
-        "qwen2_5_vl": (QWEN2_5_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
-        "qwen2_vl": (QWEN2_VISION, {}, {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}),
-        "qwen3_vl": (QWEN3_VISION, QWEN3_TEXT, {"mrope_section": of_3}),
-        "qwen3_vl_moe": (QWEN3_VISION, QWEN3_TEXT | EXPERTS | {"mlp_only_layers": [1]}, {"mrope_section": of_3}),
-        "qwen3_5": (QWEN3_5_VISION, QWEN3_5_TEXT, {"mrope_section": of_3_5}),
-        "qwen3_5_moe": (
-            QWEN3_5_VISION,
-            QWEN3_5_TEXT | EXPERTS | {"shared_expert_intermediate_size": 48},
-            {"mrope_section": of_3_5},
-        ),
-        "qwen4_exp": (
-            QWEN3_5_VISION,
-            QWEN3_5_TEXT | EXPERTS | QWEN4_TEXT | {"shared_expert_intermediate_size": 48},
-            {"mrope_section": of_3_5},
-        ),
-    }[family]
-    if vision.get("patch_size") == 16:
-        rope["mrope_interleaved"] = True
+    register_stand_in(family)
+    traits = FAMILIES[family]
+    vision = _tiny_vision(traits)
+    text = _tiny_text(traits)
+    rope = {"mrope_section": [8 // heads, 12 // heads, 12 // heads]}
+    if traits.head_norms:
+        half = text["head_dim"] // 2
+        rope = {"mrope_section": [half // 2, half // 4, half // 4], "mrope_interleaved": True}
     if "layer_types" in text:
+        part = text["head_dim"] // 4
+        rope["mrope_section"] = [part - part // 3 * 2, part // 3, part // 3]
         rope["partial_rotary_factor"] = 0.5
     tokenizer = tiny_tokenizer()
     special = tokenizer.convert_tokens_to_ids
@@ -150,7 +197,7 @@ def tiny_config(family: str = "qwen2_5_vl", heads: int = 4):
             "eos_token_id": special("<|im_end|>"),
             **text,
         },
-        vision_config=dict(vision),
+        vision_config=vision,
         image_token_id=special("<|image_pad|>"),
         video_token_id=special("<|video_pad|>"),
         vision_start_token_id=special("<|vision_start|>"),
@@ -193,11 +240,13 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    normal = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    patch, size = 14, {"shortest_edge": 12544, "longest_edge": 50176}
-    if family.startswith(("qwen3", "qwen4")):  # their size limits apply to all frames of a video together
-        normal = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-        patch, size = 16, {"shortest_edge": 4096, "longest_edge": 12 * 50176}
+    traits = FAMILIES[family]
+    values = asdict(InputLimits(**traits.video))
+    normal = {name: list(values[name]) for name in ("image_mean", "image_std")}
+    patch = traits.vision.get("patch_size", PATCHES["patch_size"])
+    size = {"shortest_edge": 12544, "longest_edge": 50176}
+    if values["of_all_frames"]:  # the size limits apply to all frames of a video together
+        size = {"shortest_edge": 4096, "longest_edge": 12 * 50176}
     for name, content in {
         "generation_config.json": {"eos_token_id": ends, "do_sample": True, "temperature": 1e-6},
         "preprocessor_config.json": normal | {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": patch},
