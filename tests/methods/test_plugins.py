@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +114,7 @@ def documented(tmp_path, monkeypatch):
 
 
 def installed(folder, monkeypatch, name, modules, entries):
+    """Install a package with methods, and hide those of all other packages except evoprune, which may be installed here."""
     for module, text in modules.items():
         (folder / f"{module}.py").write_text(text)
     facts = folder / f"{name}-1.2.dist-info"
@@ -121,6 +123,10 @@ def installed(folder, monkeypatch, name, modules, entries):
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {title}\nVersion: 1.2\n")
     (facts / "entry_points.txt").write_text(entries)
     monkeypatch.syspath_prepend(folder)
+    seen = (registry.OWN, title)
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [each for each in entry_points(group=group) if each.dist.name in seen]
+    )
     forget()
     yield folder
     forget()

@@ -208,7 +208,7 @@ DAMAGE = [  # file; new content (bytes, changed entries, or None for no file); t
     (CONFIG, None, "contains no config.json"),
     (CONFIG, lambda old: b"{", "cannot be read"),
     (CONFIG, lambda old: b"[]", "not a JSON object"),
-    (CONFIG, {"model_type": "llava"}, "of type 'llava', not qwen2_5_vl or qwen2_vl or qwen3_vl or qwen3_vl_moe"),
+    (CONFIG, {"model_type": "llava"}, f"of type 'llava', not {' or '.join(FAMILIES)}$"),
     (CONFIG, {"model_type": "qwen2_vl"}, "not a valid qwen2_vl config: vision_config has no embed_dim"),
     (CONFIG, {"text_config": {"hidden_size": "many"}}, "not a valid qwen2_5_vl config"),
     (WEIGHTS, None, "no safetensors weights"),
