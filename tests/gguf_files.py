@@ -317,6 +317,7 @@ class Folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_gguf(folder / f"mmproj-{name}-f16.gguf", self.projector_fields(), self.projector_tensors(), tower or kind)
         fields = self.text_fields() | self.tokenizer_fields() | (text or {})
+        fields = {key: each for key, each in fields.items() if each is not None}
         return write_gguf(
             folder / f"{name}-{kind if isinstance(kind, str) else 'mixed'}.gguf", fields, self.text_tensors(), kind
         )

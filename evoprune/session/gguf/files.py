@@ -46,7 +46,7 @@ def find_files(name: str) -> list[Path]:
         path = _text_file(path)
     parts = _parts(path)
     headers = [header_of(part, vocabulary=False) for part in parts]
-    architecture = headers[0].fields.get("general.architecture")
+    architecture = str(headers[0].fields.get("general.architecture"))
     if architecture == PROJECTOR:
         others = text_files(path.parent)
         hint = f"use {others[0]}" if len(others) == 1 else "use the file of the language model"
@@ -69,7 +69,10 @@ def header_of(path: Path, vocabulary: bool = True) -> Header:
         raise ModelError(
             f"{path} has weights of the type {problem}, which evoprune does not read", KINDS_HINT
         ) from None
-    except (OSError, ValueError, OverflowError) as problem:
+    except OSError as problem:
+        hint = "check that the file is there, and that you may read it"
+        raise ModelError(f"{path} cannot be read: {problem.strerror or first_line(problem)}", hint) from problem
+    except (ValueError, OverflowError) as problem:
         hint = "download the file again"
         raise ModelError(f"{path} is damaged or incomplete: {first_line(problem)}", hint) from problem
 
@@ -164,7 +167,7 @@ def _check_parts(headers: list[Header]) -> None:
     count = len(headers)
     stated = [header.fields.get("split.count", 1) for header in headers]
     if any(number not in (0, count) for number in stated) or (count > 1 and 0 in stated):
-        raise ValueError(f"it has {count} files, but its metadata says {stated[0]}")
+        raise ValueError(f"it has {count} files, but its metadata says {str(stated[0])[:40]}")
     if [header.fields.get("split.no", 0) for header in headers] != list(range(count)):
         raise ValueError("its parts are in the wrong order")
     total = headers[0].fields.get("split.tensors.count")
@@ -280,7 +283,9 @@ def ollama_files(manifest: Path, name: str) -> list[Path]:
     if "adapter" in blobs:
         raise ModelError(f"{name} has an adapter, which evoprune does not apply", "use the model without the adapter")
     files = [*blobs.get("model", []), *blobs.get("projector", [])]
-    if not blobs.get("model") or len(files) > 2:
+    if not blobs.get("model"):
+        raise ModelError(f"{name} has no file of a language model in the GGUF format", "use a Qwen VL model")
+    if len(files) > 2:
         raise ModelError(f"{name} has {len(files)} weight files, not one or two", "use a Qwen VL model")
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(f"the file {missing[0]} of {name} is missing or cannot be read", hint)

@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from evoprune.errors import ModelError, first_line
 from evoprune.files import cache_folder
@@ -25,6 +27,8 @@ from evoprune.util import file_stats
 INDEX = "gguf.json"  # names the GGUF files, in a folder of their small files
 MAX_FOLDERS = 16  # maximum number of folders to keep
 LIST = Rule.list_of(TEXT)
+P = ParamSpec("P")
+Loaded = TypeVar("Loaded")
 
 
 def gguf_folder(name: str) -> Path | None:
@@ -135,6 +139,23 @@ def assumed(folder: Path | None) -> list[str]:
 def gguf_title(folder: Path | None) -> str:
     """Return the name of a model's GGUF files for messages, or an empty string if it is a folder of another kind."""
     return _index(folder).get("title", "")
+
+
+def naming_files(load: Callable[P, Loaded]) -> Callable[P, Loaded]:
+    """Decorate a function so that its errors name a model's GGUF files instead of the folder with their small files."""
+
+    @wraps(load)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Loaded:
+        try:
+            return load(*args, **kwargs)
+        except ModelError as problem:
+            for folder in (each for parent in (_folders(), _temporary()) for each in parent.glob("*")):
+                # Users don't know the folder or the names of the files in it.
+                inside = rf"{re.escape(str(folder))}([/\\][\w.]+)?"
+                problem.message = re.sub(inside, lambda _, folder=folder: gguf_title(folder), problem.message)
+            raise
+
+    return wrapper
 
 
 def _index(folder: Path | None) -> dict:

@@ -18,8 +18,10 @@ def names_gguf(name: str) -> bool:
     if name.startswith(OLLAMA):
         return True
     path = os.path.expanduser(name)
+    if path.lower().endswith(SUFFIX) and os.path.lexists(path) and not os.path.isdir(path):
+        return True  # even if it is a link to nowhere
     if os.path.isfile(path):
-        return path.lower().endswith(SUFFIX) or is_gguf(Path(path))
+        return is_gguf(Path(path))
     return os.path.isdir(path) and not _is_folder_of_another_kind(Path(path)) and any(in_folder(Path(path)))
 
 

@@ -17,7 +17,8 @@ from evoprune.session.gguf.names import MAGIC
 
 VERSIONS = (2, 3)
 MAX_ENTRIES = 10_000  # maximum number of metadata entries; Qwen's files have about 40
-MAX_TENSORS = 100_000
+MAX_TENSORS = 20_000  # maximum number of tensors; the largest Qwen models have about 1,500 per file
+MAX_HEADER = 2**26  # maximum size of a header in bytes; Qwen's headers have about 6 MB
 MAX_NAME = 1024  # maximum length of a metadata key or tensor name, in bytes
 MAX_STRING = 2**20  # maximum length of a string, in bytes
 MAX_VALUES = 2**22  # maximum number of array elements in a file; Qwen's vocabularies have about 750,000
@@ -104,7 +105,8 @@ class _Parser:
     def __init__(self, path: Path, content: mmap.mmap, vocabulary: bool):
         self._path = path
         self._content = content
-        self._end = len(content)
+        self._size = len(content)
+        self._end = min(self._size, MAX_HEADER)
         self._at = len(MAGIC)
         self._vocabulary = vocabulary
         self._values = 0  # number of array elements so far
@@ -149,7 +151,7 @@ class _Parser:
             if min(shape) < 1 or shape[-1] % kind.values or offset % alignment:
                 raise ValueError(f"the shape or position of the tensor {name[:80]!r} is invalid")
             size = prod(shape) // kind.values * kind.size
-            if start + offset + size > self._end:
+            if start + offset + size > self._size:
                 raise ValueError(f"the tensor {name[:80]!r} is cut off")
             tensors[name] = TensorInfo(name, self._path, kind, shape, start + offset, size)
         last = start
@@ -159,10 +161,14 @@ class _Parser:
             last = tensor.offset + tensor.size
         return tensors
 
+    @property
+    def _ended(self) -> ValueError:
+        return ValueError("it ends in its header" if self._end == self._size else "its header is too long")
+
     def _numbers(self, form: str) -> tuple:
         size = struct.calcsize(f"<{form}")
         if self._at + size > self._end:
-            raise ValueError("it ends in its header")
+            raise self._ended
         values = struct.unpack_from(f"<{form}", self._content, self._at)
         self._at += size
         return values
@@ -182,7 +188,7 @@ class _Parser:
         texts = []
         for _ in range(count):
             if at + 8 > end:
-                raise ValueError("it ends in its header")
+                raise self._ended
             start = at + 8
             at = start + length_at(content, at)[0]
             if at > end or at - start > MAX_STRING:

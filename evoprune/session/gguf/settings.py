@@ -46,7 +46,13 @@ SPECIAL = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "penalty_repeat": "repetition_penalty"}
+# Entries of generation_config.json, with the values that they may have.
+SAMPLING = {
+    "temp": ("temperature", NUMBER),
+    "top_k": ("top_k", COUNT),
+    "top_p": ("top_p", Rule.number(0, 1)),
+    "penalty_repeat": ("repetition_penalty", NUMBER),
+}
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}  # all other types are dequantized to float16
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 DEEPSTACK = re.compile(r"v\.deepstack(_merger)?\.(\d+)\.")
@@ -162,7 +168,9 @@ class GgufSettings:
             ValueError: If metadata is missing or invalid.
             Unsupported: If evoprune does not support the tokenizer.
         """
-        tokens = {name: self._token_ids.get(token) for name, token in SPECIAL.items()}
+        if missing := [token for token in SPECIAL.values() if token not in self._token_ids]:
+            raise ValueError(f"its vocabulary has no {missing[0]}")
+        tokens = {name: self._token_ids[token] for name, token in SPECIAL.items()}
         return {
             "config.json": self.config() | tokens,
             "tokenizer.json": self._tokenizer(),
@@ -364,8 +372,13 @@ class GgufSettings:
             if kind in (CONTROL, USER_DEFINED)
         ]
         merges = [merge.split(" ") for merge in self._list("tokenizer.ggml.merges", str)]
+        vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL}
         if any(len(merge) != 2 for merge in merges):
             raise ValueError("a merge of its tokenizer is not a pair")
+        if not all(a in vocabulary and b in vocabulary and a + b in vocabulary for a, b in merges):
+            raise ValueError("a merge of its tokenizer has a token that is not in the vocabulary")
+        if "" in self._token_ids:
+            raise ValueError("its vocabulary has an empty token")
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": WORDS[words]}, "behavior": "Isolated", "invert": False}
         return {
@@ -382,9 +395,7 @@ class GgufSettings:
                 **dict.fromkeys(("dropout", "unk_token")),
                 **dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), ""),
                 **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
-                "vocab": {
-                    token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == NORMAL
-                },
+                "vocab": vocabulary,
                 "merges": merges,
             },
         }
@@ -400,9 +411,12 @@ class GgufSettings:
     def _generation(self) -> dict[str, Any]:
         ends = self.get("tokenizer.ggml.eos_token_ids", Rule.list_of(ID), ())  # written by Ollama
         ends = [*ends, self.get("tokenizer.ggml.eos_token_id", ID, None), *map(self._token_ids.get, ENDS)]
-        settings: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
-        for key, name in SAMPLING.items():
-            if (value := self.get(f"general.sampling.{key}", NUMBER, None)) is not None:
+        ends = list(dict.fromkeys(end for end in ends if end is not None))
+        if never := [end for end in ends if end >= len(self._tokens)]:
+            raise ValueError(f"an answer ends with token {never[0]:,}, which is not in its vocabulary")
+        settings: dict[str, Any] = {"eos_token_id": ends}
+        for key, (name, rule) in SAMPLING.items():
+            if (value := self.get(f"general.sampling.{key}", rule, None)) is not None:
                 settings |= {name: shortest(value), "do_sample": True}
         if len(settings) == 1:
             self.assume("no sampling")

@@ -51,7 +51,7 @@ from evoprune.model import (
     QwenVL,
 )
 from evoprune.report import ModelFacts
-from evoprune.session.gguf.folder import gguf_files
+from evoprune.session.gguf.folder import gguf_files, naming_files
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
     DTYPES,
@@ -279,6 +279,7 @@ class LoadedModel:
 
 
 @takes(ModelOptions, names=ModelOptions.LOADING)
+@naming_files
 def load_model(
     model: str | os.PathLike[str] | ModelOptions | ModelDescription = "demo",
     *,
