@@ -181,7 +181,9 @@ class ModelOptions:
             raise UsageError(f"unknown dtype {self.dtype!r}", f"use {', '.join(DTYPE_NAMES)}")
         if self.quantize not in QUANTIZE:
             raise UsageError(f"unknown quantization {self.quantize!r}", f"use {', '.join(QUANTIZE)}")
-        if self.store_quantized and self.quantize not in ("int8", "int4"):
+        # `describe` refuses other models that "auto" doesn't quantize.
+        never = self.quantize == "none" or (self.quantize == "auto" and (self.dtype != "auto" or self.model in DEMOS))
+        if self.store_quantized and never:
             raise UsageError("store_quantized needs quantize", "add --quantize int8 or int4")
 
     @staticmethod

@@ -418,6 +418,11 @@ def _check_engine(model: ModelDescription) -> None:
         why = quantized or "is a mixture of experts"
         problem = f"quantize {options.quantize} needs a dense model that is not quantized, but {model.id} {why}"
         raise UsageError(problem, "leave quantize out, or use a checkpoint that is already quantized")
+    if options.store_quantized and model.quantize == "none":
+        hint = "leave out --store-quantized"
+        if model.can_be_quantized:
+            hint += ", or add --quantize int8 or int4"
+        raise UsageError(f"there is nothing to store: quantize auto does not quantize {model.id} here", hint)
 
 
 @contextmanager

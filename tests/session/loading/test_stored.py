@@ -150,8 +150,20 @@ def test_answers_are_the_same_from_disk(kind, folder):
 
 
 def test_only_what_is_quantised_is_stored():
-    with pytest.raises(UsageError, match="needs quantize"):
-        VideoQA.load("demo", store_quantized=True)
+    for options in ({}, {"quantize": "none"}, {"dtype": "fp32"}):
+        with pytest.raises(UsageError, match="needs quantize"):
+            VideoQA.load("demo", store_quantized=True, **options)
+
+
+def test_what_auto_quantises_is_stored_too(tmp_path, monkeypatch):
+    folder = str(save_tiny(tmp_path / "model"))
+    with pytest.raises(UsageError, match=f"nothing to store: quantize auto does not quantize {folder} here"):
+        load_model(folder, store_quantized=True)  # the model is small
+    monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
+    if parameters("int8"):
+        monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+        loaded = load_model(folder, store_quantized=True)
+        assert loaded.quantize == "int8" and loaded.quantized_file.is_file()
 
 
 @pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**30, False)])
