@@ -305,7 +305,7 @@ def test_signals_end_it_while_the_model_loads(tmp_path, number, code):
             began = time.monotonic()
             server.send_signal(number)
             assert server.wait(30) == code and time.monotonic() - began < 3
-        assert (tmp_path / "server.log").read_text().strip() in ("", "Interrupted")
+        assert (tmp_path / "server.log").read_text().strip() in ("", "Stopped.")
     assert not list(tmp_path.glob("evoprune-*"))
 
 
