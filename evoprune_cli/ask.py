@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
@@ -42,8 +42,9 @@ from evoprune_cli.terminal import (
 from evoprune_cli.words import ASK, STDIN, check_folders, check_words, exists, split_words
 
 if TYPE_CHECKING:
-    from evoprune.session import Answer, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
+    from evoprune.session import Answer, Askable, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
     from evoprune.video import Plan, Video
+    from evoprune_cli.via import RemoteAnswer, RemoteChat, RemoteInputs, Unpruned
 
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
 
@@ -82,6 +83,7 @@ class AskArguments:
     quiet: opt.Quiet = False
     verbose: opt.Verbose = False
     cache: opt.Cache = False
+    via: opt.Via = None
 
 
 @opt.command(
@@ -114,9 +116,12 @@ def ask(given: AskArguments) -> int:
     with contextlib.ExitStack() as cleanup, talk.recording_failures():
         check_output()
         check_words(inputs, question)
-        warm_up()  # warms up while this process imports its dependencies
+        if not given.via:
+            warm_up()  # warms up while this process imports its dependencies
         talk.questions = _questions(inputs, asked, given.interactive)
         request = Request(inputs, names, talk.questions, _parse(given))
+        if given.via and _ask_server(request, given, talk, cleanup):
+            return 0
         checked = _check(request, given.quiet, cleanup)
         _run(request, checked, given, talk, cleanup)
     return 0
@@ -159,9 +164,56 @@ class Checked:
 def _parse(given: AskArguments) -> PipelineOptions:
     """Return the options that determine the answers, after checking their combinations."""
     check_history(given.history, given.interactive, given.compare)
-    pipeline = given.options.parse()
+    pipeline = replace(given.options, check_model=not given.via).parse()
     check_generation(pipeline.generation, given.json)
     return pipeline
+
+
+def _ask_server(request: Request, given: AskArguments, talk: "Conversation", cleanup: contextlib.ExitStack) -> bool:
+    """Answer the questions by asking a server (`--via`). Returns False if there is none and the model is to be loaded here."""
+    from evoprune_cli.via import LocalInput, RemoteInputs, find_server, set_options
+
+    pipeline = request.pipeline
+    sampling = pipeline.sampling
+    with progress(not given.quiet) as show:
+        server = find_server(given.via, given.options, {"--cache": given.cache}, show, given.quiet)
+        if server is None:
+            return False
+        check_folders(request.inputs, request.questions or ["What happens?"], server.model)
+        check_text(*request.questions, pipeline.generation.system)
+        sampling.check_one_file(len(request.inputs))
+        paths = [cleanup.enter_context(local_file(path, progress=downloading(show))) for path in request.inputs]
+        files = [LocalInput(path, name, sampling) for path, name in zip(paths, request.names, strict=True)]
+        options = set_options(given.options, pipeline)
+        count = math.inf if given.interactive else len(request.questions)
+        inputs = RemoteInputs(server, files, options, compare=given.compare, questions=count)
+        cleanup.callback(inputs.close)
+        # At a prompt, the server says first whether the questions form a conversation.
+        first = "" if given.interactive else request.questions[0]
+        inputs.encode(first, given.history == opt.ON, show)
+        if not given.quiet:
+            for line in [*_picture_notes(inputs.are_pictures, sampling), *inputs.notes]:
+                tell(line)
+    encode_full = inputs.unpruned if given.compare else None
+    if given.interactive:
+        single = inputs.why_single
+        if given.history or given.compare:
+            single = why_single_questions(given.history, None, given.compare)
+        chat = None if single else inputs.chat(pipeline.generation.system)
+        talk.begin(inputs, pipeline.generation, encode_full, chat, inputs.agreement_of)
+        _converse(request, talk, chat, [] if given.quiet else _greeting(request.names, single, given.history))
+        return True
+    talk.begin(inputs, pipeline.generation, encode_full, agreement=inputs.agreement_of)
+    for question in request.questions:
+        talk.answer(question)
+    return True
+
+
+def _picture_notes(pictures: bool, sampling: SamplingOptions) -> list[str]:
+    """Return a note on options without effect if all inputs are images."""
+    if pictures and (sampling.sets_frames or sampling.max_frames):
+        return ["note: --fps, --frames and --max-frames have no effect on images"]
+    return []
 
 
 def _check(request: Request, quiet: bool, cleanup: contextlib.ExitStack) -> Checked:
@@ -206,15 +258,15 @@ def _run(
         encoded = encode(session, show, ahead=ahead)
     ahead.close()
     encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if given.compare else None
+    agreement = partial(_agreement, encoded, pipeline.generation)
     if given.interactive:
         why_single = why_single_questions(given.history, session, given.compare)
         chat = encoded.chat(pipeline.generation.system) if why_single is None else None
-        talk.begin(encoded, pipeline.generation, encode_full, chat)
-        _converse(
-            request, talk, session, chat, [] if given.quiet else _greeting(request.names, why_single, given.history)
-        )
+        talk.begin(encoded, pipeline.generation, encode_full, chat, agreement)
+        greeting = [] if given.quiet else _greeting(request.names, why_single, given.history)
+        _converse(request, talk, chat, greeting, session.loaded.packing.meanwhile)
         return
-    talk.begin(encoded, pipeline.generation, encode_full)
+    talk.begin(encoded, pipeline.generation, encode_full, agreement=agreement)
     for question in request.questions:
         talk.answer(question, last=len(request.questions) == 1 and not given.compare)
 
@@ -236,15 +288,28 @@ def _greeting(names: Sequence[str], why_single: str | None, history: str | None)
     return lines
 
 
+def _agreement(
+    encoded: "EncodedInputs", generation: GenerationOptions, full: "EncodedInputs", question: str, answer: "Answer"
+) -> dict[str, Any]:
+    """Compare the answer about the inputs without pruning (`full`) with the predictions for the pruned inputs (`encoded`)."""
+    from evoprune.bench import Reference
+
+    return Reference.of_answer(full, question, answer, generation).agreement(encoded).record()
+
+
 def _converse(
-    request: Request, talk: "Conversation", session: "Session", chat: "Chat | None", greeting: Sequence[str]
+    request: Request,
+    talk: "Conversation",
+    chat: "Chat | RemoteChat | None",
+    greeting: Sequence[str],
+    meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> None:
-    """Answer the questions from the command line, and then typed questions."""
+    """Answer the questions from the command line, and then typed questions. For `meanwhile`, see `typed_questions`."""
     for question in [*request.questions]:
         talk.attempt(question)
     for line in greeting:
         tell(line)
-    for question in typed_questions(meanwhile=session.loaded.packing.meanwhile, chat=chat):
+    for question in typed_questions(meanwhile=meanwhile, chat=chat):
         request.questions.append(question)
         talk.attempt(question, typed=True)
 
@@ -281,8 +346,8 @@ def _encode(
                 session.longest_prompt(plans, request.questions, request.pipeline.generation)
         if not quiet and not full:
             for plan in plans:
-                _note_limits(plan.full, sampling)
-                _note_subtitles(plan)
+                for line in notes_about(plan, sampling):
+                    tell(line)
         return opened.encode(encoding(show))
 
 
@@ -347,9 +412,8 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
     from evoprune.video import read_subtitles
 
     sampling.check_one_file(len(infos))
-    pictures = all(info.is_picture for info in infos)
-    if not quiet and pictures and (sampling.sets_frames or sampling.max_frames):
-        tell("note: --fps, --frames and --max-frames have no effect on images")
+    for line in [] if quiet else _picture_notes(all(info.is_picture for info in infos), sampling):
+        tell(line)
     for info, wanted in zip(infos, sampling.of_each(infos), strict=True):
         wanted.check_picture(info)
         model.plan(info, wanted)
@@ -357,33 +421,38 @@ def _check_inputs(infos: "list[Video]", model: "ModelDescription", sampling: Sam
             read_subtitles(info, wanted.subtitles)
 
 
-def _note_limits(plan: "Plan", sampling: SamplingOptions) -> None:
-    """Print a note on stderr if fewer or smaller frames are read than requested by the options or the model's frame rate."""
+def notes_about(plan: "Plan", sampling: SamplingOptions) -> list[str]:
+    """Return notes about how an input is read: its limits, and its subtitles."""
+    return [*_limit_notes(plan.full, sampling), *_subtitle_notes(plan)]
+
+
+def _limit_notes(plan: "Plan", sampling: SamplingOptions) -> Iterator[str]:
+    """Yield a note if fewer or smaller frames are read than requested by the options or the model's frame rate."""
     if sampling.max_frames is None and plan.sampling.wanted > plan.frame_limit:
         every_s = plan.sampling.seconds_per_frame
         every = f"{every_s:,.0f} s" if every_s >= 100 else f"{every_s:.3g} s"
         wanted = "requested frames" if plan.limited else "frames at the model's rate"
         read = f"{plan.sampling.frames:,} of {plan.sampling.wanted:,} {wanted}"
-        tell(f"limited to {read}, one every {every} (--max-frames)")
+        yield f"limited to {read}, one every {every} (--max-frames)"
     if plan.token_capped:
         most = f"{plan.token_limit:,} tokens"
         if sampling.max_visual_tokens is None and plan.token_limit < sampling.MAX_VISUAL_TOKENS:
             most += " on a CPU"
         seen = "an image" if plan.is_picture else f"{plan.sampling.frames} frames"
-        note(f"limited to {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}")
+        yield f"limited to {most} (--max-visual-tokens): {seen} of {plan.width}x{plan.height}"
 
 
-def _note_subtitles(plan: "Plan") -> None:
-    """Print a note on stderr with the subtitle source and line count, or the reason why no subtitles are read."""
+def _subtitle_notes(plan: "Plan") -> Iterator[str]:
+    """Yield a note with the subtitle source and line count, or the reason why no subtitles are read."""
     lines = plan.subtitles
     if lines.source is None:
         if lines.note:
-            tell(f"note: no subtitles: {lines.note}")
+            yield f"note: no subtitles: {lines.note}"
         return
     read = counted(lines.lines, "line")
     if lines.lines_in_prompt < lines.lines:
         read = f"{lines.lines_in_prompt:,} of {read} (--max-subtitle-tokens)"
-    tell(f"{'speech' if lines.speech else 'subtitles'}: {lines.speech or lines.source}, {read}")
+    yield f"{'speech' if lines.speech else 'subtitles'}: {lines.speech or lines.source}, {read}"
 
 
 class Conversation:
@@ -427,29 +496,32 @@ class Conversation:
             stats = plain
         self._stats = stats or (verbose and not quiet)
         self._generation: GenerationOptions | None = None
-        self._inputs: EncodedInputs | None = None
-        self._chat: Chat | None = None  # set if the questions form a conversation
-        self._full: EncodedInputs | None = None
-        self._encode_full: Callable[..., EncodedInputs] | None = None
-        self._running: Answer | None = None  # the answer being generated
+        self._inputs: EncodedInputs | RemoteInputs | None = None
+        self._chat: Chat | RemoteChat | None = None  # set if the questions form a conversation
+        self._full: EncodedInputs | Unpruned | None = None
+        self._encode_full: Callable[..., EncodedInputs | Unpruned] | None = None
+        self._running: Answer | RemoteAnswer | None = None  # the answer being generated
         self._half: Report | None = None  # report of a question with only its pruned answer so far
         self._warned: set[str] = set()  # names of warnings already printed
         self._finished = 0  # answers printed so far
 
     def begin(
         self,
-        inputs: "EncodedInputs",
+        inputs: "EncodedInputs | RemoteInputs",
         generation: GenerationOptions,
-        encode_full: Callable[..., "EncodedInputs"] | None,
-        chat: "Chat | None" = None,
+        encode_full: Callable[..., "EncodedInputs | Unpruned"] | None,
+        chat: "Chat | RemoteChat | None" = None,
+        agreement: Callable[..., dict[str, Any] | None] = lambda full, question, answer: None,
     ) -> None:
         """Set the encoded inputs, and print any warnings about the inputs and the model.
 
         Args:
             encode_full: A function that encodes the inputs again without pruning, or None if answers are not compared.
             chat: The conversation about the inputs, or None if the questions are independent of each other.
+            agreement: A function that compares the answer without pruning with the predictions for the pruned inputs. Its arguments
+                are the inputs without pruning, the question, and the answer.
         """
-        self._chat = chat
+        self._chat, self._agreement = chat, agreement
         self._inputs, self._generation, self._encode_full = inputs, generation, encode_full
         _print_warnings(inputs.report)
         self._warned = set(inputs.report.warnings)
@@ -476,10 +548,7 @@ class Conversation:
                     self._full = self._encode_full(show)
             answer = self._ask_and_print(self._full, question, "full")
             report.compare, self._half = answer.report, None
-            from evoprune.bench import Reference
-
-            given = Reference.of_answer(self._full, question, answer, self._generation)
-            report.agreement = given.agreement(self._inputs).record()
+            report.agreement = self._agreement(self._full, question, answer)
         self.answered += 1  # counted before printing, so an interruption doesn't print the record twice
         self._finish(report)
 
@@ -525,6 +594,8 @@ class Conversation:
         interrupted = not isinstance(problem, Exception)
         running = self._running
         self._running = None
+        if running:
+            running.close()  # a server would otherwise go on with it
         report = running.report if interrupted and running else None
         if self._half:
             report = report or self._failure(unanswered[0], problem)
@@ -546,7 +617,13 @@ class Conversation:
                 print_json(self._failure(missing, problem))
             problem.reported = True
 
-    def _ask_and_print(self, inputs: "EncodedInputs | Chat", question: str, label: str, last: bool = False) -> "Answer":
+    def _ask_and_print(
+        self,
+        inputs: "Askable | Chat | RemoteInputs | RemoteChat | Unpruned",
+        question: str,
+        label: str,
+        last: bool = False,
+    ) -> "Answer | RemoteAnswer":
         with contextlib.ExitStack() as line:  # the progress line
 
             def think(piece: str) -> None:

@@ -26,7 +26,7 @@ from evoprune.signatures import named
 from evoprune.suggestions import other_name
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import GLUE, only_answers_on_stdout
-from evoprune_cli.typed import Typed, remember
+from evoprune_cli.typed import Typed, remember, typed
 
 # Shell completion. Typer offers the returned words that start with the typed text. If there are none, the shell offers files. Typer
 # identifies the parameters of a completion function by their types and by the name `incomplete`.
@@ -187,6 +187,11 @@ class PipelineArguments:
     typed: dict[str, Any]
     check_model: bool
 
+    def sources(self) -> dict[str, str]:
+        """Return where the values that are not defaults come from, by name: "COMMANDLINE" or "ENVIRONMENT"."""
+        sources = {name: typed().source(name) for name in self.typed}
+        return {name: source for name, source in sources.items() if source in ("COMMANDLINE", "ENVIRONMENT")}
+
     def parse(self) -> PipelineOptions:
         """Return the options.
 
@@ -266,6 +271,15 @@ Stats = option(
     OUTPUT,
 )
 Verbose = option(bool, "-v --verbose", "Also print layers' rows, settings and versions.", OUTPUT)
+Via = option(
+    str | None,
+    "--via",
+    "Ask this evoprune serve, which has loaded its model, instead of loading one. auto: the one that evoprune serve --detach "
+    "started, if it runs. Options for loading a model belong to the server, except -m to choose one of its models.",
+    "Model",
+    envvar="EVOPRUNE_VIA",
+    **one_of("auto", "URL"),
+)
 Cache = option(
     bool,
     "--cache/--no-cache",

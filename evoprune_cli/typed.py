@@ -33,7 +33,8 @@ class Typed:
         words = {word.partition("=")[0] for word in self.words}
         given = [param for param in self._context.command.params if self.source(param.name) == "COMMANDLINE"]
         options = [param for param in given if param.param_type_name == "option"]
-        return {param.name: next((flag for flag in param.opts if flag in words), param.opts[-1]) for param in options}
+        flags = {param: (*param.opts, *param.secondary_opts) for param in options}
+        return {param.name: next((flag for flag in flags[param] if flag in words), param.opts[-1]) for param in options}
 
 
 _latest = Typed()

@@ -12,11 +12,12 @@ VARIABLES = {
     "EVOPRUNE_MODELS": "Folders in which `evoprune models` looks for models, separated by colons (on Windows, semicolons).",
     "EVOPRUNE_BUDGET": "The default of `-b`.",
     "EVOPRUNE_THREADS": "The default of `--threads`.",
+    "EVOPRUNE_VIA": "The default of `--via`.",
     "EVOPRUNE_CACHE_DIR": "The folder of the disk cache (`--cache`), of quantized weights and of transcripts. "
     "The default is `evoprune` in the user's cache folder. It doesn't switch on `--cache`.",
     "EVOPRUNE_DEBUG": "1 prints the traceback of an error, like `--debug`.",
     "EVOPRUNE_PLAIN": "1 turns off kernels and CUDA graphs.",
-    SECRET: "The key that clients of `evoprune serve` have to send.",
+    SECRET: "The key that clients of `evoprune serve` have to send, and that `--via` sends.",
 }
 SWITCHES = ("EVOPRUNE_DEBUG", "EVOPRUNE_PLAIN")
 

@@ -172,6 +172,7 @@ def test_each_option_has_a_case():
 Q = "What colour is the square?"
 RUNS = {
     "ask": ["{clip}", Q, "--json"],
+    "ask --via": ["{clip}", Q, "--json", "--via", "{server}"],
     "batch": ["{clip}", "-Q", Q, "-o", "out/rows.jsonl"],
     "find": ["{clip}", "a green square", "--json", "-o", "out/found.jsonl"],
     "watch": ["{clip}", "-Q", Q, "--json"],
@@ -231,7 +232,19 @@ def folder(tmp_path_factory) -> Iterator[Path]:
 SEEN: dict[tuple, tuple[int, dict[str, Any]]] = {}
 
 
-def observed(folder: Path, name: str, clip: str, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """Serve the demo model. Yields the server's URL."""
+    pytest.importorskip("starlette", reason="the server is not installed")
+    from tests.plugins.serve.serving import serving
+
+    with serving(demo(), tmp_path_factory.mktemp("server")) as running_server:
+        yield running_server.url
+
+
+def observed(
+    folder: Path, name: str, clip: str, options: dict[str, Any], server: str = ""
+) -> tuple[int, dict[str, Any]]:
     """Run a command with options. Returns its exit code, and all fields that it reports, by path."""
     key = name, clip, json.dumps(options)
     if key not in SEEN:
@@ -243,7 +256,9 @@ def observed(folder: Path, name: str, clip: str, options: dict[str, Any]) -> tup
             words = [word for option, value in options.items() for word in typed(option, value, name)]
             if name in ("batch", "profile") and "model" not in options:
                 words += ["-m", "demo"]
-            code, out, err = command(*name.split()[:1], *(word.format(clip=clip) for word in RUNS[name]), *words)
+            code, out, err = command(
+                *name.split()[:1], *(word.format(clip=clip, server=server) for word in RUNS[name]), *words
+            )
             found = {
                 "stdout": [json.loads(line) for line in out.splitlines()],
                 "files": {file.stem: contents(file) for file in sorted(Path("out").rglob("*")) if file.is_file()},
@@ -270,6 +285,9 @@ HEARD = {"speech": "speech"}
 OTHER_CASES = {
     ("inspect", "offline"): Case(True, says="offline", clip=URL),
     ("inspect --overlay", "offline"): Case(True, says="offline", clip=URL),
+    **{("ask --via", name): Case(CASES[name].value, says="chose when it was started") for name in ModelOptions.LOADING},
+    ("ask --via", "model"): Case("demo-scenes", says="serves demo, not demo-scenes"),
+    ("ask --via", "speech"): Case("speech", says="only the name of a speech model, not a folder"),
     ("find", "max_subtitle_tokens"): Case(2, {"score": ANY}, HEARD | {"min_score": 0.0}, clip="sound.mp4"),
     ("find", "speech"): Case("speech", {"moments": ANY}, clip="sound.mp4"),
     ("eval", "speech"): Case("speech", {"tflop_3b_prefill": ANY}, clip="sound.mp4"),
@@ -313,15 +331,16 @@ def crossed() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "option"), crossed())
-def test_an_option_of_a_command_does_what_it_says(folder, name, option):
+def test_an_option_of_a_command_does_what_it_says(request, folder, name, option):
+    server = request.getfixturevalue("server") if "--via" in name else ""
     case = OTHER_CASES.get((name, option), CASES[option])
     given = {each: value for each, value in case.given.items() if each in COMMANDS[name.split()[0]].callback.names}
-    code, after = observed(folder, name, case.clip, given | {option: case.value})
+    code, after = observed(folder, name, case.clip, given | {option: case.value}, server)
     said = re.search(case.says, "".join(map(str, after.values()))) if case.says else None
     if said or not case.shows:
         assert said, after
         return
-    _, before = observed(folder, name, case.clip, given)
+    _, before = observed(folder, name, case.clip, given, server)
     assert code in (0, 6, 7), after["stderr"]
     paths = sorted(before.keys() | after.keys())
     changed = {path: after.get(path) for path in paths if before.get(path) != after.get(path)}

@@ -1,11 +1,12 @@
 """The server application, with routes for OpenAI's chat completions, responses, models, and files, and for health and metrics."""
 
 import asyncio
+import json
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from evoprune.session import PipelineOptions
 from evoprune.untrusted import check_levels
 from evoprune.util import did_you_mean, listed, shorten
 from evoprune.video_qa import VideoQA
+from evoprune_serve.asks import ASK_PATHS, Asks
 from evoprune_serve.chat import END, read_chat
 from evoprune_serve.checks import Checks
 from evoprune_serve.errors import ApiError, plain, refused, told
@@ -53,6 +55,7 @@ PROBE_THREADS = 4  # complete uploads that are checked and stored at the same ti
 VALUE_BYTES = 512  # upper bound on the memory for a parsed value, in addition to the text of strings
 SENDING_S = 60.0  # extra time after the deadline, in seconds, for a slow client to receive the end of a stream
 AGEING_S = 60.0  # interval between checks for expired files, in seconds
+ALIVE_S = 5.0  # interval between lines of a stream while there is nothing to send, in seconds
 CLOSED = 499  # status in logs and metrics if the client has disconnected
 T = TypeVar("T")
 
@@ -141,17 +144,23 @@ class Server:
             self.log(request, 200)
             return JSONResponse(event.facts)
 
+    async def stream(self, request: Request, read: Read, task: Task) -> Response:
+        """Run a request's task in the model thread, after opening its inputs. Responds at once with a stream of JSON lines."""
+        deadline_s = self.deadline_s()
+        async with self.asking(request, read, deadline_s, task, opens=True) as asked:
+            return JobStream(asked, asked.lines(), "application/x-ndjson")
+
     def deadline_s(self) -> float:
         """Return the deadline for a request arriving now, on the event loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.answer_s
 
     @asynccontextmanager
     async def asking(
-        self, request: Request, read: Read, deadline_s: float, task: Task | None = None
+        self, request: Request, read: Read, deadline_s: float, task: Task | None = None, opens: bool = False
     ) -> "AsyncIterator[Asked]":
         """Parse a request, queue a job, fetch its files, and yield the request. Exceptions in the context cancel the job.
 
-        If there is a task, the job runs it instead of answering the question.
+        If there is a task, the job runs it instead of answering the question. For `opens`, see `Work.submit`.
         """
         job = None
         try:
@@ -167,7 +176,8 @@ class Server:
                     job = self.work.admit(client_of(request))
                 del body, reading
                 fetch = partial(self.sources.fetch, sources, job.check)
-                names = await in_time(unless_gone(request, self.work.submit(job, question, fetch, task)), deadline_s)
+                submitted = self.work.submit(job, question, fetch, task, opens)
+                names = await in_time(unless_gone(request, submitted), deadline_s)
                 del sources, fetch
             yield Asked(self, request, job, question, names, form, deadline_s)
         except BaseException as problem:
@@ -285,7 +295,7 @@ class Server:
         ]
 
 
-PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *PAGE_PATHS)  # counted separately
+PATHS = (CHAT, RESPONSES, "/v1/models", FILES, "/health", "/metrics", *ASK_PATHS, *PAGE_PATHS)  # counted separately
 
 
 @dataclass
@@ -354,6 +364,33 @@ class Asked:
         self.count(event)
         yield self.reply.end(event, self.job.queue_s)
 
+    async def lines(self) -> AsyncIterator[bytes]:
+        """Yield a task's events as JSON lines, and a line at least every `ALIVE_S` seconds. A failure is the last event."""
+        waiting = None
+        try:
+            event = None
+            while event is None or not event.last:
+                waiting = waiting or asyncio.ensure_future(self.next())
+                done, _ = await asyncio.wait([waiting], timeout=ALIVE_S)
+                if not done:
+                    yield json_line({"event": "alive"})
+                    continue
+                event, waiting = waiting.result(), None
+                if isinstance(event, Done):
+                    yield json_line({"event": "end", "record": asdict(event.report)})
+                else:
+                    yield json_line(event.facts)
+            if isinstance(event, Done):
+                self.count(event)
+            else:
+                self.log(200)
+        except ApiError as problem:
+            self.log(problem.status, self.reply.identity, *problem.codes)
+            yield json_line({"event": "error"} | error_body(problem))
+        finally:
+            if waiting:
+                waiting.cancel()
+
     async def told(self, event: Told) -> AsyncIterator[bytes]:
         """Yield a task's messages as events, starting with `event`. If the task fails, the stream ends with an error event."""
         try:
@@ -369,12 +406,21 @@ class Asked:
         yield END
 
 
+def json_line(facts: dict[str, Any]) -> bytes:
+    return f"{json.dumps(facts)}\n".encode()
+
+
+def error_body(problem: ApiError) -> dict[str, Any]:
+    """Return an error with the error of a record of `ask`, or null if it is an error of the API."""
+    return {"error": problem.body["error"] | {"record": problem.record}}
+
+
 class JobStream(StreamingResponse):
     """A streamed response. The job is canceled if the client disconnects or reads too slowly."""
 
-    def __init__(self, asked: Asked, chunks: AsyncIterator[bytes]):
+    def __init__(self, asked: Asked, chunks: AsyncIterator[bytes], kind: str = "text/event-stream"):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        super().__init__(chunks, media_type=kind, headers=headers)
         self._asked = asked
 
     async def __call__(self, scope, receive, send) -> None:
@@ -542,7 +588,8 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
             settings.log("".join(traceback.format_exception(problem)))
             problem = told(problem, {})
         server.log(request, problem.status, *problem.codes)
-        return JSONResponse(problem.body, problem.status, headers=problem.headers)
+        body = error_body(problem) if request.url.path in ASK_PATHS else problem.body
+        return JSONResponse(body, problem.status, headers=problem.headers)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
@@ -557,7 +604,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
 
     handlers = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: gone, Exception: refuse}
     app = Starlette(
-        routes=[*server.routes(), *Page(server).routes()],
+        routes=[*server.routes(), *Asks(server).routes(), *Page(server).routes()],
         middleware=protection(settings.access, refuse),
         exception_handlers=handlers,
         lifespan=life,

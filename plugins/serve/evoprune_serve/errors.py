@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError
+from evoprune.errors import DoesNotFit, EvopruneError, OutOfMemory, UsageError, VideoError, error_record
 
 MOST_CHARACTERS = 2000  # maximum message length, because messages may repeat text from the client
 TYPES = {429: "rate_limit_error"}  # by status; for all other statuses, see `ApiError.body`
@@ -24,6 +24,7 @@ class ApiError(Exception):
         param: The name of the invalid request field, or None.
         code: A short machine-readable error name. The default depends on the status.
         headers: Additional response headers.
+        record: The error as in a record of `evoprune ask`, or None if it is an error of the API.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        record: dict[str, Any] | None = None,
     ):
         super().__init__(message)
         self.status = status
@@ -41,6 +43,7 @@ class ApiError(Exception):
         self.param = param and _text(param)
         self.code = code or CODES.get(status)
         self.headers = dict(headers or {})
+        self.record = record
 
     @property
     def codes(self) -> list[str]:
@@ -98,17 +101,17 @@ def told(problem: BaseException, names: Mapping[str, str]) -> ApiError:
         return ApiError(
             500, "the server failed: this is a bug; see the server's log for details", code="internal_error"
         )
-    message = problem.message
-    if problem.hint:
-        message += f" ({problem.hint})"
+    message, hint = problem.message, problem.hint or ""
     for path, name in names.items():
-        message = message.replace(path, name)
-    if isinstance(problem, OutOfMemory):
-        return ApiError(413, message, code="out_of_memory")
-    if isinstance(problem, VideoError):
-        return ApiError(400, message, code="invalid_video")
-    if isinstance(problem, DoesNotFit):
-        return ApiError(400, message, code="context_length_exceeded")
-    if isinstance(problem, UsageError):
-        return ApiError(400, message, code="invalid_value")
-    return ApiError(500, message, code=problem.type)
+        message, hint = message.replace(path, name), hint.replace(path, name)
+    record = error_record(problem) | {"message": message, "hint": hint or None}
+    if hint:
+        message += f" ({hint})"
+    statuses = {
+        OutOfMemory: (413, "out_of_memory"),
+        VideoError: (400, "invalid_video"),
+        DoesNotFit: (400, "context_length_exceeded"),
+        UsageError: (400, "invalid_value"),
+    }
+    status, code = next((to for kind, to in statuses.items() if isinstance(problem, kind)), (500, problem.type))
+    return ApiError(status, message, code=code, record=record)

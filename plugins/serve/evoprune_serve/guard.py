@@ -19,7 +19,7 @@ from evoprune.util import harmless
 from evoprune_serve.errors import ApiError, full, plain
 
 OPEN_PATHS = ("/", "/health")  # no key required
-UPLOAD_PATH = "/v1/files"
+UPLOAD_PATHS = ("/v1/files", "/v1/evoprune/files")
 FORM_BYTES = 2**16  # maximum size of an upload form, excluding its file
 SLOW_BYTES_S = 2**15  # minimum rate in bytes per second; slower bodies use up `SLOW_S`
 SLOW_S = 30.0  # time budget for a slow body, in seconds
@@ -149,7 +149,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         limit = self._access.body_bytes
-        if scope["path"] == UPLOAD_PATH:
+        if scope["path"] in UPLOAD_PATHS:
             limit = self._access.upload_bytes + FORM_BYTES
         body = Body(headers, limit, receive, send)
         try:

@@ -1,4 +1,4 @@
-"""Answers /health and the page while the models load, and keeps all other connections for the server. Does not import torch."""
+"""Answers /health, /v1/evoprune, and the page while the models load, and keeps other connections waiting. Does not import torch."""
 
 import re
 import selectors
@@ -11,7 +11,7 @@ MOST_CONNECTIONS = 256  # maximum number of connections that wait; further ones 
 HEAD_BYTES = 2**14  # maximum size of a request that is answered while the models load
 RETRY_S = 5  # time after which a client may ask again
 REFRESH_S = 2  # time after which a browser reloads the page
-REQUEST = re.compile(rb"GET (/health|/)(?:\?[^ ]*)? HTTP/1\.[01]\r\n(?:.+\r\n)*\r\n")
+REQUEST = re.compile(rb"GET (/health|/v1/evoprune|/)(?:\?[^ ]*)? HTTP/1\.[01]\r\n(?:.+\r\n)*\r\n")
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -39,6 +39,7 @@ def _answer(kind: str, content: str, *headers: str) -> bytes:
 
 ANSWERS = {
     b"/health": _answer("application/json", '{"status":"loading"}'),
+    b"/v1/evoprune": _answer("application/json", '{"status":"loading"}'),
     b"/": _answer(
         "text/html; charset=utf-8", PAGE, f"Refresh: {REFRESH_S}", "Content-Security-Policy: default-src 'none'"
     ),
@@ -49,7 +50,7 @@ ANSWERS = {
 def answering(listening: socket.socket) -> Iterator[list[socket.socket]]:
     """Accept connections in another thread while the block runs.
 
-    Requests for /health and the page are answered at once. All other connections wait, unread, for the server.
+    Requests for /health, /v1/evoprune, and the page are answered at once. All other connections wait, unread, for the server.
 
     Yields:
         A list that contains the waiting connections after the block has ended. If the block raises an exception, they are closed.

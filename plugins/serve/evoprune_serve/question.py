@@ -55,6 +55,8 @@ class Question:
     sampling: SamplingOptions
     pruning: PruneOptions
     stream: bool
+    conversation: bool = False  # whether the question belongs to a conversation, even if it is the first one
+    compare: bool = False  # whether to answer without pruning, too
 
 
 def read_options(body: Any, messages: str) -> Fields:
@@ -231,6 +233,9 @@ def has_schema(body: Any) -> bool:
     """Return True if a request's answer follows a schema, which has to be checked."""
     if not isinstance(body, dict):
         return False
+    options = body.get("options")  # in requests of `evoprune ask --via`
+    if isinstance(options, dict) and {"schema", "regex"} & options.keys():
+        return True
     text = body.get("text")  # in the Responses API
     stated = body.get("response_format"), text.get("format") if isinstance(text, dict) else None
     return any(isinstance(each, dict) and each.get("type") == "json_schema" for each in stated)
@@ -290,6 +295,16 @@ def _sampling(fields: Fields) -> dict[str, Any]:
     return given
 
 
+def file_setting(method: str) -> str | None:
+    """Return the name of the first setting of a method whose value could refer to a file on this machine, or None.
+
+    Raises:
+        UsageError: If the text isn't the name of a method.
+    """
+    settings = (setting for each in MethodText(method).parts for setting in each.settings)
+    return next((name[:60] for name, value in settings if value is not None and not SETTING.fullmatch(value)), None)
+
+
 def _pruning(fields: Fields) -> dict[str, Any]:
     given = {}
     if fields.has("budget"):
@@ -297,9 +312,8 @@ def _pruning(fields: Fields) -> dict[str, Any]:
     if fields.has("method"):
         method = fields.take("method", str)
         with _naming("method"):
-            parts = MethodText(method).parts
-        for name, value in (setting for each in parts for setting in each.settings):
-            if value is not None and not SETTING.fullmatch(value):  # other values could refer to a file on this machine
-                fields.refuse("method", f"sets {name[:60]}: requests can set only numbers, true and false")
+            name = file_setting(method)
+        if name is not None:
+            fields.refuse("method", f"sets {name}: requests can set only numbers, true and false")
         given["method"] = method
     return given

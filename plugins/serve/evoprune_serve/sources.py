@@ -5,11 +5,13 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
@@ -21,7 +23,7 @@ from evoprune.backend import Host
 from evoprune.errors import OutOfMemory, VideoError
 from evoprune.files import open_below
 from evoprune.util import size, without_password
-from evoprune.video import HeldVideo, Input, downloaded, in_one, probe
+from evoprune.video import HeldVideo, Input, SamplingOptions, downloaded, in_one, probe
 from evoprune_serve.errors import ApiError, full, refused
 from evoprune_serve.public import PublicTransport
 from evoprune_serve.store import UNUSED_S, Content, Store, file_state
@@ -34,6 +36,8 @@ SHARE = 4  # a list of frames may take up to 1/SHARE of the available memory, be
 MOST_ESCAPES = 2**16  # percent-encoded characters in a short data: URL; decoding each takes about 70 bytes of memory
 LONGEST_S = 3600.0  # maximum duration of a download, in seconds
 FILE_HINT = "upload the file instead"
+REQUEST = "ask-"  # prefix of a folder with the files of a client's input
+SEND_FIRST = "send_first"  # error code: the client has to send a file that is not here
 WHITESPACE = b" \t\n\f\r"
 HEAD_CHARACTERS = 2000  # maximum length of the part of a data: URL before the data
 # The part of a data: URL before the data. Without base64, it ends at the first comma that is not in a quoted parameter. Otherwise,
@@ -70,7 +74,49 @@ class FrameList:
     times_s: tuple[float, ...] | None
 
 
-Source = Address | Uploaded | FrameList
+@dataclass(frozen=True)
+class ClientFile:
+    """A file of a client on this machine, or with the same folders; or one that it has sent before (`Asks.upload`).
+
+    Attributes:
+        name: The last part of its path.
+        path: Its path, or "" if the client has sent it.
+        state: Its size and modification time in nanoseconds, which show whether `path` is the same file here.
+        digest: Its SHA-256 digest, or "" if the client has not sent it.
+        shown: Its name in reports and messages.
+    """
+
+    name: str
+    path: str = ""
+    state: tuple[int, int] = (0, 0)
+    digest: str = ""
+    shown: str = ""
+
+
+@dataclass(frozen=True)
+class ClientInput:
+    """A video, an image, or a folder of images of a client, and files next to it, such as its subtitles.
+
+    Attributes:
+        name: The name in reports and messages.
+        number: Its place in the request.
+        files: The video or the image, or the images of the folder.
+        folder: The name of the folder, or "" if it isn't a folder.
+        beside: The files next to it.
+        subtitles: The file that contains its subtitles, if it was named.
+        stays: Whether the client is going to ask about these files again.
+    """
+
+    name: str
+    number: int
+    files: tuple[ClientFile, ...]
+    folder: str
+    beside: tuple[ClientFile, ...]
+    subtitles: ClientFile | None
+    stays: bool
+
+
+Source = Address | Uploaded | FrameList | ClientInput
 
 
 @dataclass(frozen=True)
@@ -80,11 +126,15 @@ class LocalFile:
     Attributes:
         identity: A content identifier. Files with equal identities have equal contents.
         name: The name shown to clients instead of the path.
+        subtitles: The path of the file that contains its subtitles, or None.
+        others: The names shown to clients instead of the paths of files that belong to it, by path.
     """
 
     path: str
     identity: Any
     name: str
+    subtitles: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,7 +205,14 @@ class Fetched:
         """A dictionary that maps each file path to the name shown to clients."""
         files = [each for each in self._inputs if isinstance(each, LocalFile)]
         files += [file for each in self._inputs if isinstance(each, LocalFrames) for file in each.files]
-        return {file.path: file.name for file in files}
+        others = {path: name for file in files for path, name in file.others.items()}
+        return others | {file.path: file.name for file in files}
+
+    def sampling(self, usual: SamplingOptions) -> SamplingOptions:
+        """Return a question's options, with the path of the subtitles that its client named, if any."""
+        named = (each.subtitles for each in self._inputs if isinstance(each, LocalFile) and each.subtitles)
+        path = next(named, None)
+        return usual if path is None else replace(usual, subtitles=path)
 
     def inputs(self) -> list[Input]:
         """Return the inputs in a format accepted by the encoder. For the exceptions, see `LocalFrames.input`."""
@@ -219,6 +276,8 @@ class Sources:
                 for number, frame in enumerate(source.frames, 1)
             )
             return LocalFrames(files, source.rate, source.times_s, name)
+        if isinstance(source, ClientInput):
+            return self._of_client(source, stack)
         if isinstance(source, Uploaded):
             upload = self._uploads.get(source.file_id)
             content = stack.enter_context(self._store.using(upload.content))
@@ -238,6 +297,58 @@ class Sources:
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, without_password(source.url))
         return self._file(source.url, stack, copied)
+
+    def _of_client(self, source: ClientInput, stack: ExitStack) -> LocalFile:
+        """Put the files of a client's input into a new folder under their own names, so that readers find them as the client would.
+
+        Raises:
+            ApiError: If a file is neither in an allowed folder nor stored, so that the client has to send it first.
+        """
+        root = Path(tempfile.mkdtemp(prefix=REQUEST, dir=self._store.folder))
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        folder, named = root / "input", root / "subtitles"
+        inside = folder / source.folder
+        inside.mkdir(parents=True)
+        named.mkdir()
+        wanted = {inside / file.name: file for file in source.files}
+        wanted |= {folder / file.name: file for file in source.beside}
+        if source.subtitles:
+            wanted[named / source.subtitles.name] = source.subtitles
+        identities = [source.folder]
+        for path, file in wanted.items():
+            found = self._client_file(source, file, stack)
+            os.symlink(found.path, path)
+            identities.append((str(path.relative_to(root)), found.identity))
+        path = inside if source.folder else inside / source.files[0].name
+        subtitles = source.subtitles and str(named / source.subtitles.name)
+        others = {str(path): file.shown for path, file in wanted.items() if file.shown}
+        return LocalFile(str(path), identities, source.name, subtitles, others)
+
+    def _client_file(self, source: ClientInput, file: ClientFile, stack: ExitStack) -> LocalFile:
+        if file.digest:
+            if content := self._store.known(file.digest):
+                stack.callback(self._store.release, content, source.stays)
+                return LocalFile(content.path, content.digest, file.name)
+        elif opened := self._allowed(file):
+            return self._kept_open(opened, file.name, stack, copied=bool(source.folder))
+        number = source.number
+        raise ApiError(404, "the server does not have this file", param=f"inputs[{number}]", code=SEND_FIRST)
+
+    def _allowed(self, file: ClientFile) -> BinaryIO | None:
+        """Open a client's file, or return None if it is not the same file here, or not in an allowed folder."""
+        try:
+            opened = self._opened(Path(file.path))
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE):
+                raise full(FILES_RETRY_S) from problem
+            return None
+        except (RuntimeError, ValueError):
+            return None
+        status = os.fstat(opened.fileno())
+        if (status.st_size, status.st_mtime_ns) != file.state:
+            opened.close()
+            return None
+        return opened
 
     def _download(self, url: str, check: Callable[[], None]) -> Content:
         """Download a URL or reuse a recent download. The caller must release the returned content."""
@@ -280,40 +391,49 @@ class Sources:
         is True, the file is copied to the store instead of being kept open because a list of frames may consist of many files.
         """
         try:
-            file = self._opened(url)
+            file = self._opened(_path_of(url))
         except (OSError, RuntimeError, ValueError) as problem:  # also an invalid URL, or a loop of symbolic links
             if isinstance(problem, OSError) and problem.errno in (errno.EMFILE, errno.ENFILE):
                 raise full(FILES_RETRY_S) from problem
             message = f"{url} is not a file below a folder of --allow-dir"
             raise ApiError(404, message, code="not_found") from problem
+        return self._kept_open(file, url, stack, copied)
+
+    def _kept_open(self, file: BinaryIO, name: str, stack: ExitStack, copied: bool) -> LocalFile:
+        """Return an open file as an input. See `_file` for `copied`."""
         if copied:
             with file, self._store.room() as room:
                 room.add(os.fstat(file.fileno()).st_size)
                 content = self._store.copy(file, room)
             stack.callback(self._store.release, content)
-            return LocalFile(content.path, content.digest, url)
+            return LocalFile(content.path, content.digest, name)
         identity = file.name, *file_state(file)
         path = file.name
         if sys.platform == "linux":
             path = stack.enter_context(self._store.link(file))
         else:
             stack.enter_context(file)
-        return LocalFile(path, identity, url)
+        return LocalFile(path, identity, name)
 
-    def _opened(self, url: str) -> BinaryIO:
-        """Open the file specified by a file: URL.
+    def _opened(self, path: Path) -> BinaryIO:
+        """Open a file.
 
         Raises:
-            OSError, ValueError: If the URL doesn't refer to a file inside an allowed folder.
+            OSError, ValueError: If it isn't a file inside an allowed folder.
         """
-        parts = urlsplit(url)
-        if parts.netloc not in ("", "localhost"):
-            raise ValueError("a file on another machine")
-        real = Path(unquote(parts.path)).resolve()
+        real = path.resolve()
         for folder in self._folders:
             if real.is_relative_to(folder):
                 return open(real, "rb", opener=lambda *_: open_below(folder, real))  # noqa: B023 (called at once)
         raise ValueError("not in an allowed folder")
+
+
+def _path_of(url: str) -> Path:
+    """Return the path in a file: URL. Raises ValueError if it refers to a file on another machine."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError("a file on another machine")
+    return Path(unquote(parts.path))
 
 
 def decoded(url: str) -> bytes:

@@ -62,10 +62,10 @@ class Link:
 
 
 class Store:
-    """A thread-safe file store. Stored and incoming files take up at most `limit_bytes` on disk."""
+    """A thread-safe file store in `folder`. Stored and incoming files take up at most `limit_bytes` on disk."""
 
     def __init__(self, folder: Path, limit_bytes: int):
-        self._folder = folder
+        self.folder = folder
         self._limit_bytes = limit_bytes
         self._bytes = 0  # total size of all stored files and reservations
         self._contents: dict[str, Content] = {}  # by digest
@@ -148,7 +148,7 @@ class Store:
             if link:
                 file.close()
             else:
-                path = str(self._folder / f"open-{secrets.token_hex(8)}")
+                path = str(self.folder / f"open-{secrets.token_hex(8)}")
                 try:
                     with self._stored():
                         os.symlink(f"/proc/{os.getpid()}/fd/{file.fileno()}", path)
@@ -168,6 +168,11 @@ class Store:
                     with suppress(FileNotFoundError):
                         os.unlink(link.path)
                     link.file.close()
+
+    def known(self, digest: str) -> Content | None:
+        """Return the stored file with the given digest, or None. The caller becomes a user of the file."""
+        with self._lock:
+            return self._known(digest)
 
     def take(self, content: Content) -> bool:
         """Register a new user of a file. Returns False if the file is no longer stored."""
@@ -231,7 +236,7 @@ class Store:
             if known := self._known(digest):
                 return known
             self._free(room)
-            content = Content(str(self._folder / digest), digest, os.path.getsize(path))
+            content = Content(str(self.folder / digest), digest, os.path.getsize(path))
             self._make_room(content.disk_bytes)
             shutil.move(path, content.path)
             self._contents[digest] = content
@@ -241,7 +246,7 @@ class Store:
     @contextmanager
     def _new_file(self) -> Iterator[BinaryIO]:
         """Yield a new temporary file in the store's folder. Unless moved, it is deleted when the context ends."""
-        with self._stored(), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+        with self._stored(), tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             try:
                 yield file
             finally:

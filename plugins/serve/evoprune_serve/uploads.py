@@ -116,6 +116,10 @@ class Uploads:
         self._leave(upload.client, upload.content.disk_bytes)
         self._store.release(upload.content, stays=False)
 
+    def release(self, content: Content) -> None:
+        """Stop using a file that isn't in the collection. It stays in the store for a while."""
+        self._store.release(content)
+
     def get(self, file_id: str) -> Upload:
         """Return the uploaded file with the given ID.
 
@@ -196,6 +200,16 @@ class IncomingUpload:
         upload = self._uploads._keep(self, self._file.keep(), name, purpose)
         self.kept = True
         return upload
+
+    def keep_for_a_question(self) -> str:
+        """Store the file without checking it, until the question about it has been answered, and return its digest.
+
+        Raises:
+            ApiError: If the file can't be stored.
+        """
+        content = self._file.keep()
+        self._uploads.release(content)
+        return content.digest
 
 
 def _too_much(message: str) -> ApiError:

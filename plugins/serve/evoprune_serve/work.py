@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from contextvars import Context
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import partial
 from math import ceil
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from evoprune.backend import Host
 from evoprune.errors import OutOfMemory
@@ -28,6 +28,7 @@ from evoprune.session import (
     Answer,
     EncodedInputs,
     OpenInputs,
+    PruneOptions,
     open_inputs,
 )
 from evoprune.video import Scope, Stopped
@@ -101,6 +102,7 @@ Event = Piece | Done | Failed | Told
 
 
 Put = Callable[[Event], None]
+Progress = Callable[[str, int, int], None]
 Task = Callable[["Job", Put], None]  # sends events with `Put`; a task that hasn't sent any may be retried
 Run = Callable[[Callable[[], None]], object]  # calls a function, possibly later in another thread
 
@@ -141,6 +143,11 @@ class Assignment:
     task: Task
     files: Fetched
     scope: Scope = field(default_factory=Scope)
+
+    def unpruned(self) -> Self:
+        """Return the same work with a question about all visual tokens."""
+        pruning = PruneOptions(budget=1.0, method="none", seed=self.question.pruning.seed)
+        return replace(self, question=replace(self.question, pruning=pruning))
 
     def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function in the scope."""
@@ -404,9 +411,17 @@ class Work:
         return job
 
     async def submit(
-        self, job: Job, question: Question, fetch: Callable[[], Fetched], task: Task | None = None
+        self,
+        job: Job,
+        question: Question,
+        fetch: Callable[[], Fetched],
+        task: Task | None = None,
+        opens: bool = False,
     ) -> dict[str, str]:
         """Fetch a job's files in a thread. Then the job waits for the model thread to answer its question, or to run its task.
+
+        Args:
+            opens: Whether the inputs of a task are opened while it waits, as for a question.
 
         Returns:
             See `Fetched.paths`.
@@ -415,7 +430,9 @@ class Work:
             Gone: If the job has ended.
             Exception: Any exception raised by `fetch`.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, job, question, fetch, task)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._fetchers, self._fetch, job, question, fetch, task, opens
+        )
 
     def cancel(self, job: Job) -> None:
         """End a job whose client is no longer waiting for the answer. Has no effect if the job has already ended."""
@@ -497,13 +514,13 @@ class Work:
     # Preparing jobs, in the fetcher and opener threads.
 
     def _fetch(
-        self, job: Job, question: Question, fetch: Callable[[], Fetched], task: Task | None = None
+        self, job: Job, question: Question, fetch: Callable[[], Fetched], task: Task | None, opens: bool
     ) -> dict[str, str]:
         job.check()
         files = fetch()
         paths = files.paths
         assignment = Assignment(question, task or self._answer, files)
-        if task or encoding_key(assignment) in self.kept:
+        if (task and not opens) or encoding_key(assignment) in self.kept:
             self._ready(job, assignment)
         else:
             job.change(State.WAITING, assignment)
@@ -570,10 +587,14 @@ class Work:
         question = assignment.question
         qa = self.session(question)
         files = assignment.files
-        opened = open_inputs(qa.session, files.inputs(), question.sampling, names=files.names, tower=tower)
+        sampling = files.sampling(question.sampling)
+        opened = open_inputs(qa.session, files.inputs(), sampling, names=files.names, tower=tower)
         try:
-            with opened.planning():
-                qa.session.longest_prompt(opened.plans, [question.text], question.generation)
+            for plan in opened.plans:
+                sampling.check_picture(plan.info)
+            if question.text:
+                with opened.planning():
+                    qa.session.longest_prompt(opened.plans, [question.text], question.generation)
         except BaseException:
             opened.close()
             raise
@@ -669,12 +690,8 @@ class Work:
             self._threads_of = qa
 
     def _answer(self, job: Job, put: Put) -> None:
-        assignment = job.assignment
-        question = assignment.question
-        encoded = self.kept.get(encoding_key(assignment))
-        kept = encoded is not None
-        if encoded is None:
-            encoded = self.encode(job)
+        question = job.assignment.question
+        encoded, kept = self.encoded(job)
         known = 0
 
         def logprobs() -> list[dict[str, Any]] | None:
@@ -704,20 +721,38 @@ class Work:
             answer.close()
         put(Done(answer.report, logprobs(), kept, thought_tokens))
 
-    def encode(self, job: Job, tower: Tower | None = None) -> EncodedInputs:
+    def encoded(self, job: Job, progress: Progress = lambda stage, done, total: None) -> tuple[EncodedInputs, bool]:
+        """Return a job's encoded inputs, and whether the encoding of an earlier question was reused. See `encode`."""
+        if (known := self.kept.get(encoding_key(job.assignment))) is not None:
+            return known, True
+        return self.encode(job, progress=progress), False
+
+    def encode(
+        self,
+        job: Job,
+        tower: Tower | None = None,
+        progress: Progress = lambda stage, done, total: None,
+        unpruned: bool = False,
+    ) -> EncodedInputs:
         """Encode a job's inputs and cache the encoding for follow-up questions. Must be called in the model thread.
 
         Args:
             tower: See `open_inputs`. Used only if the inputs haven't been opened yet, as in a task.
+            progress: See `OpenInputs.encode`.
+            unpruned: Whether to keep all visual tokens, whatever the question's pruning settings.
         """
         assignment = job.assignment
+        if unpruned:
+            assignment = assignment.unpruned()
 
-        def progress(*_: object) -> None:
+        def step(*facts: Any) -> None:
             job.check()
+            progress(*facts)
 
         # They have not been opened if the job has a task, the encoding was evicted since the job became ready, or memory ran out.
-        with job.take_inputs() or self._open(job, assignment, tower) as opened:
-            encoded = opened.encode(progress)
+        opened = None if unpruned else job.take_inputs()
+        with opened or self._open(job, assignment, tower) as opened:
+            encoded = opened.encode(step)
         self.kept.put(
             encoding_key(assignment), encoded, encoded.bytes_with(assignment.question.generation.max_new_tokens)
         )
@@ -733,6 +768,6 @@ def encoding_key(assignment: Assignment) -> str:
 def begun(encoded: EncodedInputs, question: Question, on_thoughts: Callable[[str], None]) -> Answer:
     """Start answering a question, which may follow earlier turns of a conversation."""
     how = vars(question.generation) | {"seed": question.seed, "on_thoughts": on_thoughts}
-    if not question.earlier:
+    if not (question.earlier or question.conversation):
         return encoded.ask(question.text, **how)
     return encoded.chat(question.generation.system, question.earlier).ask(question.text, **how)

@@ -1193,34 +1193,6 @@ def test_a_client_that_takes_nothing_of_its_answer_is_let_go(monkeypatch):
 # Work.
 
 
-@pytest.fixture
-def slow(monkeypatch):
-    """The model waits between pieces until the event is set, for longer than any test."""
-    from evoprune_serve import work
-
-    going = threading.Event()
-    going.begun = threading.Event()
-    usual = work.begun
-
-    class Slow:
-        def __init__(self, *given):
-            self._answer = usual(*given)
-            self.report, self.close = self._answer.report, self._answer.close
-
-        def __iter__(self):
-            going.begun.set()
-            for piece in self._answer:
-                yield piece
-                for _ in range(12_000):
-                    if going.wait(0.01):
-                        break
-                    yield ""  # the server checks here if the client is still connected
-
-    monkeypatch.setattr(work, "begun", Slow)
-    yield going
-    going.set()
-
-
 def in_threads(server, count: int, address: str = "127.0.0.1", **given):
     """Send the same request `count` times at once. Returns the threads and a list of responses, which grows."""
     found = []

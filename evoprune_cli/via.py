@@ -1,0 +1,746 @@
+"""Asks a running `evoprune serve` instead of loading a model (`--via`). Does not import torch.
+
+`RemoteInputs`, `RemoteAnswer`, and `RemoteChat` offer what `ask` needs of `EncodedInputs`, `Answer`, and `Chat`. Their events and
+records come from the server (docs/server.md).
+"""
+
+import http.client
+import json
+import os
+import re
+import socket
+import stat
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from urllib.parse import quote, urlsplit
+
+import evoprune
+from evoprune.errors import EvopruneError, ModelError, OutOfMemory, PluginError, UsageError, VideoError
+from evoprune.report import Report
+from evoprune.session import ModelOptions, PipelineOptions
+from evoprune.util import is_text, listed, shown, size
+from evoprune.video import Folder, SamplingOptions, read_subtitles
+from evoprune_cli.options import PipelineArguments
+from evoprune_cli.terminal import encoding, tell
+from evoprune_cli.typed import typed
+from evoprune_cli.variables import SECRET
+
+if TYPE_CHECKING:
+    from evoprune.video import Video
+
+AUTO = "auto"  # value of --via that means the server in the background, if there is one
+INFO = "/v1/evoprune"
+LOADING = {"status": "loading"}
+SILENT_S = (
+    60.0  # time after which a server that sends nothing is given up, in seconds; it sends a line every few seconds
+)
+LOADING_S = 0.5  # interval between requests to a server that is loading its model, in seconds
+PART_BYTES = 2**18  # size of the parts in which a file is sent
+MOST_FACTS = 2**20  # maximum size of a response other than an answer, in bytes
+MOST_TRIES = 3  # number of times to send the same file, which a server with little room may delete again
+KINDS = {kind.type: kind for kind in (UsageError, VideoError, ModelError, PluginError, OutOfMemory)}
+OWN_HINT = "evoprune serve --stop, then evoprune serve --detach, starts it again"
+
+# The server in the background. Each user has at most one, which listens on a Unix socket that only this user can open.
+
+
+def runtime_folder() -> Path:
+    """Return the folder for the socket of this user's server, which may not exist."""
+    if usual := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(usual) / "evoprune"
+    return Path(tempfile.gettempdir()) / f"evoprune.{os.getuid()}"
+
+
+def own_socket() -> Path | None:
+    """Return the path of the socket of this user's server, or None if there is none.
+
+    Raises:
+        UsageError: If another user could have made or could open it.
+    """
+    if not hasattr(socket, "AF_UNIX"):  # on Windows
+        return None
+    folder = runtime_folder()
+    path = folder / "serve.sock"
+    if not os.path.lexists(path):
+        return None
+    check_private(folder)
+    status = path.lstat()
+    if status.st_uid != os.getuid() or not stat.S_ISSOCK(status.st_mode):
+        raise UsageError(f"{path} is not a socket of this user", "remove it; another user may have made it")
+    return path
+
+
+def check_private(folder: Path) -> None:
+    """Raise UsageError if a folder is a link, belongs to another user, or can be opened by others."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UsageError(
+            f"{folder} is not a folder of this user", "remove it, or set XDG_RUNTIME_DIR to your own folder"
+        )
+    if status.st_mode & 0o077:
+        raise UsageError(f"other users can open {folder}", f"chmod 700 {folder}")
+
+
+class SocketConnection(http.client.HTTPConnection):
+    """A connection to a Unix socket."""
+
+    def __init__(self, path: str, **options: Any):
+        super().__init__("localhost", **options)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+# Any server.
+
+
+class Unusable(ModelError):
+    """Raised if there is no server, or one that can't answer."""
+
+    stage = None
+
+
+class SendFirst(EvopruneError):
+    """Raised if the server needs the files of an input. `number` is the input's place in the request."""
+
+    def __init__(self, number: int):
+        super().__init__(
+            "the server could not keep the files that were sent to it", "does it have too little --max-files?"
+        )
+        self.number = number
+
+
+@dataclass
+class Server:
+    """A server, and the name of the model to ask.
+
+    Attributes:
+        url: Its URL without /v1, or "" for the server in the background.
+        path: The path of the socket of the server in the background.
+        model: The name of the model, once `meet` has returned.
+        most_bytes: The maximum size of a file that the server takes.
+    """
+
+    url: str = ""
+    path: Path | None = None
+    model: str = ""
+    most_bytes: int = 0
+    _open: set[http.client.HTTPConnection] = field(default_factory=set)
+
+    @classmethod
+    def at(cls, url: str) -> Self:
+        """Return the server at a URL.
+
+        Raises:
+            UsageError: If it isn't an http or https URL.
+        """
+        try:
+            parts = urlsplit(url)
+            right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            right = False
+        if not right or parts.query or parts.fragment or parts.username or re.search(r"[^!-~]", url):
+            hint = f"give the address of evoprune serve, such as http://127.0.0.1:8000, or {AUTO}"
+            raise UsageError(f"--via {shown(url)!r} is not the address of a server", hint)
+        return cls(url.rstrip("/").removesuffix("/v1"))
+
+    def __str__(self) -> str:
+        return f"the server at {self.url}" if self.url else "the server in the background"
+
+    def close(self) -> None:
+        """Close all connections, which ends their requests on the server. May be called from another thread."""
+        for connection in [*self._open]:
+            with suppress(OSError, AttributeError):  # it is not connected, or no longer
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def meet(self, wanted: str | None, show: Callable[..., None]) -> None:
+        """Wait until the server has loaded its models, and check that it has the same version and the wanted model.
+
+        Raises:
+            Unusable: If it can't be used.
+            UsageError: If it does not have the model.
+        """
+        path = INFO if wanted is None else f"{INFO}?model={quote(wanted, safe='')}"
+        while (facts := self._facts(path)) == LOADING:
+            show(f"waiting: {self} is loading its model")
+            time.sleep(LOADING_S)
+        if facts.get("evoprune") != evoprune.__version__:
+            raise self._other_version(facts.get("evoprune"))
+        if facts["model"] is None:
+            names = listed(facts["models"])
+            hint = f"a server chooses its models when it starts: leave out -m, or name {names}"
+            if typed().source("model") == "ENVIRONMENT":
+                hint += "; the value comes from EVOPRUNE_MODEL"
+            raise NotServed(f"{self} serves {names}, not {shown(wanted or '')}", hint)
+        self.model, self.most_bytes = facts["model"], facts["upload_bytes"]
+
+    def _facts(self, path: str) -> dict[str, Any]:
+        with self.answering("GET", path, statuses=(200, 503)) as response, self.problems():
+            text = response.read(MOST_FACTS)
+        facts = parsed(text)
+        if response.status == 503 and facts != LOADING:
+            raise self._error(response, text)
+        return facts
+
+    def _other_version(self, version: Any = None) -> "Unusable":
+        other = f"is evoprune {version}" if isinstance(version, str) else "is another version, or another program"
+        hint = "use the same version for both, or check the address" if self.url else OWN_HINT
+        return Unusable(f"{self} {other}; this is evoprune {evoprune.__version__}", hint)
+
+    @contextmanager
+    def answering(
+        self,
+        method: str,
+        path: str,
+        body: bytes | BinaryIO | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        statuses: Sequence[int] = (200,),
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Send a request and yield the response. The connection is closed at the end of the context, which ends the request.
+
+        Raises:
+            EvopruneError: If the response has a status that is not in `statuses`. See also `problems`.
+        """
+        connection = self._connection()
+        self._open.add(connection)
+        try:
+            with self.problems():
+                with self._connecting():
+                    connection.connect()
+                with suppress(BrokenPipeError, ConnectionResetError):  # the server may have rejected the body unread
+                    connection.request(method, self._prefix + path, body, {**headers, **self._key()})
+                response = connection.getresponse()
+                text = b"" if response.status in statuses else response.read(MOST_FACTS)
+            if response.status not in statuses:
+                raise self._error(response, text)
+            yield response
+        finally:
+            self._open.discard(connection)
+            connection.close()
+
+    @property
+    def _prefix(self) -> str:
+        return urlsplit(self.url).path
+
+    def _connection(self) -> http.client.HTTPConnection:
+        how = {"timeout": SILENT_S, "blocksize": PART_BYTES}
+        if self.path:
+            return SocketConnection(str(self.path), **how)
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        return kind(parts.hostname, parts.port, **how)
+
+    def _key(self) -> dict[str, str]:
+        key = os.environ.get(SECRET, "").strip()
+        if re.search(r"[^!-~]", key):
+            raise UsageError(f"{SECRET} is not one word of ASCII", "set it to the key of the server")
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    @contextmanager
+    def _connecting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            reason = "it does not respond" if isinstance(problem, TimeoutError) else problem.strerror or problem
+            start = "evoprune serve starts one" if self.url else "evoprune serve --detach starts one"
+            raise Unusable(
+                f"cannot reach {self}: {reason}", f"{start}; without --via, the model is loaded here"
+            ) from problem
+
+    @contextmanager
+    def problems(self) -> Iterator[None]:
+        """Convert exceptions of the connection.
+
+        Raises:
+            Unusable: If the connection fails.
+        """
+        try:
+            yield
+        except TimeoutError as problem:
+            message = f"{self} has not responded for {SILENT_S:.0f} s"
+            raise Unusable(message, "is its machine overloaded, or the network down?") from problem
+        except (OSError, http.client.HTTPException) as problem:
+            raise self.broken_off() from problem
+
+    def broken_off(self) -> Unusable:
+        return Unusable(f"{self} closed the connection before the answer was complete", "did it end? see its log")
+
+    def _error(self, response: http.client.HTTPResponse, text: bytes) -> EvopruneError:
+        """Return the error that a response stands for."""
+        error = parsed(text).get("error")
+        if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+            if response.status == 503:
+                return Unusable(f"{self} has too many connections", "try again later")
+            return self._other_version()
+        return self.failure(error, response.status, response.headers.get("Retry-After"))
+
+    def failure(self, error: dict[str, Any], status: int = 0, retry_s: str | None = None) -> EvopruneError:
+        """Return the exception for an error of the server: the one that `ask` would raise here, or one of the API."""
+        if record := error.get("record"):
+            kind = KINDS.get(record["type"], EvopruneError)
+            return kind(record["message"], record["hint"], stage=record["stage"])
+        code, message = error.get("code"), error["message"]
+        if code == "send_first":
+            return SendFirst(int(re.sub(r"\D", "", error["param"])))
+        if code == "invalid_api_key":
+            return UsageError(f"{self} needs another key", f"set {SECRET} to the key that it was started with")
+        if code == "rate_limit_exceeded":
+            return Busy(f"{self} is busy: {message}", f"it expects to have room in {retry_s or 'a few'} s")
+        if code in ("not_found", "method_not_allowed", "other_version"):
+            return self._other_version()
+        if code in ("body_too_large", "storage_full"):
+            return VideoError(
+                f"{self} does not take the file: {message}", "see its --max-upload, --max-files and --allow-dir"
+            )
+        return Unusable(f"{self}: {message}", "see its log for details")
+
+    def events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+        """Yield the events of an answer, except those that only show that the server is alive.
+
+        Raises:
+            EvopruneError: If answering fails. See also `problems`.
+        """
+        while True:
+            with self.problems():
+                line = response.readline()
+            event = parsed(line)
+            if not event:
+                raise self.broken_off()
+            if event["event"] == "error":
+                raise self.failure(event["error"])
+            yield event
+            if event["event"] == "end":
+                return
+
+
+class Busy(Unusable):
+    """Raised if too many requests wait for the server."""
+
+
+class NotServed(UsageError):
+    """Raised if the server does not have the wanted model, or an option is one that it chose when it was started."""
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Anything else becomes an empty one."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def find_server(
+    via: str | None, options: PipelineArguments, refused: Mapping[str, bool], show: Callable[..., None], quiet: bool
+) -> Server | None:
+    """Return the server that --via asks for, or None if the model is to be loaded here.
+
+    With `--via auto`, this is so if there is no server in the background, or it cannot answer with the same model and options.
+
+    Args:
+        refused: Flags of other options that a server doesn't take, and whether they were given.
+        show: The function yielded by `terminal.progress`.
+
+    Raises:
+        UsageError: If the address is invalid, or an option is one that a server chooses when it starts.
+        Unusable: If there is no such server, or it can't be used.
+    """
+    if not via:
+        return None
+    server = Server.at(via) if via != AUTO else Server(path=own_socket())
+    if not (server.url or server.path):
+        return None
+    try:
+        _check_options(server, options, refused)
+        given = options.sources().get("model")
+        server.meet(_model_name(options.typed["model"]) if given else None, show)
+    except (Unusable, NotServed) as problem:
+        if via != AUTO:
+            raise
+        if not quiet and not isinstance(problem.__cause__, ConnectionRefusedError):
+            tell(f"note: the model is loaded here, because {problem.message}")
+        return None
+    return server
+
+
+def _check_options(server: Server, options: PipelineArguments, refused: Mapping[str, bool]) -> None:
+    """Raise NotServed if an option is one that a server chooses when it starts. Variables for loading a model here are ignored."""
+    typed_flags = typed().options()
+    loading = {each.name for each in fields(ModelOptions)} - {"model"}
+    chosen = [
+        typed_flags.get(name, name)
+        for name, source in options.sources().items()
+        if name in loading and source == "COMMANDLINE"
+    ]
+    chosen += [flag for flag, given in refused.items() if given]
+    if chosen:
+        noun = "an option" if len(chosen) == 1 else "options"
+        message = f"{listed(chosen)}: {noun} that {server} chose when it was started"
+        raise NotServed(message, f"leave out {listed(chosen)}, or start evoprune serve with it")
+
+
+def _model_name(model: str) -> str:
+    """Return a model as the server may know it: a folder by its full path."""
+    path = os.path.expanduser(model)
+    return os.path.realpath(path) if os.path.exists(path) else model
+
+
+# The inputs, which the server reads itself if it may, and which are sent otherwise.
+
+
+class LocalFile:
+    """A file of an input."""
+
+    def __init__(self, path: str):
+        self.path = path
+        name = os.path.basename(path)
+        self.name = name if is_text(name) else f"file{os.path.splitext(name.encode('ascii', 'ignore').decode())[1]}"
+        status = os.stat(path)
+        self.state = status.st_size, status.st_mtime_ns
+        self.digest = ""
+
+    def record(self) -> dict[str, Any]:
+        path = os.path.abspath(self.path)
+        shown_as = self.path if is_text(self.path) else self.name
+        if self.digest or not is_text(path):
+            return {"name": self.name, "shown": shown_as, "digest": self.digest}
+        return {"name": self.name, "shown": shown_as, "path": path, "bytes": self.state[0], "mtime_ns": self.state[1]}
+
+    def send(self, server: Server, show: Callable[..., None]) -> None:
+        """Send the file to the server.
+
+        Raises:
+            VideoError: If the server doesn't take it.
+        """
+        if self.state[0] > server.most_bytes:
+            message = (
+                f"{shown(self.path)} has {size(self.state[0])}, and {server} takes at most {size(server.most_bytes)}"
+            )
+            raise VideoError(message, "start it with a higher --max-upload, or with --allow-dir for its folder")
+        with open(self.path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            headers = {"Content-Length": str(total), "Content-Type": "application/octet-stream"}
+            body = Sending(file, partial(show, "sending, MiB"), total)
+            with server.answering("POST", f"{INFO}/files", body, headers) as response, server.problems():
+                self.digest = parsed(response.read(MOST_FACTS)).get("digest", "")
+
+
+class Sending:
+    """An open file that shows the progress of sending it."""
+
+    def __init__(self, file: BinaryIO, show: Callable[[int, int], None], total: int):
+        self._file = file
+        self._show = show
+        self._total = total
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(count)
+        self._show(self._file.tell() >> 20, self._total >> 20)
+        return data
+
+
+class LocalInput:
+    """An input, and the files that belong to it."""
+
+    def __init__(self, path: str, name: str, sampling: SamplingOptions):
+        """Find the files of the input at `path`.
+
+        Raises:
+            VideoError: If the input or its subtitle file is missing or can't be read.
+        """
+        self._name = name if is_text(name) else name.encode("utf-8", "backslashreplace").decode()
+        self._folder = ""
+        try:
+            if Folder.is_at(path):
+                self._folder = os.path.basename(os.path.realpath(path)) or "frames"
+                self._files = [LocalFile(file) for file in Folder(path).images]
+            else:
+                self._files = [LocalFile(path)] if os.access(path, os.R_OK) and os.path.isfile(path) else []
+        except (OSError, ValueError):
+            self._files = []
+        if not self._files:
+            self._read_here(path, sampling)
+        self._subtitles = self._named_subtitles(path, sampling)
+        self._beside = []
+        if sampling.subtitles_wanted == "auto":
+            with suppress(OSError):  # the folder can't be listed
+                found = Folder.subtitles_beside(path, os.listdir)
+                self._beside = [LocalFile(file) for files in found for file in files]
+
+    @staticmethod
+    def _read_here(path: str, sampling: SamplingOptions) -> "Video":
+        """Read an input's metadata. For an input without files that can be read, this raises the error that `ask` raises."""
+        from evoprune.session import probed
+
+        return probed(path, folder_fps=sampling.frame_rate)
+
+    def _named_subtitles(self, path: str, sampling: SamplingOptions) -> LocalFile | None:
+        name = sampling.subtitle_file
+        if name is None:
+            return None
+        if not (os.path.isfile(name) and os.access(name, os.R_OK)):
+            read_subtitles(self._read_here(path, sampling), name)
+        return LocalFile(name)
+
+    def record(self) -> dict[str, Any]:
+        files = [file.record() for file in self._files]
+        beside = [file.record() for file in self._beside]
+        named = self._subtitles and self._subtitles.record()
+        return {"name": self._name, "files": files, "folder": self._folder, "beside": beside, "subtitles": named}
+
+    def send(self, server: Server, show: Callable[..., None]) -> None:
+        """Send the input's files to the server. See `LocalFile.send`."""
+        for file in (*self._files, *self._beside, *filter(None, [self._subtitles])):
+            file.send(server, show)
+
+
+# Answers.
+
+Events = Generator[dict[str, Any], None, None]
+
+
+def set_options(arguments: PipelineArguments, pipeline: PipelineOptions) -> dict[str, Any]:
+    """Return the options that the user has set, except those for loading a model, and except a file of subtitles, which is sent."""
+    groups = pipeline.pruning, pipeline.sampling, pipeline.generation
+    known = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+    if pipeline.sampling.subtitle_file:
+        del known["subtitles"]
+    return {name: known[name] for name in arguments.sources() if name in known}
+
+
+class RemoteInputs:
+    """Inputs that a server encodes, which can answer questions one at a time. Stands in for `EncodedInputs`.
+
+    The server answers each question as a separate request, and usually keeps the encoded inputs for the next one.
+
+    Attributes:
+        report: See `EncodedInputs`.
+        ignores_sound: See `EncodedInputs`.
+        notes: What `ask` prints about how the inputs are read.
+        why_single: See `why_single_questions`.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        inputs: Sequence[LocalInput],
+        options: Mapping[str, Any],
+        *,
+        compare: bool = False,
+        questions: float = 1,
+    ):
+        """`options` are those that the user has set, and `questions` is the number of requests that are going to be sent."""
+        self._agreement: dict[str, Any] | None = None
+        self._server = server
+        self._inputs = inputs
+        self._options = options
+        self._compare = compare
+        self._left = questions
+        self._show: Callable[..., None] = lambda *step: None
+        self._events: Events = (event for event in ())
+        self._begun: str | None = None  # the question whose inputs have been encoded, but that hasn't been asked yet
+
+    def encode(self, question: str, conversation: bool, show: Callable[..., None]) -> None:
+        """Send the first question, or none (""), and wait until the inputs are encoded. For `show`, see `terminal.progress`.
+
+        Args:
+            conversation: Whether the question is the first one of a conversation.
+
+        Raises the errors of `ask`; see also `Server.problems`.
+        """
+        self._show = show
+        said = self._begin(question, [] if conversation else None)
+        self._show = lambda *step: None
+        self.report = report_in(said)
+        self.ignores_sound, self.notes, self.why_single = said["ignores_sound"], said["notes"], said["why_single"]
+        if question:
+            self._begun = question
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether all inputs are images."""
+        return all(facts.kind == "picture" for facts in self.report.inputs)
+
+    def agreement_of(self, full: "Unpruned", question: str, answer: "RemoteAnswer") -> dict[str, Any] | None:
+        """Return the agreement of the latest pair of answers, which the server has computed."""
+        return self._agreement
+
+    def close(self) -> None:
+        """End the current request."""
+        self._events.close()
+
+    def ask(self, question: str, *, on_thoughts: Callable[[str], None], **options: Any) -> "RemoteAnswer":
+        """Ask a question. Its options are those of the inputs."""
+        return self.answer(question, on_thoughts, lambda report: report)
+
+    def answer(
+        self,
+        question: str,
+        on_thoughts: Callable[[str], None],
+        finish: Callable[[Report], Report],
+        earlier: Sequence[Mapping[str, str]] | None = None,
+    ) -> "RemoteAnswer":
+        """Ask a question. `finish` is called with the complete report, and `earlier` are the messages of its conversation."""
+        if question != self._begun:
+            self._begin(question, earlier)
+        self._begun = None
+        return self.next_answer(on_thoughts, finish)
+
+    def next_answer(self, on_thoughts: Callable[[str], None], finish: Callable[[Report], Report]) -> "RemoteAnswer":
+        return RemoteAnswer(self._events, on_thoughts, finish, self._server.broken_off)
+
+    def chat(self, system: str | None) -> "RemoteChat":
+        """Start a conversation. Its system prompt is one of the options of the inputs."""
+        return RemoteChat(self)
+
+    def unpruned(self, show: Callable[..., None]) -> "Unpruned":
+        """Return the same inputs without pruning, whose answers are part of the same requests."""
+        return Unpruned(self)
+
+    def compared(self, report: Report) -> Report:
+        """Return the report of the answer without pruning from the report of both answers."""
+        self._agreement = report.agreement
+        return report.compare
+
+    def _begin(self, question: str, earlier: Sequence[Mapping[str, str]] | None) -> dict[str, Any]:
+        """Send a question, and return the event about its encoded inputs."""
+        self._events.close()
+        self._left -= 1
+        asked = {
+            "evoprune": evoprune.__version__,
+            "model": self._server.model,
+            "question": question,
+            "earlier": [*(earlier or ())],
+            "conversation": earlier is not None,
+            "compare": self._compare,
+            "stays": self._left > 0,
+            "options": self._options,
+        }
+        self._events = self._sent(asked)
+        steps = encoding(self._show)
+        self._show("waiting for the server")
+        for event in self._events:
+            if event["event"] == "inputs":
+                return event
+            if event["event"] == "progress":
+                steps(event["stage"], event["done"], event["of"])
+        raise self._server.broken_off()
+
+    def _sent(self, asked: dict[str, Any]) -> Events:
+        """Send a question, and first the files that the server can't read itself. Yields the events of the answer."""
+        sent = Counter[int]()
+        while True:
+            body = json.dumps(asked | {"inputs": [each.record() for each in self._inputs]}).encode()
+            headers = {"Content-Type": "application/json"}
+            try:
+                with self._server.answering("POST", f"{INFO}/ask", body, headers) as response:
+                    yield from self._server.events(response)
+                return
+            except SendFirst as needed:
+                sent[needed.number] += 1
+                if sent[needed.number] > MOST_TRIES:
+                    raise
+                self._inputs[needed.number].send(self._server, self._show)
+
+
+class Unpruned:
+    """Inputs without pruning, whose answers follow the answers with pruning in the same responses."""
+
+    def __init__(self, inputs: RemoteInputs):
+        self._inputs = inputs
+
+    def ask(self, question: str, *, on_thoughts: Callable[[str], None], **options: Any) -> "RemoteAnswer":
+        return self._inputs.next_answer(on_thoughts, self._inputs.compared)
+
+
+class RemoteAnswer(Iterator[str]):
+    """An answer that arrives from a server. Stands in for `Answer`.
+
+    Attributes:
+        report: The report, which is complete at the end. Until then, it has the text so far.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        on_thoughts: Callable[[str], None],
+        finish: Callable[[Report], Report],
+        broken_off: Callable[[], Unusable],
+    ):
+        self._events = events
+        self._on_thoughts = on_thoughts
+        self._finish = finish
+        self._broken_off = broken_off
+        self._complete = False
+        self.report = Report()
+        while (event := self._next())["event"] != "question":
+            pass
+        self.report = report_in(event)
+
+    def __next__(self) -> str:
+        while not self._complete:
+            event = self._next()
+            if event["event"] == "text":
+                self.report.answer = (self.report.answer or "") + event["text"]
+                return event["text"]
+            if event["event"] == "thought":
+                self.report.thoughts = (self.report.thoughts or "") + event["text"]
+                self._on_thoughts(event["text"])
+            if event["event"] in ("answer", "end"):
+                self.report, self._complete = self._finish(report_in(event)), True
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the request, which stops the answer."""
+        self._events.close()
+        self.report.finish_reason = self.report.finish_reason or "interrupt"
+
+    def _next(self) -> dict[str, Any]:
+        event = next(self._events, None)
+        if event is None:
+            raise self._broken_off()
+        return event
+
+
+def report_in(event: dict[str, Any]) -> Report:
+    return Report.from_json(json.dumps(event["record"]))
+
+
+class RemoteChat:
+    """A conversation about inputs, which is sent to the server with each question. Stands in for `Chat`."""
+
+    def __init__(self, inputs: RemoteInputs):
+        self.messages: list[dict[str, str]] = []
+        self._inputs = inputs
+
+    def clear(self) -> None:
+        self.messages = []
+
+    def undo(self) -> str | None:
+        """Remove the latest question and its answer, and return the question, or None if there is none."""
+        *self.messages, question, _ = self.messages or [None, None]
+        return question and question["content"]
+
+    def ask(self, question: str, *, on_thoughts: Callable[[str], None], **options: Any) -> RemoteAnswer:
+        """Ask the next question. Complete answers are added to the conversation."""
+        earlier = self.messages
+
+        def finish(report: Report) -> Report:
+            if report.answer or report.thoughts is None:
+                turn = {"user": question, "assistant": report.answer}
+                kept = earlier[2 * report.conversation["dropped"] :]
+                self.messages = [*kept, *({"role": role, "content": text} for role, text in turn.items())]
+            return report
+
+        return self._inputs.answer(question, on_thoughts, finish, earlier)
