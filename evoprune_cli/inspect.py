@@ -123,9 +123,12 @@ def inspect(given: InspectArguments) -> int:
         if given.json:
             print_document({"schema": "evoprune/inspect@1", **facts, "error": error})
         elif error is None or given.video is None:
-            # The requested section comes first: the model, or a video's overlay.
-            first = "model" if given.video is None else "overlay"
-            for line in lines({name: facts[name] for name in (first, *facts) if name in facts}):
+            printed = facts
+            if given.video is None and "model" in facts:
+                printed = {"model": facts["model"]}  # without -m, this command describes the machine
+            elif "overlay" in facts:
+                printed = {"overlay": facts["overlay"], **facts}  # first, because the user has asked for it
+            for line in lines(printed):
                 print(printable(line, stdout()), file=stdout())
 
     with rescuing(lambda: given.json or given.video is None, deliver):

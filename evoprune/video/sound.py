@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
-from evoprune.util import install_hint
+from evoprune.util import did_you_mean, install_hint, missing_hint
 from evoprune.video.info import AUDIO_RATE, Video
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def check_speech(speech: str) -> None:
     if speech not in ("auto", *SPEECH_MODELS):
         choices = f"use auto, {', '.join(SPEECH_MODELS)}, or a folder with a Whisper model for CTranslate2"
         if not os.path.isdir(speech):
-            raise UsageError(f"there is no speech model {speech!r}", choices)
+            meant = did_you_mean(speech, ("auto", "none", *SPEECH_MODELS))
+            raise UsageError(f"there is no speech model {speech!r}", missing_hint(speech, choices, meant))
         missing = [name for name in SPEECH_FILES if not os.path.isfile(os.path.join(speech, name))]
         if missing:
             raise UsageError(f"{speech} is no speech model: it has no {missing[0]}", choices)

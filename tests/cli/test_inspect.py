@@ -41,6 +41,7 @@ def test_what_a_model_needs_before_it_is_downloaded(cli, no_network_no_weights):
     for line in ("on disk             no", "download            7.0 GiB", "parameters          3.75 billion"):
         assert f"  {line}" in out.splitlines()
     assert "  tower               32 layers, hidden size 1,280" in out
+    assert "python" not in out and "python" in cli("inspect").out  # without -m, the machine is described
 
 
 def test_a_model_in_the_hubs_cache(cli, no_network_no_weights, tmp_path, tiny_folder):

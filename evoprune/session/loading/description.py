@@ -36,7 +36,7 @@ from evoprune.session.hub import (
 )
 from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions, PruneOptions
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
-from evoprune.util import shorten
+from evoprune.util import counted, shorten
 from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_decoder
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class ModelDescription:
         """Set the number of torch threads in this process, if the options specify one. Imports torch.
 
         With "auto", the number of threads depends on the model size and the number of available cores, unless OMP_NUM_THREADS is
-        set.
+        set. A warning is issued for more threads than cores.
         """
         import torch
 
@@ -251,6 +251,12 @@ class ModelDescription:
                 max(1, min(Host().available_cores(), Cost(self.config).parameters // WEIGHTS_PER_THREAD))
             )
         elif isinstance(wanted, int):
+            cores = Host().available_cores()
+            if wanted > cores:
+                message = (
+                    f"{wanted} threads on {counted(cores, 'core')} are usually slower than {counted(cores, 'thread')}"
+                )
+                warnings.warn(message, EvopruneWarning, stacklevel=2)
             torch.set_num_threads(wanted)
 
     def download_small_files(self) -> None:

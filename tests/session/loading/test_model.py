@@ -468,6 +468,15 @@ def test_threads_of_a_model(saved, monkeypatch, wanted, environment, count, thre
     assert torch.get_num_threads() == count
 
 
+def test_more_threads_than_cores_are_a_warning(saved, three_threads, recwarn):
+    load_model(str(saved), dtype="fp32", threads=8)
+    assert not recwarn.list
+    load_model(str(saved), dtype="fp32", threads=9)
+    (warning,) = recwarn.list
+    assert str(warning.message) == "9 threads on 8 cores are usually slower than 8 threads"
+    assert issubclass(warning.category, EvopruneWarning) and torch.get_num_threads() == 9
+
+
 # For some families: values of another family that differs only in these values.
 OTHER_VALUES = {
     "qwen2_5_vl": {"unstated": {"min_pixels": 28 * 28, "max_pixels": 56 * 56}},
