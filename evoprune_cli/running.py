@@ -160,7 +160,7 @@ def check_writable(path: str | None, beside: str | None = None, inputs: Iterable
         return
     changed = path if os.path.exists(path) else folder
     writable = os.access(changed, os.W_OK)
-    if os.path.isdir(path) or not os.path.isdir(folder) or not writable:
+    if os.path.isdir(path) or path.endswith("/") or not os.path.isdir(folder) or not writable:
         raise UsageError(f"cannot write {path}", unwritable_hint(path))
     read = list(filter(None, inputs))
     if folder in map(os.path.realpath, read) or is_one_of(path, read):

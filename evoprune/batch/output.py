@@ -250,6 +250,10 @@ class RecordFile:
     noun: ClassVar[str] = "batch"
 
     def __init__(self, path: str, *, stdout: TextIO | None = None, resume: bool = False, overwrite: bool = False):
+        if path.endswith("/"):
+            raise UsageError(
+                f"cannot write {path}: it is the name of a folder", f"name a file, such as {path}out.jsonl"
+            )
         self.name = path
         self._stdout = stdout or sys.stdout
         self.earlier_records: list[EarlierRecord] = []

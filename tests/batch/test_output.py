@@ -386,6 +386,15 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch, place):
     assert "folder that you can write to" in caught.value.hint
 
 
+@pytest.mark.parametrize("place", ["new/", "there/"])
+def test_the_name_of_a_folder_is_no_file(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match=f"cannot write {place}"):
+        RecordFile(place)
+    assert [each.name for each in tmp_path.iterdir()] == ["there"]
+
+
 def test_what_is_no_file_is_only_written(tmp_path, capfd):
     with closing(RecordFile("-")) as file:
         file.begin()

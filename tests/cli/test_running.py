@@ -175,6 +175,11 @@ def test_the_hint_on_a_missing_folder_is_how_to_create_it(cli, tmp_path, args):
     assert result.err.endswith(f", or create the folder: mkdir -p '{file.parent}'\n")
 
 
+def test_the_name_of_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UsageError, match=f"cannot write {tmp_path}/new/"):
+        check_writable(f"{tmp_path}/new/")
+
+
 def test_a_link_into_no_folder_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "file")
     with pytest.raises(UsageError, match="cannot write"):
