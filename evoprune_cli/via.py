@@ -387,7 +387,9 @@ def _check_options(server: Server, options: PipelineArguments, refused: Mapping[
     if chosen:
         noun = "an option" if len(chosen) == 1 else "options"
         message = f"{listed(chosen)}: {noun} that {server} chose when it was started"
-        raise NotServed(message, f"leave out {listed(chosen)}, or start evoprune serve with it")
+        raise NotServed(
+            message, f"leave out {listed(chosen)}, or start evoprune serve with {'it' if len(chosen) == 1 else 'them'}"
+        )
 
 
 def _model_name(model: str) -> str:

@@ -285,7 +285,10 @@ HEARD = {"speech": "speech"}
 OTHER_CASES = {
     ("inspect", "offline"): Case(True, says="offline", clip=URL),
     ("inspect --overlay", "offline"): Case(True, says="offline", clip=URL),
-    **{("ask --via", name): Case(CASES[name].value, says="chose when it was started") for name in ModelOptions.LOADING},
+    **{
+        ("ask --via", name): replace(CASES[name], shows={}, says="chose when it was started")
+        for name in ModelOptions.LOADING
+    },
     ("ask --via", "model"): Case("demo-scenes", says="serves demo, not demo-scenes"),
     ("ask --via", "speech"): Case("speech", says="only the name of a speech model, not a folder"),
     ("find", "max_subtitle_tokens"): Case(2, {"score": ANY}, HEARD | {"min_score": 0.0}, clip="sound.mp4"),
