@@ -23,6 +23,7 @@ from evoprune_cli.words import check_no_questions
 
 if TYPE_CHECKING:
     from evoprune.batch import Captions, RecordFile, Row, Settings
+    from evoprune_cli.via import Server
 
 DASH = "-"  # stdin or stdout
 USAGE = 'evoprune batch *.mp4 -Q "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct -o answers.jsonl'
@@ -90,6 +91,7 @@ class BatchArguments:
     ) = None
     quiet: opt.Quiet = False
     cache: opt.Cache = False
+    via: opt.Via = None
 
 
 @opt.command(
@@ -114,8 +116,9 @@ def batch(given: BatchArguments) -> int:
     jq -c 'select(.split == "test")' all.jsonl | evoprune batch --from - -o -
     """
     pipeline = _parse(given)
-    batch = _check(given, pipeline)
-    return _run(batch, given)
+    server = _server(given)
+    batch = _check(given, pipeline, server)
+    return _run(batch, given, server)
 
 
 def _parse(given: BatchArguments) -> PipelineOptions:
@@ -129,7 +132,18 @@ def _parse(given: BatchArguments) -> PipelineOptions:
         raise UsageError(f"--on {given.on} is unknown", f"use {' or '.join(PLACES)}")
     if given.address and given.on != "ray":
         raise UsageError("--address applies only to a Ray cluster", "add --on ray")
-    return given.options.parse()
+    return replace(given.options, check_model=not given.via).parse()
+
+
+def _server(given: BatchArguments) -> "Server | None":
+    """Return the server to ask (`--via`), or None if the model is to be loaded here."""
+    if not given.via:
+        return None
+    from evoprune_cli.via import find_server
+
+    others = {"--cache": given.cache, "--on": given.on != PLACES[0]}
+    with progress(not given.quiet) as show:
+        return find_server(given.via, given.options, others, show, given.quiet)
 
 
 @dataclass(frozen=True)
@@ -153,12 +167,12 @@ class Batch:
         return kind(given.output, stdout=stdout(), resume=given.resume, overwrite=given.overwrite)
 
 
-def _check(given: BatchArguments, pipeline: PipelineOptions) -> Batch:
-    """Read the rows, and check everything that can be checked before loading the model."""
+def _check(given: BatchArguments, pipeline: PipelineOptions, server: "Server | None") -> Batch:
+    """Read the rows, and check everything that can be checked before loading the model or asking the server."""
     from evoprune.batch import Captions, Settings, TableFile
     from evoprune.video import choose_decoder
 
-    if not pipeline.model.model:
+    if not (pipeline.model.model or server):
         raise UsageError("no model", "name one with -m or EVOPRUNE_MODEL; -m demo is a tiny bundled one")
     choose_decoder(pipeline.sampling.decoder)
     if pipeline.generation.system is not None and not is_text(pipeline.generation.system):
@@ -171,6 +185,10 @@ def _check(given: BatchArguments, pipeline: PipelineOptions) -> Batch:
     if pipeline.generation.logprobs is not None and table:
         raise UsageError("--logprobs cannot be written to a table", "use -o FILE.jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling, pipeline.generation)
+    if server:
+        from evoprune_cli.via import settings_of
+
+        settings = settings_of(server, given.options, pipeline)
     rows = _rows(given, RowReader(passes_on=table, sampling=pipeline.sampling))
     if any(row.earlier for row in rows):
         pipeline.pruning.config().method.check_conversation()
@@ -183,7 +201,7 @@ def _check(given: BatchArguments, pipeline: PipelineOptions) -> Batch:
     return Batch(rows, settings, captions, _check_files(rows, given.source, given.output, given.quiet))
 
 
-def _run(batch: Batch, given: BatchArguments) -> int:
+def _run(batch: Batch, given: BatchArguments, server: "Server | None") -> int:
     """Answer the rows that have no record yet, and write the records."""
     from evoprune.batch import Sources
 
@@ -201,7 +219,7 @@ def _run(batch: Batch, given: BatchArguments) -> int:
             file.begin()
             return 0
         files = {row.id: sources.of(row) | (batch.captions.of(row) if batch.captions else {}) for row in left}
-        with closing(_answers(left, batch.settings, given, show, ready, tally)) as records:
+        with closing(_answers(left, batch.settings, given, show, ready, tally, server)) as records:
             for record in records:
                 sources.check_revision(record.model.revision)
                 if not record.error:
@@ -224,7 +242,15 @@ def _note_others(rows: Sequence["Row"], file: "RecordFile", quiet: bool) -> None
         tell(f"the output has {counted(others, 'record')} that {are} not in this batch; kept")
 
 
-def _answers(left: Sequence["Row"], settings: "Settings", given: BatchArguments, show, ready, tally: "Tally"):
+def _answers(
+    left: Sequence["Row"],
+    settings: "Settings",
+    given: BatchArguments,
+    show,
+    ready,
+    tally: "Tally",
+    server: "Server | None",
+):
     """Answer rows and yield their records. `ready` is called once the model is loaded, or the cluster is connected.
 
     In this process, `tally` receives encoding progress updates and read wait times.
@@ -232,6 +258,12 @@ def _answers(left: Sequence["Row"], settings: "Settings", given: BatchArguments,
     from evoprune.batch import Span
 
     spans = Span.group(left)
+    if server:
+        from evoprune_cli.via import answers_via
+
+        ready()
+        yield from answers_via(server, spans, settings, print_traceback, tally.encoding)
+        return
     if given.on == "ray":
         from evoprune.batch import answers_on_ray
 

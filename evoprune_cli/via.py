@@ -11,13 +11,17 @@ import re
 import socket
 import stat
 import tempfile
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import quote, urlsplit
@@ -26,14 +30,15 @@ import evoprune
 from evoprune.errors import EvopruneError, ModelError, OutOfMemory, PluginError, UsageError, VideoError
 from evoprune.report import Report
 from evoprune.session import ModelOptions, PipelineOptions
-from evoprune.util import is_text, listed, shown, size
-from evoprune.video import Folder, SamplingOptions, read_subtitles
+from evoprune.util import is_text, listed, shown, size, without_password
+from evoprune.video import Folder, SamplingOptions, local_file, read_subtitles
 from evoprune_cli.options import PipelineArguments
-from evoprune_cli.terminal import encoding, tell
+from evoprune_cli.terminal import encoding, failure, tell
 from evoprune_cli.typed import typed
 from evoprune_cli.variables import SECRET
 
 if TYPE_CHECKING:
+    from evoprune.batch import Row, Settings, Span
     from evoprune.video import Video
 
 AUTO = "auto"  # value of --via that means the server in the background, if there is one
@@ -42,9 +47,12 @@ LOADING = {"status": "loading"}
 SILENT_S = (
     60.0  # time after which a server that sends nothing is given up, in seconds; it sends a line every few seconds
 )
+RETRY_S = 5  # time after which to ask a busy server again if it doesn't say, in seconds
 LOADING_S = 0.5  # interval between requests to a server that is loading its model, in seconds
 PART_BYTES = 2**18  # size of the parts in which a file is sent
 MOST_FACTS = 2**20  # maximum size of a response other than an answer, in bytes
+IN_FLIGHT = 2  # number of inputs of a batch to ask about at the same time, so that the server reads one ahead
+END = object()  # the last thing that `Asking` says
 MOST_TRIES = 3  # number of times to send the same file, which a server with little room may delete again
 KINDS = {kind.type: kind for kind in (UsageError, VideoError, ModelError, PluginError, OutOfMemory)}
 OWN_HINT = "evoprune serve --stop, then evoprune serve --detach, starts it again"
@@ -130,12 +138,15 @@ class Server:
         path: The path of the socket of the server in the background.
         model: The name of the model, once `meet` has returned.
         most_bytes: The maximum size of a file that the server takes.
+        options: The options for loading the model that affect answers, and those of questions that don't set them.
     """
 
     url: str = ""
     path: Path | None = None
     model: str = ""
     most_bytes: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    _closed: bool = False
     _open: set[http.client.HTTPConnection] = field(default_factory=set)
 
     @classmethod
@@ -159,7 +170,8 @@ class Server:
         return f"the server at {self.url}" if self.url else "the server in the background"
 
     def close(self) -> None:
-        """Close all connections, which ends their requests on the server. May be called from another thread."""
+        """Close all connections for good, which ends their requests on the server. May be called from another thread."""
+        self._closed = True
         for connection in [*self._open]:
             with suppress(OSError, AttributeError):  # it is not connected, or no longer
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -184,6 +196,7 @@ class Server:
                 hint += "; the value comes from EVOPRUNE_MODEL"
             raise NotServed(f"{self} serves {names}, not {shown(wanted or '')}", hint)
         self.model, self.most_bytes = facts["model"], facts["upload_bytes"]
+        self.options = facts["loaded"] | facts["options"]
 
     def _facts(self, path: str) -> dict[str, Any]:
         with self.answering("GET", path, statuses=(200, 503)) as response, self.problems():
@@ -215,6 +228,8 @@ class Server:
         connection = self._connection()
         self._open.add(connection)
         try:
+            if self._closed:  # checked after the connection is known to `close`
+                raise self.broken_off()
             with self.problems():
                 with self._connecting():
                     connection.connect()
@@ -296,14 +311,20 @@ class Server:
         if code == "invalid_api_key":
             return UsageError(f"{self} needs another key", f"set {SECRET} to the key that it was started with")
         if code == "rate_limit_exceeded":
-            return Busy(f"{self} is busy: {message}", f"it expects to have room in {retry_s or 'a few'} s")
+            return Busy(
+                f"{self} is busy: {message}",
+                f"it expects to have room in {retry_s or RETRY_S} s",
+                int(retry_s or RETRY_S),
+            )
         if code in ("not_found", "method_not_allowed", "other_version"):
             return self._other_version()
         if code in ("body_too_large", "storage_full"):
             return VideoError(
                 f"{self} does not take the file: {message}", "see its --max-upload, --max-files and --allow-dir"
             )
-        return Unusable(f"{self}: {message}", "see its log for details")
+        if code == "shutting_down":
+            return Unusable(f"{self}: {message}", "start it again, or leave out --via")
+        return ModelError(f"{self}: {message}", "see its log for details")
 
     def events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         """Yield the events of an answer, except those that only show that the server is alive.
@@ -325,7 +346,11 @@ class Server:
 
 
 class Busy(Unusable):
-    """Raised if too many requests wait for the server."""
+    """Raised if too many requests wait for the server. `retry_s` is the number of seconds after which to ask again."""
+
+    def __init__(self, message: str, hint: str, retry_s: int):
+        super().__init__(message, hint)
+        self.retry_s = retry_s
 
 
 class NotServed(UsageError):
@@ -513,12 +538,15 @@ Events = Generator[dict[str, Any], None, None]
 
 
 def set_options(arguments: PipelineArguments, pipeline: PipelineOptions) -> dict[str, Any]:
-    """Return the options that the user has set, except those for loading a model, and except a file of subtitles, which is sent."""
+    """Return the options that the user has set, except those for loading a model."""
     groups = pipeline.pruning, pipeline.sampling, pipeline.generation
     known = {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
-    if pipeline.sampling.subtitle_file:
-        del known["subtitles"]
     return {name: known[name] for name in arguments.sources() if name in known}
+
+
+def without_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options without a file of subtitles, which is sent with its video instead."""
+    return {name: value for name, value in options.items() if name != "subtitles" or value in ("none", "auto")}
 
 
 class RemoteInputs:
@@ -541,15 +569,22 @@ class RemoteInputs:
         *,
         compare: bool = False,
         questions: float = 1,
+        show: Callable[..., None] = lambda *step: None,
     ):
-        """`options` are those that the user has set, and `questions` is the number of requests that are going to be sent."""
+        """Store what to ask about, and how.
+
+        Args:
+            options: The options that the user has set.
+            questions: The number of requests that are going to be sent.
+            show: See `terminal.progress`.
+        """
         self._agreement: dict[str, Any] | None = None
         self._server = server
         self._inputs = inputs
         self._options = options
         self._compare = compare
         self._left = questions
-        self._show: Callable[..., None] = lambda *step: None
+        self._show = show
         self._events: Events = (event for event in ())
         self._begun: str | None = None  # the question whose inputs have been encoded, but that hasn't been asked yet
 
@@ -584,7 +619,7 @@ class RemoteInputs:
 
     def ask(self, question: str, *, on_thoughts: Callable[[str], None], **options: Any) -> "RemoteAnswer":
         """Ask a question. Its options are those of the inputs."""
-        return self.answer(question, on_thoughts, lambda report: report)
+        return self.answer(question, on_thoughts, same)
 
     def answer(
         self,
@@ -592,10 +627,17 @@ class RemoteInputs:
         on_thoughts: Callable[[str], None],
         finish: Callable[[Report], Report],
         earlier: Sequence[Mapping[str, str]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> "RemoteAnswer":
-        """Ask a question. `finish` is called with the complete report, and `earlier` are the messages of its conversation."""
+        """Ask a question.
+
+        Args:
+            finish: Called with the complete report.
+            earlier: The messages of the question's conversation, or None if it is a single question.
+            options: Options that override those of the inputs.
+        """
         if question != self._begun:
-            self._begin(question, earlier)
+            self._begin(question, earlier, options)
         self._begun = None
         return self.next_answer(on_thoughts, finish)
 
@@ -615,7 +657,12 @@ class RemoteInputs:
         self._agreement = report.agreement
         return report.compare
 
-    def _begin(self, question: str, earlier: Sequence[Mapping[str, str]] | None) -> dict[str, Any]:
+    def _begin(
+        self,
+        question: str,
+        earlier: Sequence[Mapping[str, str]] | None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """Send a question, and return the event about its encoded inputs."""
         self._events.close()
         self._left -= 1
@@ -627,7 +674,7 @@ class RemoteInputs:
             "conversation": earlier is not None,
             "compare": self._compare,
             "stays": self._left > 0,
-            "options": self._options,
+            "options": without_files({**self._options, **options}),
         }
         self._events = self._sent(asked)
         steps = encoding(self._show)
@@ -746,3 +793,140 @@ class RemoteChat:
             return report
 
         return self._inputs.answer(question, on_thoughts, finish, earlier)
+
+
+# Batches.
+
+
+def settings_of(server: Server, arguments: PipelineArguments, pipeline: PipelineOptions) -> "Settings":
+    """Return the options of a batch: those that the user has set, and otherwise the server's."""
+    from evoprune.batch import Settings
+
+    return Settings.of(**server.options | set_options(arguments, pipeline))
+
+
+def answers_via(
+    server: Server,
+    spans: Sequence["Span"],
+    settings: "Settings",
+    on_failure: Callable[[Exception], None],
+    progress: Callable[[str, int, int], None],
+) -> Iterator[Report]:
+    """Yield a record for each row, in order. For the arguments, see `evoprune.batch.answers`.
+
+    While the server answers the questions about a video, it already reads the next one.
+
+    Raises:
+        Unusable: If the server can't be used any more.
+    """
+    with ThreadPoolExecutor(IN_FLIGHT) as threads:
+        waiting: deque[Asking] = deque()
+        left = iter(spans)
+        try:
+            while True:
+                waiting += (Asking(server, span, settings, threads) for span in islice(left, IN_FLIGHT - len(waiting)))
+                if not waiting:
+                    return
+                yield from waiting[0].records(on_failure, progress)
+                waiting.popleft()
+        finally:
+            for each in waiting:
+                each.stop()
+            if waiting:  # the batch has failed or was stopped
+                server.close()
+
+
+class Asking:
+    """Asks the questions of a span in a thread."""
+
+    def __init__(self, server: Server, span: "Span", settings: "Settings", threads: ThreadPoolExecutor):
+        self._server = server
+        self._span = span
+        self._settings = settings
+        self._stopped = threading.Event()
+        self._said: SimpleQueue[Any] = SimpleQueue()
+        threads.submit(self._run)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def records(
+        self, on_failure: Callable[[Exception], None], progress: Callable[[str, int, int], None]
+    ) -> Iterator[Report]:
+        """Yield the records of the span's rows. Raises Unusable if the server can't be used any more."""
+        while (said := self._said.get()) is not END:
+            if isinstance(said, Report):
+                yield said
+            elif isinstance(said, tuple):
+                progress(*said)
+            elif isinstance(said, Unusable) or not isinstance(said, Exception):
+                raise said
+            else:
+                on_failure(said)
+
+    def _run(self) -> None:
+        try:
+            self._ask()
+        except BaseException as problem:
+            self._said.put(problem)
+        finally:
+            self._said.put(END)
+
+    def _ask(self) -> None:
+        first = self._span.rows[0]
+        names = [without_password(name) for name in first.inputs]
+        sampling = self._settings.sampling.with_overrides(**self._span.sampling)
+        usual = vars(self._settings.pruning) | vars(sampling)
+        with ExitStack() as stack:
+            try:
+                sampling.check_one_file(len(names))
+                paths = [stack.enter_context(local_file(path)) for path in first.paths]
+                files = [LocalInput(path, name, sampling) for path, name in zip(paths, names, strict=True)]
+                inputs = RemoteInputs(self._server, files, usual, questions=len(self._span.rows), show=self._show)
+                stack.callback(inputs.close)
+            except Exception as problem:
+                self._fail(problem, self._span.rows)
+                return
+            for row in self._span.rows:
+                if self._stopped.is_set():
+                    return
+                try:
+                    report = self._answer(inputs, row)
+                except Unusable:
+                    raise
+                except Exception as problem:
+                    self._fail(problem, [row])
+                else:
+                    self._said.put(self._settings.complete(report, row))
+
+    def _answer(self, inputs: RemoteInputs, row: "Row") -> Report:
+        from evoprune.language import Turn
+
+        earlier = Turn.to_messages(row.earlier) if row.earlier else None
+        options = vars(row.generation(self._settings.generation))
+        while True:
+            try:
+                answer = inputs.answer(row.prompt, ignored, same, earlier, options)
+                for _ in answer:
+                    pass
+                return answer.report
+            except Busy as problem:
+                if self._stopped.wait(problem.retry_s):
+                    raise
+
+    def _show(self, *step: Any) -> None:
+        if len(step) == 3:
+            self._said.put(step)
+
+    def _fail(self, problem: Exception, rows: Sequence["Row"]) -> None:
+        self._said.put(problem)
+        for row in rows:
+            self._said.put(self._settings.failed(row, failure(problem)))
+
+
+def same(report: Report) -> Report:
+    return report
+
+
+def ignored(text: str) -> None:
+    pass

@@ -174,6 +174,7 @@ RUNS = {
     "ask": ["{clip}", Q, "--json"],
     "ask --via": ["{clip}", Q, "--json", "--via", "{server}"],
     "batch": ["{clip}", "-Q", Q, "-o", "out/rows.jsonl"],
+    "batch --via": ["{clip}", "-Q", Q, "-o", "out/rows.jsonl", "--via", "{server}"],
     "find": ["{clip}", "a green square", "--json", "-o", "out/found.jsonl"],
     "watch": ["{clip}", "-Q", Q, "--json"],
     "inspect": ["{clip}", "--json"],
@@ -286,11 +287,15 @@ OTHER_CASES = {
     ("inspect", "offline"): Case(True, says="offline", clip=URL),
     ("inspect --overlay", "offline"): Case(True, says="offline", clip=URL),
     **{
-        ("ask --via", name): replace(CASES[name], shows={}, says="chose when it was started")
-        for name in ModelOptions.LOADING
+        (f"{name} --via", option): replace(CASES[option], shows={}, says="chose when it was started")
+        for name in ("ask", "batch")
+        for option in ModelOptions.LOADING
     },
-    ("ask --via", "model"): Case("demo-scenes", says="serves demo, not demo-scenes"),
-    ("ask --via", "speech"): Case("speech", says="only the name of a speech model, not a folder"),
+    **{
+        (f"{name} --via", option): Case(CASES[option].value, says=says)
+        for name in ("ask", "batch")
+        for option, says in {"model": "serves demo, not demo-scenes", "speech": "a speech model, not a folder"}.items()
+    },
     ("find", "max_subtitle_tokens"): Case(2, {"score": ANY}, HEARD | {"min_score": 0.0}, clip="sound.mp4"),
     ("find", "speech"): Case("speech", {"moments": ANY}, clip="sound.mp4"),
     ("eval", "speech"): Case("speech", {"tflop_3b_prefill": ANY}, clip="sound.mp4"),

@@ -17,10 +17,10 @@ from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
 from evoprune.files import OPEN_FILES, append, create_unfinished, remove_unfinished
 from evoprune.methods import MethodText
-from evoprune.report import SCHEMA, rounded
+from evoprune.report import SCHEMA, Report, name_inputs, rounded
 from evoprune.session import PipelineOptions
 from evoprune.untrusted import MAX_LEVELS, loads
-from evoprune.util import differences, file_changes, record_of, shown, unwritable_hint
+from evoprune.util import differences, file_changes, record_of, shown, unwritable_hint, without_password
 from evoprune.video import input_state
 
 if TYPE_CHECKING:
@@ -72,6 +72,18 @@ class Settings(PipelineOptions):
         if code:
             facts["plugins"] = code
         return facts
+
+    def complete(self, report: Report, row: Row) -> Report:
+        """Add the row's fields and the options to the report about its answer."""
+        report.id = row.id
+        report.batch = {"row": row.asked | {"answer": row.answer}, "settings": self.record()}
+        return report
+
+    def failed(self, row: Row, error: dict[str, Any]) -> Report:
+        """Return the record for a failed row. `error` is the error as a JSON record."""
+        report = Report(question=row.prompt, finish_reason="error", error=error)
+        name_inputs(report, [without_password(name) for name in row.inputs])
+        return self.complete(report, row)
 
 
 class Line(Protocol):

@@ -18,7 +18,7 @@ from typing import Any
 from evoprune.backend import DeviceName
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
-from evoprune.batch.run import answers, failure_report
+from evoprune.batch.run import answers
 from evoprune.errors import EvopruneError, UsageError, error_record, first_line
 from evoprune.language import Turn
 from evoprune.report import Report
@@ -145,7 +145,7 @@ class Worker:
             return answers(self._session, [span], self._settings, self._cache)
         hint = "it may have run out of memory: use fewer frames (--frames)"
         error = error_record(WorkerDied(f"the worker died {TRIES} times", hint))
-        return (failure_report(row, self._settings, error) for row in span.rows)
+        return (self._settings.failed(row, error) for row in span.rows)
 
 
 def _row(fields: dict[str, Any]) -> Row:

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from evoprune.backend import empty_cache
 from evoprune.batch.output import Settings
 from evoprune.batch.rows import Row, Span
 from evoprune.errors import OutOfMemory, callback_errors, error_record
 from evoprune.language import Turn
-from evoprune.report import Report, name_inputs
+from evoprune.report import Report
 from evoprune.session import Cache, EncodedInputs, OpenInputs, ReadAhead, Session, in_flight, open_inputs
 from evoprune.signatures import suggests
 from evoprune.util import without_password
@@ -53,19 +53,6 @@ def answers(
             yield from _answer_span(span, inputs, settings, on_failure, passing(progress), passing(on_wait))
 
 
-def failure_report(row: Row, settings: Settings, error: dict[str, Any]) -> Report:
-    """Return the record for a failed row. `error` is the error as a JSON record."""
-    report = Report(question=row.prompt, finish_reason="error", error=error)
-    name_inputs(report, [without_password(name) for name in row.inputs])
-    return _with_row(report, row, settings)
-
-
-def _with_row(report: Report, row: Row, settings: Settings) -> Report:
-    report.id = row.id
-    report.batch = {"row": row.asked | {"answer": row.answer}, "settings": settings.record()}
-    return report
-
-
 def _answer_span(
     span: Span,
     inputs: OpenInputs | Exception,
@@ -97,9 +84,9 @@ def _answer_span(
         if encoded:
             report, error = _attempt(partial(answered, row), on_failure)
         if report:
-            yield _with_row(report, row, settings)
+            yield settings.complete(report, row)
         else:
-            yield failure_report(row, settings, error)
+            yield settings.failed(row, error)
 
 
 def _attempt(work: Callable[[], T], on_failure: Callable[[Exception], None]) -> tuple[T | None, dict | None]:

@@ -26,7 +26,7 @@ from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions, Turn
 from evoprune.report import Report
 from evoprune.session import Answer, EncodedInputs, PipelineOptions, PruneOptions
-from evoprune.util import check_type, shorten
+from evoprune.util import OPTION, check_type, shorten
 from evoprune.video import SamplingOptions
 from evoprune.video_qa import VideoQA
 from evoprune_cli import notes_about, why_single_questions
@@ -79,14 +79,17 @@ class Asks:
         ]
 
     async def info(self, request: Request) -> Response:
-        """Respond with the version, the names of the models, and the name of the model that the client means, or null."""
-        wanted = request.query_params.get("model")
+        """Respond with the version, the models, the options of the model that the client means, and the usual options."""
+        models, settings = self._server.models, self._server.settings
+        name = meant(request.query_params.get("model"), models)
         return JSONResponse(
             {
                 "evoprune": evoprune.__version__,
-                "models": [*self._server.models],
-                "model": meant(wanted, self._server.models),
-                "upload_bytes": self._server.settings.access.upload_bytes,
+                "models": [*models],
+                "model": name,
+                "loaded": name and loading_options(name, models[name]),
+                "options": usual_options(settings.usual),
+                "upload_bytes": settings.access.upload_bytes,
             }
         )
 
@@ -211,6 +214,19 @@ def meant(wanted: str | None, models: Mapping[str, VideoQA]) -> str | None:
         if wanted in (name, loaded, os.path.realpath(os.path.expanduser(loaded))):
             return name
     return None
+
+
+def loading_options(name: str, qa: VideoQA) -> dict[str, Any]:
+    """Return the options with which a model was loaded, if answers depend on them. The model has its name in the API."""
+    options = qa.loaded.description.options
+    known = [field.name for field in dataclass_fields(options) if field.metadata[OPTION].changes_answers]
+    return {field: getattr(options, field) for field in known} | {"model": name}
+
+
+def usual_options(usual: PipelineOptions) -> dict[str, Any]:
+    """Return the options of questions that don't set them."""
+    groups = (usual.pruning, usual.sampling, usual.generation)
+    return {name: getattr(group, name) for group in groups for name in TAKEN if hasattr(group, name)}
 
 
 # The request.

@@ -234,7 +234,7 @@ def has_schema(body: Any) -> bool:
     if not isinstance(body, dict):
         return False
     options = body.get("options")  # in requests of `evoprune ask --via`
-    if isinstance(options, dict) and {"schema", "regex"} & options.keys():
+    if isinstance(options, dict) and (options.get("schema") or options.get("regex")):
         return True
     text = body.get("text")  # in the Responses API
     stated = body.get("response_format"), text.get("format") if isinstance(text, dict) else None

@@ -441,3 +441,62 @@ def test_limits_of_the_server_hold(qa, folder, tmp_path):
         done = command(*ASK, server.url, "--json", "--max-frames", "2")
         assert json.loads(done[1])["sampling"]["frames"] == 2
         assert json.loads(command(*ASK, server.url, "--json")[1])["sampling"]["frames"] == 4
+
+
+BATCHES = {
+    "rows": ["--from", "rows.jsonl"],
+    "rows with paths to a table": ["--from", "rows.csv"],
+    "pairs": ["samples/square.mp4", "samples/three.mp4", "frames", "-Q", COLOUR, "-Q", "What happens?", "-b", "0.5"],
+    "options of rows": ["--from", "rows.jsonl", "--fps", "2", "-n", "3", "--subtitles", "auto"],
+    "choices": ["samples/square.mp4", "-Q", COLOUR, "--choices", "green,red"],
+    "no file": ["gone.mp4", "-Q", COLOUR],
+    "no question": ["samples/square.mp4"],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_has_the_same_records_as_without_a_server(folder, server, name):
+    with running(folder):
+        code, _, err = command("batch", *BATCHES[name], "-m", "demo", "-o", "out/here.jsonl")
+        via = command("batch", *BATCHES[name], "--via", server.url, "-o", "out/via.jsonl")
+        assert via[0] == code, via
+        if code in (0, 6):
+            here, there = (
+                stable_records((folder / "out" / file).read_text("utf-8")) for file in ("here.jsonl", "via.jsonl")
+            )
+            assert dict(leaves(there)) == dict(leaves(here))
+        again = command("batch", *BATCHES[name], "--via", server.url, "-o", "out/here.jsonl", "--resume")
+        assert again[0] == code
+    said = [[line for line in masked_text(text).splitlines() if "rows/s" not in line] for text in (err, via[2])]
+    assert said[1] == said[0]
+
+
+def test_a_batch_ends_if_its_server_does(qa, folder, tmp_path, slow):
+    with serving(qa, tmp_path) as server, running(folder):
+        ending = threading.Thread(target=lambda: slow.begun.wait(60) and server.process.handle_exit(2, None))
+        ending.start()
+        done = command("batch", *BATCHES["pairs"], "--via", server.url, "-o", "out/a.jsonl")
+        ending.join()
+        assert not (folder / "out" / "a.jsonl").exists() or not (folder / "out" / "a.jsonl").read_text()
+    assert done[0] == 4 and "shutting down" in done[2], done
+
+
+def test_a_batch_waits_for_a_busy_server(qa, folder, tmp_path, slow):
+    with serving(qa, tmp_path, most=1) as busy, running(folder):
+        asking = [threading.Thread(target=lambda: busy.client.post(CHAT, json=body())) for _ in range(2)]
+        asking[0].start()
+        assert slow.begun.wait(60)
+        asking[1].start()
+        wait(lambda: busy.state.work.waiting == 1)
+        threading.Thread(target=lambda: wait(lambda: " 429 " in "".join(busy.lines)) or slow.set()).start()
+        done = command("batch", *BATCHES["choices"], "--via", busy.url, "-o", "-")
+        for thread in asking:
+            thread.join()
+    assert done[0] == 0 and json.loads(done[1])["answer"] == "green"
+
+
+@pytest.mark.parametrize("options", [["--on", "ray"], ["--cache"], ["--dtype", "bf16"]])
+def test_an_option_of_a_batch_that_the_server_chose_is_refused(folder, server, options):
+    with running(folder):
+        done = command("batch", *BATCHES["choices"], "--via", server.url, "-o", "-", *options)
+    fails(done, 2, f"^error: {options[0]}: an option that the server", "leave out")
