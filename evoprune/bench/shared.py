@@ -170,4 +170,4 @@ def _tower_work(plan: EncoderPlan) -> tuple:
         needs = plan.token_stage.selector.needs
     if any(not isinstance(stage.reduce, SetAside) for stage in inside):
         return (plan,)
-    return plan.grid, plan.reuse, inside, needs, plan.prunes
+    return plan.grid, plan.reuse, plan.predict, inside, needs, plan.prunes

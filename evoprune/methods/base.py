@@ -131,6 +131,8 @@ class EncoderMethod(Method, ABC):
     acts: ClassVar[Literal["inside"]] = "inside"
     # Units are re-encoded if their pixels changed by at least this many of 255 levels. With 0, every unit is encoded.
     reuse: ClassVar[float] = 0.0
+    # Whether units whose pixels are predicted exactly by other units are not encoded. See `EncoderPlan.predict`.
+    predict: ClassVar[bool] = False
     combines: ClassVar[bool] = False  # whether users may append a token selector, as in NAME+SELECTOR
     tokens: ClassVar[Selector | None] = None  # selects tokens after the tower; None if every row becomes a token
     # Whether launch-bound inputs (see `TowerShape.launch_bound`) skip all stages and reuse, so that only `tokens` prunes them.

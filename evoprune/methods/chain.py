@@ -187,14 +187,16 @@ class MethodChain:
             return EncoderPlan.full(tower, grid)
         stages = []
         reuse = 0.0
+        predict = False
         below = self.after_tower_below(tower.launch_bound)
         if self.encoder and prod(grid) >= below:
             stages += call(self.encoder.package, self.encoder.stages, tower, grid, keep)
             reuse = self.encoder.reuse
+            predict = self.encoder.predict
         if self.token_selector:
             call(self.token_selector.package, self.token_selector.check_tower, tower)
             stages.append(Stage(tower.depth, keep, self.token_selector, inflection=inflection))
-        return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below)
+        return EncoderPlan(grid, keep, tower.depth, reuse, tuple(stages), below, predict)
 
     def after_tower_below(self, launch_bound: int) -> int:
         """Return the number of units below which inputs are pruned only after the tower, or 0 if there is no limit.

@@ -132,6 +132,8 @@ class EncoderPlan:
     # Inputs with fewer units than this are pruned only after the tower, while larger inputs are also pruned inside it. 0 if inputs
     # of all sizes are treated the same.
     after_tower_below: int = 0
+    # Whether a unit whose pixels are predicted exactly by other units is represented by one of them. See `predicted_units`.
+    predict: bool = False
 
     def __post_init__(self):
         for stage, after in pairwise(self.stages):
@@ -160,7 +162,9 @@ class EncoderPlan:
         """Whether `layers` and `rows` are exact. If the actual counts depend on the content, `layers` and `rows` are only upper
         bounds.
         """
-        return not self.reuse and all(stage.exact for stage in self.stages if stage is not self.token_stage)
+        return not (self.reuse or self.predict) and all(
+            stage.exact for stage in self.stages if stage is not self.token_stage
+        )
 
     @property
     def token_stage(self) -> Stage | None:

@@ -43,8 +43,18 @@ from evoprune.vision.families import embed, merge_patches, merger_norm, tower_la
 from evoprune.vision.hooks import Hook, selector_hooks
 from evoprune.vision.layout import bincount_fixed, cat, geometry, window_order
 from evoprune.vision.merging import Merging
-from evoprune.vision.patches import CLIP, Normal, ReferenceBlocks, in_pairs, normalised, patch_means, scan
-from evoprune.vision.rows import Rows, all_units, reused_units
+from evoprune.vision.patches import (
+    CLIP,
+    Normal,
+    ReferenceBlocks,
+    in_pairs,
+    normalised,
+    origins,
+    patch_means,
+    predicted_units,
+    scan,
+)
+from evoprune.vision.rows import Rows, all_units, predicted_rows, reused_units
 from evoprune.vision.tower import (
     Layer,
     Visible,
@@ -364,6 +374,9 @@ class EncoderRun:
         self.timer = Timer(self.device)
         # Reuse state after the frame pairs embedded so far.
         self.references: ReferenceBlocks | None = None
+        self.previous: torch.Tensor | None = (
+            None  # the pixels of the last frame pair embedded so far, see `predicted_units`
+        )
         # These lists of 0-d bool tensors are combined in `checks`.
         self.single_color: list[torch.Tensor] = []  # for each piece, whether every frame pair has a single color
         self.finite: list[torch.Tensor] = []  # for each checked tensor, whether all values are finite
@@ -405,6 +418,7 @@ class EncoderRun:
         values = []
         units = []
         sources = []
+        parents = []
         for piece in in_pairs(patches, geo, plan.grid[0], self.piece):
             first = len(self.counts)  # the index of the first frame pair in this piece
             pairs = len(piece) // (geo.units * PATCHES)
@@ -420,6 +434,12 @@ class EncoderRun:
                     source, self.references = scan(means, self.references, threshold=plan.reuse)
                     alive = source == own
                     counts = tuple(alive.sum(1).tolist())  # synchronizes with the accelerator once per piece
+            if plan.predict:
+                with self.timer:
+                    parent, self.previous = predicted_units(piece, geo, first, self.previous)
+                    parents.append(parent)
+                    alive = parent == arange_on(pairs * geo.units, self.device).view(parent.shape) + first * geo.units
+                    counts = tuple(alive.sum(1).tolist())  # synchronizes, too
             unit = window_order(geo, pairs, alive, sum(counts))
             x = piece.view(-1, PATCHES, piece.shape[1])[unit]
             if x.dtype == torch.uint8:
@@ -433,6 +453,11 @@ class EncoderRun:
         self.source = cat(sources)
         x = cat(values)
         deepstack = x.new_empty(len(x), 0, VisionConfig.of(self.visual.config).out_hidden_size)
+        if plan.predict:
+            with self.timer:
+                origin = origins(cat(parents).flatten())
+                self.source = (origin // geo.units).view(self.source.shape)
+                return predicted_rows(x, deepstack, geo, origin, self.counts, cat(units))
         if not plan.reuse:
             return all_units(x, deepstack, geo, plan.grid[0])
         with self.timer:

@@ -132,3 +132,46 @@ def scan(
         seen = references.seen
     source, reference_means, pair = reuse_scan(means, reference_means, pair, references is not None, seen, threshold)
     return source, ReferenceBlocks(reference_means, pair, seen + len(means))
+
+
+def predicted_units(
+    patches: torch.Tensor, geo: Geometry, first: int, previous: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict each unit's pixels from its neighbors, as in JPEG-LS, and find the units for which the prediction is exact.
+
+    A unit's neighbors are A on the left, B above, and C above A. The prediction is B if C equals A but not B, and A otherwise. In
+    the first row, the prediction is A, and in the first column, it is B. Units that are not predicted by a neighbor may equal the
+    unit at the same position in the previous frame pair.
+
+    Args:
+        patches: `[pairs * H * W * 4, values]`, the patches of some frame pairs.
+        first: The index of the first of these frame pairs.
+        previous: The second return value for the preceding frame pairs, or None if there are none.
+
+    Returns:
+        int64 `[pairs, H * W]`, the unit that predicts each unit's pixels, or the unit itself. Units are numbered across the video.
+        The second value is `[1, H, W, values]`, the pixels of the last frame pair.
+    """
+    x = patches.view(-1, geo.height, geo.width, PATCHES * patches.shape[1])
+    a, b = (torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device) for _ in range(2))
+    a[:, :, 1:] = (x[:, :, 1:] == x[:, :, :-1]).all(3)  # whether A has the same pixels
+    b[:, 1:] = (x[:, 1:] == x[:, :-1]).all(3)
+    use_b = torch.zeros_like(b)
+    use_b[:, 1:, 0] = True
+    use_b[:, 1:, 1:] = b[:, 1:, :-1] & ~a[:, :-1, 1:]  # C equals A, but not B
+    before = torch.zeros_like(a)
+    earlier = x[:-1]
+    if previous is not None:
+        earlier = cat([previous, earlier])
+    before[len(x) - len(earlier) :] = (x[len(x) - len(earlier) :] == earlier).all(3)
+    unit = torch.arange(a.numel(), dtype=torch.int64, device=x.device).view(a.shape) + first * geo.units
+    parent = torch.where(before, unit - geo.units, unit)
+    parent = torch.where(torch.where(use_b, b, a), torch.where(use_b, unit - geo.width, unit - 1), parent)
+    return parent.flatten(1), x[-1:]
+
+
+def origins(parent: torch.Tensor) -> torch.Tensor:
+    """Follow each unit's `parent` (int64 `[N]`) until a unit that is its own parent. Returns int64 `[N]`."""
+    while not torch.equal(further := parent[parent], parent):
+        parent = further
+    return parent

@@ -284,6 +284,28 @@ def reused_units(
     )  # fmt: skip
 
 
+def predicted_rows(
+    values: torch.Tensor,
+    deepstack: torch.Tensor,
+    geo: Geometry,
+    origin: torch.Tensor,
+    counts: Sequence[int],
+    unit: torch.Tensor,
+) -> Rows:
+    """Return the rows of a video in which some units have the same pixels as other units.
+
+    Args:
+        values, deepstack, counts, unit: See `Rows`.
+        origin: int64 `[N]`, the unit whose row represents each unit.
+    """
+    number = torch.zeros_like(origin).scatter_(0, unit, arange_on(len(unit), unit.device))
+    reach = "place" if len(unit) == len(origin) else "clip"
+    return Rows(
+        values, unit, number[origin], geo, deepstack,
+        reach=reach, size_bias=reach != "place", counts=tuple(counts), complete=True,
+    )  # fmt: skip
+
+
 def _append_none(index: torch.Tensor) -> torch.Tensor:
     """Append -1 to the lookup table `index` (int64 `[n]`) so that looking up -1 returns -1."""
     return F.pad(index, (0, 1), value=-1)
