@@ -20,7 +20,8 @@ from evoprune.util import PATH, check_text, clock, counted, is_url, listed, show
 from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.prompt import PROMPT, check_history, typed_questions, why_single_questions
-from evoprune_cli.running import load
+from evoprune_cli.running import load, prepare
+from evoprune_cli.show import Page
 from evoprune_cli.terminal import (
     BEGAN_S,
     check_output,
@@ -76,6 +77,12 @@ class AskArguments:
         "--compare",
         "Also answer without pruning, and print both answers; with --json in the field `compare` of the same line.",
     ) = False
+    show: opt.option(
+        str | None,
+        "--show FILE.html",
+        "Write a web page with the answers, and the frames and what happened to their units.",
+        opt.OUTPUT,
+    ) = None
     show_thoughts: opt.ShowThoughts = False
     options: opt.PipelineArguments
     json: opt.Json = False
@@ -102,6 +109,7 @@ def ask(given: AskArguments) -> int:
     evoprune ask clip.mp4 "What happens?" -m Qwen/Qwen2.5-VL-3B-Instruct
     evoprune ask clip.mp4 -Q "Who is there?" -Q "What do they do?" -b fast
     evoprune ask photo.jpg "What does the sign say?" -b fast --compare
+    evoprune ask clip.mp4 "What happens?" --show page.html
     evoprune ask clip.mp4 --interactive
     echo "What happens?" | evoprune ask clip.mp4 --json
     """
@@ -120,10 +128,18 @@ def ask(given: AskArguments) -> int:
             warm_up()  # warms up while this process imports its dependencies
         talk.questions = _questions(inputs, asked, given.interactive)
         request = Request(inputs, names, talk.questions, _parse(given))
-        if given.via and _ask_server(request, given, talk, cleanup):
+        page = None
+        if given.show is not None:
+            if given.via not in (None, "", "auto"):
+                raise UsageError(
+                    "--show draws what a model does here, and --via asks a server", "leave one of them out"
+                )
+            page = Page(given.show, inputs)
+            talk.on_report = page.add
+        elif given.via and _ask_server(request, given, talk, cleanup):
             return 0
         checked = _check(request, given.quiet, cleanup)
-        _run(request, checked, given, talk, cleanup)
+        _run(request, checked, given, talk, cleanup, page)
     return 0
 
 
@@ -165,7 +181,7 @@ def _parse(given: AskArguments) -> PipelineOptions:
     """Return the options that determine the answers, after checking their combinations."""
     check_history(given.history, given.interactive, given.compare)
     pipeline = replace(given.options, check_model=not given.via).parse()
-    check_generation(pipeline.generation, given.json)
+    check_generation(pipeline.generation, given.json or given.show is not None)
     return pipeline
 
 
@@ -240,9 +256,17 @@ def _check(request: Request, quiet: bool, cleanup: contextlib.ExitStack) -> Chec
 
 
 def _run(
-    request: Request, checked: Checked, given: AskArguments, talk: "Conversation", cleanup: contextlib.ExitStack
+    request: Request,
+    checked: Checked,
+    given: AskArguments,
+    talk: "Conversation",
+    cleanup: contextlib.ExitStack,
+    page: Page | None = None,
 ) -> None:
-    """Load the model while the inputs are being read, encode the inputs, and answer the questions."""
+    """Load the model while the inputs are being read, encode the inputs, and answer the questions.
+
+    The page of --show is written at the end, even if the questions are interrupted.
+    """
     from evoprune.session import ReadAhead
 
     pipeline = request.pipeline
@@ -252,11 +276,17 @@ def _run(
     ahead = cleanup.enter_context(ReadAhead(checked.model, asked, pipeline.pruning))
     encode = partial(_encode, request, checked.paths, given.cache, given.quiet)
     with progress(not given.quiet) as show:
+        if page:
+            show("loading model")
+            prepare()
+            page.check(pipeline.pruning.config())
         session = _load(pipeline, checked, given.quiet, show)
         if given.history == opt.ON:
             session.pruning.method.check_conversation()
-        encoded = encode(session, show, ahead=ahead)
+        encoded = encode(session, show, ahead=ahead, page=page)
     ahead.close()
+    if page:
+        cleanup.callback(_write_page, page, given)
     encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if given.compare else None
     agreement = partial(_agreement, encoded, pipeline.generation)
     if given.interactive:
@@ -269,6 +299,11 @@ def _run(
     talk.begin(encoded, pipeline.generation, encode_full, agreement=agreement)
     for question in request.questions:
         talk.answer(question, last=len(request.questions) == 1 and not given.compare)
+
+
+def _write_page(page: Page, given: AskArguments) -> None:
+    if page.write() and not given.quiet:
+        tell(f"page: {shown(given.show)}")
 
 
 def _load(pipeline: PipelineOptions, checked: Checked, quiet: bool, show: Callable[..., None]) -> "Session":
@@ -331,6 +366,7 @@ def _encode(
     show: Callable[..., None],
     full: bool = False,
     ahead: "ReadAhead | None" = None,
+    page: Page | None = None,
 ) -> "EncodedInputs":
     """Encode the inputs at `paths`, after reporting the limits that apply to them on stderr."""
     from evoprune.session import Cache, open_inputs
@@ -338,7 +374,13 @@ def _encode(
     show("reading")
     sampling = request.pipeline.sampling
     stored = Cache() if cache else None
-    given = {"names": request.names, "cache": stored, "ahead": ahead, "progress": encoding(show)}
+    step = encoding(show)
+    given = {"names": request.names, "cache": stored, "ahead": ahead, "progress": step}
+    if page:
+        if stored and not quiet:
+            tell("note: with --show, the inputs are encoded again, and --cache has no effect")
+        given |= {"cache": None, "frames": page.frames, "tower": page.tower}
+        step = page.watching(step)
     with contextlib.closing(open_inputs(session, paths, sampling, **given)) as opened:
         plans = opened.plans
         if request.questions:
@@ -348,7 +390,10 @@ def _encode(
             for plan in plans:
                 for line in notes_about(plan, sampling):
                     tell(line)
-        return opened.encode(encoding(show))
+        encoded = opened.encode(step)
+        if page:
+            page.encoded(plans)
+        return encoded
 
 
 def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> list[str]:
@@ -465,6 +510,7 @@ class Conversation:
     Attributes:
         questions: All questions so far.
         answered: The number of questions answered or failed so far.
+        on_report: Called with the report of each finished or interrupted answer, or None.
     """
 
     def __init__(
@@ -483,6 +529,7 @@ class Conversation:
         self._show_thoughts = show_thoughts
         self.questions = [""]
         self.answered = 0
+        self.on_report: Callable[[Report], None] | None = None
         self._names = inputs
         self._json = json
         self._verbose = verbose
@@ -657,6 +704,8 @@ class Conversation:
         return answer
 
     def _finish(self, report: Report) -> None:
+        if self.on_report:
+            self.on_report(report)
         if self._json:
             print_json(report)
         else:

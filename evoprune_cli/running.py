@@ -44,6 +44,7 @@ HEADS = re.compile(
             rb"<svg [^>]*>\n<!-- evoprune -->\n ?<title>",
             rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{17}\0\0\0.tEXtSoftware\0evoprune (overlay|contact sheet)",
             rb"GIF8.{9,800}!\xfe\x10evoprune overlay\0",
+            rb"<!doctype html>\n<!-- evoprune ask -->\n",
         ]
     ),
     re.DOTALL,

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from importlib.resources import files
 from typing import Any, ClassVar, Self
 
 import av
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from evoprune.errors import UsageError
-from evoprune.methods import arange_on
+from evoprune.methods import PruneConfig, arange_on
 from evoprune.session import Session, open_inputs
 from evoprune.util import counted
 from evoprune.video import FrameChunk, Plan, SamplingOptions
@@ -72,23 +73,21 @@ class Fates:
     rows: int
 
     @staticmethod
-    def check(session: Session) -> None:
-        """Check that an overlay can be drawn for the pruning method.
+    def check(pruning: PruneConfig, why: str = "an overlay has no question") -> None:
+        """Check that the units' fates don't depend on the question.
+
+        Args:
+            why: The reason why they must not, for the error message.
 
         Raises:
             UsageError: If the method reads the question or acts only inside the language model.
         """
-        if session.pruning.method.reads_question:
-            what, instead = session.pruning.method.refusals
-            raise UsageError(f"{what}, and an overlay has no question", f"use {instead}")
-        if session.pruning.method.acts == "language":
-            hint = (
-                "use a method that acts before the language model; in a combination, the overlay shows only its effect"
-            )
-            raise UsageError(
-                f"method {session.pruning.name} drops tokens based on the question, and an overlay has no question",
-                hint,
-            )
+        if pruning.method.reads_question:
+            what, instead = pruning.method.refusals
+            raise UsageError(f"{what}, and {why}", f"use {instead}")
+        if pruning.method.acts == "language":
+            hint = "use a method that acts before the language model; in a combination, only its effect is drawn"
+            raise UsageError(f"method {pruning.name} drops tokens based on the question, and {why}", hint)
 
     @classmethod
     @torch.inference_mode()
@@ -129,6 +128,39 @@ class Fates:
         sums = {name: int(self.all_of(name).sum()) for name in self.NAMES}
         return {"units": len(self.owner), **sums, "encoded": int(self.encoded.sum()), "rows": self.rows}
 
+    def record(self, pairs: Sequence[int] | None = None, lines: bool = True) -> dict[str, Any]:
+        """Return the fates as JSON data for `drawing.js`, for all frame pairs or only those in `pairs`.
+
+        In the result, `units` contains a string for each of these pairs, with one digit per unit in raster order. Each digit is an
+        index into `fates`. `merged` contains a list of merges for each pair, in which each merged unit is followed by the unit it
+        was merged into, if that is in the same pair. The lists are empty if `lines` is False. `counts` covers all pairs.
+        """
+        count, height, width = self.grid
+        fate = self.fate.view(count, -1)
+        units, merged = [], []
+        for pair in range(count) if pairs is None else pairs:
+            first = pair * height * width
+            owner = self.owner[first : first + height * width] - first
+            moved = (fate[pair] == self.NAMES.index("merged")) & (owner >= 0) & (owner < height * width) & lines
+            ends = torch.stack([arange_on(height * width, "cpu"), owner], dim=1)
+            units.append("".join(map(str, fate[pair].tolist())))
+            merged.append(ends[moved].flatten().tolist())
+        facts = {"grid": list(self.grid), "fates": self.NAMES, "units": units, "merged": merged}
+        return facts | {"counts": self.counts()}
+
+    def counts_per_pair(self) -> list[list[int]]:
+        """Return the number of units with each fate in each frame pair, in the order of `NAMES`."""
+        by_pair = self.fate.view(self.grid[0], -1)
+        return torch.stack([(by_pair == fate).sum(1) for fate in range(len(self.NAMES))], dim=1).tolist()
+
+    @staticmethod
+    def with_drawing(page: str) -> str:
+        """Insert the style and the script that draw units into an HTML page, in the places marked by their file names."""
+        folder = files("evoprune.bench")
+        for name in ("drawing.css", "drawing.js"):
+            page = page.replace(f"/* {name} */\n", folder.joinpath(name).read_text(encoding="utf-8"), 1)
+        return page
+
 
 @dataclass(frozen=True)
 class TracedVideo:
@@ -162,7 +194,7 @@ class TracedVideo:
             VideoError: If the video cannot be read.
             OutOfMemory: If there is not enough memory.
         """
-        Fates.check(session)
+        Fates.check(session.pruning)
         shown: list[torch.Tensor] = []
         made: list[TowerOutput] = []
 

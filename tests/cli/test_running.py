@@ -41,6 +41,7 @@ def commands(clip: Path, target: Path) -> dict[str, tuple]:
         "profile --chart": ("profile", clip, *QUICK, "--chart", target),
         "eval --chart": ("eval", "--data", "samples/questions.jsonl", "--chart", target),
         "inspect --overlay": ("inspect", clip, "--overlay", target),
+        "ask --show": ("ask", clip, "What happens?", "--show", target),
     }
 
 
@@ -53,6 +54,7 @@ OF_USERS = {
     "answers": b'{"schema":"evoprune/answer@1","id":"1"}\n',  # output of a batch, which needs --overwrite
     "table": b"row,name,evoprune\n",
     "drawing": b'<svg xmlns="http://www.w3.org/2000/svg"><!-- evoprune --></svg>',
+    "web page": b"<!doctype html>\n<html>\n<!-- evoprune ask -->\n",
     "clip": (SAMPLES / "square.mp4").read_bytes() + b"evoprune overlay",
     "picture": (SAMPLES.parent / "docs/overlay.png").read_bytes().replace(b"Software\0evoprune", b"Software\0my-paint"),
 }
@@ -60,7 +62,7 @@ OF_USERS = {
 
 @pytest.mark.parametrize("what", commands(Path(), Path()))
 def test_a_file_of_the_user_is_never_replaced(cli, clip, tmp_path, what):
-    named = tmp_path / ("named.svg" if "chart" in what else "named.mp4")
+    named = tmp_path / {"--chart": "named.svg", "--show": "named.html"}.get(what.split()[1], "named.mp4")
     named.symlink_to(other := tmp_path / "other")
     for content in OF_USERS.values():
         other.write_bytes(content)
@@ -94,7 +96,9 @@ def written() -> dict[str, bytes]:
         "gif": gif([picture, picture], 0.1, shared_palette([picture])),
         "mp4": mp4([picture, picture], 0.1),
     }
-    return {**tables, **tuned, **overlays, "svg": draw("Title", "", [Panel("", "", "", ())]).encode(), "nothing": b""}
+    web = (SAMPLES.parent / "evoprune_cli/show.html").read_bytes()
+    svg = draw("Title", "", [Panel("", "", "", ())]).encode()
+    return {**tables, **tuned, **overlays, "svg": svg, "web": web, "nothing": b""}
 
 
 @pytest.mark.few(2)
@@ -104,7 +108,7 @@ def test_what_evoprune_wrote_is_replaced(cli, clip, tmp_path, monkeypatch, what)
         raise EvopruneError("it would be written")
 
     monkeypatch.setattr(f"evoprune_cli.{what.split()[0]}.prepare", reached)
-    named = tmp_path / ("named.svg" if "chart" in what else "named.mp4")
+    named = tmp_path / {"--chart": "named.svg", "--show": "named.html"}.get(what.split()[1], "named.mp4")
     named.symlink_to(tmp_path / "other")
     for content in (None, *written().values()):  # first a dangling link
         if content is not None:

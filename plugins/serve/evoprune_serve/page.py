@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any, Protocol
 
-import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -89,7 +88,7 @@ class Page:
 
     def __init__(self, server: Asking):
         self._server = server
-        self._html = files("evoprune_serve").joinpath("page.html").read_text(encoding="utf-8")
+        self._html = Fates.with_drawing(files("evoprune_serve").joinpath("page.html").read_text(encoding="utf-8"))
         self._sample = files("evoprune_serve").joinpath("sample.mp4").read_bytes()
         self._headers = {
             "Content-Security-Policy": policy(self._html, server.settings.urls),
@@ -147,7 +146,7 @@ class Page:
         work = self._server.work
         question = job.assignment.question
         qa = work.session(question)
-        Fates.check(qa.session)
+        Fates.check(qa.session.pruning)
         check_one_video(job)
         made: list[TowerOutput] = []
 
@@ -206,7 +205,7 @@ def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
 def drawable(session: Session) -> bool:
     """Return True if the page can draw an overlay of the units kept by the session's pruning method."""
     try:
-        Fates.check(session)
+        Fates.check(session.pruning)
     except UsageError:
         return False
     return True
@@ -220,32 +219,16 @@ def check_one_video(job: Job) -> None:
 
 
 def units_record(plan: Plan, units: Fates, times: Times) -> dict[str, Any]:
-    """Convert the unit fates and measured times of a video to JSON data.
-
-    In the result, `units` contains a string for each frame pair, with one digit per unit in raster order. Each digit is an index
-    into `fates`. `merged` contains a list of merges for each frame pair, in which each merged unit is followed by the unit it was
-    merged into.
-    """
-    count, height, width = plan.grid
-    numbers = torch.arange(units.owner.numel(), dtype=torch.int64, device="cpu").view(count, -1)
-    owner = units.owner.view(count, -1)
-    merged = units.all_of("merged").view(count, -1)
-    first = numbers[:, :1]
-    inside = merged & (owner >= first) & (owner < first + height * width)
-    pairs = torch.stack([numbers - first, owner - first], dim=2)
+    """Convert the unit fates and measured times of a video to JSON data. See `Fates.record`."""
     return {
         "origin_s": plan.info.start_s,
         "picture": plan.is_picture,
-        "still": count == 1,
+        "still": plan.grid[0] == 1,
         "start_s": plan.sampling.start_s,
         "end_s": plan.sampling.end_s,
         "frames": plan.sampling.frames,
         "size": [plan.width, plan.height],
-        "grid": [count, height, width],
-        "fates": Fates.NAMES,
-        "units": ["".join(map(str, fate)) for fate in units.fate.view(count, -1).tolist()],
-        "merged": [pairs[pair][inside[pair]].flatten().tolist() for pair in range(count)],
-        "counts": units.counts(),
+        **units.record(),
         "time_ms": {"encode": times.encode, "prefill": times.prefill},
     }
 

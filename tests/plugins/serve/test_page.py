@@ -3,15 +3,11 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -21,6 +17,7 @@ from evoprune.bench import Fates, TracedVideo
 from evoprune.bundled import DEMOS
 from evoprune.report import VideoFacts, warning_text
 from evoprune.video_qa import VideoQA
+from tests.browser import Browser, chromium, in_browser
 from tests.plugins.serve.serving import COLOUR, REASON, SAMPLES, body, memory_fails, message, serving, url_of, video
 
 pytest.importorskip("starlette", reason=REASON)
@@ -209,16 +206,6 @@ def test_all_but_the_page_needs_the_key(qa, tmp_path):
 
 # In Chromium.
 
-SKIPPED = None
-if find_spec("selenium") is None:
-    SKIPPED = "selenium is not installed: python -m experiments.environments serve"
-elif not (shutil.which("chromium") and shutil.which("chromedriver")):
-    SKIPPED = "there is no Chromium with its driver: apt-get install chromium chromium-driver"
-in_browser = pytest.mark.skipif(SKIPPED is not None, reason=SKIPPED or "")
-QUIET = (
-    "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
-)  # fmt: skip
 DROP = """
 const [name, data] = arguments;
 const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));
@@ -235,32 +222,8 @@ return [drawn / (data.length / 4), data.reduce((sum, value) => sum + value, 0)];
 """
 
 
-class Browser:
-    """Chromium with a page of a server open. `requests`: the URLs that it requested."""
-
-    def __init__(self, driver):
-        self.driver = driver
-        self.width = 1280
-
-    @property
-    def requests(self) -> set[str]:
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [each for each in events if each["method"] == "Network.requestWillBeSent"]
-        return {each["params"]["request"]["url"] for each in sent}
-
-    def get(self, name: str):
-        return self.driver.find_element("id", name)
-
-    def text(self, name: str) -> str:
-        return self.get(name).text
-
-    def all(self, selector: str) -> list:
-        return self.driver.find_elements("css selector", selector)
-
-    def until(self, true, seconds: float = 60.0):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, seconds, 0.02).until(lambda driver: true())
+class PageBrowser(Browser):
+    """Chromium with a page of a server open."""
 
     def open(self, url: str) -> None:
         self.driver.get(url)
@@ -282,48 +245,11 @@ class Browser:
     def pixels(self) -> list[float]:
         return self.driver.execute_script(PIXELS)
 
-    def look(self, dark: bool = False, width: int = 1280) -> None:
-        """Set light or dark colors, and the width of the window."""
-        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        self.width = width
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-    def check_access(self) -> None:
-        """Check that no axe-core rule is broken, and that the page is not wider than the window."""
-        assert self.driver.execute_script("return document.documentElement.scrollWidth") <= self.width
-        found = find_spec("axe_playwright_python")
-        if found is None:
-            return
-        self.driver.execute_script((Path(found.origin).parent / "axe.min.js").read_text("utf-8"))
-        result = self.driver.execute_async_script("axe.run(document).then(arguments[0])")
-        problems = [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in result["violations"]]
-        assert problems == []
-
-
-@contextmanager
-def chromium(folder: Path) -> Iterator[Browser]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for option in (*QUIET, f"--user-data-dir={folder / 'browser'}"):
-        options.add_argument(option)
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield Browser(driver)
-    finally:
-        driver.quit()
-
 
 @pytest.fixture
 def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("chromium")) as found:
-        yield found
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield PageBrowser(driver)
 
 
 @in_browser
@@ -377,8 +303,7 @@ def test_a_video_is_dropped_asked_about_and_looked_through(server, browser):
     browser.until(lambda: not server.state.uploads._uploads)  # they are deleted on the server
     inside = (server.url, "blob:", "data:", "about:", "chrome")  # the last are pages of the browser itself
     assert not {url for url in browser.requests if not url.startswith(inside)}
-    problems = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
-    assert problems == []
+    assert browser.severe == []
 
 
 @in_browser
@@ -414,8 +339,7 @@ def test_the_first_minute(qa, tmp_path, browser):
         browser.check_access()
         browser.get("another").click()
         assert [browser.get(each).get_attribute("value") for each in ("question", "query")] == ["", ""]
-        problems = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
-        assert [each for each in problems if "401" not in each] == []
+        assert [each for each in browser.severe if "401" not in each] == []
 
 
 @in_browser
