@@ -33,7 +33,7 @@ from evoprune_serve.errors import ApiError, plain, refused, told
 from evoprune_serve.forms import UploadForm
 from evoprune_serve.guard import Access, Bodies, BodyRoom, client_of, log_line, protection
 from evoprune_serve.metrics import TYPE, Metrics
-from evoprune_serve.page import PAGE_PATHS, Handler, Page
+from evoprune_serve.page import PAGE_PATHS, Handler, Page, file_names
 from evoprune_serve.question import Question, has_schema, no_model
 from evoprune_serve.reply import Read, Reply, stream_event
 from evoprune_serve.responses import read_response
@@ -111,6 +111,7 @@ class Server:
             asyncio.Lock()
         )  # allows one body at a time, which limits the memory for texts that are being parsed
         self.started = int(time.time())
+        self.files = {name: file_names(qa) for name, qa in models.items()}  # names of GGUF files
 
     # Questions.
 
@@ -225,7 +226,8 @@ class Server:
         return JSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "evoprune"}
+        found = {"id": name, "object": "model", "created": self.started, "owned_by": "evoprune"}
+        return found | ({"files": names} if (names := self.files[name]) else {})
 
     # Files.
 

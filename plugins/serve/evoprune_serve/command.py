@@ -52,7 +52,7 @@ class ServeArguments:
     name: opt.option(
         list[str] | None,
         "--name TEXT",
-        "Name of the model in the API; default: its ID or the name of its folder. Repeat it for the models of --also, in order.",
+        "Name of the model in the API; default: its ID, or the name of its folder or file. Repeat it for --also, in order.",
         SERVER,
     ) = None
     also: opt.option(
@@ -327,10 +327,11 @@ def _key(given: str | None, path: str | None) -> str | None:
 
 
 def _name(model: str) -> str:
-    """Return a model's public name. For a folder, this is only the last path component, so the full path stays private."""
-    if os.path.isdir(os.path.expanduser(model)):
-        return Path(model).expanduser().resolve().name
-    return model
+    """Return a model's public name. For a folder or file, this is only the last path component, so the full path stays private."""
+    path = Path(model).expanduser()
+    if os.path.isdir(path):
+        return path.resolve().name
+    return path.name if os.path.isfile(path) else model
 
 
 def _above_0(flag: str, text: str) -> float:

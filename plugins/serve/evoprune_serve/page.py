@@ -9,6 +9,7 @@ import re
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -20,7 +21,7 @@ from evoprune.errors import UsageError
 from evoprune.methods import Budget
 from evoprune.moments import Search
 from evoprune.report import DEMO_KNOWLEDGE, WARNINGS, Times, VideoFacts, warned, warning_text
-from evoprune.session import PipelineOptions, Session
+from evoprune.session import PipelineOptions, Session, weights_of
 from evoprune.video import Plan
 from evoprune.video_qa import VideoQA
 from evoprune.vision import TowerOutput, encode_rows
@@ -199,7 +200,13 @@ class Page:
 
 def model_record(name: str, qa: VideoQA) -> dict[str, Any]:
     """Describe a model for the page. `overlay` is True if the page can show the units kept by the model's pruning method."""
-    return {"name": name, "demo": qa.loaded.demo is not None, "overlay": drawable(qa.session)}
+    demo = qa.loaded.demo is not None
+    return {"name": name, "files": file_names(qa), "demo": demo, "overlay": drawable(qa.session)}
+
+
+def file_names(qa: VideoQA) -> list[str]:
+    """Return the names of a model's GGUF files, without their folders, or an empty list for other models."""
+    return [Path(file).name for file in weights_of(qa.loaded.description).facts()["files"]]
 
 
 def drawable(session: Session) -> bool:

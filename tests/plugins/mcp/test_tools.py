@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from evoprune.language import GenerationOptions
 from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from evoprune_mcp.advice import for_agents
 from evoprune_mcp.folders import Folders
 from evoprune_mcp.videos import Videos
+from tests.gguf_files import Folder
 from tests.plugins.mcp.serving import COLOUR, ENCODES, REASON, SAMPLES, STOPPED, command
+from tests.tiny import save_tiny
 
 pytest.importorskip("mcp.server.mcpserver", reason=REASON)
 WAIT_S = 60
@@ -158,6 +161,17 @@ def test_moments_are_found_with_the_options_of_the_command(tmp_path, monkeypatch
     options = replace(PipelineOptions(), model=ModelOptions("demo"), sampling=sampling)
     videos = Videos(Folders([str(SAMPLES)]), options, cache=False, quiet=True)
     assert videos.find(lambda *_: None, "vanish.webm", "a circle").moments and samplings == [sampling]
+
+
+def test_a_gguf_file_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    text = Folder(save_tiny(tmp_path / "original")).write_pair(tmp_path / "models", kind="Q8_0")
+    short = {"sampling": SamplingOptions(frames=2), "generation": GenerationOptions(max_new_tokens=2)}
+    options = replace(PipelineOptions(), model=ModelOptions(str(text)), **short)
+    videos = Videos(Folders([str(SAMPLES)]), options, cache=False, quiet=True)
+    answered = videos.ask(lambda *_: None, ["square.mp4"], COLOUR, None, None, None)
+    expected = VideoQA.load(str(text)).encode(SAMPLES / "square.mp4", frames=2).ask(COLOUR, max_new_tokens=2)
+    assert answered.answer == expected.text
 
 
 def test_tools_are_listed_before_the_model_is_loaded(tmp_path):

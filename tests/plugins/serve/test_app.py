@@ -26,6 +26,7 @@ from PIL import Image
 
 from evoprune.session import OpenInputs, encoding
 from evoprune.video_qa import VideoQA
+from tests.gguf_files import Folder
 from tests.plugins.serve.serving import (
     CHAT,
     COLOUR,
@@ -40,6 +41,7 @@ from tests.plugins.serve.serving import (
     video,
 )
 from tests.speech import write_sounding
+from tests.tiny import save_tiny
 
 pytest.importorskip("starlette", reason=REASON)
 httpx = pytest.importorskip("httpx", reason=REASON)
@@ -748,6 +750,18 @@ def test_pictures_that_unpack_to_gigabytes_are_refused(server, tmp_path):
     sent = server.client.post(CHAT, json={"messages": [message("?", part)]})
     for response in (uploaded, sent):
         assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_video"
+
+
+def test_the_files_of_a_gguf_model_are_listed(qa, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    text = Folder(save_tiny(tmp_path / "original")).write_pair(tmp_path / "models", kind="Q8_0")
+    names = [text.name, "mmproj-tiny-f16.gguf"]
+    with serving(qa, tmp_path, {text.name: VideoQA.load(str(text))}) as server:
+        demo, model = server.client.get("/v1/models").json()["data"]
+        assert (demo.get("files"), model["files"]) == (None, names)
+        assert [each["files"] for each in server.client.get("/page/settings").json()["models"]] == [[], names]
+        reply = server.client.post(CHAT, json=body(model=text.name, max_tokens=2)).json()
+        assert (reply["model"], reply["usage"]["completion_tokens"]) == (text.name, 2)
 
 
 def test_models_health_and_metrics(server):

@@ -55,7 +55,7 @@ def test_videos_on_the_web_are_played_where_addresses_are_allowed(qa, tmp_path):
 
 def test_settings(server):
     settings = server.client.get("/page/settings").json()
-    assert settings["models"] == [{"name": "demo", "demo": True, "overlay": True}]
+    assert settings["models"] == [{"name": "demo", "files": [], "demo": True, "overlay": True}]
     assert settings["budget"] in [each["budget"] for each in settings["budgets"]]
     shares = [each["share"] for each in settings["budgets"]]
     assert shares == sorted(shares) and shares[-1] == 1

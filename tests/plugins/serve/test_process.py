@@ -24,7 +24,9 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.gguf_files import Folder
 from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, message, url_of, video
+from tests.tiny import save_tiny
 
 pytest.importorskip("starlette", reason=REASON)
 ROOT = SAMPLES.parent
@@ -620,6 +622,13 @@ def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(monkey
 def test_models_that_cannot_be_told_apart_are_refused(options, said):
     done = run("--port", "0", *options)  # tests in other processes may listen at the usual port
     assert done.returncode == 2 and f"error: {said}" in done.stderr
+
+
+def test_the_public_name_of_a_file_has_no_folder(tmp_path):
+    original = Folder(save_tiny(tmp_path / "original"))
+    first, second = (original.write_pair(tmp_path / name) for name in "ab")
+    done = run("--port", "0", "-m", str(first), "--also", str(second))
+    assert done.returncode == 2 and f"error: 2 models are called {first.name}\n" in done.stderr
 
 
 def test_models_have_the_names_that_are_given(tmp_path):
