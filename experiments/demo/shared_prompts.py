@@ -7,6 +7,7 @@ one long sequence with questions masked from each other.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from experiments.demo.forward import attend, rotate
 
@@ -48,6 +49,7 @@ def hidden_of_rows(
     place: torch.Tensor,
     own: torch.Tensor,
     section: list[int],
+    weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the language model on prompts followed by rows. A row attends to its prompt and to itself, but not to other rows.
 
@@ -59,6 +61,7 @@ def hidden_of_rows(
         place: The row positions, int64 `[B, S, Q]`, the same on all axes.
         own: The attention mask within a row, bool `[B, S, Q, Q]`.
         section: `mrope_section` from the configuration.
+        weight: A number to add to the attention scores of each prompt token as a key, `[B, P]`, or None for zeros.
 
     Returns:
         The rows' normalized hidden states, `[B, S, Q, D]`, and the prompts' states after half of the layers, `[B, P, D]`.
@@ -71,6 +74,8 @@ def hidden_of_rows(
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else prefix.dtype
     seen = torch.cat([own.new_ones(*own.shape[:3], shape.length), own], -1)
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, BARRED)[:, :, None].repeat(1, 1, 1, groups, 1)
+    if weight is not None:
+        bias = bias + F.pad(weight, (0, shape.tokens))[:, None, None, None]
     x = torch.cat([prefix.flatten(0, 1), rows.flatten(0, 2)])
     for number, layer in enumerate(text.layers):
         if number == len(text.layers) // 2:
@@ -84,7 +89,7 @@ def hidden_of_rows(
         q = rotate(att.q_proj(h).unflatten(-1, (-1, dim)), cos, sin)
         read = _of_rows(q[-shape.prompts * shape.rows * shape.tokens :], k, v, bias, shape)
         if layer is not text.layers[-1]:
-            read = torch.cat([_of_prompts(q[: shape.before], k, v, shape), read])
+            read = torch.cat([_of_prompts(q[: shape.before], k, v, shape, weight), read])
         x = x + att.o_proj(read.to(x.dtype))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return text.norm(x).view(rows.shape), middle
@@ -100,7 +105,9 @@ def _angles(
     return tuple(f(freqs).repeat(1, 2)[:, None] for f in (torch.cos, torch.sin))
 
 
-def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _of_prompts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape, weight: torch.Tensor | None
+) -> torch.Tensor:
     """Return the causal attention output for the prompts' queries `[prompts * length, heads * groups, dim]`, with heads joined."""
     k = shape.of_prompts(k)
     v = shape.of_prompts(v)
@@ -110,6 +117,8 @@ def _of_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape)
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
         bias = torch.full((end - start, end), BARRED, dtype=q.dtype).triu_(start + 1).repeat(shape.groups, 1)
+        if weight is not None:
+            bias = bias + weight[:, None, None, :end]
         read = attend(q[:, :, :, start:end].flatten(2, 3), k[:, :, :end], v[:, :, :end], bias)
         made.append(read.unflatten(2, (shape.groups, -1)))
     return torch.cat(made, 3).permute(0, 3, 1, 2, 4).reshape(shape.before, -1)

@@ -37,9 +37,6 @@ def one_method(method: str) -> Held:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Held]]]:
-    unscored = [
-        name for name in evoprune.methods.available(plugins=False) if name not in ("idpruner", "visionselector")
-    ]
-    for method in (*unscored, *COMBINED):
+    for method in (*evoprune.methods.available(plugins=False), *COMBINED):
         given = f"{method}:recipe=recipe.json" if method == "operations" else method
         yield f"method {method}", partial(one_method, given)

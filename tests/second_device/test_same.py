@@ -27,7 +27,6 @@ from evoprune.vision.preprocess import MAX_SHRINK
 from tests.backend.recorder import Graphs, Recorder
 from tests.live.inside import cache_of
 from tests.loading import described
-from tests.methods.kinds import NEED_FILES
 from tests.recipes import write_recipe
 from tests.second_device import far
 from tests.second_device.far import NAME, Far, Memory
@@ -42,7 +41,7 @@ pytestmark = pytest.mark.device
 CLIP, OTHER, PICTURE = "samples/square.mp4", "samples/arrivals.webm", "docs/overlay.png"
 QUESTION = "What colour is the square?"
 COMBINED = ("reuse+divprune", "ipcv+divprune", "evoprune+fastv")
-METHODS = [name for name in available(plugins=False) if name not in NEED_FILES]
+METHODS = [name for name in available(plugins=False) if name != "operations"]
 FRAMES = {"frames": 8}
 
 
