@@ -376,10 +376,10 @@ def check_changes(name: str, option: str, case: Case, changed: dict[str, Any]) -
 
 
 def test_outputs_record_all_options_but_these():
-    """Otherwise, `--resume` would keep an answer that was made with another value. Rows record their own start and end."""
+    """Otherwise, `--resume` would keep an answer that was made with another value. Rows record their own span."""
     kinds = {*KIND.values()}
     unrecorded = {each.name for kind in kinds for each in fields(kind) if not each.metadata[OPTION].changes_answers}
-    assert unrecorded == {"device", "threads", "offline", "store_quantized", "start_s", "end_s"}
+    assert unrecorded == {"device", "threads", "offline", "store_quantized", *SamplingOptions.SPAN}
 
 
 # What Python functions return.

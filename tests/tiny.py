@@ -131,9 +131,12 @@ def _register(family: str, stand_in: str) -> None:
 
 
 def register_stand_in(family: str) -> None:
-    """Make transformers know a family in `STAND_INS`. Does nothing for other families."""
+    """Make transformers know a family in `STAND_INS`. Does nothing for families that it has."""
+    from transformers import CONFIG_MAPPING
+
     if family in STAND_INS:
         _register(family, STAND_INS[family])
+    assert family in CONFIG_MAPPING, f"transformers has no {family}: add a family that computes the same to STAND_INS"
 
 
 def _tiny_vision(traits) -> dict:
