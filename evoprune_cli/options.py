@@ -274,8 +274,8 @@ Verbose = option(bool, "-v --verbose", "Also print layers' rows, settings and ve
 Via = option(
     str | None,
     "--via",
-    "Ask this evoprune serve, which has loaded its model, instead of loading one. auto: the one that evoprune serve --detach "
-    "started, if it runs. Options for loading a model belong to the server, except -m to choose one of its models.",
+    "Ask the evoprune server at this address, which has loaded its model, instead of loading one. auto: the one that evoprune "
+    "serve --detach started, if it runs. Options for loading a model belong to the server, except -m to choose one of its models.",
     "Model",
     envvar="EVOPRUNE_VIA",
     **one_of("auto", "URL"),

@@ -69,6 +69,7 @@ OTHERS = {
     "--hf-overrides", "--max-model-len", "mvbench", "longvideobench_val_v", "mlvu_dev", "model_args", "token_counts",
     # models and answers
     "Qwen", "Qwen3-VL-4B-Instruct", "boxed", "nWhat", "org",
+    "pretrained_selector",
     # placeholders, names that are put together from parts, and the groups of entry points
     "FOLDER", "NAME", "SETTING", "VALUE", "DIR", "OUT", "row_answer", "demo_scenes_model", "demo_scenes_model_folder",
     "demo_model_folder", "evoprune.methods", "evoprune.language_methods", "EVOPRUNE_CONTRACT",

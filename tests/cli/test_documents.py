@@ -94,7 +94,15 @@ ASKED = {
 }
 
 
-def test_what_the_documents_ask_is_answered_right(cli):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the samples, so that commands that write files leave nothing in the repository."""
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_the_documents_ask_is_answered_right(cli, folder):
     pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "results")
     asked = set()
     for command in dict.fromkeys(re.findall(r'(?m)^evoprune (ask samples/.*".*".*)$', pages)):
@@ -111,7 +119,7 @@ def test_what_the_documents_ask_is_answered_right(cli):
         ("docs/guide.md", ["0.0", "6.0", "green", "7", "cyan", "green", "green", "green", "0.0", "6.0"]),
     ],
 )
-def test_the_demo_answers_right_in_python(capsys, page, answers):
+def test_the_demo_answers_right_in_python(capsys, folder, page, answers):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
     names: dict = {}
     for block in blocks:
@@ -265,11 +273,14 @@ def commands(line: str, start: str) -> Iterator[list[str]]:
 
 
 def problem(arguments: list[str]) -> str | None:
-    """Return the error in the arguments of `evoprune`, or None. A command without arguments is only a mention."""
+    """Return the error in the arguments of `evoprune`, or None. A command without arguments is only a mention.
+
+    The same applies to a command with the name of one of its options, such as `ask --via`.
+    """
     name, *rest = arguments
     if name not in GROUP.commands:
         return f"no command {name!r}"
-    if not rest:
+    if not rest or rest in [[flag] for option in GROUP.commands[name].params for flag in option.opts]:
         return None
     above = GROUP.make_context("evoprune", [], resilient_parsing=True)
     values = ["1" if re.fullmatch("[A-Z]+", word) else word for word in rest]  # a placeholder may be a number

@@ -76,7 +76,7 @@ class FrameList:
 
 @dataclass(frozen=True)
 class ClientFile:
-    """A file of a client on this machine, or with the same folders; or one that it has sent before (`Asks.upload`).
+    """A file of a client on this machine, or with the same folders; or one that it has sent before (`Asks.send`).
 
     Attributes:
         name: The last part of its path.
