@@ -19,9 +19,7 @@ from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import PATH, check_text, clock, counted, is_url, listed, shown, without_password
 from evoprune.video import SamplingOptions, local_file, warm_up
 from evoprune_cli import options as opt
-from evoprune_cli.prompt import PROMPT, check_history, typed_questions, why_single_questions
 from evoprune_cli.running import load, prepare
-from evoprune_cli.show import Page
 from evoprune_cli.terminal import (
     BEGAN_S,
     check_output,
@@ -45,6 +43,7 @@ from evoprune_cli.words import ASK, STDIN, check_folders, check_words, exists, s
 if TYPE_CHECKING:
     from evoprune.session import Answer, Askable, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
     from evoprune.video import Plan, Video
+    from evoprune_cli.show import Page
     from evoprune_cli.via import RemoteAnswer, RemoteChat, RemoteInputs, Unpruned
 
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
@@ -134,6 +133,8 @@ def ask(given: AskArguments) -> int:
                 raise UsageError(
                     "--show draws what a model does here, and --via asks a server", "leave one of them out"
                 )
+            from evoprune_cli.show import Page
+
             page = Page(given.show, inputs)
             talk.on_report = page.add
         elif given.via and _ask_server(request, given, talk, cleanup):
@@ -179,7 +180,10 @@ class Checked:
 
 def _parse(given: AskArguments) -> PipelineOptions:
     """Return the options that determine the answers, after checking their combinations."""
-    check_history(given.history, given.interactive, given.compare)
+    if given.history:
+        from evoprune_cli.prompt import check_history
+
+        check_history(given.history, given.interactive, given.compare)
     pipeline = replace(given.options, check_model=not given.via).parse()
     check_generation(pipeline.generation, given.json or given.show is not None)
     return pipeline
@@ -214,6 +218,8 @@ def _ask_server(request: Request, given: AskArguments, talk: "Conversation", cle
     if given.interactive:
         single = inputs.why_single
         if given.history or given.compare:
+            from evoprune_cli.prompt import why_single_questions
+
             single = why_single_questions(given.history, None, given.compare)
         chat = None if single else inputs.chat(pipeline.generation.system)
         talk.begin(inputs, pipeline.generation, encode_full, chat, inputs.agreement_of)
@@ -261,7 +267,7 @@ def _run(
     given: AskArguments,
     talk: "Conversation",
     cleanup: contextlib.ExitStack,
-    page: Page | None = None,
+    page: "Page | None" = None,
 ) -> None:
     """Load the model while the inputs are being read, encode the inputs, and answer the questions.
 
@@ -290,6 +296,8 @@ def _run(
     encode_full = (lambda show: encode(session.unpruned(), show, full=True)) if given.compare else None
     agreement = partial(_agreement, encoded, pipeline.generation)
     if given.interactive:
+        from evoprune_cli.prompt import why_single_questions
+
         why_single = why_single_questions(given.history, session, given.compare)
         chat = encoded.chat(pipeline.generation.system) if why_single is None else None
         talk.begin(encoded, pipeline.generation, encode_full, chat, agreement)
@@ -301,7 +309,7 @@ def _run(
         talk.answer(question, last=len(request.questions) == 1 and not given.compare)
 
 
-def _write_page(page: Page, given: AskArguments) -> None:
+def _write_page(page: "Page", given: AskArguments) -> None:
     if page.write() and not given.quiet:
         tell(f"page: {shown(given.show)}")
 
@@ -340,6 +348,8 @@ def _converse(
     meanwhile: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> None:
     """Answer the questions from the command line, and then typed questions. For `meanwhile`, see `typed_questions`."""
+    from evoprune_cli.prompt import typed_questions
+
     for question in [*request.questions]:
         talk.attempt(question)
     for line in greeting:
@@ -366,14 +376,18 @@ def _encode(
     show: Callable[..., None],
     full: bool = False,
     ahead: "ReadAhead | None" = None,
-    page: Page | None = None,
+    page: "Page | None" = None,
 ) -> "EncodedInputs":
     """Encode the inputs at `paths`, after reporting the limits that apply to them on stderr."""
-    from evoprune.session import Cache, open_inputs
+    from evoprune.session import open_inputs
 
     show("reading")
     sampling = request.pipeline.sampling
-    stored = Cache() if cache else None
+    stored = None
+    if cache:
+        from evoprune.session import Cache
+
+        stored = Cache()
     step = encoding(show)
     given = {"names": request.names, "cache": stored, "ahead": ahead, "progress": step}
     if page:
@@ -585,6 +599,8 @@ class Conversation:
             last: Whether no other question about the inputs follows.
         """
         if self._echo and not typed:
+            from evoprune_cli.prompt import PROMPT
+
             tell(f"{PROMPT}{' '.join(question.split())}")
         report = self._ask_and_print(self._chat or self._inputs, question, "pruned", last).report
         report.id = identity or report.id

@@ -17,7 +17,8 @@ from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import SOME, clock, counted, is_text, is_url, listed, missing_hint, roughly, shown, some
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
-from evoprune_cli.running import SOME_FAILED, is_one_of, note_model, prepare
+from evoprune_cli.delivery import is_one_of
+from evoprune_cli.running import SOME_FAILED, note_model, prepare
 from evoprune_cli.terminal import encoding, print_traceback, print_warning, progress, stdout, tell
 from evoprune_cli.words import check_no_questions
 

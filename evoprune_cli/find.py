@@ -13,8 +13,9 @@ from evoprune.session import FindOptions, ModelOptions, PipelineOptions, PruneOp
 from evoprune.util import check_text, clock, counted, is_url, missing_hint, shown, some, without_password
 from evoprune.video import SamplingOptions, choose_decoder, probe, warm_up
 from evoprune_cli import options as opt
+from evoprune_cli.delivery import is_one_of, print_text
 from evoprune_cli.moment_files import MomentFiles
-from evoprune_cli.running import SOME_FAILED, is_one_of, load, print_text
+from evoprune_cli.running import SOME_FAILED, load
 from evoprune_cli.terminal import (
     check_output,
     failure,

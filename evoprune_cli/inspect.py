@@ -14,7 +14,8 @@ from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import budget_text, clock, counted, is_url, size, without_password
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
-from evoprune_cli.running import check_writable, prepare, rescuing, write_bytes
+from evoprune_cli.delivery import check_writable, rescuing, write_bytes
+from evoprune_cli.running import prepare
 from evoprune_cli.terminal import (
     downloading,
     encoding,

@@ -10,7 +10,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
@@ -23,47 +22,12 @@ import evoprune
 from evoprune.errors import EvopruneWarning, PluginWarning, UsageError, first_line
 from evoprune.report import SCHEMA
 from evoprune_cli import terminal
-from evoprune_cli.options import Command, example_of, option_hint
+from evoprune_cli.options import Command
 from evoprune_cli.typed import Typed, remember, typed
 from evoprune_cli.variables import check_variables, warn_of_unknown
-from evoprune_cli.words import ASK
 
 # Base class of parser errors. Some Typer versions bundle click and others import it, so look it up among Typer's base classes.
 ParserError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-
-# Words that users may type instead of a command name, with a hint for each word.
-MODELS_HINT = "evoprune models lists the models on this machine; every command takes -m MODEL"
-COMMAND_HINTS = {
-    **dict.fromkeys(("help", "h", "man", "usage"), "evoprune --help, or evoprune COMMAND --help"),
-    **dict.fromkeys(("version", "v"), "evoprune --version"),
-    **dict.fromkeys(("model", "pull", "download"), MODELS_HINT),
-    **dict.fromkeys(("list", "ls", "method"), "evoprune methods lists the methods; " + MODELS_HINT),
-    **dict.fromkeys(("run", "query", "question", "describe", "caption", "answer", "prune"), ASK),
-    **dict.fromkeys(("search", "grep", "moments", "locate"), 'evoprune find video.mp4 "a red circle" finds moments'),
-    **dict.fromkeys(("chat", "talk", "interactive"), "evoprune ask video.mp4 -i opens a prompt for questions"),
-    **dict.fromkeys(
-        ("live", "stream", "camera", "listen"), 'evoprune watch rtsp://HOST/PATH -Q "Who is there?" --every 30s'
-    ),
-    **dict.fromkeys(
-        ("serve", "server", "api"),
-        "install it in a checkout: pip install ./plugins/serve; for many users, use evoprune's vLLM plugin",
-    ),
-    **dict.fromkeys(("mcp", "agent", "agents"), "install it in a checkout: pip install ./plugins/mcp"),
-    **dict.fromkeys(
-        ("info", "show", "probe", "doctor", "env", "cache"), "evoprune inspect, with a video, -m MODEL or neither"
-    ),
-    **dict.fromkeys(("check", "test", "selftest"), "evoprune verify compares with plain transformers"),
-    **dict.fromkeys(
-        ("bench", "benchmark", "time", "speed"), "evoprune profile measures time, evoprune eval measures accuracy"
-    ),
-    **dict.fromkeys(
-        ("evaluate", "score", "compare"), "evoprune eval --data FILE; for one video evoprune ask --compare"
-    ),
-    **dict.fromkeys(("completion", "completions"), "evoprune --install-completion"),
-}
-
-# Examples for hints, of commands whose docstrings begin with other ones.
-EXAMPLES = {"ask": ASK}
 
 WHOLE = 1000  # maximum length of a description of a command, in characters
 
@@ -394,7 +358,10 @@ def _report(problem: Exception) -> int:
         text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
         text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint contains the suggestion
         text = re.sub(r" \(Possible options: .*\)$", "", text)
-        problem = UsageError(text, _hint(problem))
+        from evoprune_cli.mistakes import hint_of
+
+        commands = [*BUILT_IN, *plugged()] if typed().command is None else []
+        problem = UsageError(text, hint_of(problem, _word(), commands))
     error = terminal.failure(problem)
     if typed().wants("json") and not getattr(problem, "reported", False):
         if schema := SCHEMAS.get(typed().command or _word()):
@@ -409,40 +376,3 @@ def _report(problem: Exception) -> int:
 def _word() -> str | None:
     """Return the word that the user typed in the place of a command: the first word other than an option."""
     return next((word for word in typed().words if not word.startswith("-")), None)
-
-
-def _hint(problem: Exception) -> str:
-    """Return a hint for an error of the parser."""
-    command, words = typed().command, typed().words
-    text = problem.format_message()
-    if command is None:
-        if near := get_close_matches(getattr(problem, "option_name", ""), ("--version", "--help"), 1):
-            return f"did you mean {near[0]}?"
-        return _suggestion(_word()) or "see evoprune --help"
-    dashed = [word for word in words if word.startswith("-") and os.path.exists(word)]
-    if dashed and "--" not in words:
-        return f"if you mean the file, write ./{dashed[0]}"
-    if "unexpected extra argument" in text and "--" in words:
-        return "words after -- are not options: put options before it"
-    if command == "watch" and "unexpected extra argument" in text:
-        return 'put -Q before a question: evoprune watch SOURCE -Q "What happens?"'
-    if "Missing argument" in text and (example := EXAMPLES.get(command) or example_of(problem.ctx.command)):
-        return example
-    see = f"see evoprune {command} --help-all"
-    if "No such option" in text:
-        return option_hint(problem.option_name, problem.ctx) + see
-    return see
-
-
-def _suggestion(word: str | None) -> str:
-    """Return a hint that suggests a command with a meaning or name similar to a word, or "" if there is none."""
-    known = [*BUILT_IN, *plugged()]
-    if word is None:
-        return COMMAND_HINTS["version"] if typed().words[:1] in (["-V"], ["-v"], ["-version"]) else ""
-    if os.path.exists(word):
-        return f"to ask about a video: {ASK}"
-    word = word.lower()
-    near = [word] if word in COMMAND_HINTS else get_close_matches(word, [*known, *COMMAND_HINTS], 1)
-    if not near:
-        return ""
-    return COMMAND_HINTS.get(near[0]) or f"did you mean evoprune {near[0]}? see evoprune --help"

@@ -9,7 +9,7 @@ from evoprune.bench import text_table
 from evoprune.errors import EvopruneError
 from evoprune.util import one_line
 from evoprune_cli import options as opt
-from evoprune_cli.running import print_text
+from evoprune_cli.delivery import print_text
 from evoprune_cli.terminal import page_width, print_document
 
 ACTS = {

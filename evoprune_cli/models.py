@@ -6,7 +6,7 @@ from typing import Any
 from evoprune.session import ModelOptions
 from evoprune.util import counted, one_line, size
 from evoprune_cli import options as opt
-from evoprune_cli.running import print_text
+from evoprune_cli.delivery import print_text
 from evoprune_cli.terminal import page_width, print_document
 
 PLACES = {"hub": "hub cache", "lmstudio": "LM Studio", "ollama": "Ollama", "folder": "EVOPRUNE_MODELS"}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError
 from evoprune.util import counted
-from evoprune_cli.running import check_new_folder, check_writable, write_bytes
+from evoprune_cli.delivery import check_new_folder, check_writable, write_bytes
 from evoprune_cli.terminal import progress, tell
 
 if TYPE_CHECKING:

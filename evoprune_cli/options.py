@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
-from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from itertools import takewhile
@@ -23,7 +22,6 @@ from evoprune.errors import UsageError
 from evoprune.methods import Budget, MethodText
 from evoprune.session import PipelineOptions
 from evoprune.signatures import named
-from evoprune.suggestions import other_name
 from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import GLUE, only_answers_on_stdout
 from evoprune_cli.typed import Typed, remember, typed
@@ -318,7 +316,6 @@ def sweep(budgets: list[str] | None, names: list[str] | None, *, named: bool = F
 # Help is plain text, so it can be piped, and a narrow terminal doesn't cut off option names. `--help` lists the most common options
 # on one screen. `--help-all` lists all options, grouped by panel.
 
-GENERAL_VALUES = {"auto", "none", "on", "off", "text", "full"}  # values of several options, which suggest none of them
 COMPLETION_WIDTH = 60  # maximum length of the help text shown by shells next to an option
 EVERYTHING = "evoprune.help_all"  # key in a context's `meta` if its help lists all options
 
@@ -367,7 +364,7 @@ class Command(TyperCommand):
         if ctx.resilient_parsing:
             return []
         remember(Typed(ctx.info_name, args, ctx))
-        flags = set(_long_flags(self.params).values())
+        flags = set(long_flags(self.params).values())
         for word in takewhile("--".__ne__, args):
             if f"-{word}".partition("=")[0] in flags:  # click would read -budget as -b udget
                 raise UsageError(f"No such option: {word}", f"did you mean -{word}? long options have two dashes")
@@ -424,42 +421,7 @@ class Command(TyperCommand):
             formatter.write_text(f"All options: {ctx.command_path} --help-all")
 
 
-def example_of(command: TyperCommand) -> str | None:
-    """Return the first example in a command's help, or None if there is none."""
-    return next(
-        (line.strip() for line in EXAMPLE.findall(command.help or "") if line.strip().startswith("evoprune ")), None
-    )
-
-
-def option_hint(flag: str, context: Any) -> str:
-    """Return the start of a hint that suggests the right option for an unknown one, or an empty string.
-
-    Suggestions are, in this order: an option with this name in other libraries; an option that takes the name as its value; the
-    same option of another command; an option with a similar name; an option that takes a part of the name as its value (`-b fast`
-    for --answer-fast).
-    """
-    name = flag.lstrip("-").replace("-", "_").lower()
-    flags = _long_flags(context.command.params)
-    values = {
-        item.value: f"{max(param.opts, key=len)} {item.value}"
-        for param in context.command.params
-        for item in param.shell_complete(context, "")
-        if item.value not in GENERAL_VALUES
-    }
-    if found := other_name(name, flags):
-        option, _, value = found.partition("=")
-        return f"did you mean {' '.join([flags[option], value.strip(chr(39))]).strip()}? "
-    if name in values:
-        return f"did you mean {values[name]}? "
-    for other in context.parent.command.commands.values():
-        if name in _long_flags(other.params):
-            return f"{flag} is an option of evoprune {other.name}; "
-    near = [flags[each] for each in get_close_matches(name, flags, 1)]
-    near += [values[part] for part in name.split("_") if part in values]
-    return f"did you mean {near[0]}? " if near else ""
-
-
-def _long_flags(params: Iterable[Any]) -> dict[str, str]:
+def long_flags(params: Iterable[Any]) -> dict[str, str]:
     """Return the long flags of options by their names and by the flags' own words, such as max_new_tokens."""
     options = [param for param in params if param.param_type_name == "option" and not param.hidden]
     longest = {param.name: max(param.opts, key=len) for param in options}

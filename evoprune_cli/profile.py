@@ -14,7 +14,8 @@ from evoprune.util import size as size_text
 from evoprune.util import without_password, words_of
 from evoprune.video import Video
 from evoprune_cli import options as opt
-from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, prepare, print_text, rescuing, write_bytes
+from evoprune_cli.delivery import check_chart, check_writable, print_text, rescuing, write_bytes
+from evoprune_cli.running import SOME_FAILED, prepare
 from evoprune_cli.terminal import WIDTH, check_output, page_width, progress, tell
 from evoprune_cli.words import check_not_model
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.errors import UsageError
 from evoprune.report import BRIEF_STAGES, Report, device_text, warned, warning_text, warning_title
 from evoprune.util import budget_text, counted, one_line, shorten, shown
-from evoprune_cli.running import check_writable, write_bytes
+from evoprune_cli.delivery import check_writable, write_bytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,8 @@ from evoprune.session import ModelOptions, PipelineOptions
 from evoprune.util import missing_hint, shown, some
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
-from evoprune_cli.running import SOME_FAILED, check_chart, check_writable, deliver_results, prepare, rescuing
+from evoprune_cli.delivery import check_chart, check_writable, deliver_results, rescuing
+from evoprune_cli.running import SOME_FAILED, prepare
 from evoprune_cli.terminal import check_output, note, progress
 from evoprune_cli.words import check_no_questions
 

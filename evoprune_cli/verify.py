@@ -6,7 +6,8 @@ from typing import Any
 
 from evoprune.session import ModelOptions
 from evoprune_cli import options as opt
-from evoprune_cli.running import check_writable, deliver_results, prepare, rescuing
+from evoprune_cli.delivery import check_writable, deliver_results, rescuing
+from evoprune_cli.running import prepare
 from evoprune_cli.terminal import check_output, print_traceback, progress
 from evoprune_cli.words import check_not_model
 

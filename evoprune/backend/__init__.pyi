@@ -1,10 +1,10 @@
 from .attention import Attention as Attention
 from .attention import without_cudnn as without_cudnn
+from .cosine import greedy_cosine as greedy_cosine
 from .cpu.linear import Packing as Packing
 from .cpu.linear import linear as linear
 from .cpu.linear import shared_copy as shared_copy
 from .cpu.linear import weights_bytes as weights_bytes
-from .cpu.quantize import Quantization as Quantization
 from .devices import Device as Device
 from .devices import Timer as Timer
 from .devices import empty_cache as empty_cache
@@ -15,16 +15,15 @@ from .devices import to_device as to_device
 from .hosted import EXPERTS as EXPERTS
 from .hosted import cache_name as cache_name
 from .hosted import choose_functions as choose_functions
-from .hosted import form_of_layers as form_of_layers
 from .hosted import without_packages as without_packages
 from .indexed import accept_biases as accept_biases
+from .layers import form_of_layers as form_of_layers
 from .layers import is_unhooked_linear as is_unhooked_linear
 from .layers import joined as joined
 from .layers import kernels_for as kernels_for
 from .limits import DeviceName as DeviceName
 from .limits import Host as Host
 from .limits import keep_freed_memory as keep_freed_memory
-from .operators import greedy_cosine as greedy_cosine
 from .operators import mean_rows as mean_rows
 from .operators import nearest_selected as nearest_selected
 from .operators import reuse_scan as reuse_scan
@@ -32,4 +31,5 @@ from .operators import snap as snap
 from .operators import standard_places as standard_places
 from .operators import tube_radii as tube_radii
 from .operators import unit_counts as unit_counts
+from .quantization import Quantization as Quantization
 from .weights import prepare as prepare

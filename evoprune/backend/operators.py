@@ -1,4 +1,4 @@
-"""Torch operators for farthest-point selection, greedy cosine-similarity selection, and reuse on each device type.
+"""Torch operators for farthest-point selection and reuse on each device type.
 
 Each operator has a numpy or PyTorch implementation for the CPU, Triton kernels for CUDA (kernels.py), and an implementation with as
 few PyTorch operations as possible for other devices. Only the CPU implementations read values back to the host. Distances are
@@ -31,15 +31,15 @@ VARIANCE_FLOOR = 1e-3
 ROUNDING = 1 / 256  # deviations below this fraction of a channel's mean may be rounding errors, so they are damped
 
 # Use the low-level registration API, because `torch.library.custom_op` imports torch's compiler, which takes seconds.
-_LIBRARY = torch.library.Library("evoprune", "DEF")
-_LIBRARY.define("standard_places(Tensor rows, Tensor unit_to_row, Tensor? projection, int steps) -> (Tensor, Tensor)")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("evoprune", "DEF")
+LIBRARY.define("standard_places(Tensor rows, Tensor unit_to_row, Tensor? projection, int steps) -> (Tensor, Tensor)")
+LIBRARY.define(
     "tube_radii(Tensor place, Tensor half, Tensor weight, Tensor first, Tensor row, Tensor time, Tensor tubes, int keep) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "nearest_selected(Tensor place, Tensor half, Tensor weight, Tensor row, Tensor time, Tensor selected) -> Tensor"
 )
-_LIBRARY.define("mean_rows(Tensor rows, Tensor into, Tensor row, Tensor weight, int count) -> Tensor")
+LIBRARY.define("mean_rows(Tensor rows, Tensor into, Tensor row, Tensor weight, int count) -> Tensor")
 standard_places = torch.ops.evoprune.standard_places
 tube_radii = torch.ops.evoprune.tube_radii
 nearest_selected = torch.ops.evoprune.nearest_selected
@@ -357,90 +357,14 @@ for _name, _plain, _cpu, _cuda in (
     ("nearest_selected", _nearest_selected, _nearest_selected_cpu, _nearest_selected_cuda),
     ("mean_rows", _mean_rows, _mean_rows_cpu, _mean_rows_cuda),
 ):
-    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _cpu, "CPU")
-    _LIBRARY.impl(_name, _cuda, "CUDA")
-
-
-# Greedy selection by cosine similarity. Each step selects the row least similar to all previously selected rows.
-
-BLOCK = 512  # number of rows of the pairwise cosine matrix to hold in memory at a time
-MOST_ROWS = 1 << 15  # maximum for the kernel, which stores all cosines as 16-bit numbers (2 GiB at this number of rows)
-
-_LIBRARY.define(
-    "greedy_cosine(Tensor unit, Tensor? weight, Tensor? bonus, float factor, int keep, bool from_nearest) -> Tensor"
-)
-greedy_cosine = torch.ops.evoprune.greedy_cosine
+    LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _cuda, "CUDA")
 
 
 def snap(score: torch.Tensor) -> torch.Tensor:
     """Round scores to multiples of 1/16384, so the cosines of equal rows are tied even if their last bits differ."""
     return (score * 16384).round() / 16384
-
-
-def _greedy_cosine(
-    unit: torch.Tensor,
-    weight: torch.Tensor | None,
-    bonus: torch.Tensor | None,
-    factor: float,
-    keep: int,
-    from_nearest: bool,
-) -> torch.Tensor:
-    """Greedily select the rows with the highest scores, one at a time. Returns their indices, int64 `[keep]`, ascending.
-
-    A row's score depends on `near`, the largest cosine between this row and any selected row. Cosines are rounded. Ties go to the
-    row with the lowest index.
-
-    Args:
-        unit: float32 `[N, D]`, rows of unit length.
-        weight: float `[N]`, nonnegative. The score is (1 - near) * weight, rounded. None means a weight of 1.
-        bonus: float32 `[N]` or None. With a bonus, the score is bonus - factor * near, rounded, and `weight` must be None.
-        factor: The factor for `near` in scores with a bonus.
-        keep: The number of rows to select.
-        from_nearest: Whether `near` is initialized to the cosine with the most similar other row. If False, `near` starts at 0.
-    """
-    near = unit.new_zeros(len(unit))
-    if from_nearest and keep:
-        near = nearest_cosine(unit)
-    selected = torch.zeros(len(unit), dtype=torch.bool, device=unit.device)
-    for step in range(keep):
-        if bonus is not None:
-            score = snap(bonus - factor * near)
-        else:
-            score = 1 - near.clamp(min=-1)
-            if weight is not None:
-                score = snap(score * weight)
-        latest = score.masked_fill(selected, -torch.inf).argmax()[None]
-        selected.index_fill_(0, latest, True)  # `selected[latest] = True` would synchronize the GPU
-        cosine = snap(unit @ unit.index_select(0, latest)[0])
-        near = torch.maximum(near, cosine) if step else cosine
-    return selected.logical_not().argsort(stable=True)[:keep].clone()
-
-
-def nearest_cosine(unit: torch.Tensor) -> torch.Tensor:
-    """Return each row's cosine similarity to its most similar other row, float32 `[N]`, or -inf if there is only one row.
-
-    The rows of `unit`, `[N, D]`, must have unit length.
-    """
-    best = []
-    for start in range(0, len(unit), BLOCK):
-        cosine = snap(unit[start : start + BLOCK] @ unit.T)
-        cosine.diagonal(start).fill_(-torch.inf)
-        best.append(cosine.amax(1))
-    return torch.cat(best)
-
-
-@with_fallback("the selection by cosine", _greedy_cosine)
-def _greedy_cosine_cuda(unit, weight, bonus, factor, keep, from_nearest):
-    if not 0 < keep <= len(unit) <= MOST_ROWS:
-        return _greedy_cosine(unit, weight, bonus, factor, keep, from_nearest)
-    from evoprune.backend import kernels  # importing Triton takes a while
-
-    return kernels.greedy_cosine(unit, weight, bonus, factor, keep, from_nearest)
-
-
-_LIBRARY.impl("greedy_cosine", _greedy_cosine, "CompositeExplicitAutograd")
-_LIBRARY.impl("greedy_cosine", _greedy_cosine_cuda, "CUDA")
 
 
 # Reuse. For each unit, the operator finds the last frame pair that was encoded at the same position (see vision/patches.py).
@@ -451,7 +375,7 @@ CHANNELS = 3
 # Maximum brightness drift, as a factor in either direction, since the references were encoded.
 BRIGHTNESS = 1.2
 
-_LIBRARY.define(
+LIBRARY.define(
     "reuse_scan(Tensor means, Tensor held, Tensor pair, bool known, int seen, float threshold) -> (Tensor, Tensor, Tensor)"
 )
 reuse_scan = torch.ops.evoprune.reuse_scan
@@ -524,5 +448,5 @@ def _reuse_scan_cuda(*args):
     return kernels.reuse_scan(*args, BLOCKS, CHANNELS, BRIGHTNESS)
 
 
-_LIBRARY.impl("reuse_scan", _reuse_scan, "CompositeExplicitAutograd")
-_LIBRARY.impl("reuse_scan", _reuse_scan_cuda, "CUDA")
+LIBRARY.impl("reuse_scan", _reuse_scan, "CompositeExplicitAutograd")
+LIBRARY.impl("reuse_scan", _reuse_scan_cuda, "CUDA")

@@ -1,28 +1,30 @@
 """Generate an answer after its prompt has been prefilled.
 
 The steps are in this order: `TokenStream` chooses a token and lets a decoder (decoding.py) read it, `stream_answer` turns the
-tokens into pieces of text and separates the model's reasoning, and `StopStrings` ends the answer at the first stop string.
+tokens into pieces of text and separates the model's reasoning, and `StopStrings` (stops.py) ends the answer at the first stop
+string.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, islice, repeat, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.decoders import DecodeStream
 
 from evoprune.backend import to_device
 from evoprune.errors import not_a_number_error
-from evoprune.language.choices import Choice, ChosenTokens
-from evoprune.language.constraints import AnswerConstraint, TokenConstraint
 from evoprune.language.decoding import Picked, decoders_for
 from evoprune.language.generate import PrefillState
 from evoprune.language.lookup import Lookup
 from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
-from evoprune.language.sampling import TokenLogprobs, choose, token_logprobs
+from evoprune.language.sampling import TokenLogprobs, best_of, choose, token_logprobs
 from evoprune.language.settings import GenerationOptions
-from evoprune.language.static import best_of
 from evoprune.util import generator_seed
+
+if TYPE_CHECKING:
+    from evoprune.language.choices import Choice
+    from evoprune.language.constraints import TokenConstraint
 
 
 class AnswerStream(Iterator[tuple[str, bool]]):
@@ -50,19 +52,26 @@ class AnswerStream(Iterator[tuple[str, bool]]):
         tokenizer: Tokenizer,
         eos_ids: Collection[int],
         seed: int = 0,
-        constraint: TokenConstraint | None = None,
+        constraint: "TokenConstraint | None" = None,
     ):
         self._tokenizer = tokenizer
         if constraint is not None:
+            from evoprune.language.constraints import AnswerConstraint
+
             in_thoughts = begins_with_thoughts(tokenizer, state.prompt_ids)
             constraint = AnswerConstraint(constraint, tokenizer, in_thoughts, options.thinking)
         if options.choices is None:
             self._tokens = TokenStream(state, options, eos_ids, seed, constraint)
         else:
+            from evoprune.language.choices import ChosenTokens
+
             self._tokens = ChosenTokens(state, options, tokenizer, eos_ids)
-        self._stops = StopStrings(options.stop or ())
         self._pieces = stream_answer(tokenizer, self._tokens, state.prompt_ids)
+        self._stops = None
         if options.stop:
+            from evoprune.language.stops import StopStrings
+
+            self._stops = StopStrings(options.stop)
             self._pieces = self._stops.cut(self._pieces)
 
     def __next__(self) -> tuple[str, bool]:
@@ -80,10 +89,10 @@ class AnswerStream(Iterator[tuple[str, bool]]):
 
     @property
     def stop_reason(self) -> str | None:
-        return self._stops.found
+        return None if self._stops is None else self._stops.found
 
     @property
-    def choices(self) -> list[Choice]:
+    def choices(self) -> "list[Choice]":
         """All choices with their probabilities, or an empty list if the choices haven't been scored yet."""
         return self._tokens.choices
 
@@ -120,7 +129,7 @@ class TokenStream(Iterator[int]):
         settings: GenerationOptions,
         eos_ids: Iterable[int],
         seed: int = 0,
-        constraint: TokenConstraint | None = None,
+        constraint: "TokenConstraint | None" = None,
     ):
         # "stop" if the model ended its turn or the constraint allows no more tokens, "length" if the limit was reached, or None if
         # the answer is incomplete.
@@ -282,51 +291,3 @@ def _split(pieces: Iterator[str], end: str) -> Iterator[tuple[str, bool]]:
         held_back = before[start:]
         yield before[:start], True
     yield held_back, True
-
-
-class StopStrings:
-    """Ends an answer before its first stop string. Stop strings must not be empty.
-
-    The first stop string is the one completed first. If the same character completes multiple stop strings, the longest one is
-    used. This makes the result independent of how the text is split into pieces.
-
-    Attributes:
-        found: The stop string that ended the answer, or None.
-    """
-
-    def __init__(self, stops: Sequence[str]):
-        self.found: str | None = None
-        self._stops = stops
-
-    def cut(self, pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-        """Yield the pieces from `stream_answer` up to the first stop string. Stop strings in reasoning text are ignored.
-
-        Text that may be the beginning of a stop string is held back until the next piece is available.
-        """
-        held_back = ""
-        for piece, thought in pieces:
-            if thought:
-                yield piece, True
-                continue
-            held_back += piece
-            if self._find_stop(held_back):
-                held_back = held_back[: held_back.index(self.found)]
-                break
-            certain = len(held_back) - self._partial_stop_length(held_back)
-            if certain:
-                yield held_back[:certain], False
-            held_back = held_back[certain:]
-        if held_back:
-            yield held_back, False
-
-    def _find_stop(self, text: str) -> bool:
-        """Return True if the text contains a stop string, and store the first stop string in `found`."""
-        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        if ends:
-            *_, self.found = min(ends)
-        return bool(ends)
-
-    def _partial_stop_length(self, text: str) -> int:
-        """Return the length of the longest text suffix that may be the beginning of a stop string."""
-        longest = min(len(text), max(map(len, self._stops)) - 1)
-        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

@@ -9,7 +9,7 @@ transformers. Torch autocast has no effect in this module.
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import lru_cache
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,12 @@ from evoprune.backend import (
     to_device,
     without_cudnn,
 )
-from evoprune.language import hybrid
 from evoprune.language.attention import STRIP, Attend, Blind, Restricted, additive_mask, attention_for
-from evoprune.language.hybrid import DeltaState, Pass, Vectors
-from evoprune.methods import Dropping, LayerState
 from evoprune.model import head_size, heads_of, norm, rotate, without_autocast
+
+if TYPE_CHECKING:
+    from evoprune.language.hybrid import DeltaState, Pass, Vectors
+    from evoprune.methods import Dropping
 
 MASK_STRIP = 2048  # columns per additive mask; a multiple of 64, the chunk size of Gated DeltaNets
 
@@ -98,6 +99,11 @@ def all_sizes(sizes: torch.Tensor | None, columns: int, like: torch.Tensor) -> t
     return sizes.to(like.device).float()
 
 
+def has_deltas(model) -> bool:
+    """Return True if any layer of a model is a Gated DeltaNet."""
+    return any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers)
+
+
 class ColumnIds:
     """The token IDs of the columns in a KV cache, as far as they are known. Base class of KV caches."""
 
@@ -143,7 +149,11 @@ class KVCache(ColumnIds):
         self._layers = [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
         # States of all layers, or None for attention layers, from before the last few columns to after all columns. The first list
         # is also that of the empty cache.
-        self._empty = [DeltaState.initial(config, weight) if skips else None for skips in linear]
+        self._empty = [None] * depth
+        if any(linear):
+            from evoprune.language.hybrid import DeltaState
+
+            self._empty = [DeltaState.initial(config, weight) if skips else None for skips in linear]
         self._states = [self._empty]
         self._held = (
             0,
@@ -164,7 +174,7 @@ class KVCache(ColumnIds):
         return min(keys.shape[2] for (keys, _), state in zip(self._layers, self._empty, strict=True) if state is None)
 
     @property
-    def states(self) -> Sequence[DeltaState | None]:
+    def states(self) -> "Sequence[DeltaState | None]":
         """The state of each Gated DeltaNet after all columns, or None for attention layers."""
         return self._states[-1]
 
@@ -295,7 +305,7 @@ class KVCache(ColumnIds):
         columns: Sequence[int],
         sizes: Sequence[torch.Tensor | None],
         ids: torch.Tensor | None,
-        states: Sequence[Sequence[DeltaState | None]] = (),
+        states: "Sequence[Sequence[DeltaState | None]]" = (),
     ) -> None:
         """Make new columns valid after all layers have written their keys and values.
 
@@ -347,7 +357,7 @@ def forward(
     cache: KVCache,
     sizes: torch.Tensor | None = None,
     last: int = 1,
-    dropping: Dropping | None = None,
+    dropping: "Dropping | None" = None,
     deepstack: torch.Tensor | None = None,
     pause: Callable[[], None] = lambda: None,
     ids: torch.Tensor | None = None,
@@ -387,7 +397,10 @@ def forward(
     if compiled:
         x = x.float()
     places = rotation(config, positions, x)
-    vectors = iter(hybrid.vectors_of(deltas, config))
+    if deltas:
+        from evoprune.language import hybrid
+
+        vectors = iter(hybrid.vectors_of(deltas, config))
     each = columns <= Quantization.few_rows and not dropping  # whether the states after each column are kept
     states: list[list[DeltaState | None]] = [[None] * len(text.layers) for _ in range(columns if each else 1)]
     entered = []
@@ -430,6 +443,8 @@ def forward(
             x = x + deepstack[0, -len(x) :]
             deepstack = deepstack[1:]
         if dropping:
+            from evoprune.methods import LayerState
+
             x, deepstack, stay = dropping.after(LayerState(i + 1, entering, x, places, bias, *heads), deepstack)
             if stay is not None:
                 places = places[0][stay], places[1][stay]
@@ -451,6 +466,8 @@ def _in_few_operations(
     pause: Callable[[], None],
 ) -> torch.Tensor:
     """Run a model with Gated DeltaNets using `hybrid.run`, and return the hidden states of all new columns. See `forward`."""
+    from evoprune.language import hybrid
+
     config = model.config.text_config
     every = cache.sizes_with(sizes, len(x))
     before = cache.length
@@ -475,17 +492,19 @@ class _PassStates:
     def __init__(self, cache: KVCache):
         self.read = 0  # number of columns that earlier strips of the pass have read
         self._cache = cache
+        from evoprune.language.hybrid import Pass
+
         self._passes = [state and Pass(state) for state in cache.states]
 
     @property
-    def after(self) -> list[DeltaState | None]:
+    def after(self) -> "list[DeltaState | None]":
         """The states of all layers after all columns."""
         return [each and each.after for each in self._passes]
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cache.put(layer, keys, values, self.read)
 
-    def memory(self, layer: int) -> Pass:
+    def memory(self, layer: int) -> "Pass":
         return self._passes[layer]
 
 
@@ -591,8 +610,8 @@ def run_layer(
 
 
 def run_delta_layer(
-    layer, x: torch.Tensor, before: DeltaState, config, vectors: Vectors
-) -> tuple[torch.Tensor, list[DeltaState]]:
+    layer, x: torch.Tensor, before: "DeltaState", config, vectors: "Vectors"
+) -> "tuple[torch.Tensor, list[DeltaState]]":
     """Run a single layer with a Gated DeltaNet on new columns.
 
     Args:
@@ -605,8 +624,10 @@ def run_delta_layer(
     Returns:
         The columns' output, and the state after each column, or only after the last one if there are more than a few columns.
     """
+    from evoprune.language import hybrid
+
     delta = layer.linear_attn
-    memory = Pass(before)
+    memory = hybrid.Pass(before)
     h = norm(x, layer.input_layernorm.weight, config)
     if len(x) <= Quantization.few_rows:
         new, recurrent = hybrid.read_one_by_one(delta, config, h, memory, vectors)

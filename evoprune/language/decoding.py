@@ -4,17 +4,18 @@ All decoders have the same method. A decoder that cannot generate the next token
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from evoprune.backend import Device, Quantization
 from evoprune.errors import callback_errors
-from evoprune.language import static
 from evoprune.language.generate import PrefillState
 from evoprune.language.lookup import Lookup
 from evoprune.language.sampling import TokenLogprobs
-from evoprune.language.static import StaticCache
+
+if TYPE_CHECKING:
+    from evoprune.language.static import StaticCache
 
 Picked = tuple[int, TokenLogprobs | None]  # a token, and its log probabilities if they were requested
 # Picks a token from its logits. It also receives the result of `best_of` for these logits, if already known. With `drafted=True`,
@@ -122,6 +123,8 @@ class GraphDecoder:
         )
 
     def next_token(self, ids: Sequence[int], left: int, pick: Pick) -> Picked | None:
+        from evoprune.language import static
+
         state = self._state
         model = state.language.model
         last = len(ids) - 1

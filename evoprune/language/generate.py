@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from evoprune.backend import Device, Packing, Quantization, to_device
 from evoprune.errors import ModelError, call, not_a_number_error
-from evoprune.language import decoder, hosted, hybrid, static
+from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
-from evoprune.language.hosted import HostedCache
 from evoprune.language.pruned import PrunedPrompt
-from evoprune.methods import Dropping, MethodChain, arange_on
+from evoprune.methods import MethodChain, arange_on
 from evoprune.model import ANSWER_COLUMNS, HostedVL
 from evoprune.vision import Encoded
+
+if TYPE_CHECKING:
+    from evoprune.language.hosted import HostedCache
+    from evoprune.methods import Dropping
 
 
 class LanguageModel:
@@ -27,8 +32,12 @@ class LanguageModel:
 
     def __init__(self, model):
         self.model = model
-        self._hosted = isinstance(model, HostedVL)
-        self._layers = hosted if self._hosted else decoder
+        self._hosted: ModuleType | None = None  # language/hosted.py, if transformers runs the layers
+        if isinstance(model, HostedVL):
+            from evoprune.language import hosted
+
+            self._hosted = hosted
+        self._layers = self._hosted or decoder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,18 +51,20 @@ class LanguageModel:
         With recurrent layers, at most the last few columns can be cropped (see `KVCache`), so callers keep a copy instead.
         """
         if self._hosted:
-            return hosted.can_crop(self.model)
-        return not hybrid.has_deltas(self.model)
+            return self._hosted.can_crop(self.model)
+        return not decoder.has_deltas(self.model)
 
     @property
     def can_capture(self) -> bool:
         """Whether decoding steps can be captured in a CUDA graph, if the device supports graphs."""
+        from evoprune.language import static
+
         return static.can_step(self.model)
 
     @property
     def reads_ids(self) -> bool:
         """Whether some layers require token IDs in addition to embeddings, as in Qwen4-Exp."""
-        return self._hosted and hosted.reads_ids(self.model)
+        return self._hosted is not None and self._hosted.reads_ids(self.model)
 
     @property
     def can_draft(self) -> bool:
@@ -73,7 +84,7 @@ class LanguageModel:
     def runs_modules(self) -> bool:
         """Whether the layers run as transformers modules, so results are rounded exactly as in transformers."""
         device = self.model.model.language_model.norm.weight.device
-        return self._hosted and hosted.run_for(self.model, device) is hosted.run_modules
+        return self._hosted is not None and self._hosted.run_for(self.model, device) is self._hosted.run_modules
 
     @property
     def answer_window(self) -> int | None:
@@ -93,14 +104,14 @@ class LanguageModel:
         embeds = embed(to_device(ids, embed.weight.device))
         return embeds.to(self.dtype)  # the embedding matrix may still have its stored dtype
 
-    def new_cache(self, columns: int | Sequence[int]) -> KVCache | HostedCache:
+    def new_cache(self, columns: int | Sequence[int]) -> "KVCache | HostedCache":
         """Return an empty KV cache with room for a prompt and a typical answer.
 
         Args:
             columns: Number of prompt columns, either a single number for all layers or one number per layer.
         """
         if self._hosted:
-            return HostedCache(self.model)
+            return self._hosted.HostedCache(self.model)
         if isinstance(columns, int):
             return KVCache(self.model, columns + ANSWER_COLUMNS)
         return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
@@ -126,9 +137,9 @@ class LanguageModel:
         inputs_embeds: torch.Tensor,
         positions: torch.Tensor,
         next_position: int,
-        cache: KVCache | HostedCache | None = None,
+        cache: "KVCache | HostedCache | None" = None,
         sizes: torch.Tensor | None = None,
-        dropping: Dropping | None = None,
+        dropping: "Dropping | None" = None,
         deepstack: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
     ) -> "PrefillState":
@@ -155,7 +166,7 @@ class LanguageModel:
 
     def dropping_for(
         self, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
-    ) -> Dropping | None:
+    ) -> "Dropping | None":
         """Return a `Dropping` for a pruned prompt, or None if the pruning method doesn't drop tokens inside the language model.
 
         Args:
@@ -194,11 +205,11 @@ class PrefillState:
     language: LanguageModel
     # Keys and values of the prompt and the answer tokens read so far. During decoding, the last of these may be drafted tokens that
     # are later rejected.
-    cache: KVCache | HostedCache
+    cache: "KVCache | HostedCache"
     logits: torch.Tensor  # float32 `[vocabulary]`, next-token logits after the cached columns
     columns: int  # number of prompt columns in the cache
     next_position: int  # M-RoPE position of the first generated token, on all three axes
-    dropping: Dropping | None = None  # records which tokens were dropped while reading the prompt
+    dropping: "Dropping | None" = None  # records which tokens were dropped while reading the prompt
     prompt_ids: torch.Tensor | None = None  # int64 `[L]`, token IDs of the unpruned prompt, for the repetition penalty
 
     @property
@@ -252,4 +263,6 @@ class PrefillState:
         Args:
             ids: int64 `[n]`, the answer token IDs.
         """
+        from evoprune.language import static
+
         return static.logits_along(self.language.model, self.cache, self.next_position, ids)

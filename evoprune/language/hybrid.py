@@ -174,11 +174,6 @@ def vectors_of(deltas: Sequence[nn.Module], config) -> list[Vectors]:
     return [Vectors(*each, unit) for each in zip(rates, offsets, scales, strict=True)]
 
 
-def has_deltas(model) -> bool:
-    """Return True if any layer of a model is a Gated DeltaNet."""
-    return any(hasattr(layer, "linear_attn") for layer in model.model.language_model.layers)
-
-
 def sizes_of(config):
     """Return the object with the sizes of a model's Gated DeltaNets: its `DeltaNet` config, or the transformers config itself."""
     return getattr(config, "delta_net", config)

@@ -1,22 +1,25 @@
 """Cache the keys and values of the common prefix of prompts, so that they are computed only once."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from evoprune.language.decoder import KVCache
 from evoprune.language.generate import LanguageModel, PrefillState
-from evoprune.language.hosted import HostedCache
 from evoprune.language.prompt import Prompt
 from evoprune.language.pruned import PrunedPrompt
-from evoprune.methods import Dropping
+
+if TYPE_CHECKING:
+    from evoprune.language.hosted import HostedCache
+    from evoprune.methods import Dropping
 
 
 @dataclass(frozen=True)
 class CachedPrefix:
     """A KV cache whose columns a later prompt may reuse."""
 
-    cache: KVCache | HostedCache
+    cache: "KVCache | HostedCache"
     # Number of reusable columns. None means all columns, including those of an answer that is still being decoded.
     length: int | None = None
 
@@ -56,7 +59,7 @@ class PrefixCache:
         self._cached = []
 
     def read(
-        self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: Dropping | None
+        self, pruned: PrunedPrompt, prompt: Prompt, last: bool, goes_on: bool, dropping: "Dropping | None"
     ) -> PrefillState:
         """Read the uncached part of a prompt, and return the state for decoding its answer.
 
@@ -101,7 +104,7 @@ class PrefixCache:
             self._cached = [CachedPrefix(state.cache, ends[-1])]
         return state
 
-    def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> tuple[KVCache | HostedCache | None, int]:
+    def _take_cache(self, ids: torch.Tensor, inputs: int, last: bool) -> "tuple[KVCache | HostedCache | None, int]":
         """Return a KV cache for a prefix of the prompt and its number of columns, or None and 0 if there is no match.
 
         Args:

@@ -73,3 +73,11 @@ def token_logprobs(logits: torch.Tensor, token: int, most: int) -> TokenLogprobs
     top = logprobs.topk(min(most, len(logprobs)))
     chosen, *values = torch.cat([logprobs[token][None], top.values]).tolist()
     return TokenLogprobs(chosen, list(zip(top.indices.tolist(), values, strict=True)))
+
+
+def best_of(logits: torch.Tensor) -> torch.Tensor:
+    """Return the most probable token, and whether the largest logit is finite (1 or 0), as an int64 tensor `[2]`.
+
+    Using a single tensor requires only one copy to the host. `logits` is float32 `[vocabulary]`.
+    """
+    return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
-from evoprune.language.schema import SchemaOfClass, checked_value, instance_of, read_schema, schema_of
 from evoprune.model import GenerationSettings
 from evoprune.untrusted import rules_of
 from evoprune.util import brief, converted, is_text, option, shorten, shown
@@ -101,8 +101,8 @@ class GenerationOptions:
         "`Answer.parsed` is its value, an instance of the class. Needs evoprune[schema].",
         metavar="FILE|JSON",
         typed=str,
-        parse=read_schema,
-        convert=lambda given: None if given is None else schema_of(given),
+        parse=lambda typed: None if typed is None else _schemas().read_schema(typed),
+        convert=lambda given: None if given is None else _schemas().schema_of(given),
     )
     regex: str | None = option(
         None,
@@ -234,9 +234,10 @@ class GenerationOptions:
         Raises:
             UsageError: If the answer doesn't follow the schema, or the class rejects the value.
         """
-        value = checked_value(answer, self.schema)
-        if value is not None and isinstance(self.schema, SchemaOfClass):
-            return value, instance_of(self.schema.kind, answer)
+        schemas = _schemas()
+        value = schemas.checked_value(answer, self.schema)
+        if value is not None and isinstance(self.schema, schemas.SchemaOfClass):
+            return value, schemas.instance_of(self.schema.kind, answer)
         return value, value
 
     def record(self, seed: int) -> dict[str, Any]:
@@ -246,6 +247,13 @@ class GenerationOptions:
         if self.choices is None:
             known.pop("choice_score")
         return known
+
+
+def _schemas() -> ModuleType:
+    """Return language/schema.py, which is imported only for options with a schema."""
+    from evoprune.language import schema
+
+    return schema
 
 
 def _checked_stops(given: Any) -> list[str] | None:

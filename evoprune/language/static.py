@@ -29,9 +29,10 @@ from evoprune.backend import (
 from evoprune.errors import DeviceWarning, first_line
 from evoprune.language import hosted, hybrid
 from evoprune.language.attention import OneColumn
-from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, run_layer
+from evoprune.language.decoder import KVCache, cos_sin_of, frequencies_of, has_deltas, run_layer
 from evoprune.language.hosted import HostedCache
 from evoprune.language.hybrid import DeltaState
+from evoprune.language.sampling import best_of
 from evoprune.model import Cost, HostedVL, head_size, norm, without_autocast
 
 # Number of tokens that an answer must have, and must still be allowed to grow by, before a graph is captured. Capturing a graph
@@ -293,14 +294,6 @@ def _is_linear(layer) -> bool:
     return hasattr(layer, "recurrent_states")
 
 
-def best_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the most probable token, and whether the largest logit is finite (1 or 0), as an int64 tensor `[2]`.
-
-    Using a single tensor requires only one copy to the host. `logits` is float32 `[vocabulary]`.
-    """
-    return torch.stack([logits.argmax(), logits.amax().isfinite().long()])  # the maximum is NaN if any logit is
-
-
 @torch.inference_mode()
 @without_autocast()
 @without_cudnn()
@@ -323,7 +316,7 @@ _caches_lock = threading.Lock()
 def new_cache(model, columns: int) -> StaticCache:
     if isinstance(model, HostedVL):
         return HostedStaticCache(model, columns)
-    if hybrid.has_deltas(model):
+    if has_deltas(model):
         return DeltaStaticCache(model, columns)
     return NativeStaticCache(model, columns)
 

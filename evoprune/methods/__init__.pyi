@@ -1,6 +1,5 @@
 from .base import EncoderMethod as EncoderMethod
 from .base import InputMethod as InputMethod
-from .base import Merger as Merger
 from .base import Selector as Selector
 from .baselines import DivPrune as DivPrune
 from .baselines import smaller_frame as smaller_frame
@@ -16,6 +15,7 @@ from .language import LayerState as LayerState
 from .language import LayerTokens as LayerTokens
 from .language import one_drop as one_drop
 from .language import several_drops as several_drops
+from .merger import Merger as Merger
 from .plans import EncoderPlan as EncoderPlan
 from .plans import Grid as Grid
 from .plans import SetAside as SetAside

@@ -1,30 +1,22 @@
 """Base classes for pruning methods. A method is a small frozen dataclass whose fields are its settings.
 
-There are four types of methods. An `InputMethod` makes the video smaller. An `EncoderMethod` (such as a `Merger`) reduces the
-number of rows between tower layers. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside the
-language model (methods/language.py). Methods don't need to know about windows, rotary positions, patch mergers, placeholders, or
-prompts. methods/chain.py combines methods of different types.
+There are four types of methods. An `InputMethod` makes the video smaller. An `EncoderMethod`, such as a `Merger` (merger.py),
+reduces the number of rows between tower layers. A `Selector` selects tokens after the tower. A `LanguageMethod` drops tokens inside
+the language model (methods/language.py). Methods don't need to know about windows, rotary positions, patch mergers, placeholders,
+or prompts. methods/chain.py combines methods of different types.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from math import inf, isfinite, prod
+from math import inf, isfinite
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from evoprune.errors import UsageError
-from evoprune.methods.plans import (
-    Grid,
-    Merge,
-    Stage,
-    TowerShape,
-    layer_weights,
-    rows_after_layers,
-    spread,
-)
-from evoprune.methods.types import Candidates, Selection, Tokens
+from evoprune.methods.plans import Grid, Stage, TowerShape
+from evoprune.methods.types import Selection, Tokens
 
 
 @dataclass(frozen=True)
@@ -145,56 +137,6 @@ class EncoderMethod(Method, ABC):
         Args:
             keep: K, the number of tokens to keep, which is always less than the number of units in `grid`.
         """
-
-
-@dataclass(frozen=True)
-class Merger(EncoderMethod, ABC):
-    """A method that merges similar rows between the encoder's layers. Only rows in the same window or frame pair can merge."""
-
-    # The feature that `match` compares: "keys" (the layer's keys before rotary embedding), "keys_rotary", or "hidden". Add
-    # "attention" if `match` also needs the attention that the rows receive in the layer.
-    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
-    size_bias: ClassVar[bool] = True  # whether attention weights a merged row by its cluster size (ToMe, section 3)
-
-    @abstractmethod
-    def match(self, candidates: Candidates, remove: torch.Tensor) -> torch.Tensor:
-        """Choose which rows to merge, and which rows to merge them into.
-
-        The encoder calls this method repeatedly until every group has lost enough rows. Each round must remove at least one row in
-        total. On a GPU, the method must not read values back to the host, so it cannot use `item`, `nonzero`, or boolean indexing.
-
-        Args:
-            remove: int64 `[B]`, the maximum number of rows to remove from each group in this round.
-
-        Returns:
-            int64 `[B, n]`, the row that each row merges into, as an index within the group. Kept rows map to themselves.
-        """
-
-    def rows(self, tower: TowerShape, units: int, windows: int, keep: int) -> list[int]:
-        """Return the number of rows left in a frame pair after each layer. By default, all layers remove the same number of rows.
-
-        Args:
-            keep: The number of rows to leave after the last layer.
-        """
-        return rows_after_layers(tower, units, windows, keep, layer_weights(tower.depth, "mean", 0.0, 1.0))
-
-    def rounds(self, rows: int, left: int) -> int:
-        """Return the maximum number of `match` calls needed to reduce a group from `rows` to `left` rows."""
-        return rows - left
-
-    def stages(self, tower: TowerShape, grid: Grid, keep: int) -> list[Stage]:
-        count, height, width = grid
-        units = height * width
-        windows = tower.windows(height, width)
-        shares = [max(1, share) for share in spread(keep, count)]
-        of_share = {share: self.rows(tower, units, windows, share) for share in set(shares)}
-        stages = []
-        before = prod(grid)
-        for layer, left in enumerate(zip(*(of_share[share] for share in shares), strict=True), 1):
-            if sum(left) < before:
-                before = sum(left)
-                stages.append(Stage(layer, before, Merge(self, left)))
-        return stages
 
 
 def check_settings(method: object) -> None:

@@ -7,7 +7,7 @@ The four components of a chain act on the input, inside the encoder, after the e
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -15,9 +15,14 @@ from evoprune.backend import DeviceName
 from evoprune.errors import UsageError, call
 from evoprune.methods.base import EncoderMethod, InputMethod, Method, Selector, not_automatic
 from evoprune.methods.budget import AUTO, AUTO_INFLECTION, Budget
-from evoprune.methods.language import LanguageMethod
 from evoprune.methods.plans import EncoderPlan, Grid, Stage, TowerShape
 from evoprune.methods.registry import MethodText, impossible
+
+if TYPE_CHECKING:
+    from evoprune.methods.language import LanguageMethod
+
+# The fields of a `MethodChain`, by the point at which a method acts (`Method.acts`).
+PARTS = {"input": "input", "inside": "encoder", "after": "selector", "language": "language"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class MethodChain:
     input: InputMethod | None = None
     encoder: EncoderMethod | None = None
     selector: Selector | None = None
-    language: LanguageMethod | None = None
+    language: "LanguageMethod | None" = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -50,12 +55,11 @@ class MethodChain:
 
     @classmethod
     def of(cls, *methods: Method) -> Self:
-        """Create a chain of methods by assigning each method to the field for its type.
+        """Create a chain of methods by assigning each method to the field for the point at which it acts.
 
         Instances of the base class `Method` prune nothing, so they are ignored.
         """
-        classes = {"input": InputMethod, "encoder": EncoderMethod, "selector": Selector, "language": LanguageMethod}
-        return cls(**{part: method for method in methods for part, kind in classes.items() if isinstance(method, kind)})
+        return cls(**{PARTS[method.acts]: method for method in methods if method.acts in PARTS})
 
     @property
     def possible(self) -> bool:

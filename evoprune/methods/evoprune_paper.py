@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from evoprune.backend import snap
-from evoprune.methods.base import Merger
-from evoprune.methods.plans import TowerShape, layer_weights, rows_after_layers
+from evoprune.methods.merger import Merger, layer_weights, rows_after_layers
+from evoprune.methods.plans import TowerShape
 from evoprune.methods.ranking import alternate, match
 from evoprune.methods.types import Candidates, arange_on
 

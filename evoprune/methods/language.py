@@ -17,8 +17,8 @@ from evoprune.backend import Timer, snap, to_device
 from evoprune.errors import UsageError, call
 from evoprune.methods.base import Method, check_ranges
 from evoprune.methods.budget import Budget
+from evoprune.methods.checking import check_selection
 from evoprune.methods.ranking import highest
-from evoprune.methods.selecting import check_selection
 from evoprune.methods.types import Selection, arange_on, nonzero_fixed
 from evoprune.model import heads_of, norm, rotate
 

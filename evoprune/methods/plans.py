@@ -4,7 +4,6 @@ A method creates its plan before the first frame is read, and the encoder execut
 and the cache key are also based on the plan.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ def spread(keep: int, pairs: int) -> list[int]:
 
 
 # The encoder's plan: the number of tokens to keep, and the stages that progressively reduce the number of rows.
-
-ALLOCATIONS = ("mean", "skip", "first", "last", "increasing", "decreasing")
 
 Grid = tuple[int, int, int]
 
@@ -208,59 +205,3 @@ class EncoderPlan:
         fewer = (s for s in self.stages if s is not self.token_stage and not isinstance(s.reduce, SetAside))
         counts = [self.units, *(stage.rows for stage in fewer)]
         return counts[-1]
-
-
-def layer_weights(depth: int, allocation: str, first: float, last: float) -> dict[int, float]:
-    """Return the layers that reduce the number of rows, and each layer's share of the total reduction.
-
-    The allocations come from EvoPrune (arXiv 2603.03681).
-
-    Args:
-        allocation: How to distribute the reduction over the layers. One of `ALLOCATIONS`.
-        first, last: The range of layers as relative depths, where layer l ends at (l + 1) / depth. The range always covers at least
-            one layer.
-
-    Raises:
-        ValueError: If the allocation is unknown or the range is empty.
-    """
-    if allocation not in ALLOCATIONS or not 0 <= first <= last <= 1:
-        known = f"use one of {ALLOCATIONS}, and 0 <= first <= last <= 1"
-        raise ValueError(f"no schedule {allocation!r} from {first} to {last}: {known}")
-    end = min(depth, max(1, round(last * depth))) - 1
-    begin = min(end, max(0, math.ceil(first * depth) - 1))
-    layers = list(range(begin, end + 1))
-    n = len(layers)
-    weights = {
-        "mean": lambda i: 1,
-        "skip": lambda i: (n - 1 - i) % 2 == 0,  # every second layer, including the last layer of the range
-        "first": lambda i: i < (n + 1) // 2,
-        "last": lambda i: i >= n // 2,
-        "increasing": lambda i: i + 1,
-        "decreasing": lambda i: n - i,
-    }[allocation]
-    total = sum(weights(i) for i in range(n))
-    return {layer: weights(i) / total for i, layer in enumerate(layers) if weights(i)}
-
-
-def rows_after_layers(tower: TowerShape, units: int, windows: int, keep: int, weights: dict[int, float]) -> list[int]:
-    """Return the number of rows in one frame pair after each layer, from `units` down to `keep`.
-
-    A layer that merges within windows must leave at least one row in each window. The next full-attention layer removes any excess
-    rows, even if it is not in `weights`. In a tower without full-attention layers, more than `keep` rows can remain.
-
-    Args:
-        weights: Each layer's share of the reduction, from `layer_weights`.
-    """
-    rows = units
-    done = 0.0
-    counts = []
-    for layer in range(tower.depth):
-        done += weights.get(layer, 0.0)
-        wish = units - math.floor((units - keep) * min(done, 1.0) + 0.5)
-        if tower.scope(layer) == "window":
-            wish = max(wish, windows)
-            if layer not in weights:  # among layers not listed in `weights`, only full-attention layers reduce rows
-                wish = rows
-        rows = min(rows, wish)
-        counts.append(rows)
-    return counts

@@ -1,14 +1,13 @@
 from .ahead import ReadAhead as ReadAhead
 from .ahead import read_ahead as read_ahead
 from .answers import Answer as Answer
-from .answers import Chat as Chat
 from .asking import Askable as Askable
 from .asking import EncodedInputs as EncodedInputs
 from .cache import Cache as Cache
+from .chat import Chat as Chat
 from .encoding import OpenInputs as OpenInputs
 from .encoding import inputs_of as inputs_of
 from .encoding import open_inputs as open_inputs
-from .hub import BUNDLED_CONFIGS as BUNDLED_CONFIGS
 from .loading.description import ModelDescription as ModelDescription
 from .loading.description import describe as describe
 from .loading.hosted import meta_model as meta_model
@@ -26,6 +25,7 @@ from .options import PruneOptions as PruneOptions
 from .options import StreamOptions as StreamOptions
 from .prompting import prompt_about as prompt_about
 from .prompting import with_subtitles as with_subtitles
+from .published import BUNDLED_CONFIGS as BUNDLED_CONFIGS
 from .reading import probed as probed
 from .report import pruning_facts as pruning_facts
 from .result import InputResult as InputResult

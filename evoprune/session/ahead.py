@@ -18,7 +18,6 @@ from evoprune.errors import UsageError, VideoError
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.reading import PATIENCE_S, Prefetcher, Reading, probed, state_of, stop_all
-from evoprune.session.speech import begin_speech
 from evoprune.signatures import takes
 from evoprune.suggestions import Suggesting
 from evoprune.util import brief, from_keywords
@@ -145,7 +144,10 @@ class ReadAhead(Prefetcher[_Prefetch, FrameChunk], Suggesting):
         source = plan.source
         times = plan.sampling.times_s
         prefetch.request = _request(plan)
-        self._stop_speech.append(begin_speech(plan, sampling, self.model.options))
+        if sampling.speech != "none":
+            from evoprune.session.speech import begin_speech
+
+            self._stop_speech.append(begin_speech(plan, sampling, self.model.options))
         size = plan.chunk_bytes
         reading.chunk_bytes = source.width * source.height * 3 * min(len(times), source.frames_at_once(size))
         cores = self.model.options.cores

@@ -19,7 +19,7 @@ from evoprune.language import GenerationOptions, PrefillState, PrefixCache, Prom
 from evoprune.model import Clock, Cost
 from evoprune.report import ABOUT_SOUND, EncodingTimes, Report, TokenCounts
 from evoprune.session.answering import Answering, Request
-from evoprune.session.answers import Answer, Chat, Shape
+from evoprune.session.answers import Answer, Shape
 from evoprune.session.memory import TEXT
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
 from evoprune.session.result import InputResult
@@ -32,6 +32,7 @@ from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
     from evoprune.keywords import GenerationKeywords, UntypedKeywords
+    from evoprune.session.chat import Chat
 
 
 class Askable(ABC, Uncopied, Suggesting):
@@ -159,6 +160,8 @@ class Askable(ABC, Uncopied, Suggesting):
             UsageError: If `messages` has an invalid format, or the pruning method reads the question.
         """
         self._session.pruning.method.check_conversation()
+        from evoprune.session.chat import Chat
+
         return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
 
     def _answer(self, request: Request) -> Answer:

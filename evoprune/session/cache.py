@@ -27,6 +27,7 @@ from evoprune.bundled import Demo
 from evoprune.errors import UsageError
 from evoprune.files import FileMemo, cache_folder, replacing, unfinished_pattern
 from evoprune.session.gguf.folder import GgufFolders
+from evoprune.session.result import Entry
 from evoprune.suggestions import Suggesting
 from evoprune.untrusted import loads
 from evoprune.util import CONVERT, brief, check_type, converted, file_stats, open_safetensors
@@ -157,15 +158,6 @@ class Entries(Suggesting):
             if superfluous:
                 with suppress(OSError):
                     path.unlink()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A cache entry containing an encoded video and the timestamps of its frames."""
-
-    encoded: Encoded
-    read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
-    moved: bool  # whether any frames were replaced with nearby keyframes; see `FrameChunk`
 
 
 @converted

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -23,21 +23,18 @@ from evoprune.methods import MethodText
 from evoprune.report import INPUT_STAGES, OVERLAP
 from evoprune.session.ahead import ReadAhead
 from evoprune.session.asking import EncodedInputs
-from evoprune.session.cache import Cache, Entry, own_code
 from evoprune.session.memory import TEXT
 from evoprune.session.patches import content_key, patch_bytes
 from evoprune.session.prompting import with_subtitles
 from evoprune.session.reading import Reading, Readings, SharedChunks, probed
-from evoprune.session.result import InputResult
+from evoprune.session.result import Entry, InputResult
 from evoprune.session.session import Session
-from evoprune.session.speech import with_speech
 from evoprune.timeline import Timeline, account, this_thread
 from evoprune.util import brief
 from evoprune.video import (
     Folder,
     FrameChunk,
     GivenInput,
-    HeldVideo,
     Input,
     InputLimits,
     Plan,
@@ -46,6 +43,9 @@ from evoprune.video import (
     read_chunks,
 )
 from evoprune.vision import TowerOutput, encode_rows, patches_of
+
+if TYPE_CHECKING:
+    from evoprune.session.cache import Cache
 
 Path = str | os.PathLike[str]
 # A progress callback. Its arguments are a stage ("read", "encode", or "layers"), the amount done so far, and the total.
@@ -133,7 +133,7 @@ class _Input:
     tower: Tower | None
     threaded: bool
     ahead: ReadAhead | None
-    cache: Cache | None
+    cache: "Cache | None"
     temporary: bool
 
     def __post_init__(self):
@@ -382,6 +382,8 @@ def entry_key(session: Session, plan: Plan, hashed: Callable[[Path], str]) -> st
     Returns:
         The key, or None if the model has no fingerprint, the input is an array, or the file cannot be read.
     """
+    from evoprune.session.cache import own_code
+
     loaded = session.loaded
     pruning = session.pruning
     limits = loaded.limits[plan.kind]
@@ -434,7 +436,7 @@ class OpenInputs:
         tower: Tower | None = None,
         threaded: bool = True,
         ahead: ReadAhead | None = None,
-        cache: Cache | None = None,
+        cache: "Cache | None" = None,
         temporary: Collection[str] = (),
         files: ExitStack | None = None,
     ):
@@ -481,13 +483,15 @@ class OpenInputs:
             each.begin()
             each.wait()
 
-    def hear(self, sampling: SamplingOptions, cache: Cache | None = None, progress: Progress | None = None) -> None:
+    def hear(self, sampling: SamplingOptions, cache: "Cache | None" = None, progress: Progress | None = None) -> None:
         """Transcribe the inputs' speech while their frames are being read. Does nothing if `speech` is "none".
 
         Raises the same errors as `speech.with_speech`.
         """
         if sampling.speech == "none":
             return
+        from evoprune.session.speech import with_speech
+
         loaded = self.session.loaded
         if self._inputs[0].threaded and self._inputs[0].frames is None:
             self.begin()
@@ -576,7 +580,7 @@ def open_inputs(
     *,
     progress: Progress | None = None,
     names: Sequence[str] | None = None,
-    cache: Cache | None = None,
+    cache: "Cache | None" = None,
     frames: FrameFilter | None = None,
     tower: Tower | None = None,
     ahead: ReadAhead | None = None,
@@ -664,6 +668,8 @@ def inputs_of(given: Any, frame_rate: float | None = None, times_s: Sequence[flo
     made: list[Input] = []
     for value in inputs:
         if GivenInput(value).is_frames:
+            from evoprune.video import HeldVideo
+
             made.append(HeldVideo.of(value, frame_rate, times_s, several=len(inputs) > 1))
         elif GivenInput(value).has_content:
             made.append(value)

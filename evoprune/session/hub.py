@@ -8,24 +8,16 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-import evoprune
 from evoprune.errors import ModelError, first_line
 from evoprune.model import FAMILIES
+from evoprune.session.published import BUNDLED_CONFIGS, MODEL_HINT, SERIES
 from evoprune.util import listed
 
-# Bundled copies of published config.json files, so that benchmarks can run without network access.
-BUNDLED_CONFIGS = {
-    f"Qwen/{path.stem}": path for path in sorted((Path(evoprune.__file__).parent / "model" / "configs").glob("*.json"))
-}
 # Hub IDs of supported Qwen models that "did you mean" hints may suggest.
 PUBLISHED = (*BUNDLED_CONFIGS, *(f"Qwen/{name}" for family in FAMILIES.values() for name in family.published))
 SETTINGS = ("config.json", "*processor_config.json")  # files read by `describe`
-SMALL_FILES = ("*.json", "*.jinja", "merges.txt")  # settings, tokenizer, and chat template
-SERIES = sorted({name for family in FAMILIES.values() for name in family.series}, reverse=True)  # newest first
-MODEL_HINT = f"evoprune runs {listed(SERIES)}, such as Qwen/Qwen2.5-VL-3B-Instruct, and its demos"
 HUB_SECONDS = 5.0
 LONGEST_NAME = 200  # maximum number of characters of a name to correct; comparing longer ones would take seconds
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _GGUF = re.compile(r"(^|[-_./])gguf($|[-_.])", re.IGNORECASE)
 _MLX = re.compile(r"(^|[-_./])mlx($|[-_.])", re.IGNORECASE)
 # Matches the name of a series, however it is punctuated: Qwen2.5-VL is also found in qwen25vl.
@@ -34,11 +26,6 @@ _KNOWN = re.compile(_SERIES, re.IGNORECASE)
 _ORIGINAL = re.compile(
     rf"({'|'.join(map(re.escape, SERIES))})-([\d.]+b(-a\d+b)?|flash-next)(-instruct|-thinking)?", re.IGNORECASE
 )
-
-
-def is_id(name: str) -> bool:
-    """Return True if a name looks like a Hugging Face hub ID (`org/name`)."""
-    return bool(_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def nearest_id(name: str) -> str | None:
@@ -123,11 +110,6 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
     except ValueError:  # not a valid hub ID, possibly because it is too long
         return None
     return Path(path).parent if isinstance(path, str) else None
-
-
-def cached_id(folder: Path) -> str:
-    """Convert the name of a folder in the local cache (`models--org--name`) to a hub ID (`org/name`)."""
-    return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def reach(name: str, revision: str | None, offline: bool) -> str | None:

@@ -14,7 +14,7 @@ from evoprune.errors import OTHER_MODELS, ModelError, UsageError, VideoError
 from evoprune.language import GenerationOptions
 from evoprune.methods import Budget, MethodText
 from evoprune.session.gguf.folder import gguf_files, gguf_folder
-from evoprune.session.hub import MODEL_HINT, is_id, near_hint
+from evoprune.session.published import MODEL_HINT, is_id
 from evoprune.util import (
     brief,
     converted,
@@ -237,9 +237,10 @@ class ModelOptions:
                 "give a GGUF file, or the folder that contains config.json and the weights",
             )
         if not is_id(name):
-            meant = near_hint(name) or did_you_mean(name, DEMOS)
+            from evoprune.session.hub import near_hint
             from evoprune.session.local_models import here_hint, ollama_hint
 
+            meant = near_hint(name) or did_you_mean(name, DEMOS)
             hint = missing_hint(name, f"{ollama_hint(name)}{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None

@@ -6,7 +6,6 @@ from dataclasses import replace
 from evoprune.language import Prompt, Tokenizer, Turn, timestamps
 from evoprune.model import VisionConfig
 from evoprune.session.options import ModelOptions
-from evoprune.session.speech import with_speech
 from evoprune.video import Plan, SamplingOptions, read_subtitles
 
 
@@ -22,7 +21,11 @@ def with_subtitles(
     found = read_subtitles(plan.info, sampling.subtitles_wanted, span.start_s, span.end_s)
     fitted = found.fitted(sampling.max_subtitle_tokens, lambda text: len(tokenizer.encode(text)))
     plan = replace(plan, subtitles=fitted)
-    return with_speech(tokenizer, plan, sampling, options) if options else plan
+    if options is None or sampling.speech == "none":
+        return plan
+    from evoprune.session.speech import with_speech
+
+    return with_speech(tokenizer, plan, sampling, options)
 
 
 def prompt_about(

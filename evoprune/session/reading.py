@@ -17,11 +17,14 @@ from contextvars import Context, copy_context
 from enum import Enum, auto
 from functools import partial
 from itertools import count
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from evoprune.files import FileIdentity
 from evoprune.timeline import Timeline
-from evoprune.video import Folder, HeldVideo, Scope, Stopped, Video, probe
+from evoprune.video import Folder, Scope, Stopped, Video, probe
+
+if TYPE_CHECKING:
+    from evoprune.video import HeldVideo
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -443,9 +446,9 @@ _probed: dict[tuple[str, float], tuple[tuple | None, Video]] = {}
 _probed_lock = threading.Lock()
 
 
-def probed(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float) -> Video:
+def probed(path: "str | os.PathLike[str] | HeldVideo", *, folder_fps: float) -> Video:
     """Return an input's metadata (see `frames.probe`), which is cached until the file changes."""
-    if isinstance(path, HeldVideo):
+    if isinstance(path, Video):  # an array of frames
         return path
     if Folder.is_at(path):  # probed quickly unless it changed, whereas checking the state of every image takes long
         return probe(path, folder_fps=folder_fps)

@@ -6,13 +6,17 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from math import prod
+from typing import TYPE_CHECKING
 
 from evoprune.backend import Device
-from evoprune.methods import Dropping, PruneConfig
+from evoprune.methods import PruneConfig
 from evoprune.report import EQUAL_SCORES, InputFacts, InputTimes, Memory, Pruning, Rate, Report, Sampling, VideoFacts
 from evoprune.session.result import InputResult
 from evoprune.session.session import Session
 from evoprune.vision import Encoded
+
+if TYPE_CHECKING:
+    from evoprune.methods import Dropping
 
 
 def pruning_facts(config: PruneConfig, units: int, read: Sequence[Encoded], positions: str) -> Pruning:
@@ -152,7 +156,7 @@ def fill_times(report: Report, seconds: dict[str, float], total: float, device: 
     report.memory.own_bytes, report.memory.mapped_bytes = Device(device).memory_in_use()
 
 
-def fill_dropped(report: Report, dropping: Dropping | None) -> None:
+def fill_dropped(report: Report, dropping: "Dropping | None") -> None:
     """Add the number of visual tokens read by each language model layer to a report. This synchronizes the device.
 
     Does nothing if `dropping` is None, which means that no tokens are dropped inside the language model.

@@ -9,6 +9,15 @@ from evoprune.vision import Encoded
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A cache entry containing an encoded video and the timestamps of its frames."""
+
+    encoded: Encoded
+    read_s: tuple[float, ...]  # timestamps of the decoded frames, in seconds
+    moved: bool  # whether any frames were replaced with nearby keyframes; see `FrameChunk`
+
+
+@dataclass(frozen=True)
 class InputResult:
     """The visual tokens of one video or image, together with its final plan, stage times, and warnings."""
 

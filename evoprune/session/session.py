@@ -13,12 +13,12 @@ from evoprune.errors import USE_LESS, OutOfMemory, UsageError
 from evoprune.language import GenerationOptions, Prompt, Turn
 from evoprune.methods import Budget, PruneConfig
 from evoprune.model import Cost
-from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.prompting import prompt_about
+from evoprune.session.published import BUNDLED_CONFIGS
 from evoprune.util import brief, counted
 from evoprune.video import Plan
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from evoprune.errors import UsageError, VideoError
 from evoprune.util import is_url
-from evoprune.video.held import HeldVideo
 from evoprune.video.info import (
     FOLDER_FPS,
     MAX_TIMES,
@@ -27,14 +26,16 @@ from evoprune.video.info import (
     Subtitles,
     Video,
     check_seek,
+    is_held,
 )
 from evoprune.video.reader_table import reader_of
 from evoprune.video.sandbox.isolation import run_task, stream_frames
-from evoprune.video.temporary import temporary_file
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from evoprune.video.held import HeldVideo
 
 DECODERS = get_args(Decoder)
 STDIN = "-"
@@ -42,7 +43,7 @@ OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/")  # paths that refer to fi
 CHUNK_BYTES = 2**20  # chunk size for copying standard input
 
 
-def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDER_FPS) -> Video:
+def probe(path: "str | os.PathLike[str] | HeldVideo", *, folder_fps: float = FOLDER_FPS) -> Video:
     """Read the metadata of a video file, a still image, or a folder of images treated as a video.
 
     To keep this fast, only the first frame is decoded, and the duration is measured from the packets of the last few seconds. If
@@ -58,7 +59,7 @@ def probe(path: str | os.PathLike[str] | HeldVideo, *, folder_fps: float = FOLDE
         VideoError: The file does not exist, is not a video, has no video stream, or has no decodable frames; or the folder contains
             no images. See also `isolation.run_task`.
     """
-    if isinstance(path, HeldVideo):
+    if is_held(path):
         return path
     return Video(**_run("probe", path, folder_fps=folder_fps))
 
@@ -189,7 +190,7 @@ def read_chunks(
     check_seek(seek)
     decoder = choose_decoder(decoder, info)
     per_chunk = info.frames_at_once(chunk_bytes)
-    if isinstance(info, HeldVideo):
+    if is_held(info):
         return _held_chunks(info, times, per_chunk)
     firsts = range(0, len(times), per_chunk)
     sizes = [min(per_chunk, len(times) - first) for first in firsts]
@@ -217,7 +218,7 @@ def checked_times(times_s: Iterable[float]) -> tuple[float, ...]:
     return times
 
 
-def _held_chunks(info: HeldVideo, times: Sequence[float], per_chunk: int) -> Iterator[FrameChunk]:
+def _held_chunks(info: "HeldVideo", times: Sequence[float], per_chunk: int) -> Iterator[FrameChunk]:
     for first in range(0, len(times), per_chunk):
         frames, own_s = info.on_screen(times[first : first + per_chunk])
         yield FrameChunk(first, frames, own_s)
@@ -234,7 +235,7 @@ def choose_decoder(decoder: str, info: Video | None = None) -> str:
         UsageError: The decoder is unknown, or decord is requested but not installed.
         VideoError: decord is requested, but it is known to fail on this kind of video.
     """
-    if isinstance(info, HeldVideo):
+    if is_held(info):
         return "none"
     if info is not None and info.is_picture:
         return reader_of(info).decoder
@@ -298,6 +299,8 @@ def local_file(
         status = os.fstat(stdin.fileno())
         if stat.S_ISCHR(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):  # /dev/null is empty
             raise VideoError("standard input is a device, not a video", hint)
+    from evoprune.video.temporary import temporary_file
+
     with temporary_file(iter(partial(stdin.read, CHUNK_BYTES), b""), "standard input", "stdin") as path:
         if not os.path.getsize(path):
             raise VideoError("standard input is empty", "did the command before the pipe fail?")

@@ -155,6 +155,11 @@ class Video:
         return self.stated_s - self.duration_s > max(0.5, 0.02 * self.stated_s)
 
 
+def is_held(value: Any) -> bool:
+    """Return True if a value is a `HeldVideo`, whose frames are in memory."""
+    return isinstance(value, Video) and not value.is_file
+
+
 def span_of(duration_s: float, start_s: float = 0.0, end_s: float | None = None) -> tuple[float, float]:
     """Resolve a user-specified time span to start and end times in seconds from the first frame.
 

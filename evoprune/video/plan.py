@@ -18,7 +18,6 @@ from evoprune.untrusted import Rule
 from evoprune.util import converted, listed, option, parse_time
 from evoprune.video.info import FOLDER_FPS, MAX_TIMES, Decoder, Kind, PromptSubtitles, Seek, Video, check_seek, span_of
 from evoprune.video.reader_table import package_of
-from evoprune.video.sound import check_speech
 
 if TYPE_CHECKING:
     from evoprune.methods import PruneConfig
@@ -119,7 +118,10 @@ class SamplingOptions:
     )
 
     def __post_init__(self):
-        check_speech(self.speech)
+        if self.speech != "none":
+            from evoprune.video.sound import check_speech
+
+            check_speech(self.speech)
         if not self.subtitles:
             raise UsageError("subtitles is empty", "give none, auto or a file")
         if self.max_subtitle_tokens < 1:

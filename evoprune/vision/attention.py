@@ -21,6 +21,10 @@ from evoprune.model import PATCHES, without_autocast
 from evoprune.vision.layout import Scope, bincount_fixed, cat, group_table, group_units, order_tables, runs
 from evoprune.vision.rows import Rows
 
+# Name of the received attention when it is computed separately, in float32 (`attention_received`). "attention", on the other hand,
+# is a by-product of the layer's own computation.
+PRECISE_ATTENTION = "precise attention"
+
 
 @dataclass(frozen=True)
 class PaddedGroups:

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,7 @@ from evoprune.methods import (
 from evoprune.model import PATCHES, Tower, VisionConfig, all_finite, without_autocast
 from evoprune.suggestions import Suggesting
 from evoprune.vision.families import embed, merge_patches, merger_norm, tower_layers
-from evoprune.vision.hooks import Hook, selector_hooks
 from evoprune.vision.layout import bincount_fixed, cat, geometry, window_order
-from evoprune.vision.merging import Merging
 from evoprune.vision.patches import (
     CLIP,
     Normal,
@@ -63,6 +61,9 @@ from evoprune.vision.tower import (
     run_by_kernels,
     run_layer,
 )
+
+if TYPE_CHECKING:
+    from evoprune.vision.hooks import Hook
 
 ROWS_AT_ONCE = 512  # number of rows of the cosine-similarity matrix to hold in memory at a time
 
@@ -612,7 +613,7 @@ def _hooks(
     tower: TowerShape,
     merge: Callable[[torch.Tensor], torch.Tensor],
     as_planned: list[torch.Tensor],
-) -> list[Hook]:
+) -> "list[Hook]":
     """Create the hooks required by a pruning method's plan, in execution order.
 
     Args:
@@ -628,6 +629,8 @@ def _hooks(
         if not all(stage.whole_pairs for stage in plan.row_stages):
             problem = "cannot get more than rows after a selection between layers"
             raise TypeError(f"method {selector.name} {problem}")
+        from evoprune.vision.hooks import selector_hooks
+
         before, after = selector_hooks(selector, tower, merge)
     stages = plan.inside_pairs
     aside = [stage.reduce.hook(stage.first_layer) for stage in stages if isinstance(stage.reduce, SetAside)]
@@ -636,7 +639,12 @@ def _hooks(
     mergers = {stage.reduce.merger for stage in merging}
     if len(aside) + len(mergers) > 1:
         raise TypeError("inside frame pairs, only one merger or one stage that sets rows aside can act")
-    return [*before, *aside, *(Merging(merger, left, tower, as_planned) for merger in mergers), *after]
+    hooks = [*before, *aside]
+    if mergers:
+        from evoprune.vision.merging import Merging
+
+        hooks += [Merging(merger, left, tower, as_planned) for merger in mergers]
+    return [*hooks, *after]
 
 
 def _largest_clusters(size: torch.Tensor, keep: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from evoprune.methods import Selector, TowerShape
+from evoprune.vision.attention import PRECISE_ATTENTION
 from evoprune.vision.rows import Rows
 
 SELECTOR_DATA = ("attention", "keys", "middle")
@@ -12,9 +13,6 @@ MIDDLE_LAYERS = (
     7 / 32,
     23 / 32,
 )  # relative depths of the first and last "middle" layers, as in Nuwa (arXiv 2602.02951)
-# Name of the received attention when it is computed separately, in float32. "attention", on the other hand, is a by-product of the
-# layer's own computation.
-PRECISE_ATTENTION = "precise attention"
 
 
 class Hook:

@@ -16,9 +16,15 @@ import torch.nn.functional as F
 from evoprune.backend import Attention, Timer, joined, kernels_for, linear
 from evoprune.methods import TowerShape, arange_on
 from evoprune.model import PATCHES, VisionConfig
-from evoprune.vision.attention import Groups, PackedGroups, attention_groups, attention_received, grouped_attention
+from evoprune.vision.attention import (
+    PRECISE_ATTENTION,
+    Groups,
+    PackedGroups,
+    attention_groups,
+    attention_received,
+    grouped_attention,
+)
 from evoprune.vision.families import EPS, Layers, tower_layers
-from evoprune.vision.hooks import PRECISE_ATTENTION
 from evoprune.vision.layout import Geometry, Scope
 from evoprune.vision.rows import Rows
 

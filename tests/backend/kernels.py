@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evoprune.backend import kernels, operators
+from evoprune.backend import greedy_cosine, kernels, operators
 from tests.backend.cases import SHAPES, clusters, means, points, unit_rows
 
 EVERY = pytest.mark.parametrize("name", SHAPES)
@@ -86,5 +86,5 @@ def test_greedy(rows, kind, from_nearest, held, monkeypatch):
     unit, value = unit_rows(rows, 3)
     args = unit, value if kind == "weight" else None, value if kind == "bonus" else None, 0.5
     for keep in {1, -(-rows // 4), min(rows, 20)}:
-        expected = operators.greedy_cosine(*args, keep, from_nearest)
+        expected = greedy_cosine(*args, keep, from_nearest)
         assert torch.equal(kernels.greedy_cosine(*args, keep, from_nearest), expected)

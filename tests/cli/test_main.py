@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from evoprune import __version__
-from evoprune_cli import main
+from evoprune_cli import main, mistakes
 from evoprune_cli.terminal import Terminated, encodable
 from tests.cli.screen import visible
 from tests.video.files import numbered_frames, spoil, write_video
@@ -831,8 +831,8 @@ def test_help_is_a_word_too(cli, line, same):
 
 def test_every_hint_about_a_command_names_one_that_there_is():
     known = set(main.BUILT_IN)
-    named = [word for hint in main.COMMAND_HINTS.values() for word in re.findall(r"evoprune ([a-z]+)", hint)]
-    assert named and set(named) <= known and not known & main.COMMAND_HINTS.keys()
+    named = [word for hint in mistakes.COMMAND_HINTS.values() for word in re.findall(r"evoprune ([a-z]+)", hint)]
+    assert named and set(named) <= known and not known & mistakes.COMMAND_HINTS.keys()
 
 
 @pytest.mark.few(3)

@@ -17,7 +17,8 @@ from evoprune.errors import EvopruneError, OutOfMemory, UsageError
 from evoprune.files import replacing
 from evoprune.report import Environment, ModelFacts
 from evoprune_cli import __main__
-from evoprune_cli.running import LIBRARIES, check_writable, prepare, write_bytes
+from evoprune_cli.delivery import check_writable, write_bytes
+from evoprune_cli.running import LIBRARIES, prepare
 from evoprune_cli.terminal import json_line
 
 SAMPLES = Path("samples")
@@ -322,7 +323,7 @@ def test_what_was_there_stays_where_the_disk_is_full(tmp_path, monkeypatch):
     "command", [("profile",), ("eval", "--data", "samples/questions.jsonl"), ("tune", "samples/square.mp4")]
 )
 def test_a_chart_is_refused_where_matplotlib_is_missing(cli, monkeypatch, tmp_path, command):
-    monkeypatch.setattr("evoprune_cli.running.find_spec", lambda name: None)
+    monkeypatch.setattr("evoprune_cli.delivery.find_spec", lambda name: None)
     result = cli(*command, "--chart", str(tmp_path / "a.svg"))
     assert result.code == 2 and "charts need matplotlib" in result.err and "[plot]'" in result.err
 

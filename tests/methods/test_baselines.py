@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evoprune import methods
-from evoprune.backend.operators import nearest_cosine
+from evoprune.backend.cosine import nearest_cosine
 from evoprune.methods import snap
 from evoprune.methods.baselines import Random, smaller_frame
 from evoprune.methods.plans import spread

@@ -13,7 +13,7 @@ import torch
 import evoprune
 from evoprune import methods
 from evoprune.contrib.mmr import Mmr
-from evoprune.methods.base import Merger
+from evoprune.methods.merger import Merger
 from evoprune.methods.types import Selection
 from evoprune.model import FAMILIES
 from evoprune.session import load_model

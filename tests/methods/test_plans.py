@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 
 from evoprune import methods
 from evoprune.methods.evoprune import FarthestPoints
-from evoprune.methods.plans import (
-    ALLOCATIONS,
-    EncoderPlan,
-    Stage,
-    TowerShape,
-    layer_weights,
-    rows_after_layers,
-    spread,
-)
+from evoprune.methods.merger import ALLOCATIONS, layer_weights, rows_after_layers
+from evoprune.methods.plans import EncoderPlan, Stage, TowerShape, spread
 from evoprune.vision import encode_rows
 from tests.methods.kinds import NEED_FILES, one_of_each
 from tests.methods.tokens import AFTER

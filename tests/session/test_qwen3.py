@@ -15,10 +15,10 @@ from evoprune.language import LanguageModel, prompt_positions, prune_prompt
 from evoprune.methods import EncoderPlan, TowerShape
 from evoprune.model import QwenVL
 from evoprune.session.cache import Cache
-from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions
+from evoprune.session.published import BUNDLED_CONFIGS
 from evoprune.video import read_chunks
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode_rows, normalised, pixel_patches, resize

@@ -26,7 +26,7 @@ from evoprune.methods import (
 )
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
-from evoprune.methods.plans import ALLOCATIONS
+from evoprune.methods.merger import ALLOCATIONS
 from evoprune.vision import encoder
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry

@@ -41,6 +41,15 @@ START_PASSES = 32  # number of passes (one per token) before pending layers are 
 PASS_BYTES = 2**28  # approximate bytes of weights to pack in each later pass, so no token is delayed by a second
 
 
+class _Role(threading.local):
+    """What a thread computes: `decodes` is True while it decodes an answer. See `Quantization.decoding`."""
+
+    decodes = False
+
+
+role = _Role()
+
+
 class Packing:
     """A schedule for deferred packing of linear layers: a few in each pass, and more while no question is being answered.
 

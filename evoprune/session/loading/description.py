@@ -20,21 +20,8 @@ from evoprune.bundled import DEMOS, Demo
 from evoprune.errors import EvopruneWarning, ModelError, UsageError, first_line
 from evoprune.methods import TowerShape
 from evoprune.model import FAMILIES, Config, Unsupported, VisionConfig
-from evoprune.session.hub import (
-    BUNDLED_CONFIGS,
-    MODEL_HINT,
-    SETTINGS,
-    SMALL_FILES,
-    cached_folder,
-    cached_id,
-    downloadable_id,
-    fetch,
-    kind_hint,
-    near_hint,
-    reach,
-    revision_flag,
-)
 from evoprune.session.options import AUTO_THREADS, NATIVE, TRANSFORMERS, ModelOptions, PruneOptions
+from evoprune.session.published import BUNDLED_CONFIGS, MODEL_HINT, SMALL_FILES, cached_id
 from evoprune.untrusted import TEXT, check_fetched, checked, read_object, section
 from evoprune.util import counted, shorten
 from evoprune.video import InputLimits, Plan, SamplingOptions, Video, choose_decoder
@@ -274,6 +261,8 @@ class ModelDescription:
             ModelError: See `hub.fetch`.
         """
         if self.commit is not None:
+            from evoprune.session.hub import fetch
+
             revision = self.commit if self.unreachable is None else self.options.revision
             fetch(self.id, revision, patterns, self.unreachable)
 
@@ -340,19 +329,21 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     if random:
         hint = f"random weights need a local folder, {', '.join(DEMOS)}, or {' and '.join(BUNDLED_CONFIGS)}"
         raise ModelError(f"no bundled config for {name}", hint)
+    from evoprune.session import hub
+
     if not local:
-        unreachable = reach(name, revision, options.offline)
-        folder = fetch(name, revision, SETTINGS, unreachable)
+        unreachable = hub.reach(name, revision, options.offline)
+        folder = hub.fetch(name, revision, hub.SETTINGS, unreachable)
         return folder, folder.name, unreachable
-    folder = cached_folder(name, revision)
+    folder = hub.cached_folder(name, revision)
     if folder or (bundled and revision is None):
         return folder, None, None
 
     from evoprune.session.local_models import here_hint
 
-    hint = here_hint() + (near_hint(name) or kind_hint(name))
-    if not near_hint(name) and (wanted := downloadable_id(name)):
-        command = f"hf download {wanted} config.json preprocessor_config.json{revision_flag(revision)}"
+    hint = here_hint() + (hub.near_hint(name) or hub.kind_hint(name))
+    if not hub.near_hint(name) and (wanted := hub.downloadable_id(name)):
+        command = f"hf download {wanted} config.json preprocessor_config.json{hub.revision_flag(revision)}"
         hint += f"its small config files are enough: {command}"
     hint = hint.strip(" ;")
     raise ModelError(f"{name} is not on this machine, and inspect does not use the network", hint)

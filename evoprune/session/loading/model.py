@@ -40,7 +40,6 @@ from evoprune.language import (
     Tokenizer,
     Turn,
     prompt_positions,
-    warm_up,
 )
 from evoprune.methods import MethodChain, TowerShape
 from evoprune.model import (
@@ -574,4 +573,6 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
     pixels = torch.randint(256, (units * PATCHES, values), dtype=torch.uint8, device=device)
     # Use the plan for a larger input, because reuse and token selection inside the tower need additional kernels.
     plan = MethodChain.parse("evoprune:inner=always").plan(TowerShape.of_tower(visual), grid, units // 4)
+    from evoprune.language import warm_up
+
     warm_up(model, encode_rows(visual, [pixels], plan).select_tokens(), native)

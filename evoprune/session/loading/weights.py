@@ -19,10 +19,10 @@ from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.gguf.folder import INDEX as GGUF_INDEX
 from evoprune.session.gguf.folder import assumed, gguf_files
-from evoprune.session.hub import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id, kind_hint
 from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
+from evoprune.session.published import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.untrusted import Rule, check_fetched, section
 from evoprune.util import file_stats, listed, open_safetensors, size, some
 from evoprune.video import Plan
@@ -357,6 +357,8 @@ def weight_files(folder: Path) -> WeightFiles:
     if not files and not broken:
         hint = "weights must be model.safetensors, or shards with model.safetensors.index.json; other formats are not supported"
         if "gguf" in name.lower():
+            from evoprune.session.hub import kind_hint
+
             hint = kind_hint(name).strip("; ") or hint
         elif name != str(folder):
             hint += f"; if the download was interrupted: {again}"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from evoprune import VideoQA
-from evoprune.backend.cpu.quantize import MAX_LARGE, Quantization
+from evoprune.backend import Quantization
+from evoprune.backend.cpu.quantize import MAX_LARGE
 from evoprune.bench import Reference
 from evoprune.session import calibrate, load_model
 from experiments.demo.write import clips_asked, demo_video

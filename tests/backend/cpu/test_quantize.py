@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evoprune.backend import Quantization
 from evoprune.backend.cpu import quantize
 from evoprune.backend.cpu.quantize import (
     MANY_ROWS,
     Bytes,
     Int8Linear,
-    Quantization,
     RowMajorInt4Linear,
     RowMajorInt8Linear,
     form_of,

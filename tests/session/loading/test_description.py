@@ -12,10 +12,10 @@ import pytest
 
 from evoprune.errors import ModelError
 from evoprune.methods import TowerShape
-from evoprune.session.hub import BUNDLED_CONFIGS
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model
 from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.session.published import BUNDLED_CONFIGS
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 

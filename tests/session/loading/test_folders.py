@@ -25,11 +25,12 @@ from evoprune.bench.verify.subject import QUESTION, SAMPLING, Subject
 from evoprune.errors import LFS_HINT, ModelError, ModelWarning, UsageError, VideoError
 from evoprune.language import Prompt, template
 from evoprune.session import hub as hub_module
-from evoprune.session.hub import MODEL_HINT, kind_hint
+from evoprune.session.hub import kind_hint
 from evoprune.session.loading.description import describe
 from evoprune.session.loading.model import load_model as load
 from evoprune.session.loading.weights import weights_of
 from evoprune.session.options import ModelOptions, PruneOptions
+from evoprune.session.published import MODEL_HINT
 from evoprune.session.session import Session
 from evoprune.util import from_keywords
 from evoprune.video import probe

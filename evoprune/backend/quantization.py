@@ -1,0 +1,237 @@
+"""Quantize the linear layers of a model on a CPU, and decode with quantized layers.
+
+The quantized layers themselves are in cpu/quantize.py and cpu/layer.py, which are imported only for models that have them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from evoprune.backend.cpu.linear import FEW_ROWS, role
+from evoprune.backend.devices import is_host
+from evoprune.backend.layers import is_unhooked_linear
+from evoprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from evoprune.backend.cpu.layer import CompiledLayer
+    from evoprune.backend.cpu.quantize import Int8Linear, Weights
+
+# Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head.
+GATES = "in_proj_a", "in_proj_b"
+SCRATCH_BYTES = 2**25  # the allocator returns larger blocks to the system when freed
+
+
+class Quantization:
+    """Quantizes the linear layers of a model on a CPU.
+
+    Attributes:
+        few_rows: With at most this many rows, quantized layers compute exactly the same as with each row alone.
+        kind: "int8", "int4", or "none" to leave the layers unchanged.
+    """
+
+    few_rows = FEW_ROWS
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    @staticmethod
+    @contextmanager
+    def decoding() -> Iterator[None]:
+        """Context manager that tells quantized layers that this thread is decoding an answer rather than prefilling a prompt.
+
+        Some quantized layers use different weights for answers than for prompts. They can't choose the weights based on the number
+        of rows, because an answer would then depend on how many of its tokens are processed together.
+        """
+        before = role.decodes
+        role.decodes = True
+        try:
+            yield
+        finally:
+            role.decodes = before
+
+    @staticmethod
+    def compiled_layers(layers: Iterable[nn.Module], x: torch.Tensor, config) -> "list[CompiledLayer] | None":
+        """Return the compiled forms of all decoder layers, or None if one has none, or this thread is not decoding.
+
+        Args:
+            layers: The layer modules.
+            x: The input of the first layer.
+            config: The language model config.
+        """
+        if not role.decodes or not is_host(x.device) or not _is_quantized(next(iter(layers))):
+            return None
+        from evoprune.backend.cpu.layer import CompiledLayer
+
+        found = []
+        for layer in layers:
+            if (form := CompiledLayer.of(layer, config)) is None:
+                return None
+            found.append(form)
+        return found
+
+    @staticmethod
+    def delta_rule(device: torch.device, values: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the compiled function that reads columns one by one in a Gated DeltaNet, or None if there is none.
+
+        Layers that are not quantized use it too. See cpu/deltas.py for the function.
+
+        Args:
+            device: The device of the tensors.
+            values: The number of features of a value.
+        """
+        if not is_host(device) or values % 8:
+            return None
+        from evoprune.backend.cpu.compiled import library
+        from evoprune.backend.cpu.deltas import delta_rule
+
+        return None if library() is None else delta_rule
+
+    @staticmethod
+    def computes_few_exactly(model: nn.Module) -> bool:
+        """Return True if the compiled library computes the language model, so a few columns are computed as if each was alone."""
+        layers = model.model.language_model.layers
+        config = model.config.text_config
+        if not hasattr(model.lm_head, "structure"):
+            return False
+        from evoprune.backend.cpu.layer import CompiledLayer
+
+        return all(CompiledLayer.of(layer, config) for layer in layers)
+
+    @staticmethod
+    def kinds(device: torch.device) -> list[str]:
+        """Return the quantization types, except "none", supported on a device by the installed PyTorch version and this CPU."""
+        from evoprune.backend.cpu.quantize import ROW_STEP, RowMajorInt4Linear, has_exact_products
+
+        if not is_host(device) or not has_exact_products(127):
+            return []
+        return ["int8", "int4"] if RowMajorInt4Linear.suits((ROW_STEP, ROW_STEP)) else ["int8"]
+
+    def check(self, device: torch.device) -> None:
+        """Raise UsageError if the installed PyTorch version or this CPU doesn't support this quantization type on a device."""
+        if self.kind == "none":
+            return
+        if not is_host(device):
+            raise UsageError(f"quantize {self.kind} works on the CPU, not on {device}", "leave quantize out")
+        kinds = self.kinds(device)
+        if self.kind in kinds:
+            return
+        from evoprune.backend.cpu.compiled import library
+
+        if "int8" in kinds and library() is None:
+            hint = "quantize to int8, or install a C compiler and then reinstall evoprune"
+            raise UsageError("int4 requires evoprune's compiled library (Linux, x86-64)", hint)
+        hint = "quantize to int8" if kinds else "leave quantize out"
+        raise UsageError(f"this PyTorch has no fast and exact {self.kind} products for this CPU", hint)
+
+    @property
+    def levels(self) -> int:
+        """Number of rounding levels on either side of zero, which depends on the CPU."""
+        from evoprune.backend.cpu.quantize import levels
+
+        return levels()
+
+    def layers(self, model: nn.Module) -> "dict[str, type[Int8Linear]]":
+        """Return a mapping from the name of each linear layer to quantize to the class that replaces it."""
+        from evoprune.backend.cpu.quantize import form_of
+
+        return {
+            path: form_of(self.kind, path, layer.weight.shape)
+            for path, layer in model.named_modules()
+            if is_unhooked_linear(layer) and not path.endswith(GATES)
+        }
+
+    def saved_bytes(self, model: nn.Module) -> int:
+        """Return the number of bytes saved by quantization. The model may be on the meta device.
+
+        If the output layer shares its weights with the input embedding, the original weights also remain in memory.
+        """
+        from evoprune.backend.cpu.four_bits import packed_bytes
+        from evoprune.backend.cpu.quantize import RowMajorInt4Linear
+
+        saved = 0
+        embedding = model.model.language_model.embed_tokens.weight
+        for path, form in self.layers(model).items():
+            weight = model.get_submodule(path).weight
+            rows, columns = weight.shape
+            row = packed_bytes(columns) if form is RowMajorInt4Linear else columns
+            saved -= rows * (row + 16)
+            if weight is not embedding:
+                saved += weight.nbytes
+        return saved
+
+    def apply(
+        self,
+        model: nn.Module,
+        run: Callable[[nn.Module], None],
+        progress: Callable[[int, int], None] | None = None,
+        store: "Callable[[str, Weights], None] | None" = None,
+        read: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
+        """Quantize the linear layers of a model in place. Each layer is quantized as soon as its input is known.
+
+        Args:
+            model: The model to modify in place.
+            run: Runs the model on a fixed input, which must be the same every time and must reach every linear layer.
+            progress: Called with the number of finished layers and the total number of layers.
+            store: Called with each layer's name and the tensors required to `restore` it.
+            read: Returns the weights with a given name, for layers whose weights are on the meta device because all of them
+                together would not fit into memory.
+
+        Raises:
+            RuntimeError: If a layer was not called.
+        """
+        from evoprune.backend.cpu import quantize
+
+        layers = quantize.Layers(model, self.layers(model), progress)
+        # Without a shared buffer, each layer's temporary blocks would leave gaps between the permanent blocks, adding up to a third
+        # of the model's size.
+        memory = torch.empty(SCRATCH_BYTES, dtype=torch.int8, device="cpu")
+
+        def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
+            form = layers.forms[path]
+            source = layer
+            if layer.weight.is_meta and read:
+                source = nn.Linear(1, 1, bias=False, device="meta")
+                source.weight = nn.Parameter(read(f"{path}.weight"), requires_grad=False)
+            if form is quantize.RowMajorInt4Linear:
+                weights = quantize.row_major_int4_weights(source, large)
+            elif form is quantize.RowMajorInt8Linear:
+                # Row-major weights are not copied into a packed layout, so they can't share the buffer.
+                weights = quantize.int8_weights(source, large)
+            else:
+                weights = quantize.int8_weights(source, large, memory)
+            if store:
+                store(path, weights)
+            return layers.put(path, layer, weights)
+
+        for path in layers.forms:
+            layers.replace(path, quantize.Unquantized(model.get_submodule(path), partial(quantize_layer, path)))
+        with torch.inference_mode():
+            run(model)
+        if missing := len(layers.forms) - layers.done:
+            raise RuntimeError(f"{missing} layers of the model were not called, so they are not quantized")
+
+    def restore(
+        self, model: nn.Module, read: "Callable[[str], Weights]", progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Replace a model's linear layers with quantized layers, using the weights stored by `apply`.
+
+        Args:
+            model: The model to modify in place.
+            read: Returns the stored weights for a layer, given its name.
+            progress: Called with the number of finished layers and the total number of layers.
+        """
+        from evoprune.backend.cpu.quantize import Layers
+
+        layers = Layers(model, self.layers(model), progress)
+        for path in layers.forms:
+            layers.put(path, model.get_submodule(path), read(path))
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    """Return True if a decoder layer's linear layers have the structure that the compiled library reads."""
+    return hasattr(layer.mlp, "down_proj") and hasattr(layer.mlp.down_proj, "structure")
