@@ -74,7 +74,7 @@ FAULTS = [
     Fault("positions", "evoprune/language/prompt.py", "int(inside.max()) + 1", "int(inside.max())",
           "tests/language/test_prompt.py"),
     # An answer contains the stop string.
-    Fault("stop", "evoprune/language/answer.py", "held_back[: held_back.index(self.found)]",
+    Fault("stop", "evoprune/language/stops.py", "held_back[: held_back.index(self.found)]",
           "held_back[: held_back.index(self.found) + len(self.found)]", "tests/language/test_answer.py"),
     # The cache answers about a file that was replaced.
     Fault("cache", "evoprune/session/encoding.py", '"files": content,', '"files": plan.info.path,',

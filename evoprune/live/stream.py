@@ -368,8 +368,8 @@ class VideoStream(Askable):
         return Seen(start_s, end_s, len(windows), sum(tokens), self._windows.count, thinned, self.skipped, self.lag_s)
 
     @torch.inference_mode()
-    def _read(self, request, report: Report, clock: Clock) -> PrefillState:
-        question, options, earlier = request.question, request.options, request.earlier
+    def _read(self, answering, clock: Clock) -> PrefillState:
+        options, earlier, report = answering.options, answering.earlier, answering.report
         self._check_open()
         if options.system not in (None, self._system):
             raise UsageError("the system prompt is fixed when a stream starts", "give it to VideoQA.stream()")
@@ -377,8 +377,8 @@ class VideoStream(Askable):
         with clock.stage("prefill"):
             unread = self._unread
             self._read_waiting(after=unread)
-            loaded.check_texts(question, earlier=earlier or ())
-            before, ids = self._ids_around_video(question, options.thinking, earlier or ())
+            loaded.check_texts(answering.question, earlier=earlier or ())
+            before, ids = self._ids_around_video(answering.question, options.thinking, earlier or ())
             seen = self._seen(unread)
             memory = self._memory
             text = memory.columns + sum(len(window.prompt) for window in unread) - seen.tokens + len(ids)

@@ -1,7 +1,7 @@
 """Generate one answer, from reading the prompt to completing the report. `Answering.pieces` shows all steps in order."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from evoprune.errors import UsageError
@@ -10,18 +10,6 @@ from evoprune.model import Clock
 from evoprune.report import EncodingTimes, Report
 from evoprune.session.report import fill_times
 from evoprune.session.session import Session
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A question, and how to answer it."""
-
-    question: str
-    options: GenerationOptions
-    seed: int | None  # None means the seed of the session
-    on_thoughts: Callable[[str], None] | None = None  # called with each piece of reasoning text
-    earlier: Sequence[Turn] | None = None  # the conversation so far, or None for a single question
-    last: bool = False  # whether no other question about the inputs is expected
 
 
 class Inputs(Protocol):
@@ -33,32 +21,36 @@ class Inputs(Protocol):
 
     def _claim_times(self) -> tuple[EncodingTimes, Callable[[], None]]: ...
 
-    def _read(self, request: Request, report: Report, clock: Clock) -> PrefillState: ...
+    def _read(self, answering: "Answering", clock: Clock) -> PrefillState: ...
 
     def _ended(self, turn: int) -> None: ...
 
 
+@dataclass(eq=False)
 class Answering:
-    """Generates one answer. This object doesn't keep the inputs in memory.
+    """One question, how to answer it, and the answer generated so far. This object doesn't keep the inputs in memory."""
 
-    Attributes:
-        report: The report, which is updated before each piece.
-        ids: Token IDs generated so far, updated together with the report.
-        instance: The parsed answer, if the schema is a class and the answer is complete.
-    """
+    question: str
+    options: GenerationOptions
+    seed: int | None  # None means the seed of the session
+    on_thoughts: Callable[[str], None] | None = None  # called with each piece of reasoning text
+    earlier: Sequence[Turn] | None = None  # the conversation so far, or None for a single question
+    last: bool = False  # whether no other question about the inputs is expected
+    report: Report = field(default_factory=Report, init=False)  # updated before each piece
+    ids: list[int] = field(
+        default_factory=list, init=False
+    )  # token IDs generated so far, updated together with the report
+    instance: Any = field(
+        default=None, init=False
+    )  # the parsed answer, if the schema is a class and the answer is complete
 
-    def __init__(self, report: Report):
-        self.report = report
-        self.ids: list[int] = []
-        self.instance: Any = None
-
-    def pieces(self, inputs: Inputs, request: Request) -> Iterator[str]:
+    def pieces(self, inputs: Inputs) -> Iterator[str]:
         """Generate the answer and yield its text in pieces.
 
         Raises:
             UsageError: If another question is asked before this answer is complete.
         """
-        report, options = self.report, request.options
+        report, options = self.report, self.options
         loaded = inputs._session.loaded
         inputs._turn = turn = inputs._turn + 1
         spent, give_up = inputs._claim_times()
@@ -71,51 +63,51 @@ class Answering:
                 with times.clock.stage("prefill"):  # the vocabulary is built only once per model
                     constraint = loaded.vocabulary.constraint(options.grammar)
             # Build the prompt, and prefill it.
-            state = inputs._read(request, report, times.clock)
+            state = inputs._read(self, times.clock)
             # Choose one token after another, turn the tokens into text, and stop.
-            stream = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, request.seed, constraint)
+            stream = AnswerStream(state, options, loaded.tokenizer, loaded.eos_ids, self.seed, constraint)
         except BaseException:
             give_up()
             raise
         times.prefilled()
         report.time_ms.ttft_wall = times.total * 1000
         report.answer = ""
-        self._update(stream, options, times)
+        self._update(stream, times)
         try:
             for piece, thought in times.clock.each("generate", stream):
                 if thought:
                     report.thoughts = (report.thoughts or "") + piece
-                    self._update(stream, options, times)
-                    if piece and request.on_thoughts is not None:
-                        request.on_thoughts(piece)
+                    self._update(stream, times)
+                    if piece and self.on_thoughts is not None:
+                        self.on_thoughts(piece)
                 else:
                     report.answer += piece
-                    self._update(stream, options, times)
+                    self._update(stream, times)
                     yield piece
                 if turn != inputs._turn:
                     raise UsageError(inputs.OVERTAKEN, "finish one answer before asking the next question")
-            self._update(stream, options, times)
-            self._complete(stream, options)
+            self._update(stream, times)
+            self._complete(stream)
         finally:
             inputs._ended(turn)
 
-    def _update(self, stream: AnswerStream, options: GenerationOptions, times: "_Times") -> None:
+    def _update(self, stream: AnswerStream, times: "_Times") -> None:
         """Update `ids` and the report after a piece."""
         report = self.report
         self.ids[:] = stream.ids
         report.tokens.new = len(self.ids)
         report.finish_reason, report.stop_reason = stream.finish_reason, stream.stop_reason
-        if options.choices is not None:
+        if self.options.choices is not None:
             report.choices = [asdict(choice) for choice in stream.choices]
         if report.logprobs is not None:
             report.logprobs += stream.logprobs_since(len(report.logprobs))
         times.fill(report)
 
-    def _complete(self, stream: AnswerStream, options: GenerationOptions) -> None:
+    def _complete(self, stream: AnswerStream) -> None:
         """Parse a complete answer, and warn about an answer that was cut off."""
         report = self.report
-        if options.schema is not None and stream.finish_reason == "stop" and stream.stop_reason is None:
-            report.parsed, self.instance = options.parse(report.answer)
+        if self.options.schema is not None and stream.finish_reason == "stop" and stream.stop_reason is None:
+            report.parsed, self.instance = self.options.parse(report.answer)
         thinking = report.thoughts is not None and not report.answer
         report.thoughts = (report.thoughts or "").rstrip() or None
         if report.finish_reason == "length" and thinking:

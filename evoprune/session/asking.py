@@ -18,7 +18,7 @@ from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions, PrefillState, PrefixCache, Prompt, Turn, prune_prompt
 from evoprune.model import Clock, Cost
 from evoprune.report import ABOUT_SOUND, EncodingTimes, Report, TokenCounts
-from evoprune.session.answering import Answering, Request
+from evoprune.session.answering import Answering
 from evoprune.session.answers import Answer, Shape
 from evoprune.session.memory import TEXT
 from evoprune.session.report import fill_dropped, fill_pruning, fill_times, inputs_report
@@ -74,10 +74,10 @@ class Askable(ABC, Uncopied, Suggesting):
         """
 
     @abstractmethod
-    def _read(self, request: Request, report: Report, clock: Clock) -> PrefillState:
+    def _read(self, answering: Answering, clock: Clock) -> PrefillState:
         """Build the prompt for a question, prefill it, and return the state from which the answer is decoded.
 
-        Adds the token counts and anything else known about the prompt to the report.
+        Adds the token counts and anything else known about the prompt to the report of `answering`.
         """
 
     @abstractmethod
@@ -145,7 +145,7 @@ class Askable(ABC, Uncopied, Suggesting):
             TypeError: If an option is unknown.
         """
         (generation,) = from_keywords(options, GenerationOptions)
-        return self._answer(Request(question, generation, seed, on_thoughts, last=last))
+        return self._answer(Answering(question, generation, seed, on_thoughts, last=last))
 
     @suggests
     def chat(self, system: str | None = None, messages: Sequence[Mapping[str, str]] = ()) -> "Chat":
@@ -164,32 +164,31 @@ class Askable(ABC, Uncopied, Suggesting):
 
         return Chat(self, check_type("system", system, str | None), Turn.from_messages(messages))
 
-    def _answer(self, request: Request) -> Answer:
-        """Answer a question; see `ask`."""
+    def _answer(self, answering: Answering) -> Answer:
+        """Answer a question; see `ask`. Options and a seed that are not set get the values of the model and the session."""
         self._session.check_process()
-        loaded, options = self._session.loaded, request.options
-        check_question(request.question)
-        seed = check_type("seed", request.seed, int | None)
-        check_type("on_thoughts", request.on_thoughts, Callable | None)
+        loaded, options = self._session.loaded, answering.options
+        check_question(answering.question)
+        check_type("seed", answering.seed, int | None)
+        check_type("on_thoughts", answering.on_thoughts, Callable | None)
         if options.repetition_penalty is None:
-            options = replace(options, repetition_penalty=loaded.generation.repetition_penalty or 1.0)
-        if seed is None:
-            seed = self._session.pruning.seed
+            answering.options = replace(options, repetition_penalty=loaded.generation.repetition_penalty or 1.0)
+        if answering.seed is None:
+            answering.seed = self._session.pruning.seed
         # Fail early if the choices are invalid for this model.
         options.choice_ids(loaded.tokenizer)
-        request = replace(request, options=options, seed=seed)
-        answering = Answering(self._report_of(request))
-        return Answer(answering.report, answering.pieces(self, request), self._lock, answering)
+        answering.report = self._report_of(answering)
+        return Answer(answering.report, answering.pieces(self), self._lock, answering)
 
-    def _report_of(self, request: Request) -> Report:
+    def _report_of(self, answering: Answering) -> Report:
         """Return a new report about a question that hasn't been answered yet."""
-        question, options = request.question, request.options
+        question, options = answering.question, answering.options
         report = self._blank_report()
         fresh = Report()
         report.id = fresh.id
         report.created_utc = fresh.created_utc
         report.question = question
-        report.generation = options.record(request.seed)
+        report.generation = options.record(answering.seed)
         if options.logprobs is not None:
             report.logprobs = []
         if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
@@ -292,8 +291,9 @@ class EncodedInputs(Askable):
         with self._lock:
             self._turn += 1
             clock = Clock(self._session.device)
-            request = Request(question, options, seed=0)
-            state = self._read(request, self._report_of(request), clock)
+            answering = Answering(question, options, seed=0)
+            answering.report = self._report_of(answering)
+            state = self._read(answering, clock)
             seconds = sum(clock.seconds.values())
             given = torch.tensor(ids, dtype=torch.int64, device="cpu")
             with clock.stage("generate"):
@@ -346,25 +346,25 @@ class EncodedInputs(Askable):
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None:
         self._fitting_prompt(question, options, earlier)
 
-    def _read(self, request: Request, report: Report, clock: Clock) -> PrefillState:
+    def _read(self, answering: Answering, clock: Clock) -> PrefillState:
         """Build the prompt for a question, prefill it, and return the state from which the answer is decoded.
 
         If the pruning method reads the question, the visual tokens are selected first.
         """
         with clock.stage("prefill"):
-            prompt = self._fitting_prompt(request.question, request.options, request.earlier)
+            prompt = self._fitting_prompt(answering.question, answering.options, answering.earlier)
         if selects := any(encoding.encoded.selectable for encoding in self._encodings):
             with clock.stage("encode"):
-                self._select_for(request.question, report)
+                self._select_for(answering.question, answering.report)
         with clock.stage("prefill"):
             # If tokens are selected again for each question, later prompts cannot reuse this one, so treat every question as the
             # last one.
-            state = self._prefill(prompt, request.last or selects, goes_on=request.earlier is not None)
+            state = self._prefill(prompt, answering.last or selects, goes_on=answering.earlier is not None)
             state.prompt_ids = prompt.input_ids
             visual = sum(len(encoding.encoded.kept) for encoding in self._encodings)
             columns = state.cache.length
-            report.tokens = TokenCounts(columns - visual, visual, columns, 0)
-        fill_dropped(report, state.dropping)
+            answering.report.tokens = TokenCounts(columns - visual, visual, columns, 0)
+        fill_dropped(answering.report, state.dropping)
         return state
 
     def _prefill(self, prompt: Prompt, last: bool, goes_on: bool) -> PrefillState:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Unpack, overload
 
 from evoprune.errors import DoesNotFit, UsageError
 from evoprune.language import GenerationOptions, Turn
-from evoprune.session.answering import Inputs, Request
+from evoprune.session.answering import Answering, Inputs
 from evoprune.session.answers import Answer, Shape
 from evoprune.signatures import takes
 from evoprune.suggestions import Suggesting, not_callable
@@ -23,7 +23,7 @@ class Asked(Inputs, Protocol):
 
     _lock: AbstractContextManager
 
-    def _answer(self, request: Request) -> Answer: ...
+    def _answer(self, answering: Answering) -> Answer: ...
 
     def _check_fits(self, question: str, options: GenerationOptions, earlier: Sequence[Turn]) -> None: ...
 
@@ -121,7 +121,7 @@ class Chat(Uncopied, Suggesting):
         generation = replace(generation, system=self.system)
         check_question(question)
         earlier = self._fitting(question, generation)
-        answer = self._inputs._answer(Request(question, generation, seed, on_thoughts, earlier, last))
+        answer = self._inputs._answer(Answering(question, generation, seed, on_thoughts, earlier, last))
         dropped = len(self._turns) - len(earlier)
         answer.report.conversation = {"turns": len(earlier), "dropped": dropped}
         if earlier and self._inputs._session.loaded.demo:
