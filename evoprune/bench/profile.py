@@ -223,7 +223,7 @@ def needs_of(model: ModelDescription, cases: Sequence[Case], settings: ProfileSe
     flop += cost.prefill_flop(prompt)
     flop += (settings.new_tokens - 1) * cost.prefill_flop(1)
     seconds = 2 * flop / matmul_rate(dtype, str(device))
-    shares = [Budget.parse(budget).video for _, budget in swept(settings.methods, settings.budgets)]
+    shares = [Budget.of(budget).video for _, budget in swept(settings.methods, settings.budgets)]
     rows = 2 + sum(FIXED_SHARE + share for share in shares) * len(settings.quantize)
     frames = sum(prod(case_grid(case, model.limits["video"])) for case in cases) / units
     rounds = settings.warmups + settings.repetitions

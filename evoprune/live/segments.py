@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 
-from evoprune.backend import Device
-from evoprune.errors import USE_LESS, OutOfMemory
 from evoprune.methods import EncoderPlan, Stage, arange_on
-from evoprune.model import Cost
-from evoprune.session import Session
-from evoprune.video import Plan
 from evoprune.vision import EncoderRun, ReferenceBlocks, Rows, TowerOutput, encode_rows
 
 
@@ -137,17 +132,3 @@ class SegmentRun(EncoderRun):
             unit=torch.cat([rows.unit, first * self.geometry.units + place]),
             unit_to_row=torch.where(outside, rank, rows.unit_to_row.view_as(outside)).flatten(),
         ).by_unit()
-
-
-def check_carried(session: Session, plan: Plan) -> None:
-    """Check that the state carried over between the windows of a stream fits in memory.
-
-    Raises:
-        OutOfMemory: The state does not fit.
-    """
-    model = session.loaded.model
-    _, height, width = plan.encoder.grid
-    # The states of two windows are in memory at the same time.
-    needed = 2 * Cost(model.config).carried_bytes(height * width, model.dtype.itemsize)
-    if plan.encoder.reuse and (short := Device(model.device).shortage(needed)):
-        raise OutOfMemory(f"a stream of {plan.width}x{plan.height} pixels {short}", USE_LESS, stage="encode")

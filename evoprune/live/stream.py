@@ -35,7 +35,6 @@ from evoprune.language import (
 )
 from evoprune.live.gate import Gate, GiveWay, State
 from evoprune.live.omp import release_omp_threads
-from evoprune.live.segments import check_carried
 from evoprune.live.windows import EncodedWindow, Window, Windower
 from evoprune.methods import arange_on
 from evoprune.model import Clock
@@ -228,7 +227,7 @@ class VideoStream(Askable):
         if limit < 2 * window_tokens:
             problem = f"a memory of {limit:,} tokens is smaller than two windows of {window_tokens:,}"
             raise UsageError(problem, "use a longer memory, shorter windows (window_s, --window) or a lower budget")
-        check_carried(session, plan)
+        session.check_stream_memory(plan)
         head, _ = self._ids_around_video("?")
         positions = loaded.span or room
         with self._gate.memory():

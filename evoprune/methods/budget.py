@@ -53,6 +53,13 @@ class Budget:
             raise _refused(given, known)
         return cls(share, share)
 
+    @classmethod
+    def of(cls, recorded: float | str) -> "Budget":
+        """Return the budget that is stored as `recorded` in options that have been checked (see `recorded`)."""
+        if isinstance(recorded, str):
+            return (cls.PRESETS | cls.AUTOS)[recorded]
+        return cls(recorded, recorded)
+
     @property
     def recorded(self) -> float | str:
         """The budget as stored in options, records, and results: its name if it has one, otherwise a number."""

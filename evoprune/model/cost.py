@@ -187,6 +187,9 @@ class Cost:
         bytes_each: int,
         rows: int | None = None,
         left: int | None = None,
+        *,
+        pair_means: bool = False,
+        sets_aside: bool = False,
     ) -> int:
         """Estimate the peak memory of a run in bytes, excluding the weights.
 
@@ -197,6 +200,8 @@ class Cost:
             bytes_each: The number of bytes per weight.
             rows: The maximum number of rows computed by any tower layer. None means one row per unit.
             left: The number of rows output by the tower. None means one row per unit.
+            pair_means: Whether a selector computes the means of frame pairs.
+            sets_aside: Whether rows are set aside in the tower, to return after its last layer.
         """
         piece_units = min(units, piece_units)
         vision = self._vision
@@ -209,7 +214,13 @@ class Cost:
             left = units
         layers = ROW_COPIES * rows * row_bytes + self._tower_bytes(piece_units, bytes_each)
         features = left * vision.out_hidden_size * vision.layers_read * bytes_each
-        return SMALL_CHANGE + features + max(embedding, layers, self.language_bytes(prompt, bytes_each))
+        more = 0
+        if pair_means:
+            more = units * PATCHES * vision.hidden_size * 4  # computed in float32
+        if sets_aside:
+            # Include two more tensors per row: its earlier state, and its subsequent change in float32.
+            more = 2 * units * PATCHES * vision.hidden_size * (bytes_each + 4)
+        return SMALL_CHANGE + features + more + max(embedding, layers, self.language_bytes(prompt, bytes_each))
 
     def unpruned_memory(self, units: int, prompt: int, bytes_each: int) -> int:
         """Estimate the peak memory of plain transformers (without pruning) in bytes, excluding the weights.
@@ -243,6 +254,16 @@ class Cost:
         """
         vision = self._vision
         return places * vision.depth * 2 * PATCHES * vision.hidden_size * bytes_each
+
+    def conversation_bytes(self, rows: int, columns: int, bytes_each: int) -> int:
+        """Return the number of bytes that encoded inputs and the KV cache take between questions.
+
+        Args:
+            rows: The number of rows that the inputs keep for later questions, tokens included.
+            columns: The number of tokens in the KV cache.
+            bytes_each: The number of bytes per value.
+        """
+        return rows * self._text.hidden_size * bytes_each + self.kv_bytes(columns, bytes_each)
 
     def kv_bytes(self, tokens: int | Sequence[int], bytes_each: int = 2) -> int:
         """Return the size of the language model's KV cache for a prompt, in bytes.

@@ -303,11 +303,9 @@ class EncodedInputs(Askable):
     def bytes_with(self, new_tokens: int) -> int:
         """Estimate the memory for the inputs and the KV cache, in bytes, for a question with `new_tokens` answer tokens."""
         model = self._session.loaded.model
-        each = model.dtype.itemsize
         kept = self.report.pruning.visual_tokens_kept
         rows = self.report.pruning.encoder_rows + kept
-        columns = kept + TEXT + new_tokens
-        return rows * model.config.text_config.hidden_size * each + Cost(model.config).kv_bytes(columns, each)
+        return Cost(model.config).conversation_bytes(rows, kept + TEXT + new_tokens, model.dtype.itemsize)
 
     def _claim_times(self) -> tuple[EncodingTimes, Callable[[], None]]:
         claimed = [encoding for encoding in self._encodings if encoding.reported.acquire(blocking=False)]

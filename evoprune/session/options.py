@@ -318,7 +318,7 @@ class PruneOptions:
         """
         from evoprune.methods import PruneConfig
 
-        return PruneConfig.of(Budget.parse(self.budget, auto=True), self.method, self.seed)
+        return PruneConfig.of(Budget.of(self.budget), self.method, self.seed)
 
     @property
     def resizes(self) -> bool:

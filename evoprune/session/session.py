@@ -8,14 +8,13 @@ from typing import Self
 
 import torch
 
-from evoprune.backend import Device
-from evoprune.errors import USE_LESS, OutOfMemory, UsageError
+from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions, Prompt, Turn
 from evoprune.methods import Budget, PruneConfig
 from evoprune.model import Cost
 from evoprune.session.loading.description import ModelDescription, describe
 from evoprune.session.loading.model import LoadedModel, load_model
-from evoprune.session.memory import TEXT, piece_needs
+from evoprune.session.memory import TEXT, check_fits, fitting_pieces, piece_needs
 from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.prompting import prompt_about
 from evoprune.session.published import BUNDLED_CONFIGS
@@ -188,17 +187,11 @@ class Session:
         encoder = plan.encoder
         prompt = self.prompt_columns(encoder.keep, other_tokens)
         needs = piece_needs(model.config, model.device, encoder, model.dtype.itemsize, prompt)
-        for number, (_, needed) in enumerate(needs):
-            short = Device(model.device).shortage(needed)
-            if short and self.loaded.patches.clear():  # evict the stored patches of earlier inputs
-                short = Device(model.device).shortage(needed)
-            if not short:
-                return [size for size, _ in needs[number:]]
         frames = f"{counted(plan.sampling.frames, 'frame')} of {plan.width}x{plan.height} pixels"
         kept = f"{frames}, {encoder.keep:,} visual tokens kept"
         if other_tokens > TEXT:
             kept += f", {other_tokens:,} other tokens"
-        raise OutOfMemory(f"{plan.name} {short}: {kept}", USE_LESS, stage="encode")
+        return fitting_pieces(needs, model.device, plan.name, kept, self.loaded.patches.clear)
 
     def check_memory(self, text: int, visual: int) -> None:
         """Check that a prompt fits into memory.
@@ -212,8 +205,21 @@ class Session:
             return
         model = self.loaded.model
         needed = Cost(model.config).language_bytes(self.prompt_columns(visual, text), model.dtype.itemsize)
-        if short := Device(self.loaded.device).shortage(needed):
-            raise OutOfMemory(f"a prompt of {text + visual:,} tokens {short}", USE_LESS, stage="prefill")
+        check_fits(self.loaded.device, needed, f"a prompt of {text + visual:,} tokens", "prefill")
+
+    def check_stream_memory(self, plan: Plan) -> None:
+        """Check that the state carried over between the windows of a stream fits into memory.
+
+        Raises:
+            OutOfMemory: If the state doesn't fit.
+        """
+        if not plan.encoder.reuse:
+            return
+        model = self.loaded.model
+        _, height, width = plan.encoder.grid
+        # The states of two windows are in memory at the same time.
+        needed = 2 * Cost(model.config).carried_bytes(height * width, model.dtype.itemsize)
+        check_fits(model.device, needed, f"a stream of {plan.width}x{plan.height} pixels", "encode")
 
     @property
     def device(self) -> torch.device:
