@@ -50,7 +50,7 @@ MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which m
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskArguments:
+class AskArguments(opt.AnsweringArguments):
     """The arguments of `evoprune ask`."""
 
     words: opt.argument(
@@ -82,12 +82,6 @@ class AskArguments:
         "Write a web page with the answers, and the frames and what happened to their units.",
         opt.OUTPUT,
     ) = None
-    show_thoughts: opt.ShowThoughts = False
-    options: opt.PipelineArguments
-    json: opt.Json = False
-    stats: opt.Stats = None
-    quiet: opt.Quiet = False
-    verbose: opt.Verbose = False
     cache: opt.Cache = False
     via: opt.Via = None
 
@@ -115,10 +109,8 @@ def ask(given: AskArguments) -> int:
     inputs, question = split_words(given.words)
     asked = [*([] if question is None else [question]), *(given.more or [])]
     names = [without_password(path) for path in inputs]
-    shown = {"interactive": given.interactive, "several": given.interactive or len(asked) > 1}
-    talk = Conversation(
-        names, given.json, given.stats, given.quiet, given.verbose, **shown, show_thoughts=given.show_thoughts
-    )
+    several = given.interactive or len(asked) > 1
+    talk = Conversation(names, given, interactive=given.interactive, several=several)
     talk.questions = asked or [""]
     with contextlib.ExitStack() as cleanup, talk.recording_failures():
         check_output()
@@ -530,32 +522,27 @@ class Conversation:
     def __init__(
         self,
         inputs: Sequence[str],
-        json: bool,
-        stats: bool | None,
-        quiet: bool,
-        verbose: bool,
+        given: opt.AnsweringArguments,
         *,
         interactive: bool,
         several: bool,
-        show_thoughts: bool = False,
     ):
         """Store the options of the command. `inputs` are display names, and `several` is True for more than one question."""
-        self._show_thoughts = show_thoughts
+        self._show_thoughts = given.show_thoughts
         self.questions = [""]
         self.answered = 0
         self.on_report: Callable[[Report], None] | None = None
         self._names = inputs
-        self._json = json
-        self._verbose = verbose
-        self._quiet = quiet
-        plain = not json and not quiet
+        self._json = given.json
+        self._verbose = given.verbose
+        self._quiet = given.quiet
+        plain = not given.json and not given.quiet
         self._echo = several and plain and sys.stderr.isatty()  # echo questions from the command line on stderr
         self._blocks = 0 if interactive else 1  # number of answers with a stats block; later answers get a single line
-        if verbose or stats:
+        if given.verbose or given.stats:
             self._blocks = math.inf
-        if stats is None:
-            stats = plain
-        self._stats = stats or (verbose and not quiet)
+        stats = plain if given.stats is None else given.stats
+        self._stats = stats or (given.verbose and not given.quiet)
         self._generation: GenerationOptions | None = None
         self._inputs: EncodedInputs | RemoteInputs | None = None
         self._chat: Chat | RemoteChat | None = None  # set if the questions form a conversation

@@ -89,10 +89,7 @@ class EvalArguments:
 
 
 @opt.command(
-    *ModelOptions.NAME,
-    *ModelOptions.DEVICE,
-    *ModelOptions.QUANTIZED,
-    *ModelOptions.RUNNING,
+    *ModelOptions.WEIGHTS,
     *SamplingOptions.RATE,
     *SamplingOptions.LIMITS,
     "frame_rate",

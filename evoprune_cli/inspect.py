@@ -85,10 +85,7 @@ class InspectArguments:
 
 
 @opt.command(
-    *ModelOptions.NAME,
-    *ModelOptions.DEVICE,
-    *ModelOptions.QUANTIZED,
-    *ModelOptions.RUNNING,
+    *ModelOptions.WEIGHTS,
     *PruneOptions.PRUNING,
     *SamplingOptions.RATE,
     *SamplingOptions.SPAN,

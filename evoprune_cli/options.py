@@ -117,7 +117,7 @@ def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Cal
         own_parameters = list(signature(function).parameters.values())
         kind = own_parameters[0].annotation if own_parameters else None
         if is_dataclass(kind):
-            own_parameters = [_own_parameter(field) for field in fields(kind)]
+            own_parameters = [_own_parameter(field) for field in _own_fields_first(kind)]
 
         @wraps(function)
         def run(debug: bool, help_all: bool, **given: Any) -> int:
@@ -135,6 +135,12 @@ def command(*names: str, short: str, **changed: dict[str, Any]) -> Callable[[Cal
         return run
 
     return decorate
+
+
+def _own_fields_first(kind: type) -> list[Field]:
+    """Return the fields of a dataclass, with those of its base classes at the end, as they are listed in the help."""
+    inherited = {name for base in kind.__mro__[1:] for name in getattr(base, "__annotations__", {})}
+    return sorted(fields(kind), key=lambda field: field.name in inherited)
 
 
 def _own_parameter(field: Field) -> Parameter:
@@ -284,6 +290,18 @@ Cache = option(
     "Keep encoded videos on disk (at most 2 GiB, in the folder EVOPRUNE_CACHE_DIR) and reuse them.",
     OUTPUT,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringArguments:
+    """The arguments that `ask` and `watch` share, which say how answers are generated and printed."""
+
+    show_thoughts: ShowThoughts = False
+    options: PipelineArguments
+    json: Json = False
+    stats: Stats = None
+    quiet: Quiet = False
+    verbose: Verbose = False
 
 
 def listed(texts: Sequence[str] | None) -> list[str]:

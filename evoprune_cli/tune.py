@@ -78,10 +78,7 @@ class TuneArguments:
 
 
 @opt.command(
-    *ModelOptions.NAME,
-    *ModelOptions.DEVICE,
-    *ModelOptions.QUANTIZED,
-    *ModelOptions.RUNNING,
+    *ModelOptions.WEIGHTS,
     "seed",
     *SamplingOptions.RATE,
     *SamplingOptions.SPAN,

@@ -34,7 +34,7 @@ STDIN = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchArguments:
+class WatchArguments(opt.AnsweringArguments):
     """The arguments of `evoprune watch`."""
 
     source: opt.argument(
@@ -73,12 +73,6 @@ class WatchArguments:
         "Maximum number of consecutive attempts to reopen a URL or camera that ended or failed.",
         "Source",
     ) = 5
-    show_thoughts: opt.ShowThoughts = False
-    options: opt.PipelineArguments
-    json: opt.Json = False
-    stats: opt.Stats = None
-    quiet: opt.Quiet = False
-    verbose: opt.Verbose = False
 
 
 @opt.command(
@@ -146,8 +140,7 @@ def _run(given: WatchArguments, asked: list[str], every_s: float | None, pipelin
     prompt = _has_prompt(given)
     speak = _say_nothing if given.quiet else tell
     opened = LiveSource(given.source, given.pace, parse_time(given.timeout), given.reconnects, speak)
-    shown = {"interactive": prompt, "several": len(asked) > 1, "show_thoughts": given.show_thoughts}
-    talk = Conversation([opened.name], given.json, given.stats, given.quiet, given.verbose, **shown)
+    talk = Conversation([opened.name], given, interactive=prompt, several=len(asked) > 1)
     try:
         with progress(not given.quiet) as show:
             session = load(pipeline, show, given.quiet, streams=True)

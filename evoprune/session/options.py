@@ -106,6 +106,7 @@ class ModelOptions:
     DEVICE: ClassVar[tuple[str, ...]] = ("device", "dtype")
     QUANTIZED: ClassVar[tuple[str, ...]] = ("quantize", "store_quantized")
     RUNNING: ClassVar[tuple[str, ...]] = ("engine", "offline", "threads")
+    WEIGHTS: ClassVar[tuple[str, ...]] = (*NAME, *DEVICE, *QUANTIZED, *RUNNING)
     LOADING: ClassVar[tuple[str, ...]] = (*NAME, *DEVICE, *QUANTIZED, "load_format", *RUNNING)
 
     model: str | PathLike[str] = option(
