@@ -523,14 +523,15 @@ def warning_text(name: str, video: VideoFacts, path: str | None = None, answers:
     path = path or os.path.basename(os.path.abspath(video.path or "the video"))
     if video.path == "-":
         path = "standard input"
-    facts = {
-        "damaged": video.damaged or 0,
-        "ends": clock(video.duration_s),
-        "stated": clock(video.stated_s),
-        "gap": clock(video.clock_gap_s),
-        "cache": cache_folder(),
-    }
-    return WARNINGS.get(name, name).format(**facts, video=path, answers=answers or f"its answer about {path} is")
+    return WARNINGS.get(name, name).format(
+        damaged=video.damaged or 0,
+        ends=clock(video.duration_s),
+        stated=clock(video.stated_s),
+        gap=clock(video.clock_gap_s),
+        cache=cache_folder(),
+        video=path,
+        answers=answers or f"its answer about {path} is",
+    )
 
 
 def record_line(record: dict[str, Any], ascii_only: bool) -> str:
@@ -863,6 +864,12 @@ def _subtitles_line(subtitles: dict) -> str:
 
 
 def _wrap_words(title: str, words: list[str]) -> list[str]:
-    settings = {"break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(" ".join(words), WIDTH, initial_indent=f"{title:<11}", subsequent_indent=INDENT, **settings)
+    lines = textwrap.wrap(
+        " ".join(words),
+        WIDTH,
+        initial_indent=f"{title:<11}",
+        subsequent_indent=INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return lines or [f"{title:<10}"]

@@ -286,8 +286,10 @@ def _answers(
         note_model(session, settings.generation, given.quiet)
         ready()
         stored = Cache() if given.cache else None
-        callbacks = {"progress": encoding(tally.encoding), "on_wait": tally.wait}
-        yield from answers(session, spans, settings, stored, print_traceback, ahead, **callbacks)
+        on_progress = encoding(tally.encoding)
+        yield from answers(
+            session, spans, settings, stored, print_traceback, ahead, progress=on_progress, on_wait=tally.wait
+        )
 
 
 def _rows(given: BatchArguments, reader: RowReader) -> list["Row"]:

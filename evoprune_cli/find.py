@@ -218,9 +218,11 @@ class Finder:
         from evoprune.moments import Search
 
         name = without_password(row.video)
-        how = self._pipeline.find, self._pipeline.sampling, self._cache
+        pipeline = self._pipeline
         try:
-            with Search(self._session, row.paths[0], self._queries, *how) as search:
+            with Search(
+                self._session, row.paths[0], self._queries, pipeline.find, pipeline.sampling, self._cache
+            ) as search:
                 return self._search(search, name), None
         except (VideoError, OutOfMemory) as problem:
             return None, _report_failure(problem, name, self._given.json)

@@ -190,8 +190,8 @@ def _about_video(
         check_writable(overlay, inputs=[video])
     with ExitStack() as stack:
         with progress(is_url(video)) as show:
-            how = {"offline": pipeline.model.offline, "progress": downloading(show)}
-            path = stack.enter_context(local_file(video, **how))
+            offline = pipeline.model.offline
+            path = stack.enter_context(local_file(video, offline=offline, progress=downloading(show)))
         video = without_password(video)
         info = replace(probe(path, folder_fps=rate), path=video)
         yield {"video": asdict(info)}
@@ -277,8 +277,14 @@ def lines(facts: dict, indent: int = 0, section: str = "") -> list[str]:
 
 
 def _folded(title: str, text: str, indent: int) -> list[str]:
-    indented = {"initial_indent": title, "subsequent_indent": " " * indent}
-    return wrap(text, page_width(), break_long_words=False, break_on_hyphens=False, **indented)
+    return wrap(
+        text,
+        page_width(),
+        initial_indent=title,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _overlay_lines(title: str, overlay: dict) -> list[str]:

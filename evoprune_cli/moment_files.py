@@ -106,8 +106,15 @@ class MomentFiles:
         with progress(not quiet) as show:
             for number, moment in enumerate(moments):
                 show("cutting, clip", number + 1, len(moments))
-                how = {"exact": self.exact, "title": moment.query, "named_after": name}
-                clip = cut_clip(search.info, moment.start_s, moment.end_s, self.clips, **how)
+                clip = cut_clip(
+                    search.info,
+                    moment.start_s,
+                    moment.end_s,
+                    self.clips,
+                    exact=self.exact,
+                    title=moment.query,
+                    named_after=name,
+                )
                 cut.append(clip.path)
                 earlier_s = max(earlier_s, moment.start_s - clip.start_s)
         if not quiet:

@@ -367,8 +367,8 @@ def _continued(example: str, width: int) -> str:
     if len(example) <= width:
         return example
     words = re.sub(r"([\"']).*?\1", lambda quoted: quoted[0].replace(" ", GLUE), example)
-    how = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
-    return " \\\n".join(textwrap.wrap(words, width - 2, **how)).replace(GLUE, " ")
+    lines = textwrap.wrap(words, width - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines).replace(GLUE, " ")
 
 
 class Command(TyperCommand):

@@ -276,8 +276,13 @@ def _folded(text: str, indent: int) -> list[str]:
     """If stderr is a terminal, wrap text at spaces and indent all lines except the first. Otherwise, return a single line."""
     if not sys.stderr.isatty():
         return [text]
-    settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
-    return textwrap.wrap(text, max(columns(), 30), **settings)
+    return textwrap.wrap(
+        text,
+        max(columns(), 30),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def print_stream(pieces: Iterable[str]) -> None:
@@ -400,8 +405,9 @@ def progress(active: bool, timing: bool = False) -> Iterator:
 
     console = Console(stderr=True, highlight=False)
     if timing:
-        still = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-        with Live(console=console, transient=True, **still) as live:
+        with Live(
+            console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        ) as live:
             yield lambda what: live.update(Text(what, style="dim", no_wrap=True, overflow="ellipsis"), refresh=True)
         return
     line = Line("loading")

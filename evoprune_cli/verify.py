@@ -75,8 +75,16 @@ def verify(given: VerifyArguments) -> int:
         prepare()
         from evoprune.bench import run_checks
 
-        how = {"quick": given.quick, "progress": tell, "failed": print_traceback}
-        for results in run_checks(pipeline.model, given.path, time_limit_s=given.time_limit, begun=begun, **how):  # noqa: B007
+        checks = run_checks(
+            pipeline.model,
+            given.path,
+            quick=given.quick,
+            time_limit_s=given.time_limit,
+            progress=tell,
+            failed=print_traceback,
+            begun=begun,
+        )
+        for results in checks:  # noqa: B007
             pass
     deliver()
     return 0 if results.verdict == "held" else DIFFERENCE

@@ -149,11 +149,18 @@ def _draw_series(axes, series: Series) -> None:
         return
     low = [point.low for point in series.points]
     high = [point.high for point in series.points]
-    looks = {"yerr": [_distances(low, y), _distances(high, y)], "fmt": "o-"}
-    if series.hollow:
-        looks["markerfacecolor"] = "white"
     axes.errorbar(
-        x, y, **looks, color=series.colour, label=name, markersize=4.5, linewidth=1.6, elinewidth=1.1, capsize=3
+        x,
+        y,
+        yerr=[_distances(low, y), _distances(high, y)],
+        fmt="o-",
+        color=series.colour,
+        label=name,
+        markersize=4.5,
+        markerfacecolor="white" if series.hollow else series.colour,
+        linewidth=1.6,
+        elinewidth=1.1,
+        capsize=3,
     )
 
 

@@ -90,14 +90,16 @@ class PrefixCache:
                 if cache is None:
                     cache = language.new_cache(end)
                 part = pruned[known:end]
-                given = {"sizes": part.sizes, "deepstack": part.deepstack, "ids": part.ids}
-                language.forward(part.embeds, part.positions, cache, **given)
+                language.forward(
+                    part.embeds, part.positions, cache, sizes=part.sizes, deepstack=part.deepstack, ids=part.ids
+                )
                 self._cached = [*self._cached[:1], CachedPrefix(cache, end)]
                 cache = cache.copy()
                 known = end
         rest = pruned[known:]
-        given = {"sizes": rest.sizes, "deepstack": rest.deepstack, "ids": rest.ids}
-        state = language.prefill(rest.embeds, rest.positions, rest.following, cache, **given)
+        state = language.prefill(
+            rest.embeds, rest.positions, rest.following, cache, rest.sizes, deepstack=rest.deepstack, ids=rest.ids
+        )
         if crops and goes_on and language.answer_window is None:
             self._cached = [CachedPrefix(state.cache)]
         elif crops:

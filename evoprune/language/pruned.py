@@ -88,19 +88,22 @@ def prune_prompt(
     text = ~visual
     # Each column's index in a table with the text columns, followed by the visual tokens.
     row = torch.where(text, text.cumsum(0), text.sum() + visual.cumsum(0)) - 1
-    given = {"sizes": _sizes(int(text.sum()), read, row)}
-    if positions is not None:
-        given |= {"positions": positions[:, columns], "last": positions.amax(1, keepdim=True)}
+    sizes = _sizes(int(text.sum()), read, row)
     ids = ids[columns]
+    embeds = deepstack = None
     if embed is not None:
         with torch.inference_mode():
             words = embed(ids[text])
             row = to_device(row, words.device)
-            given["embeds"] = torch.cat([words, *(tokens.features.to(words) for tokens in read)])[row]
+            embeds = torch.cat([words, *(tokens.features.to(words) for tokens in read)])[row]
             if all(tokens.deepstack is not None for tokens in read):
                 nothing = words.new_zeros(len(read[0].deepstack), *words.shape)
-                given["deepstack"] = torch.cat([nothing, *(tokens.deepstack.to(words) for tokens in read)], 1)[:, row]
-    return PrunedPrompt(ids, columns, visual, **given)
+                deepstack = torch.cat([nothing, *(tokens.deepstack.to(words) for tokens in read)], 1)[:, row]
+    last = None
+    if positions is not None:
+        last = positions.amax(1, keepdim=True)
+        positions = positions[:, columns]
+    return PrunedPrompt(ids, columns, visual, sizes, positions, last, embeds, deepstack)
 
 
 def _check(place: Place, tokens: Encoded) -> None:

@@ -108,8 +108,9 @@ def logits(subject: Subject) -> Outcome:
     whole = asked.prompt
     prompt = prune_prompt(whole.input_ids, whole.places, [tokens], asked.positions, language.embed)
     cache = language.new_cache(len(prompt))
-    options = {"last": asked.text_behind, "deepstack": prompt.deepstack, "ids": prompt.ids}
-    ours = language.logits(prompt.embeds, prompt.positions, cache, **options)
+    ours = language.logits(
+        prompt.embeds, prompt.positions, cache, last=asked.text_behind, deepstack=prompt.deepstack, ids=prompt.ids
+    )
     return _within(gap(ours, subject.video_logits, centred=True), subject.language_noise)
 
 

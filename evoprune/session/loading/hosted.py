@@ -210,7 +210,6 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
-    safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     with quiet_transformers(), _without_adapter(folder) as plain:
         source = AutoModelForImageTextToText
         if gguf_files(folder):
@@ -221,7 +220,15 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
             kwargs |= {"config": config, "state_dict": {name: tensors.get_slice(name) for name in tensors.entries}}
             plain = None
             source = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        loaded = source.from_pretrained(plain, dtype=dtype, attn_implementation="sdpa", **safe, **kwargs)
+        loaded = source.from_pretrained(
+            plain,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
     host = loaded[0] if isinstance(loaded, tuple) else loaded
     if not kwargs.get("device_map"):  # quantized layers are already on their device
         host.to(device)

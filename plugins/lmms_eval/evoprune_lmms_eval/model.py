@@ -107,8 +107,8 @@ class EvoPruneQwen25VL(lmms):
             counts = ("visual_tokens_in", "visual_tokens_kept", "encoder_live_share")
             facts = {name: getattr(report.pruning, name) for name in counts}
             facts |= {"time_ms": asdict(report.time_ms), "warnings": report.warnings}
-            tokens = {"input_tokens": report.tokens.prompt, "output_tokens": report.tokens.new}
-            yield GenerationResult(text, Measured(**tokens, measured=facts))
+            measured = Measured(input_tokens=report.tokens.prompt, output_tokens=report.tokens.new, measured=facts)
+            yield GenerationResult(text, measured)
 
     def _answer(self, question: str, settings: dict[str, Any]) -> tuple[str, Report]:
         """Answer a question. Returns the answer text up to the task's first stop word, and the report."""

@@ -187,9 +187,15 @@ def protection(access: Access, refuse: Callable[[Request, Exception], Response])
     middleware = [Middleware(Framing, refuse=refuse)]
     if access.origins:
         # OpenAI's browser client sends its own headers and reads `Retry-After`.
-        headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After"]}
-        cors = {"allow_origins": access.origins, "allow_methods": ["GET", "POST", "DELETE"]}
-        middleware.append(Middleware(CORSMiddleware, **cors, **headers))
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=access.origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["Retry-After"],
+            )
+        )
     return [*middleware, Middleware(Guard, access=access, refuse=refuse)]
 
 
