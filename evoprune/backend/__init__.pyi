@@ -15,9 +15,9 @@ from .devices import to_device as to_device
 from .hosted import EXPERTS as EXPERTS
 from .hosted import cache_name as cache_name
 from .hosted import choose_functions as choose_functions
+from .hosted import form_of_layers as form_of_layers
 from .hosted import without_packages as without_packages
 from .indexed import accept_biases as accept_biases
-from .layers import form_of_layers as form_of_layers
 from .layers import is_unhooked_linear as is_unhooked_linear
 from .layers import joined as joined
 from .layers import kernels_for as kernels_for

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from inspect import signature
+from typing import TypeVar
 
 import torch
 
-from evoprune.backend.devices import is_host
+from evoprune.backend.devices import is_host, wants_plain_pytorch
+
+T = TypeVar("T")
 
 # Name of the KV cache argument and output field in transformers models. Transformers 5.24 and later use the first name, older
 # versions the second.
@@ -29,6 +32,20 @@ def cache_name() -> str:
 
     known = signature(GenerationMixin.prepare_inputs_for_generation).parameters
     return next(name for name in CACHE_NAMES if name in known)
+
+
+def form_of_layers(device: torch.device, few: T, modules: T) -> T:
+    """Select one of two layer implementations for a model.
+
+    On the CPU, arithmetic is the bottleneck, so `modules` is returned. Other devices are limited by the number of operations, so
+    `few` is returned unless plain PyTorch is requested.
+
+    Args:
+        device: The model's device.
+        few: The implementation with as few operations as possible.
+        modules: The implementation that calls the transformers modules.
+    """
+    return modules if is_host(device) or wants_plain_pytorch() else few
 
 
 def _experts_output(layer, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

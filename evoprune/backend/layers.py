@@ -1,13 +1,10 @@
 """Reduces the number of operations per layer by joining weight matrices and, on CUDA, using fused kernels."""
 
 from types import ModuleType
-from typing import TypeVar
 
 import torch
 
-from evoprune.backend.devices import failed, has_triton, is_host, uses_kernels, wants_plain_pytorch
-
-T = TypeVar("T")
+from evoprune.backend.devices import failed, has_triton, uses_kernels
 
 # For each module type, the linear layers inside it that share an input.
 SHARED_INPUT = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
@@ -86,17 +83,3 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     from evoprune.backend import kernels
 
     return kernels
-
-
-def form_of_layers(device: torch.device, few: T, modules: T) -> T:
-    """Select one of two layer implementations for a model.
-
-    On the CPU, arithmetic is the bottleneck, so `modules` is returned. Other devices are limited by the number of operations, so
-    `few` is returned unless plain PyTorch is requested.
-
-    Args:
-        device: The model's device.
-        few: The implementation with as few operations as possible.
-        modules: The implementation that calls the transformers modules.
-    """
-    return modules if is_host(device) or wants_plain_pytorch() else few

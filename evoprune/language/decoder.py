@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from evoprune.backend import (
     Attention,
     Quantization,
-    form_of_layers,
     joined,
     kernels_for,
     linear,
@@ -391,8 +390,11 @@ def forward(
     text = model.model.language_model
     x = inputs_embeds
     deltas = [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
-    if deltas and not dropping and form_of_layers(x.device, True, False):
-        return _in_few_operations(model, x, positions, cache, sizes, ids, pause)[-last:]
+    if deltas and not dropping:
+        from evoprune.backend import form_of_layers
+
+        if form_of_layers(x.device, True, False):
+            return _in_few_operations(model, x, positions, cache, sizes, ids, pause)[-last:]
     compiled = None if dropping else Quantization.compiled_layers(text.layers, x, config)
     if compiled:
         x = x.float()

@@ -143,11 +143,11 @@ def test_an_empty_list_is_refused(cli, command):
 @pytest.mark.parametrize(
     ("args", "prints", "file"),
     [
-        (("verify", "-m", "demo", "--quick", "-o"), "running.print_text", "report.json"),
-        (("tune", *TUNE, "--json", "samples/square.mp4", "-o"), "running.print_text", "tune.json"),
+        (("verify", "-m", "demo", "--quick", "-o"), "delivery.print_text", "report.json"),
+        (("tune", *TUNE, "--json", "samples/square.mp4", "-o"), "delivery.print_text", "tune.json"),
         (
             ("eval", "--data", "samples/questions.jsonl", "--limit", "1", "-q", "-o"),
-            "running.print_text",
+            "delivery.print_text",
             "run/results.json",
         ),
         (("profile", *QUICK, "--size", "56x56", "--chart"), "profile.print_text", "chart.svg"),

@@ -3,7 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evoprune.language.answer import AnswerConstraint, StopStrings, stream_answer, stream_text
+from evoprune.language.answer import stream_answer, stream_text
+from evoprune.language.constraints import AnswerConstraint
+from evoprune.language.stops import StopStrings
 from tests.language.test_generate import Steps, own_tokenizer
 from tests.thinking import ids_of, thinking_tokenizer
 from tests.tiny import tiny_tokenizer

@@ -27,7 +27,6 @@ from evoprune.methods import (
 from evoprune.methods.baselines import Nothing, Random
 from evoprune.methods.evoprune import EvoPruneMethod, Reuse
 from evoprune.methods.merger import ALLOCATIONS
-from evoprune.vision import encoder
 from evoprune.vision.encoder import encode_rows
 from evoprune.vision.layout import geometry
 from evoprune.vision.patches import normalised
@@ -377,7 +376,7 @@ def test_what_does_not_exist_cannot_be_declared():
 
 
 def test_nothing_is_gathered_that_is_not_declared(monkeypatch):
-    monkeypatch.setattr(encoder, "selector_hooks", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr("evoprune.vision.hooks.selector_hooks", lambda *_: pytest.fail("gathered"))
     encode_noise((2, 3, 4), EvoPruneMethod(), 3)
     encode_noise((2, 3, 4), Looks(), 24)  # keeps everything
 
