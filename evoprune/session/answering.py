@@ -12,7 +12,7 @@ from evoprune.session.report import fill_times
 from evoprune.session.session import Session
 
 
-class Inputs(Protocol):
+class Answerable(Protocol):
     """The interface of encoded inputs that an answer requires, implemented by `asking.Askable`."""
 
     OVERTAKEN: ClassVar[str]
@@ -44,7 +44,7 @@ class Answering:
         default=None, init=False
     )  # the parsed answer, if the schema is a class and the answer is complete
 
-    def pieces(self, inputs: Inputs) -> Iterator[str]:
+    def pieces(self, inputs: Answerable) -> Iterator[str]:
         """Generate the answer and yield its text in pieces.
 
         Raises:

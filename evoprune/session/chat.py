@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Unpack, overload
 
 from evoprune.errors import DoesNotFit, UsageError
 from evoprune.language import GenerationOptions, Turn
-from evoprune.session.answering import Answering, Inputs
+from evoprune.session.answering import Answerable, Answering
 from evoprune.session.answers import Answer, Shape
 from evoprune.signatures import takes
 from evoprune.suggestions import Suggesting, not_callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evoprune.keywords import GenerationKeywords, UntypedKeywords
 
 
-class Asked(Inputs, Protocol):
+class Asked(Answerable, Protocol):
     """The interface of encoded inputs that `Chat` requires, implemented by `asking.Askable`."""
 
     _lock: AbstractContextManager

@@ -26,7 +26,7 @@ from evoprune.session.asking import EncodedInputs
 from evoprune.session.memory import TEXT
 from evoprune.session.patches import content_key, patch_bytes
 from evoprune.session.prompting import with_subtitles
-from evoprune.session.reading import Reading, Readings, SharedChunks, probed
+from evoprune.session.reading import Reading, ReadingGroup, SharedChunks, probed
 from evoprune.session.result import Entry, InputResult
 from evoprune.session.session import Session
 from evoprune.timeline import Timeline, account, this_thread
@@ -317,7 +317,7 @@ class _Input:
                 if self._stored_patches:
                     self._reading = self._stored_patches.read()
                 else:
-                    self._reading = Reading(patches, Readings(AHEAD_BYTES))
+                    self._reading = Reading(patches, ReadingGroup(AHEAD_BYTES))
             return self._reading
 
     @property

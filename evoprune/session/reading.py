@@ -1,7 +1,7 @@
 """Read inputs ahead in background threads while the model loads, the encoder runs, or another question is being answered.
 
 A `Reading` represents an input being read. Its thread produces chunks of frames or patches, which are buffered until a consumer
-takes them. Each `Reading` in a `Readings` group waits for its turn, and all of them share a memory limit for buffered chunks. This
+takes them. Each `Reading` in a `ReadingGroup` waits for its turn, and all of them share a memory limit for buffered chunks. This
 module does not import torch, so reading can start before torch is imported.
 
 Timing doesn't affect the result: no matter how far ahead the thread is, a consumer gets the same chunks in the same order.
@@ -34,7 +34,7 @@ PATIENCE_S = 3.0  # maximum time to wait for a thread when closing, in seconds
 MOST_PROBED = 256  # maximum number of inputs with metadata cached in memory
 
 
-class Readings:
+class ReadingGroup:
     """A group of `Reading` objects that take turns, in creation order, and share a memory limit. Closing the group stops them all.
 
     Args:
@@ -94,7 +94,7 @@ class Reading(Generic[T]):
     def __init__(
         self,
         source: Callable[["Reading[T]"], Iterator[T]] | None,
-        group: Readings | None = None,
+        group: ReadingGroup | None = None,
         *,
         shared: bool = False,
         drop: Callable[[T], None] = lambda chunk: None,
@@ -105,7 +105,7 @@ class Reading(Generic[T]):
         self.chunk_bytes = 0
         self.taken = False
         self.problem: BaseException | None = None
-        self._group = group or Readings()
+        self._group = group or ReadingGroup()
         self._changed = self._group.changed
         self._shared = shared
         self._drop = drop
@@ -199,7 +199,7 @@ class Reading(Generic[T]):
         """
         stop_all([self])
 
-    # Used by `Readings`.
+    # Used by `ReadingGroup`.
 
     def stop(self) -> None:
         """Discard all chunks and tell the thread to stop, without waiting for it."""
@@ -305,7 +305,7 @@ class Reading(Generic[T]):
             return None
 
 
-class Prefetcher(Readings, Generic[Item, T]):
+class Prefetcher(ReadingGroup, Generic[Item, T]):
     """A group that reads the items of an iterable ahead, in order. Close it after use.
 
     The items are consumed lazily, so there may be any number of them.
@@ -316,7 +316,7 @@ class Prefetcher(Readings, Generic[Item, T]):
             produces the chunks: frames while the model is being loaded, and opened inputs, which contain patches, later on.
         most: Maximum number of items in `queue`.
         drop: See `Reading`.
-        limit_bytes, at_once: See `Readings`.
+        limit_bytes, at_once: See `ReadingGroup`.
 
     Attributes:
         queue: The items being read or waiting for it, each with its `Reading`. Consumers remove the items that they take.
@@ -383,7 +383,7 @@ class SharedChunks(Generic[T]):
         self,
         key: Hashable,
         source: Callable[[Reading[T]], Iterator[T]],
-        group: Readings | None = None,
+        group: ReadingGroup | None = None,
         *,
         size: int = 0,
     ):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from evoprune.errors import ModelError, first_line, is_out_of_memory
 from evoprune.session.hub import cached_folder, fetch, reach
-from evoprune.session.reading import Reading, Readings, SharedChunks, state_of
+from evoprune.session.reading import Reading, ReadingGroup, SharedChunks, state_of
 from evoprune.timeline import Timeline
 from evoprune.untrusted import loads
 from evoprune.util import file_stats, installed_version, open_safetensors
@@ -310,9 +310,9 @@ _transcripts: OrderedDict[_SpeechRequest, SharedChunks[_Piece]] = OrderedDict()
 
 
 @lru_cache(maxsize=1)
-def _group() -> Readings:
+def _group() -> ReadingGroup:
     """Return the group shared by all transcriptions, which makes them run one after another."""
-    return Readings()
+    return ReadingGroup()
 
 
 def _forget() -> None:

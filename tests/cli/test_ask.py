@@ -27,6 +27,7 @@ from evoprune.session import EncodedInputs, ModelOptions, ReadAhead, encoding
 from evoprune.video import frames
 from evoprune_cli.terminal import stdout
 from evoprune_cli.words import split_words
+from tests.cli.apart import records_of
 from tests.cli.screen import visible
 from tests.loading import edit
 from tests.video.files import numbered_frames, write_said, write_video
@@ -763,3 +764,19 @@ def test_of_a_silent_video_or_one_with_subtitles_no_note_is_about_sound(cli, tmp
         assert "is not read" not in cli("ask", *words, "Who speaks?", "-n", "1").err
     found = " ".join(cli("find", str(path), "someone talking", "-q").err.split())
     assert "note: the sound of sound.mp4 is not read" in found
+
+
+# Modules that a question to a demo model does not need: other models, decoders, inputs, options, and commands.
+UNUSED = (
+    "backend.cpu.quantize", "backend.hosted", "batch", "bench", "contrib", "hf", "language.choices", "language.guidance",
+    "language.hosted", "language.hybrid", "language.schema", "language.static", "language.stops", "live", "methods.language",
+    "methods.merger", "moments", "session.cache", "session.chat", "session.hub", "session.speech", "video.held", "vision.hooks",
+)  # fmt: skip
+MOST_MODULES = 104  # may only be lowered
+
+
+def test_a_question_imports_only_what_it_needs():
+    (record,) = records_of("tests.cli.imported", "ask", "samples/square.mp4", "What color is the square?", "-q")
+    modules = record["modules"]
+    assert not {f"evoprune.{name}" for name in UNUSED} & {*modules}
+    assert "evoprune.language.answer" in modules and len(modules) <= MOST_MODULES

@@ -32,6 +32,14 @@ def test_a_budget_keeps_a_share_of_a_clip_and_of_a_still(text, clip, still):
     assert config.budget.share_of_all([CLIP, STILL]) == pytest.approx((clip + still) / 120)
 
 
+@pytest.mark.parametrize("text", ["25%", "0.1", "fast", "auto", 0.5])
+def test_a_budget_is_parsed_once(monkeypatch, text):
+    wanted = Budget.parse(text, auto=True)
+    parsed, parse = [], Budget.parse
+    monkeypatch.setattr(Budget, "parse", lambda *given, **how: parsed.append(given) or parse(*given, **how))
+    assert PruneOptions(text).config().budget == wanted and len(parsed) == 1
+
+
 @pytest.mark.parametrize(
     ("budget", "name", "acts", "reported"),
     [(0.25, "evoprune", True, 0.25), (1.0, "evoprune", False, 1.0), (0.25, "none", False, 1.0),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from evoprune.session import reading as module
-from evoprune.session.reading import Reading, Readings, probed
+from evoprune.session.reading import Reading, ReadingGroup, probed
 from evoprune.video import Scope, Stopped
 from tests.threads import check_ended
 
@@ -71,7 +71,7 @@ def test_all_of_it_in_order():
 def test_chunks_that_wait_are_bounded(room):
     """While chunks wait, the next one is already made, unless it would exceed the bound."""
     made = []
-    with closing(Reading(numbers(20, made=made), Readings(room))) as reading:
+    with closing(Reading(numbers(20, made=made), ReadingGroup(room))) as reading:
         chunks = reading.chunks()
         for count in range(1, 12):
             next(chunks)
@@ -82,7 +82,7 @@ def test_chunks_that_wait_are_bounded(room):
 
 def test_without_room_one_chunk_at_a_time_is_made():
     made = []
-    with closing(Reading(numbers(5, made=made), Readings(0))) as reading:
+    with closing(Reading(numbers(5, made=made), ReadingGroup(0))) as reading:
         assert [(chunk.number, len(made) <= chunk.number + 2) for chunk in reading.chunks()] == [
             (number, True) for number in range(5)
         ]
@@ -90,7 +90,7 @@ def test_without_room_one_chunk_at_a_time_is_made():
 
 def test_readings_share_memory_and_take_turns():
     made = [], []
-    with Readings(4) as group:
+    with ReadingGroup(4) as group:
         first, second = (Reading(numbers(10, made=each), group) for each in made)
         wait_for(lambda: group.held_bytes == 3)
         time.sleep(0.02)
@@ -108,7 +108,7 @@ def test_as_many_read_at_once_as_are_allowed():
         assert gate.wait(GATE_S)
         yield Chunk(number)
 
-    with Readings(at_once=2) as group:
+    with ReadingGroup(at_once=2) as group:
         readings = [Reading(lambda reading, number=number: source(number, reading), group) for number in range(4)]
         wait_for(lambda: len(begun) == 2)
         time.sleep(0.02)
@@ -219,7 +219,7 @@ def test_several_threads_take_what_is_shared():
 
 
 def test_waiting_ends_where_nothing_more_may_be_made():
-    with closing(Reading(numbers(9), Readings(3))) as reading:
+    with closing(Reading(numbers(9), ReadingGroup(3))) as reading:
         reading.wait()
         assert not reading.has_ended
         assert taken(reading) == list(range(9))
