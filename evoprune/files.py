@@ -8,6 +8,7 @@ import glob
 import os
 import secrets
 import stat
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from evoprune.errors import UsageError
 # Paths with these prefixes are opened and written directly instead of being replaced atomically. For example, the shell passes such
 # a path for the pipe it creates for >(gzip > x).
 OPEN_FILES = ("/dev/", "/proc/self/fd/")
+BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows changes the ends of lines
 # Name of a file while it is being written. The placeholders are the final name and eight random hexadecimal digits.
 UNFINISHED = "{}.evoprune-{}.tmp"
 MAX_BYTES = 2**28  # maximum size, in bytes, of a file to read into memory
@@ -158,10 +160,10 @@ def open_below(folder: Path, path: Path, is_folder: bool = False) -> int:
     parts = path.relative_to(folder).parts
     if not (parts or is_folder):
         raise ValueError(f"{path} is a folder")
-    if os.open not in os.supports_dir_fd:
+    if sys.platform == "win32" or os.open not in os.supports_dir_fd:
         if not is_folder and not path.is_file():
             raise FileNotFoundError(path)
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        return os.open(path, os.O_RDONLY | BINARY)
     with ExitStack() as stack:
 
         def opened(name: str | Path, flags: int, at: int | None = None) -> int:
@@ -241,6 +243,12 @@ def append(number: int, content: bytes, regular: bool = True) -> None:
         raise
 
 
+def read_at(number: int, count: int, at: int) -> bytes:
+    """Read `count` bytes of a file from offset `at`, or fewer at its end. Moves the file's position."""
+    os.lseek(number, at, os.SEEK_SET)
+    return os.read(number, count)
+
+
 def create_unfinished(path: str, mode: int = 0o666, flags: int = 0) -> tuple[int, str]:
     """Create a temporary file that will replace `path` when complete, and open it for reading and writing.
 
@@ -256,7 +264,7 @@ def create_unfinished(path: str, mode: int = 0o666, flags: int = 0) -> tuple[int
         OSError: If the file can't be created.
     """
     name = UNFINISHED.format(path, secrets.token_hex(4))
-    flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL
+    flags |= os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
     before = None
     with suppress(FileNotFoundError):
         before = os.lstat(path)

@@ -34,7 +34,7 @@ WEB = re.compile("https?://", re.IGNORECASE)  # matches the scheme of a web addr
 ADDRESS = re.compile(r"(?<![a-z\d+.-])([a-z][a-z\d+.-]*)://.*", re.IGNORECASE | re.DOTALL)
 WWW = re.compile(r"www\.[^/\s]+\.[^/\s]+(/\S*)?", re.IGNORECASE)  # matches a web address without a scheme
 # Matches words that look like files: a data URL, any other URL, a word that starts like a path, or a word with a file extension.
-PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}/|~)\S*|\S*\.[A-Za-z0-9]{2,5}")
+PATH = re.compile(r"data:\S*|\S+://\S+|(?:/|\.{1,2}[/\\]|~|[A-Za-z]:[/\\]|\\\\)\S*|\S*\.[A-Za-z0-9]{2,5}")
 # What the values of an environment variable mean that stands for yes or no.
 SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
 STREAMS = ("rtsp", "rtsps", "udp", "tcp")  # URL schemes for live video, which can't be read as a file

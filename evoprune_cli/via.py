@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -64,7 +65,13 @@ def runtime_folder() -> Path:
     """Return the folder for the socket of this user's server, which may not exist."""
     if usual := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(usual) / "evoprune"
-    return Path(tempfile.gettempdir()) / f"evoprune.{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"evoprune.{_user()}"
+
+
+def _user() -> int:
+    if sys.platform == "win32":
+        return 0  # the owner of every file, according to `os.stat`
+    return os.getuid()
 
 
 def own_socket() -> Path | None:
@@ -73,7 +80,7 @@ def own_socket() -> Path | None:
     Raises:
         UsageError: If another user could have made or could open it.
     """
-    if not hasattr(socket, "AF_UNIX"):  # on Windows
+    if sys.platform == "win32":
         return None
     folder = runtime_folder()
     path = folder / "serve.sock"
@@ -81,7 +88,7 @@ def own_socket() -> Path | None:
         return None
     check_private(folder)
     status = path.lstat()
-    if status.st_uid != os.getuid() or not stat.S_ISSOCK(status.st_mode):
+    if status.st_uid != _user() or not stat.S_ISSOCK(status.st_mode):
         raise UsageError(f"{path} is not a socket of this user", "remove it; another user may have made it")
     return path
 
@@ -89,7 +96,7 @@ def own_socket() -> Path | None:
 def check_private(folder: Path) -> None:
     """Raise UsageError if a folder is a link, belongs to another user, or can be opened by others."""
     status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != _user():
         raise UsageError(
             f"{folder} is not a folder of this user", "remove it, or set XDG_RUNTIME_DIR to your own folder"
         )
@@ -105,6 +112,8 @@ class SocketConnection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
+        if sys.platform == "win32":
+            raise OSError("Windows has no Unix sockets")
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)

@@ -244,10 +244,10 @@ class Device:
             return limits.kib(Path("/proc/self/status"), "VmHWM")[0]
         except (OSError, KeyError):
             pass
-        try:
-            import resource
-        except ImportError:  # not on Unix
+        if sys.platform == "win32":
             return None
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if sys.platform == "darwin":  # macOS reports bytes, other systems KiB
             return peak

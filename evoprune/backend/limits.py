@@ -265,7 +265,9 @@ def kib(path: Path, *names: str) -> list[int]:
 
 
 def _unused_address_space(mapped: int) -> float:
-    import resource  # exists wherever /proc does
+    if sys.platform == "win32":
+        return math.inf
+    import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TextIO
 
 from evoprune.batch.rows import Row
 from evoprune.errors import UsageError
-from evoprune.files import OPEN_FILES, append, create_unfinished, remove_unfinished
+from evoprune.files import BINARY, OPEN_FILES, append, create_unfinished, read_at, remove_unfinished
 from evoprune.methods import MethodText
 from evoprune.report import SCHEMA, Report, name_inputs, rounded
 from evoprune.session import PipelineOptions
@@ -305,7 +305,7 @@ class RecordFile:
     def _is_own(self) -> bool:
         """Return True if the file begins with a complete or incomplete record of this schema."""
         head = self._head
-        beginning = os.pread(self._number, 1024, 0).removeprefix(BOM).lstrip(b"\r\n")[: len(head)].rstrip(b"\0")
+        beginning = read_at(self._number, 1024, 0).removeprefix(BOM).lstrip(b"\r\n")[: len(head)].rstrip(b"\0")
         return bool(beginning) and head.startswith(beginning)
 
     @property
@@ -330,7 +330,7 @@ class RecordFile:
             if kept and kept[-1].end != size:  # records are also dropped from the middle, so truncating isn't enough
                 self._number = self._copied(kept)
             os.ftruncate(self._number, size)
-            if kept and os.pread(self._number, 1, size - 1) != b"\n":
+            if kept and read_at(self._number, 1, size - 1) != b"\n":
                 os.write(self._number, b"\n")
         except OSError as problem:
             raise self._cannot_write(problem) from problem
@@ -365,8 +365,8 @@ class RecordFile:
             self._stdout.flush()
             return os.dup(self._stdout.fileno())
         if not self.regular:
-            return os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        flags = os.O_RDWR | os.O_APPEND
+            return os.open(self.path, os.O_WRONLY | os.O_APPEND | BINARY)
+        flags = os.O_RDWR | os.O_APPEND | BINARY
         while True:
             try:
                 number = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
@@ -385,10 +385,10 @@ class RecordFile:
             os.close(number)
 
     def _lock(self, number: int) -> None:
-        try:
-            import fcntl
-        except ImportError:  # this module exists only on Unix
+        if sys.platform == "win32":
             return
+        import fcntl
+
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:

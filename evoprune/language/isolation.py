@@ -74,7 +74,7 @@ def main(work: Callable[[str], Any], seconds: int, stack_bytes: int | None) -> N
     This is the main function of the separate process. On non-Unix systems, it doesn't set any limits.
     """
     request = sys.stdin.read()
-    with suppress(ImportError):  # not a Unix
+    if sys.platform != "win32":
         import resource
 
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])

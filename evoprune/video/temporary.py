@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,10 +48,11 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
     while True:
         folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
         with folder, open(os.path.join(folder.name, LOCK), "wb") as lock:
-            with suppress(ImportError, OSError):  # on Windows, or if the file system does not support locking
+            if sys.platform != "win32":
                 import fcntl
 
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                with suppress(OSError):  # the file system may not support locking
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock.fileno()).st_nlink:  # otherwise another process deleted the folder before it was locked
                 yield folder.name
                 return
@@ -58,11 +60,13 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
 
 def _delete_abandoned(parent: Path) -> None:
     """Delete the current user's temporary folders that were left behind by terminated processes."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
     for folder in parent.glob(f"{PREFIX}*"):
         # Skip the folder if it has no lock file, is in use by another process, or has just been deleted.
-        with suppress(ImportError, OSError):
-            import fcntl
-
+        with suppress(OSError):
             if folder.lstat().st_uid == os.getuid() and not folder.is_symlink():
                 with open(folder / LOCK, "rb+") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

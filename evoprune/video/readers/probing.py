@@ -134,7 +134,8 @@ def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """Yield the type, start offset, and end offset of each top-level box in an MP4 or MOV file."""
     at = 0
     for _ in range(MAX_BOXES):
-        head = os.pread(file.fileno(), 16, at)
+        file.seek(at)
+        head = file.read(16)
         size = int.from_bytes(head[:4], "big")
         if size == 1:
             size = int.from_bytes(head[8:], "big")
@@ -152,7 +153,8 @@ def _has_encrypted_track(path: str) -> bool:
         for kind, at, end in _boxes(file):
             if kind == b"moov":
                 end = min(end, os.fstat(file.fileno()).st_size)  # the stated size of a damaged box may be huge
-                return ENCRYPTED_TRACK in os.pread(file.fileno(), end - at, at)
+                file.seek(at)
+                return ENCRYPTED_TRACK in file.read(end - at)
     return False
 
 

@@ -221,12 +221,11 @@ def _linked(private: Path, real: Path, opened: dict[Path, int]) -> str:
 
 def allow_open_files() -> None:
     """Let this process open as many files as the system permits, because all images in a folder of frames are open together."""
-    with suppress(ImportError):  # on Windows
+    if sys.platform == "linux":
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if sys.platform == "linux":
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def real_paths(text: str) -> str:

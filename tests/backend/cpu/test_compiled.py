@@ -1,6 +1,9 @@
 """Test the products of the compiled library, and that evoprune works without it."""
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from evoprune.backend.cpu.quantize import (
     int8_weights,
     row_major_int4_weights,
 )
-from tests.backend.cpu.library import compiled, library  # noqa: F401
+from tests.backend.cpu.library import compile_library, compiled, library, use  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
 
 SHAPES = [(64, 32), (96, 64), (32, 96), (64, 2080), (32, 8192)]
@@ -96,6 +99,29 @@ def test_four_bits_are_multiplied_by_rounded_rows(compiled, outputs, length, cou
     x = torch.randn(count, length) * 3
     exact = rounded(x.index_fill(1, large, 0.0)) @ weights.T + x[:, large].double() @ weights[:, large].T
     check_product(made, x, exact, layer.bias)
+
+
+def test_clang_compiles_the_same_products(tmp_path, monkeypatch):
+    """Without OpenMP, which clang may lack, and without any warning."""
+    made = compile_library(shutil.which("clang"), tmp_path, "-Wall", "-Werror", "-Wno-unknown-pragmas")
+    use(made, monkeypatch)
+    for outputs, length in SHAPES:
+        layer = random_layer(outputs, length)
+        x = torch.randn(3, length)
+        eight, weights = eight_bits(layer, LARGE)
+        check_product(eight, x, x.double() @ weights.T, layer.bias)
+        four, weights = four_bits_of(layer)
+        check_product(four, x, rounded(x) @ weights.T, layer.bias)
+
+
+def test_the_library_is_left_out_without_a_compiler(tmp_path):
+    folder = Path(module.__file__).parents[3]
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext"]
+    environment = os.environ | {"CC": str(tmp_path / "no-compiler"), "LDSHARED": str(tmp_path / "no-compiler")}
+    outputs = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    done = subprocess.run([*command, *outputs], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so")) and "_rows" in done.stdout + done.stderr
 
 
 def check_product(made, x, exact, bias) -> None:
