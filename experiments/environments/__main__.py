@@ -8,7 +8,7 @@
 | vllm | the vLLM plugin, on a CPU |
 | serve | the server, with real clients |
 | ray | batches on Ray, including the slow tests |
-| lmms-eval | the lmms-eval model, run by lmms-eval |
+| lmms-eval | the lmms-eval model, and `experiments.real`, run by lmms-eval |
 | processor | the output of transformers' processors, which need torchvision |
 | transformers | transformers' own tests, on models that prune; `--source DIR` is a checkout of transformers, which is installed |
 | speech | speech in videos, with a real Whisper model; needs espeak-ng and ffmpeg |
@@ -76,7 +76,7 @@ RECIPES = {
     "lmms-eval": Recipe(
         block=("docs/guide.md", "lmms-eval=="),
         make=("-m pip install -q .[test]", OPERATORS),
-        test="-m pytest -q -m '' tests/plugins/test_lmms_eval.py",
+        test="-m pytest -q -m '' tests/plugins/test_lmms_eval.py tests/experiments/real",
     ),
     "processor": Recipe(
         make=(

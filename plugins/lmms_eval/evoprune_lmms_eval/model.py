@@ -10,6 +10,7 @@ Consecutive questions about the same videos and images share an encoding. Evopru
 import hashlib
 import os
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -84,7 +85,20 @@ class EvoPruneQwen25VL(lmms):
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """Return the answers in the order of the requests."""
-        return list(tqdm(self._answers(requests), total=len(requests), desc="evoprune"))
+        return list(tqdm(self.answers(requests), total=len(requests), desc="evoprune"))
+
+    def pruned(self, **options) -> "EvoPruneQwen25VL":
+        """Return a model with the same weights and other pruning options, such as `budget` and `method`.
+
+        Raises:
+            EvopruneError: If an option is wrong, or the model doesn't support the method.
+            TypeError: If an option is unknown.
+        """
+        other = copy(self)
+        (pruning,) = from_keywords(options, PruneOptions)
+        other._qa = VideoQA(replace(self._qa.session, pruning=pruning.config()))
+        other._inputs = other._shown = None
+        return other
 
     def loglikelihood(self, requests):
         raise NotImplementedError(HINT)
@@ -92,7 +106,8 @@ class EvoPruneQwen25VL(lmms):
     def generate_until_multi_round(self, requests):
         raise NotImplementedError(HINT)
 
-    def _answers(self, requests) -> Iterator[GenerationResult]:
+    def answers(self, requests) -> Iterator[GenerationResult]:
+        """Yield the answers in the order of the requests, each as soon as it is complete."""
         for request in requests:
             question, settings, doc_to_visual, doc_id, task, split = request.args
             visuals = doc_to_visual(self.task_dict[task][split][doc_id])
