@@ -5,6 +5,7 @@ import math
 import platform
 import statistics
 import subprocess
+from dataclasses import asdict
 from datetime import UTC, datetime
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ import numpy as np
 
 from evoprune.bundled import DEMOS
 from experiments.accuracy.paired import in_points, paired_difference
-from experiments.real.plan import BASELINE, BENCHMARKS, Settings
+from experiments.real.plan import BASELINE, BENCHMARKS, Settings, without_folders
 from experiments.tables import table
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,7 @@ def versions() -> dict[str, str | None]:
 
 def new_report(settings: Settings) -> dict[str, Any]:
     """Return a report without results. `write_report` describes its fields."""
+    rows = [asdict(row) | {"method": without_folders(row.method)} for row in settings.rows]
     return {
         "schema": SCHEMA,
         "model": public_name(settings.model),
@@ -95,7 +97,7 @@ def new_report(settings: Settings) -> dict[str, Any]:
         "finished_utc": None,
         "commit": commit(),
         "versions": versions(),
-        "settings": settings.as_json() | {"model": public_name(settings.model)},
+        "settings": settings.as_json() | {"model": public_name(settings.model), "rows": rows},
         "parts": {},
         "failed": {},
     }

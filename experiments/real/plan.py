@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -106,8 +107,18 @@ def rows_of(methods: Sequence[str], budgets: Sequence[float]) -> tuple[Row, ...]
     """Return the baseline, followed by each method at each budget below 1."""
     return (
         BASELINE,
-        *(Row(f"{method} {budget:g}", method, budget) for budget in budgets if budget < 1 for method in methods),
+        *(
+            Row(f"{without_folders(method)} {budget:g}", method, budget)
+            for budget in budgets
+            if budget < 1
+            for method in methods
+        ),
     )
+
+
+def without_folders(method: str) -> str:
+    """Return a method's text with the names of folders instead of their paths, for reports."""
+    return re.sub(r"=[^,+]*/(?=[^,+/])", "=", method)
 
 
 def benchmarks_of(names: str) -> tuple[str, ...]:

@@ -60,6 +60,14 @@ def test_rows_begin_with_the_unpruned_model():
     assert hours(settings(rows=rows), 36, 100) == 5
 
 
+def test_reports_have_no_paths():
+    rows = rows_of(["idpruner:scorer=/home/me/scorer 7B,lam=0.5", "reuse+visionselector:scorer=a/b"], [0.1])
+    names = ["idpruner:scorer=scorer 7B,lam=0.5 0.1", "reuse+visionselector:scorer=b 0.1"]
+    assert [row.name for row in rows[1:]] == names
+    text = json.dumps(page.new_report(settings(model="/home/me/model", rows=rows)))
+    assert "/home" not in text and "a/b" not in text and '"model"' in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
