@@ -75,18 +75,9 @@ class DeviceName:
         hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in VISIBLE_DEVICES)
         return "cpu" if hidden or not _has_gpu(root) else "cuda"
 
-    @property
-    def quantized_weight_bytes(self) -> int:
-        """Bytes per weight of a linear layer whose file contains fewer bits: 1 on a CPU, which quantizes it again, or 2."""
-        return 1 if self._on_host else 2
-
     def available_memory(self) -> int | None:
         """Return the memory available for weights, in bytes. It is None for a GPU, because asking it requires torch."""
-        return Host().available_memory() if self._on_host else None
-
-    @property
-    def _on_host(self) -> bool:
-        return self.resolve().partition(":")[0] == "cpu"
+        return Host().available_memory() if self.resolve().partition(":")[0] == "cpu" else None
 
     @property
     def visual_token_limit(self) -> float:

@@ -61,8 +61,6 @@ class Family:
     picture: Mapping[str, Any]  # settings of the published processor for still images
     unstated: Mapping[str, Any]  # settings for still images if the model folder doesn't contain any
     vision: Mapping[str, Any]  # default settings of the tower
-    # The architecture in the text file of GGUF files, with each type of projector. It is None for a single file with both parts.
-    gguf: tuple[tuple[str, str | None], ...] = ()
     windows: bool = False  # whether tower layers use window attention and M-RoPE uses seconds
     embed_dim: bool = False  # whether config files use the names from `Qwen2Sizes`
     head_norms: bool = False  # whether the language model normalizes queries and keys
@@ -85,7 +83,6 @@ _QWEN2_5 = Family(
     picture={"min_pixels": 56 * 56, "max_pixels": 12_845_056},
     unstated={"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28},
     vision={},
-    gguf=(("qwen2vl", "qwen2.5vl_merger"), ("qwen25vl", None)),
     windows=True,
 )
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
@@ -108,7 +105,6 @@ _QWEN3 = Family(
     picture=_QWEN3_PICTURE,
     unstated=_QWEN3_PICTURE,
     vision={"num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24), "patch_size": 16},
-    gguf=(("qwen3vl", "qwen3vl_merger"), ("qwen3vl", None)),
     head_norms=True,
     timestamps=True,
     answer_windows=True,
@@ -140,7 +136,6 @@ _QWEN3_5 = replace(
     tower="Qwen3_5VisionModel",
     text=_QWEN3_5_TEXT,
     vision={"num_position_embeddings": 2304, "patch_size": 16},  # no DeepStack
-    gguf=(("qwen35", "qwen3vl_merger"), ("qwen35", None)),
     answer_windows=False,
 )
 FAMILIES = {
@@ -154,7 +149,6 @@ FAMILIES = {
         hidden_act="quick_gelu",
         layer_norms=True,
         mlp=("fc1", "fc2"),
-        gguf=(("qwen2vl", "qwen2vl_merger"),),
         windows=False,
         embed_dim=True,
     ),
@@ -165,7 +159,6 @@ FAMILIES = {
         model="Qwen3VLMoe",
         tower="Qwen3VLMoeVisionModel",
         text=_QWEN3_TEXT | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
-        gguf=(("qwen3vlmoe", "qwen3vl_merger"), ("qwen3vlmoe", None)),
         native=False,
     ),
     QWEN3_5: _QWEN3_5,
@@ -174,7 +167,6 @@ FAMILIES = {
         published=("Qwen3.5-122B-A10B", "Qwen3.5-397B-A17B"),
         model="Qwen3_5Moe",
         tower="Qwen3_5MoeVisionModel",
-        gguf=(("qwen35moe", "qwen3vl_merger"), ("qwen35moe", None)),
         text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS,
         native=False,
     ),
@@ -183,7 +175,6 @@ FAMILIES = {
         model="Qwen4Exp",
         tower="Qwen4ExpVisionModel",
         text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS | DEFAULTS,
-        gguf=(),
         native=False,
     ),
 }

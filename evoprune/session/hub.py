@@ -10,6 +10,7 @@ from typing import Any
 
 from evoprune.errors import ModelError, first_line
 from evoprune.model import FAMILIES
+from evoprune.session.local_models import here_hint
 from evoprune.session.published import BUNDLED_CONFIGS, MODEL_HINT, SERIES
 from evoprune.util import listed
 
@@ -80,6 +81,11 @@ def kind_hint(name: str) -> str:
     return f"{MODEL_HINT}; "
 
 
+def name_hint(name: str, usual: str = "") -> str:
+    """Return a hint for a hub ID that can't be found: the models on this machine, and the ID that may be meant, or `usual`."""
+    return here_hint() + (near_hint(name) or usual or kind_hint(name))
+
+
 def downloadable_id(name: str) -> str | None:
     """Return the hub ID to suggest in a download command, correcting misspelled names.
 
@@ -134,7 +140,7 @@ def reach(name: str, revision: str | None, offline: bool) -> str | None:
         raise ModelError(f"{name} has no revision {revision!r} on the hub", "leave the revision out") from problem
     except errors.RepositoryNotFoundError as problem:  # the repository may exist but be private or gated
         hint = f"log in with `hf auth login` if it is private or gated; {MODEL_HINT}"
-        hint = f"{near_hint(name) or 'check the spelling, or '}{hint}"
+        hint = f"{name_hint(name, 'check the spelling, or ')}{hint}"
         raise ModelError(
             f"there is no folder {name} here, and the hub has no such model that you can access", hint
         ) from problem
@@ -187,7 +193,7 @@ def fetch(name: str, revision: str | None, patterns: tuple[str, ...], unreachabl
     except Exception as problem:
         if local:
             wanted = name
-            hint = near_hint(name) or kind_hint(name)
+            hint = name_hint(name)
             if revision is not None:
                 wanted = f"{name} at revision {revision}"
                 refs = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs"

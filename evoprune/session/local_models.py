@@ -26,6 +26,7 @@ from evoprune.session.gguf.files import (
     text_files,
     title_of,
 )
+from evoprune.session.gguf.names import local_path
 from evoprune.untrusted import read_object, section
 from evoprune.util import size, some
 
@@ -150,13 +151,15 @@ def _in_hub_cache() -> Iterator[tuple[str, str, Path]]:
         folder = next((path for path in snapshots if path.name == commit), snapshots[-1] if snapshots else None)
         if folder is None:
             continue
+        name = model.name.removeprefix("models--").replace("--", "/", 1)
         if (folder / CONFIG).is_file() and not any(folder.glob("*.gguf")):
-            name = model.name.removeprefix("models--").replace("--", "/", 1)
             # Many other kinds of models are in this cache, too.
             if VISION_NAMES.search(name) or _model_type(folder) in FAMILIES:
                 yield name, HUB, folder
         else:
-            yield from ((name, HUB, path) for name, path in _below(folder, 1))
+            found = list(_below(folder, 1))
+            whole = len(found) == 1 and found[0][1].parent == local_path(name)  # so the ID alone means this model
+            yield from ((name if whole else file, HUB, path) for file, path in found)
 
 
 def _model_type(folder: Path) -> str | None:
@@ -174,10 +177,11 @@ def _gguf(name: str, place: str, files: list[Path]) -> LocalModel:
     total = sum(prod(tensor.shape) for tensor in settings.tensors.values())
     text = config.text_config
     needed = 2 * total
-    if text.experts is None:  # linear layers may be quantized again, but embeddings keep 16 bits
+    # On a CPU, linear layers are quantized again, but embeddings keep 16 bits.
+    if text.experts is None and DeviceName("auto").available_memory() is not None:
         embeddings = text.vocab_size * text.hidden_size
         linear = total if config.tie_word_embeddings else total - embeddings
-        needed = DeviceName("auto").quantized_weight_bytes * linear + 2 * embeddings
+        needed = linear + 2 * embeddings
     return _checked(name, place, config, total, _sizes(files), needed)
 
 

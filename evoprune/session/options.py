@@ -189,10 +189,7 @@ class ModelOptions:
 
     @staticmethod
     def on_this_machine() -> "list[LocalModel]":
-        """Return the models on this machine, without reading their weights. Models that run here come first.
-
-        Warns of folders in EVOPRUNE_MODELS that don't exist or can't be read.
-        """
+        """Return the models on this machine, first those that run. Warns of folders in EVOPRUNE_MODELS that can't be read."""
         from evoprune.session.local_models import local_models
 
         return local_models()
@@ -201,7 +198,7 @@ class ModelOptions:
     def folder(self) -> Path:
         """The folder of a bundled or local model. For a hub ID, this path usually doesn't exist.
 
-        For GGUF files, it is a folder with small files made from them (see `gguf_folder`).
+        For GGUF files, it contains small files made from them (see `gguf_folder`).
 
         Raises:
             ModelError: If the model name means GGUF files that evoprune cannot use.

@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+from evoprune import VideoQA
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.session import ModelOptions, describe
 from evoprune.session.gguf import files
 from tests.gguf_files import Folder, add_to_ollama, write_gguf
+from tests.loading import load_model
 from tests.tiny import save_tiny
 
 
@@ -122,6 +124,46 @@ def test_a_missing_folder_is_warned_of_once(places, monkeypatch):
     with pytest.warns(ModelWarning) as warned:
         ModelOptions.on_this_machine()
     assert [str(each.message).partition(": ")[2] for each in warned] == [", ".join(given[1:])]
+
+
+def test_a_cached_repository_of_gguf_files_has_its_hub_id(places, tiny):
+    name = "publisher/Qwen2.5-VL-3B-GGUF"
+    repository = places / "hub/models--publisher--Qwen2.5-VL-3B-GGUF"
+    text = Folder(tiny).write_pair(repository / "snapshots/abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc123")
+    (repository / "blobs").mkdir()
+    for file in (text, text.with_name("mmproj-tiny-f16.gguf")):  # as the hub's library stores them
+        file.rename(repository / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    (model,) = ModelOptions.on_this_machine()
+    assert (model.name, model.place, model.problem) == (name, "hub", None)
+    loaded = load_model(name)
+    assert VideoQA(loaded).encode("samples/square.mp4", frames=2).ask("What?", max_new_tokens=1).text is not None
+    assert loaded.id == name
+    shutil.copy(text, text.with_name("other-F32.gguf"))
+    names = [model.name for model in ModelOptions.on_this_machine()]
+    assert names == [str(text.with_name("other-F32.gguf")), str(text)]
+    with pytest.raises(ModelError, match="several models"):
+        describe(ModelOptions(name))
+
+
+@pytest.mark.parametrize("commit", ["../../..", "", "missing"])
+def test_a_damaged_cache_of_the_hub(places, tiny, commit):
+    repository = places / "hub/models--publisher--Qwen2.5-VL-3B-GGUF"
+    Folder(tiny).write_pair(repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    with pytest.raises(ModelError):
+        describe(ModelOptions("publisher/Qwen2.5-VL-3B-GGUF", offline=True))
+
+
+@pytest.mark.parametrize(("options", "local"), [({"offline": True}, False), ({}, True)])
+def test_an_unknown_hub_id_is_answered_with_the_models_here(places, tiny, options, local):
+    text = Folder(tiny).write_pair(places / "more/Qwen2.5-VL")
+    with pytest.raises(ModelError) as caught:
+        describe(ModelOptions("someone/Qwen2.5-VL-Unknown", **options), local=local)
+    assert f"on this machine: {text}" in caught.value.hint
 
 
 def test_the_list_is_made_without_torch(places):

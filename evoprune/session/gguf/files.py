@@ -10,7 +10,7 @@ from pathlib import Path
 from evoprune.errors import ModelError, first_line
 from evoprune.files import FileIdentity
 from evoprune.model import Unsupported
-from evoprune.session.gguf.names import MAX_FILES, OLLAMA, in_folder
+from evoprune.session.gguf.names import MAX_FILES, OLLAMA, in_folder, local_path
 from evoprune.session.gguf.reader import KINDS, Header, UnsupportedKind, read_header
 from evoprune.session.gguf.settings import ARCHITECTURES, PROJECTOR, GgufSettings
 from evoprune.untrusted import read_object
@@ -41,7 +41,7 @@ def find_files(name: str) -> list[Path]:
     """
     if name.startswith(OLLAMA):
         return _from_ollama(name.removeprefix(OLLAMA))
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     if path.is_dir():
         path = _text_file(path)
     parts = _parts(path)

@@ -131,9 +131,11 @@ def gguf_files(folder: Path | None) -> list[Path]:
     return [Path(file) for file in _index(folder).get("files", ())]
 
 
-def assumed(folder: Path | None) -> list[str]:
-    """Return the settings that a model's GGUF files do not contain, so they have the family's values."""
-    return list(_index(folder).get("assumed", ()))
+def gguf_facts(folder: Path | None) -> dict[str, str | list[str] | None]:
+    """Return the entries about files in the record of a model: its folder or its GGUF files, and the assumed settings."""
+    files = gguf_files(folder)
+    shown = None if folder is None or files else str(folder)
+    return {"folder": shown, "files": list(map(str, files)), "assumed": list(_index(folder).get("assumed", ()))}
 
 
 def gguf_title(folder: Path | None) -> str:

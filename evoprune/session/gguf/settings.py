@@ -19,8 +19,16 @@ from evoprune.video import InputLimits
 # The model types of each text architecture, by the type of the projector, or None for a single file with both parts.
 ARCHITECTURES: dict[str, dict[str | None, str]] = {}
 for _name, _traits in FAMILIES.items():
-    for _architecture, _projector in _traits.gguf:
-        ARCHITECTURES.setdefault(_architecture, {})[_projector] = _name
+    _single = _name.replace("_", "")
+    if "ngram_size" in _traits.text:  # the n-grams of Qwen4-Exp are not supported
+        continue
+    if _traits.head_norms:
+        ARCHITECTURES[_single] = {"qwen3vl_merger": _name, None: _name}
+    elif _traits.embed_dim:
+        ARCHITECTURES.setdefault("qwen2vl", {})["qwen2vl_merger"] = _name
+    else:  # pairs have the architecture of Qwen2-VL
+        ARCHITECTURES.setdefault("qwen2vl", {})["qwen2.5vl_merger"] = _name
+        ARCHITECTURES[_single] = {None: _name}
 PROJECTOR = "clip"  # the architecture of a projector file
 SIZE = Rule.whole(1, 2**24)
 COUNT = Rule.whole(0, 2**24)

@@ -338,10 +338,7 @@ def _locate(options: ModelOptions, local: bool) -> tuple[Path | None, str | None
     folder = hub.cached_folder(name, revision)
     if folder or (bundled and revision is None):
         return folder, None, None
-
-    from evoprune.session.local_models import here_hint
-
-    hint = here_hint() + (hub.near_hint(name) or hub.kind_hint(name))
+    hint = hub.name_hint(name)
     if not hub.near_hint(name) and (wanted := hub.downloadable_id(name)):
         command = f"hf download {wanted} config.json preprocessor_config.json{hub.revision_flag(revision)}"
         hint += f"its small config files are enough: {command}"

@@ -24,7 +24,7 @@ from evoprune.backend import (
 )
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.model import Config, HostedVL
-from evoprune.session.gguf.folder import gguf_files
+from evoprune.session.gguf.opening import open_gguf
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import (
     MISMATCH_HINT,
@@ -212,14 +212,10 @@ def read_whole(folder: Path, dtype: torch.dtype, device: torch.device, **kwargs)
 
     with quiet_transformers(), _without_adapter(folder) as plain:
         source = AutoModelForImageTextToText
-        if gguf_files(folder):
-            from evoprune.session.gguf.tensors import gguf_tensors
-
-            tensors = gguf_tensors(folder)
+        if tensors := open_gguf(folder):
             config = _read_config(folder)
             kwargs |= {"config": config, "state_dict": {name: tensors.get_slice(name) for name in tensors.entries}}
-            plain = None
-            source = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+            plain, source = None, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
         loaded = source.from_pretrained(
             plain,
             dtype=dtype,

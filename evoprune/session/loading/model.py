@@ -50,7 +50,8 @@ from evoprune.model import (
     QwenVL,
 )
 from evoprune.report import ModelFacts
-from evoprune.session.gguf.folder import gguf_files, naming_files
+from evoprune.session.gguf.folder import naming_files
+from evoprune.session.gguf.opening import open_gguf
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
 from evoprune.session.loading.weights import (
     DTYPES,
@@ -414,12 +415,8 @@ def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int
     fingerprint = None
     if store and stored.files:
         fingerprint = f"{stored.fingerprint} {model.dtype}"
-    read = None
-    if gguf_files(model.folder):
-        from evoprune.session.gguf.tensors import gguf_tensors
-
-        read = gguf_tensors(model.folder).get_tensor
-    file = quantize_once(weights, model.quantize, fingerprint, progress, read)
+    tensors = open_gguf(model.folder)
+    file = quantize_once(weights, model.quantize, fingerprint, progress, tensors and tensors.get_tensor)
     empty_cache()  # frees the memory of the original weights
     return file
 

@@ -18,7 +18,8 @@ from evoprune.backend import Device, Packing, Quantization, pick_device
 from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.gguf.folder import INDEX as GGUF_INDEX
-from evoprune.session.gguf.folder import assumed, gguf_files
+from evoprune.session.gguf.folder import gguf_facts, gguf_files
+from evoprune.session.gguf.opening import open_gguf
 from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
@@ -207,13 +208,10 @@ class ModelWeights:
         model = self.description
         vision = model.config.vision_config
         text = model.config.text_config
-        files = gguf_files(model.folder)
         return {
             "id": model.id,
             "on_disk": bool(self.files_here),
-            "folder": None if model.folder is None or files else str(model.folder),
-            "files": list(map(str, files)),
-            "assumed": assumed(model.folder),
+            **gguf_facts(model.folder),
             "download_bytes": self.download_bytes,
             "tower": {"layers": vision.depth, "hidden_size": vision.hidden_size},
             "language_model": {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size},
@@ -329,8 +327,8 @@ def weight_files(folder: Path) -> WeightFiles:
         "the name of a file in the same folder",
         lambda v: isinstance(v, str) and v and not PureWindowsPath(v).anchor and ".." not in PureWindowsPath(v).parts,
     )
-    if gguf_files(folder):
-        return {folder / GGUF_INDEX: set(_opened(folder / GGUF_INDEX).keys())}
+    if tensors := open_gguf(folder):
+        return {folder / GGUF_INDEX: set(tensors.keys())}
     files = [folder / "model.safetensors"]
     index = folder / INDEX
     named = {}
@@ -391,9 +389,7 @@ def _indexed(stored: WeightFiles, index: Mapping[str, Path]) -> WeightFiles:
 
 def _opened(file: Path) -> Any:
     if file.name == GGUF_INDEX:
-        from evoprune.session.gguf.tensors import gguf_tensors
-
-        return gguf_tensors(file.parent)
+        return open_gguf(file.parent)
     with valid(f"weights file {file} is damaged or incomplete"):
         return open_safetensors(file)
 

@@ -13,7 +13,7 @@ from evoprune import VideoQA
 from evoprune.model import FAMILIES
 from evoprune.session import ModelOptions, describe
 from evoprune.session.gguf.blocks import DEQUANTIZE, dequantize
-from evoprune.session.gguf.folder import assumed
+from evoprune.session.gguf.folder import gguf_facts
 from evoprune.session.gguf.reader import KINDS
 from evoprune.session.gguf.tensors import gguf_tensors
 from tests.gguf_files import Folder, add_to_ollama, weights_of, write_gguf
@@ -262,7 +262,7 @@ def test_a_template_for_text_only_is_replaced(original, family, tmp_path):
     if family == "qwen3_5":
         expected += "<think>\n\n</think>\n\n"
     assert loaded.tokenizer.render(messages) == expected
-    assert "chat template" in assumed(loaded.description.folder)
+    assert "chat template" in gguf_facts(loaded.description.folder)["assumed"]
 
 
 @pytest.mark.few(2)
