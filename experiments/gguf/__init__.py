@@ -1,0 +1,1 @@
+"""Compare GGUF files from llama.cpp's own converter with their originals and with llama.cpp."""
