@@ -14,7 +14,11 @@ _import, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 # Suggestions for names that other libraries use.
 _MEANT = dict.fromkeys(
     ("load", "load_model", "from_pretrained", "pipeline", "Model", "LLM", "AutoModel"), "evoprune.VideoQA.load"
-) | {"ask": "evoprune.VideoQA.load(model).ask", "Video": "evoprune.VideoQA.load(model).encode"}
+) | {
+    "ask": "evoprune.VideoQA.load(model).ask",
+    "Video": "evoprune.VideoQA.load(model).encode",
+    "probe": "evoprune.video.probe",
+}
 
 
 # Packages that the documentation mentions, which are attributes even before they are imported.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import ceil, floor
-from typing import Any
+from typing import Any, ClassVar
 
 from evoprune.bundled import DEMOS
 from evoprune.files import cache_folder
@@ -339,6 +339,12 @@ class Report(Suggesting):
     `inputs` contains the facts about each input. With a single input, `video`, `sampling`, `pruning`, and `subtitles` repeat the
     values from its entry. With several inputs, `pruning` covers all of them together, and the other three fields are empty.
     """
+
+    MEANT: ClassVar = {
+        **dict.fromkeys(("time", "times", "timings"), "report.time_ms"),
+        **dict.fromkeys(("kept", "visual_tokens_kept"), "report.pruning.visual_tokens_kept"),
+        "text": "report.answer",
+    }
 
     schema: str = SCHEMA
     id: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -85,6 +85,8 @@ def suggests(function: Function) -> Function:
         if len(args) > len(positional):
             names = [name for name in positional if name in known]
             takes_names = f"{counted(len(names), 'positional argument')} ({', '.join(names)})"
+            if not names:
+                raise TypeError(f"{function.__qualname__}() takes no positional arguments; give all arguments by name")
             raise TypeError(f"{function.__qualname__}() takes {takes_names}; give the others by name")
         try:
             return function(*args, **given)

@@ -98,6 +98,10 @@ class VideoQA(Uncopied, Suggesting, metaclass=SuggestingClass):
         "device": "qa.loaded.device",
         "dtype": "qa.loaded.dtype",
         "tokenizer": "qa.loaded.tokenizer",
+        "processor": "qa.loaded.tokenizer",
+        "budget": "qa.session.pruning.budget",
+        "method": "qa.session.pruning.method",
+        "seed": "qa.session.pruning.seed",
     }
     if not TYPE_CHECKING:
         __call__ = not_callable("qa.ask(path, question)")

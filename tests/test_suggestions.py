@@ -4,6 +4,7 @@ import asyncio
 import copy
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -131,6 +132,10 @@ def test_too_many_positional_arguments_are_counted_without_self():
         Qa.load("demo", 0.1)
     with pytest.raises(TypeError, match=r"VideoQA.ask\(\) takes 2 positional arguments \(inputs, question\); give the"):
         Qa.ask(None, CLIP, QUESTION, 3)
+    with pytest.raises(
+        TypeError, match=r"VideoQA.stream\(\) takes no positional arguments; give all arguments by name"
+    ):
+        Qa.stream(None, CLIP)
 
 
 def test_names_of_other_libraries_lead_to_public_ones(qa):
@@ -176,6 +181,29 @@ def test_objects_and_packages_suggest_the_attribute_that_was_meant(qa):
     for right, (thing, wrong) in near.items():
         with pytest.raises(AttributeError, match=rf"has no attribute '{wrong}'; did you mean {right}\?"):
             getattr(thing, wrong)
+    answer = video.ask(QUESTION)
+    given = {"qa": qa, "video": video, "answer": answer, "report": answer.report, "evoprune": evoprune}
+    for wrong in [
+        "qa.budget",
+        "qa.method",
+        "qa.seed",
+        "qa.tokenizer",
+        "qa.processor",
+        "qa.model",
+        "video.tokens",
+        "video.kept",
+        "answer.kept",
+        "answer.time",
+        "report.kept",
+        "report.times",
+        "report.text",
+        "evoprune.probe",
+    ]:
+        with pytest.raises(AttributeError, match="did you mean ") as caught:
+            eval(wrong, given)
+        eval(re.search(r"did you mean (.*)\?$", str(caught.value))[1], given)  # the suggestion exists
+    with pytest.raises(AttributeError, match=r"did you mean video.ask\(question\)\?"):
+        video.generate(QUESTION)
     report = pickle.loads(pickle.dumps(copy.deepcopy(video.report)))
     assert report == video.report and not hasattr(report, "__array__")
 

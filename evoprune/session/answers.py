@@ -56,8 +56,8 @@ class Answer(Uncopied, Suggesting, Iterator[str], Generic[Parsed]):
         "usage": "answer.report.tokens",
         "finish_reason": "answer.report.finish_reason",
         "probabilities": "answer.choices",
-        "times": "answer.report.time_ms",
-        "time_ms": "answer.report.time_ms",
+        **dict.fromkeys(("time", "times", "time_ms"), "answer.report.time_ms"),
+        "kept": "answer.report.pruning.visual_tokens_kept",
     }
 
     def __init__(

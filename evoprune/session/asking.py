@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack, overload
+from typing import TYPE_CHECKING, ClassVar, Unpack, overload
 
 import torch
 
@@ -213,6 +213,11 @@ class EncodedInputs(Askable):
     """
 
     AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint for functions that expect a path
+    MEANT: ClassVar = {
+        **dict.fromkeys(("generate", "answer"), "video.ask(question)"),
+        "tokens": "video.report.tokens",
+        "kept": "video.report.pruning.visual_tokens_kept",
+    }
 
     def __init__(self, session: Session, encodings: Sequence[InputResult]):
         super().__init__(session)

@@ -77,6 +77,7 @@ class Fields:
         return self.take(field, kinds)
 
     def has(self, field: str) -> bool:
+        self._known.add(field)
         return field in self._left
 
     def refuse(self, field: str, why: str) -> NoReturn:

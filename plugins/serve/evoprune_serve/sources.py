@@ -289,7 +289,9 @@ class Sources:
             stack.callback(self._store.release, content)
             return LocalFile(content.path, content.digest, name)
         if scheme not in ("http", "https", "file"):
-            raise refused(f"the address of {name} is not one of data:, https:, http: or file:")
+            raise refused(
+                f"the address of {name} is not one of data:, https:, http: or file:, such as file:///folder/video.mp4"
+            )
         if len(source.url) > URL_CHARACTERS:
             raise refused(f"the address of {name} has more than {URL_CHARACTERS} characters")
         if scheme != "file":

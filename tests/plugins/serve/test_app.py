@@ -540,6 +540,9 @@ def test_a_misspelled_field_and_no_messages(server):
     fields.take("budget", float)
     with pytest.raises(ApiError, match="budgt is not supported here; did you mean budget"):
         fields.end()
+    for wrong, right in (("max_token", "max_tokens"), ("respons_format", "response_format")):
+        message = server.client.post(CHAT, json=body() | {wrong: 1}).json()["error"]["message"]
+        assert message == f"{wrong} is not supported here; did you mean {right}?"
 
 
 def test_names_of_uploads(server):

@@ -224,6 +224,12 @@ def test_base64_without_its_head_is_no_address(store, uploads):
         sources(store, uploads).fetch([Address("AAAA" * 9000)])
 
 
+@pytest.mark.parametrize("path", ["/videos/clip.mp4", "./clip.mp4", "~/clip.mp4", "C:\\clip.mp4"])
+def test_a_path_as_an_address_suggests_a_file_url(store, uploads, path):
+    with pytest.raises(ApiError, match=r"such as file:///folder/video\.mp4"):
+        sources(store, uploads).fetch([Address(path)])
+
+
 # Lists of frames.
 
 GREEN, RED = (0, 200, 0), (200, 0, 0)
