@@ -158,6 +158,12 @@ def test_each_row_of_the_results_with_a_command_has_its_time():
         assert bool(times) == ("`" in command), f"{file}: {time}"
 
 
+def test_the_readme_names_the_command_without_a_usual_model(cli, tmp_path):
+    assert "they run the demo (`batch` needs `-m`)" in (ROOT / "README.md").read_text("utf-8")
+    result = cli("batch", "samples/square.mp4", "-Q", "What happens?", "-o", tmp_path / "answers.jsonl")
+    assert result.code == 2 and "no model" in result.err
+
+
 def test_the_citation_names_the_version():
     for name in ("CITATION.cff", "results/README.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
