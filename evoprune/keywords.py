@@ -34,7 +34,7 @@ class ModelKeywords(TypedDict, total=False):
     needs a folder with config.json and a tokenizer."""
     engine: Literal["auto", "native", "transformers"]
     """Code that runs the language model: native is evoprune's, transformers is Hugging Face's, for quantized
-    checkpoints and mixtures of experts. auto: native if it supports the model."""
+    checkpoints and mixtures of experts on GPUs. auto: native if it supports the model."""
     offline: bool
     """Never use the network."""
     threads: int | Literal["auto"] | None

@@ -75,6 +75,11 @@ class DeviceName:
         hidden = any(variable in os.environ and not VISIBLE.match(os.environ[variable]) for variable in VISIBLE_DEVICES)
         return "cpu" if hidden or not _has_gpu(root) else "cuda"
 
+    @property
+    def runs_experts(self) -> bool:
+        """Whether evoprune's own layers run mixtures of experts on this device."""
+        return self.resolve().partition(":")[0] == "cpu"
+
     def available_memory(self) -> int | None:
         """Return the memory available for weights, in bytes. It is None for a GPU, because asking it requires torch."""
         return Host().available_memory() if self.resolve().partition(":")[0] == "cpu" else None

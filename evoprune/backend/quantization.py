@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from evoprune.backend.cpu.linear import FEW_ROWS, role
+from evoprune.backend.cpu.linear import FEW_ROWS, by_row, role
 from evoprune.backend.devices import is_host
 from evoprune.backend.layers import is_unhooked_linear
 from evoprune.errors import UsageError
 
 if TYPE_CHECKING:
+    from evoprune.backend.cpu.experts import QuantizedExperts
     from evoprune.backend.cpu.layer import CompiledLayer
     from evoprune.backend.cpu.quantize import Int8Linear, Weights
 
-# Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head.
-GATES = "in_proj_a", "in_proj_b"
+# Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head,
+# and the gate of the shared expert, which computes a single number.
+GATES = "in_proj_a", "in_proj_b", "shared_expert_gate"
 SCRATCH_BYTES = 2**25  # the allocator returns larger blocks to the system when freed
 
 
@@ -91,6 +93,20 @@ class Quantization:
         return None if library() is None else delta_rule
 
     @staticmethod
+    def experts_output(
+        experts: nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the output of a layer's experts, which may be quantized. See `experts_output` in cpu/experts.py."""
+        from evoprune.backend.cpu.experts import experts_output
+
+        return experts_output(experts, x, chosen, weights)
+
+    @staticmethod
+    def by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Apply a function to rows, of which a few don't depend on one another. See `by_row` in cpu/linear.py."""
+        return by_row(function, x)
+
+    @staticmethod
     def computes_few_exactly(model: nn.Module) -> bool:
         """Return True if the compiled library computes the language model, so a few columns are computed as if each was alone."""
         layers = model.model.language_model.layers
@@ -134,34 +150,57 @@ class Quantization:
 
         return levels()
 
-    def layers(self, model: nn.Module) -> "dict[str, type[Int8Linear]]":
-        """Return a mapping from the name of each linear layer to quantize to the class that replaces it."""
+    def layers(self, model: nn.Module) -> "dict[str, type[Int8Linear | QuantizedExperts]]":
+        """Return a mapping from the name of each module to quantize to the class that replaces it.
+
+        The modules are linear layers, and the experts of layers with a mixture of experts.
+        """
+        from evoprune.backend.cpu.experts import QuantizedExperts, are_experts
         from evoprune.backend.cpu.quantize import form_of
 
-        return {
-            path: form_of(self.kind, path, layer.weight.shape)
-            for path, layer in model.named_modules()
-            if is_unhooked_linear(layer) and not path.endswith(GATES)
-        }
+        forms: dict[str, type[Int8Linear | QuantizedExperts]] = {}
+        for path, layer in model.named_modules():
+            if are_experts(layer):
+                forms[path] = QuantizedExperts
+            elif is_unhooked_linear(layer) and not path.endswith(GATES):
+                forms[path] = form_of(self.kind, path, layer.weight.shape)
+        return forms
 
     def saved_bytes(self, model: nn.Module) -> int:
         """Return the number of bytes saved by quantization. The model may be on the meta device.
 
         If the output layer shares its weights with the input embedding, the original weights also remain in memory.
         """
+        from evoprune.backend.cpu.experts import QuantizedExperts
         from evoprune.backend.cpu.four_bits import packed_bytes
-        from evoprune.backend.cpu.quantize import RowMajorInt4Linear
+        from evoprune.backend.cpu.quantize import RowMajorInt4Linear, RowMajorInt8Linear
 
         saved = 0
         embedding = model.model.language_model.embed_tokens.weight
         for path, form in self.layers(model).items():
-            weight = model.get_submodule(path).weight
-            rows, columns = weight.shape
-            row = packed_bytes(columns) if form is RowMajorInt4Linear else columns
-            saved -= rows * (row + 16)
-            if weight is not embedding:
-                saved += weight.nbytes
+            for weight in model.get_submodule(path).parameters(recurse=False):
+                if weight.ndim == 1:
+                    continue
+                *_, rows, columns = weight.shape
+                packs = form is RowMajorInt4Linear
+                more = 16  # bytes per row for scales, sums, and biases
+                if form is QuantizedExperts:
+                    more = 4
+                    packs = self.kind == "int4" and RowMajorInt8Linear.suits((rows, columns))
+                row = packed_bytes(columns) if packs else columns
+                saved -= weight.numel() // columns * (row + more)
+                if weight is not embedding:
+                    saved += weight.nbytes
         return saved
+
+    def weights(self, model: nn.Module) -> list[str]:
+        """Return the names of all weights to quantize."""
+        return [
+            f"{path}.{name}"
+            for path in self.layers(model)
+            for name, weight in model.get_submodule(path).named_parameters(recurse=False)
+            if weight.ndim > 1
+        ]
 
     def apply(
         self,
@@ -208,8 +247,22 @@ class Quantization:
                 store(path, weights)
             return layers.put(path, layer, weights)
 
-        for path in layers.forms:
-            layers.replace(path, quantize.Unquantized(model.get_submodule(path), partial(quantize_layer, path)))
+        def quantize_experts(path: str, experts: nn.Module) -> nn.Module:
+            weights = {name: getattr(experts, name).detach() for name in quantize.MATRICES}
+            if read:
+                weights = {name: read(f"{path}.{name}") if each.is_meta else each for name, each in weights.items()}
+            made = quantize.experts_weights(weights, self.kind)
+            if store:
+                store(path, made)
+            return layers.put(path, experts, made)
+
+        for path, form in layers.forms.items():
+            layer = model.get_submodule(path)
+            if form is quantize.QuantizedExperts:
+                placeholder = quantize.UnquantizedExperts(partial(quantize_experts, path, layer))
+            else:
+                placeholder = quantize.Unquantized(layer, partial(quantize_layer, path))
+            layers.replace(path, placeholder)
         with torch.inference_mode():
             run(model)
         if missing := len(layers.forms) - layers.done:
@@ -234,4 +287,6 @@ class Quantization:
 
 def _is_quantized(layer: nn.Module) -> bool:
     """Return True if a decoder layer's linear layers have the structure that the compiled library reads."""
+    if hasattr(layer.mlp, "experts"):
+        return hasattr(layer.mlp.experts, "is_compiled")
     return hasattr(layer.mlp, "down_proj") and hasattr(layer.mlp.down_proj, "structure")

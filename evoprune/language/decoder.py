@@ -431,6 +431,7 @@ def forward(
             if compiled:
                 x, inputs, recurrent = compiled[i](x, *state)
                 after = hybrid.states_of(inputs, recurrent)
+                x = x if compiled[i].has_mlp else _mlp(layer, x, config)
             else:
                 x, after = run_delta_layer(layer, x, state, config, next(vectors))
             for of_column, new in zip(states, after[-len(states) :], strict=True):
@@ -438,6 +439,7 @@ def forward(
         elif compiled:
             *_, keys, values = cache.room(i, len(x))
             x = compiled[i](x, *places, keys, values, bias)
+            x = x if compiled[i].has_mlp else _mlp(layer, x, config)
         else:
             x, *heads = run_layer(layer, x, places, cache, i, config, attend, last, rows)
         if len(deepstack):
@@ -644,7 +646,31 @@ def _mlp(layer, x: torch.Tensor, config) -> torch.Tensor:
     """Return the output of a layer, given the hidden states after its attention or Gated DeltaNet."""
     mlp = layer.mlp
     h = norm(x, layer.post_attention_layernorm.weight, config)
+    if hasattr(mlp, "experts"):
+        return x + _experts_output(mlp, h, config.experts)
     return linear(mlp.down_proj, linear(mlp.up_proj, h, times=linear(mlp.gate_proj, h, silu=True)), plus=x)
+
+
+def _experts_output(mlp, x: torch.Tensor, experts) -> torch.Tensor:
+    """Return the output of a mixture of experts.
+
+    Args:
+        mlp: The module with the router, the experts, and possibly a shared expert, which processes all columns.
+        x: `[L, hidden]`, the normalized input.
+        experts: The `Experts` settings of the model.
+    """
+    router = mlp.gate.weight.to(x.dtype)
+    scores = Quantization.by_row(lambda rows: F.linear(rows, router), x).softmax(-1, dtype=torch.float32)
+    weights, chosen = scores.topk(experts.num_experts_per_tok)
+    weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+    out = Quantization.experts_output(mlp.experts, x, chosen, weights)
+    if not hasattr(mlp, "shared_expert"):
+        return out
+    shared = mlp.shared_expert
+    gate = mlp.shared_expert_gate.weight.to(x.dtype)
+    share = Quantization.by_row(lambda rows: F.linear(rows, gate).sigmoid(), x)
+    inner = linear(shared.up_proj, x, times=linear(shared.gate_proj, x, silu=True))
+    return out + share * linear(shared.down_proj, inner)
 
 
 def _fused(

@@ -67,6 +67,8 @@ class Family:
     timestamps: bool = False  # whether prompts contain a timestamp and markers for each frame pair
     answer_windows: bool = False  # whether transformers obeys `sliding_window` alone, and only while it generates
     native: bool = True  # whether `language/decoder.py` runs the language model, instead of transformers
+    native_on_host: bool = False  # whether `language/decoder.py` runs it on CPUs, and transformers on other devices
+    transposes_experts: bool = False  # whether checkpoints may contain the transposed matrices of the experts
 
 
 _QWEN2_5 = Family(
@@ -160,6 +162,8 @@ FAMILIES = {
         tower="Qwen3VLMoeVisionModel",
         text=_QWEN3_TEXT | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
         native=False,
+        native_on_host=True,
+        transposes_experts=True,
     ),
     QWEN3_5: _QWEN3_5,
     QWEN3_5_MOE: replace(
@@ -169,6 +173,7 @@ FAMILIES = {
         tower="Qwen3_5MoeVisionModel",
         text=_QWEN3_5_TEXT | _QWEN3_5_EXPERTS,
         native=False,
+        native_on_host=True,
     ),
     QWEN4: replace(
         _QWEN3_5,

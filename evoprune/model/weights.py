@@ -5,7 +5,7 @@ are the same, these files can also run a model loaded using transformers. Models
 transformers, which takes longer to import than generating a short answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -13,6 +13,8 @@ from torch import nn
 
 from evoprune.backend import shared_copy
 from evoprune.model.config import Config, DeltaNet, TextConfig, VisionConfig, head_size
+
+MLP = "gate_proj", "up_proj", "down_proj"  # the matrices of the language model's MLPs
 
 
 class Tree(nn.Module):
@@ -112,8 +114,42 @@ class DeltaWeights(Tree):
             out_proj=nn.Linear(net.value_size, wide, bias=False),
         )
         for name in ("A_log", "dt_bias"):
-            vector = torch.empty(heads, dtype=torch.float32, device=torch.get_default_device())
-            self.register_parameter(name, nn.Parameter(vector))
+            self.register_parameter(name, _empty(heads))
+
+
+class Weight(nn.Module):
+    """A single matrix that is neither packed nor quantized."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = _empty(*shape)
+
+
+class Experts(nn.Module):
+    """The weights of a layer's experts."""
+
+    def __init__(self, count: int, wide: int, inner: int):
+        super().__init__()
+        self.gate_up_proj = _empty(count, 2 * inner, wide)
+        self.down_proj = _empty(count, wide, inner)
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=torch.get_default_device()))
+
+
+def _mixture(config: TextConfig) -> Tree:
+    """Create the weights of a mixture of experts, which replaces the MLP of a layer."""
+    wide = config.hidden_size
+    experts = config.experts
+    shared = {}
+    if inner := experts.shared_expert_intermediate_size:
+        shared = {"shared_expert": _mlp(MLP, wide, inner, bias=False), "shared_expert_gate": Weight(1, wide)}
+    return Tree(
+        gate=Weight(experts.num_experts, wide),
+        experts=Experts(experts.num_experts, wide, experts.moe_intermediate_size),
+        **shared,
+    )
 
 
 class LanguageModel(Tree):
@@ -131,7 +167,9 @@ class LanguageModel(Tree):
                 input_layernorm=nn.RMSNorm(wide),
                 post_attention_layernorm=nn.RMSNorm(wide),
                 **reads,
-                mlp=_mlp(("gate_proj", "up_proj", "down_proj"), wide, config.intermediate_size, bias=False),
+                mlp=_mixture(config)
+                if config.has_experts(number)
+                else _mlp(MLP, wide, config.intermediate_size, bias=False),
             )
 
         super().__init__(
@@ -147,6 +185,12 @@ class Model(Tree):
 
     config: Config
     native: bool  # whether language/decoder.py runs the language model, instead of transformers
+
+    def __init__(self, **children: nn.Module):
+        super().__init__(**children)
+        self.deferred: dict[
+            str, Callable[[], torch.Tensor]
+        ] = {}  # functions that read the weights on the meta device, by name
 
     @property
     def dtype(self) -> torch.dtype:

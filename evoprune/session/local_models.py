@@ -178,7 +178,7 @@ def _gguf(name: str, place: str, files: list[Path]) -> LocalModel:
     text = config.text_config
     needed = 2 * total
     # On a CPU, linear layers are quantized again, but embeddings keep 16 bits.
-    if text.experts is None and DeviceName("auto").available_memory() is not None:
+    if DeviceName("auto").available_memory() is not None:
         embeddings = text.vocab_size * text.hidden_size
         linear = total if config.tie_word_embeddings else total - embeddings
         needed = linear + 2 * embeddings
@@ -210,7 +210,7 @@ def _checked(name: str, place: str, config: Config, parameters: int | None, disk
     available = DeviceName("auto").available_memory()
     if available is not None and needed > available:
         problem = f"its weights need about {size(needed)} of memory, of which {size(available)} are available"
-        if config.text_config.experts is None and needed == 2 * (parameters or 0) and parameters < available:
+        if config.text_config.qwen4 is None and needed == 2 * (parameters or 0) and parameters < available:
             problem += "; --quantize int8 needs half"
     return LocalModel(name, place, config.vision_config.traits.series[-1], parameters, disk, needed, problem)
 

@@ -156,7 +156,7 @@ class ModelOptions:
     engine: Engine = option(
         AUTO,
         "Code that runs the language model: native is evoprune's, transformers is Hugging Face's, for quantized checkpoints "
-        "and mixtures of experts. auto: native if it supports the model.",
+        "and mixtures of experts on GPUs. auto: native if it supports the model.",
     )
     offline: bool = option(False, "Never use the network.", changes_answers=False)
     threads: int | Literal["auto"] | None = option(

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int, c_int64, c_void_p
 from operator import is_not
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from evoprune.backend.cpu.compiled import Linear, library, working_memory
 from evoprune.backend.layers import is_unhooked_linear
 
 DTYPES = torch.float32, torch.bfloat16
+MLP = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 
 
 class _Layer(Structure):
@@ -49,17 +50,23 @@ class CompiledLayer:
     Use `CompiledLayer.of` to create one.
 
     Args:
-        linears: The layer's quantized linear layers, in the order of the C structure.
+        linears: The layer's quantized linear layers, in the order of the C structure. If the layer has experts instead of an MLP,
+            these are only the linear layers before them, and the caller has to run the experts (see `has_mlp`).
         vectors: The other tensors, in the same order. The C structure holds only their addresses.
         floats: Size of the working memory for each row, in floats, not counting the MLP and a linear layer's working memory.
     """
 
+    PATHS: ClassVar[tuple[str, ...]]  # the linear layers before the MLP
+
     def __init__(self, linears: list[nn.Module], vectors: Sequence[torch.Tensor | None], floats: int):
         self.linears = linears
         self._vectors = [each if each is None else each.detach().float().contiguous() for each in vectors]
-        gate = linears[-3]
         self._floats = floats
-        self._mlp_floats = gate.in_features + 2 * gate.out_features
+        self._mlp_floats = 0
+        self.has_mlp = len(linears) > len(self.PATHS)
+        if self.has_mlp:
+            gate = linears[-3]
+            self._mlp_floats = gate.in_features + 2 * gate.out_features
         self._rest_bytes = four_bits.room_bytes(max(each.in_features for each in linears))
 
     @classmethod
@@ -73,7 +80,11 @@ class CompiledLayer:
         if library() is None:
             return None
         form = CompiledDelta if hasattr(layer, "linear_attn") else CompiledAttention
-        linears = [layer.get_submodule(path) for path in (*form.PATHS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
+        experts = getattr(layer.mlp, "experts", None)
+        inner = MLP if experts is None else ()
+        linears = [layer.get_submodule(path) for path in (*form.PATHS, *inner)]
+        if experts is not None and not getattr(experts, "is_compiled", False):
+            return None
         for each in linears:
             if not hasattr(each, "structure") or each._forward_hooks or each._forward_pre_hooks:
                 return None
@@ -85,6 +96,7 @@ class CompiledLayer:
     def _addresses(self) -> list[object]:
         return [
             *(each.structure() for each in self.linears),
+            *(Linear() for _ in MLP if not self.has_mlp),  # an MLP without features adds nothing
             *(each if each is None else each.data_ptr() for each in self._vectors),
         ]
 

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Self
@@ -291,6 +291,14 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
+def by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Apply a function to a few rows one by one, so that they don't depend on one another, or to many rows at once.
+
+    With several threads, the last bit of an element can depend on the number of elements.
+    """
+    return function(x) if len(x) > FEW_ROWS else torch.cat([function(row) for row in x.split(1)])
+
+
 def linear(
     layer: nn.Module,
     x: torch.Tensor,
@@ -319,10 +327,7 @@ def linear(
         return layer(x)
     y = layer(x)
     if silu:
-        if len(y) > FEW_ROWS:
-            return F.silu(y)
-        # With several threads, an element's last bit can depend on the number of elements.
-        return torch.cat([F.silu(row) for row in y.split(1)])
+        return by_row(F.silu, y)
     if times is not None:
         return y * times
     if plus is not None:

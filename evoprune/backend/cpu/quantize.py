@@ -12,13 +12,14 @@ int4 weights are used only in the language model; the vision tower uses int8. Th
 (`RowMajorInt4Linear`). This requires the compiled library, because PyTorch's products would be slower than those of int8.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import nn
 
 from evoprune.backend.cpu import compiled, four_bits
+from evoprune.backend.cpu.experts import MATRICES, QuantizedExperts
 from evoprune.backend.cpu.linear import FEW_ROWS, Packing, role
 
 PIECE_WEIGHTS = 2**20  # approximate number of weights to quantize at a time, so they fit in a cache
@@ -293,6 +294,38 @@ def row_major_int4_weights(layer: nn.Linear, large: torch.Tensor) -> Weights:
     return {"packed": packed, "scale": scale, "large": large, "wide": _columns(layer, large)}
 
 
+def experts_weights(matrices: Mapping[str, torch.Tensor], kind: str) -> Weights:
+    """Quantize the weights of a layer's experts on the CPU, and return the tensors required by `QuantizedExperts`.
+
+    Args:
+        matrices: The matrices, `[experts, out, in]`, by name.
+        kind: "int8" or "int4". Weights whose sizes the compiled library doesn't support always get 8 bits.
+
+    Returns:
+        For each matrix NAME, the weights as `NAME`, int8 `[experts, out, in]` or uint8 `[experts, out, bytes]`, and the scales of
+        their rows as `NAME_scale`, float32 `[experts, out]`.
+    """
+    suited = all(RowMajorInt8Linear.suits(matrix.shape[1:]) for matrix in matrices.values())
+    made = {}
+    for name, matrix in matrices.items():
+        for number, weight in enumerate(matrix):
+            layer = nn.Linear(1, 1, bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            if kind == "int4" and suited:
+                found = row_major_int4_weights(layer, torch.zeros(0, dtype=torch.int64, device="cpu"))
+                whole = found["packed"]
+            else:
+                found = int8_weights(layer)
+                whole = found["whole"]
+            if (
+                not number
+            ):  # the result is allocated once, because joining the experts later would need twice the memory
+                made[name] = whole.new_empty(len(matrix), *whole.shape)
+                made[f"{name}_scale"] = found["scale"].new_empty(len(matrix), len(whole))
+            made[name][number], made[f"{name}_scale"][number] = whole, found["scale"]
+    return made
+
+
 def _columns(layer: nn.Linear, channels: torch.Tensor) -> torch.Tensor:
     """Return the weights of some input channels, float32 `[m, out]`."""
     # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run a different kernel.
@@ -361,6 +394,17 @@ class Unquantized(nn.Module):
         return self._quantize(layer, large_channels(x))(x)
 
 
+class UnquantizedExperts(nn.Module):
+    """A placeholder for a layer's experts, which are quantized when they are called for the first time."""
+
+    def __init__(self, quantize: Callable[[], nn.Module]):
+        super().__init__()
+        self._quantize = quantize
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return self._quantize()(*args)
+
+
 def form_of(kind: str, path: str, shape: Sequence[int]) -> type[Int8Linear]:
     """Return the class for a linear layer, given the model's quantization type, the layer's name, and the shape of its weights."""
     if path.startswith(LANGUAGE) and RowMajorInt8Linear.suits(shape):
@@ -372,7 +416,10 @@ class Layers:
     """Replaces the linear layers of a model with quantized layers, one by one. `forms` comes from `Quantization.layers`."""
 
     def __init__(
-        self, model: nn.Module, forms: dict[str, type[Int8Linear]], progress: Callable[[int, int], None] | None
+        self,
+        model: nn.Module,
+        forms: dict[str, type[Int8Linear | QuantizedExperts]],
+        progress: Callable[[int, int], None] | None,
     ):
         self.forms = forms
         self.done = 0
@@ -385,14 +432,18 @@ class Layers:
         parent, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(parent), name, layer)
 
-    def put(self, path: str, layer: nn.Linear, weights: Weights) -> nn.Module:
+    def put(self, path: str, layer: nn.Module, weights: Weights) -> nn.Module:
         """Create a quantized layer from `weights`, replace `layer` with it in the model, and return it."""
         form = self.forms[path]
+        if form is QuantizedExperts:
+            return self._done(path, form(weights, {name: getattr(layer, name).shape for name in MATRICES}))
         shape = layer.out_features, layer.in_features
         # Layers in a module with the same large channels also have the same input. `to_bytes` compares both by identity.
         key = path.rpartition(".")[0], layer.in_features, tuple(weights["large"].tolist())
         weights = weights | {"large": self._large_channels.setdefault(key, weights["large"])}
-        quantized = form(weights, shape, layer.bias, self._to_bytes)
+        return self._done(path, form(weights, shape, layer.bias, self._to_bytes))
+
+    def _done(self, path: str, quantized: nn.Module) -> nn.Module:
         self.replace(path, quantized)
         self.done += 1
         if self._progress:

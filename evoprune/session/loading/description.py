@@ -145,7 +145,8 @@ class ModelDescription:
     def can_be_native(self) -> bool:
         """Whether evoprune's own code supports the language model, so transformers isn't needed."""
         traits = self.config.vision_config.traits
-        return traits.native and self.quantization is None and self.config.text_config.sliding_window is None
+        native = traits.native or (traits.native_on_host and DeviceName(self.device).runs_experts)
+        return native and self.quantization is None and self.config.text_config.sliding_window is None
 
     @property
     def recurrent(self) -> bool:
@@ -154,8 +155,8 @@ class ModelDescription:
 
     @property
     def can_be_quantized(self) -> bool:
-        """Whether evoprune can quantize the weights. False for mixture-of-experts models and already quantized checkpoints."""
-        return self.quantization is None and self.config.text_config.experts is None
+        """Whether evoprune can quantize the weights. False for Qwen4-Exp and already quantized checkpoints."""
+        return self.quantization is None and self.config.text_config.qwen4 is None
 
     def check_method(self, method: "MethodChain") -> None:
         """Check that this model's language model supports a pruning method.
@@ -409,8 +410,8 @@ def _check_engine(model: ModelDescription) -> None:
         why = quantized or "has layers that evoprune does not run itself"
         raise ModelError(f"{model.id} {why}", "leave the engine out: auto uses transformers")
     if options.quantize not in ("auto", "none") and not model.can_be_quantized:
-        why = quantized or "is a mixture of experts"
-        problem = f"quantize {options.quantize} needs a dense model that is not quantized, but {model.id} {why}"
+        why = quantized or "has n-gram embeddings and indexers (Qwen4-Exp)"
+        problem = f"quantize {options.quantize} does not work with {model.id}, which {why}"
         raise UsageError(problem, "leave quantize out, or use a checkpoint that is already quantized")
     if options.store_quantized and model.quantize == "none":
         hint = "leave out --store-quantized"

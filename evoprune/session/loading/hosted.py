@@ -248,13 +248,13 @@ def in_one_dtype(host, dtype: torch.dtype) -> None:
 
 
 def widen(model: HostedVL, dtype: torch.dtype, skip: Collection[str]) -> None:
-    """Convert a model's weights to a given dtype, except for the input embeddings and the layers in `skip`.
+    """Convert a model's weights to a given dtype, except for the input embeddings and the weights in `skip`.
 
     Args:
-        skip: Names of layers to leave unchanged because they will be quantized.
+        skip: Names of weights to leave unchanged because they will be quantized.
     """
     for name, weight in model.named_parameters():
-        if name.removesuffix(".weight") not in skip and weight is not model.model.language_model.embed_tokens.weight:
+        if name not in skip and weight is not model.model.language_model.embed_tokens.weight:
             weight.data = weight.data.to(dtype)
 
 

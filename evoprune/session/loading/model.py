@@ -51,8 +51,8 @@ from evoprune.model import (
 )
 from evoprune.report import ModelFacts
 from evoprune.session.gguf.folder import naming_files
-from evoprune.session.gguf.opening import open_gguf
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
+from evoprune.session.loading.experts import SeparateExperts
 from evoprune.session.loading.weights import (
     DTYPES,
     EMBEDDINGS,
@@ -379,7 +379,7 @@ def _loaded(
             else:
                 weights = hosted.random_hosted(stored.config, read_in, device)
             if quantize != "none":
-                hosted.widen(weights, dtype, skip=Quantization(quantize).layers(weights))
+                hosted.widen(weights, dtype, skip=Quantization(quantize).weights(weights))
         elif stored.files:
             weights = load_weights(stored.config, stored.files, dtype, device, quantize)
         else:
@@ -415,8 +415,9 @@ def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int
     fingerprint = None
     if store and stored.files:
         fingerprint = f"{stored.fingerprint} {model.dtype}"
-    tensors = open_gguf(model.folder)
-    file = quantize_once(weights, model.quantize, fingerprint, progress, tensors and tensors.get_tensor)
+    deferred = weights.deferred
+    file = quantize_once(weights, model.quantize, fingerprint, progress, lambda name: deferred[name]())
+    deferred.clear()
     empty_cache()  # frees the memory of the original weights
     return file
 
@@ -487,30 +488,34 @@ def load_weights(
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
     if quantize != "none":
-        as_stored = ["lm_head", "model.language_model.embed_tokens", *Quantization(quantize).layers(model)]
+        as_stored = [HEAD, EMBEDDINGS, *Quantization(quantize).weights(model)]
     # Buffers that are recomputed from the config, even though older checkpoints include them, and layers that predict several
     # tokens at once (MTP), which transformers ignores too
     ignored = re.compile(r"(^|\.)(inv_freq|position_ids)$|^mtp\.")
     tensors = {}
     homes = {}
     unused = []
+    deferred = {}  # functions that read the weights on the meta device, by name
+    experts = SeparateExperts(wanted)
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
-            if not ignored.search(name):
+            if place := experts.place_of(name):
+                weight = content.get_tensor(stored)
+                _check_weight(file, stored, weight, experts.shape_at(place))
+                experts.add(place, weight)
+            elif not ignored.search(name):
                 unused.append(stored)
             continue
-        if name.removesuffix(".weight") in as_stored and hasattr(content, "placeholder"):
+        if name in as_stored and hasattr(content, "placeholder"):
             # Dequantized layers would not fit into memory together, so each one is read when it is quantized.
             weight = content.compact(stored) if name == EMBEDDINGS else content.placeholder(stored)
+            deferred[name] = partial(_read_in_memory, config, content, stored, wanted[name])
         else:
             weight = content.get_tensor(stored)
-        unscaled = weight.is_floating_point() and weight.itemsize > 1  # weights in other dtypes have separate scales
-        if weight.shape != wanted[name] or not unscaled:
-            what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(wanted[name])}"
-            problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
-            raise ModelError(problem, MISMATCH_HINT)
-        if name.removesuffix(".weight") not in as_stored:
+        weight = _as_in_memory(config, weight, wanted[name])
+        _check_weight(file, stored, weight, wanted[name])
+        if name not in as_stored:
             weight = weight.to(device, dtype)
         if name in tensors and not torch.equal(weight, tensors[name]):
             problem = f"the weights in {file.parent} cannot be loaded: {name} is stored twice with different values"
@@ -518,13 +523,20 @@ def load_weights(
             raise ModelError(problem, f"delete the wrong one ({places}); or download the model again")
         tensors[name] = weight
         homes[name] = file
+    if missing := experts.missing:
+        raise _missing_tensors(folder, missing)
+    for name, stored_dtype in experts.dtypes.items():
+        if name in as_stored:  # joining the experts of all layers would take as much memory as the whole model
+            tensors[name] = torch.empty(wanted[name], dtype=stored_dtype, device="meta")
+            deferred[name] = partial(experts.join, name)
+        else:
+            tensors[name] = experts.join(name).to(device, dtype)
     if config.tie_word_embeddings:  # `separate_head` has checked that they don't differ
         if HEAD in tensors:
             tensors.setdefault(EMBEDDINGS, tensors.pop(HEAD))
         del wanted[HEAD]
     if missing := sorted(wanted.keys() - tensors.keys()):
-        problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
-        raise ModelError(problem, "download the model again")
+        raise _missing_tensors(folder, missing)
     if unused:
         are = "is" if len(unused) == 1 else "are"
         message = f"{counted(len(unused), 'tensor')} of the weights in {folder} {are} not used: {', '.join(unused[:3])}"
@@ -533,7 +545,36 @@ def load_weights(
         warnings.warn(message, ModelWarning, stacklevel=2)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie()
+    model.deferred = deferred
     return model.requires_grad_(False)
+
+
+def _missing_tensors(folder: Path, missing: Sequence[str]) -> ModelError:
+    problem = f"the weights in {folder} lack {counted(len(missing), 'tensor')}, first {missing[0]}"
+    return ModelError(problem, "download the model again")
+
+
+def _check_weight(file: Path, stored: str, weight: torch.Tensor, shape: torch.Size) -> None:
+    """Check the shape and the dtype of a stored tensor.
+
+    Raises:
+        ModelError: If the shape is wrong, or the dtype shows that the weights are quantized.
+    """
+    unscaled = weight.is_floating_point() and weight.itemsize > 1  # weights in other dtypes have separate scales
+    if weight.shape != shape or not unscaled:
+        what = f"{weight.dtype} {list(weight.shape)}, but config.json expects {list(shape)}"
+        problem = f"the weights in {file.parent} cannot be loaded: {stored} is {what}".replace("torch.", "")
+        raise ModelError(problem, MISMATCH_HINT)
+
+
+def _read_in_memory(config: Config, content, stored: str, shape: torch.Size) -> torch.Tensor:
+    return _as_in_memory(config, content.get_tensor(stored), shape)
+
+
+def _as_in_memory(config: Config, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a stored tensor in the layout of the module tree: the experts' matrices of Qwen3-VL are stored transposed."""
+    transposed = config.vision_config.traits.transposes_experts and weight.ndim == 3 and weight.shape != shape
+    return weight.transpose(1, 2) if transposed else weight
 
 
 def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: bool) -> None:

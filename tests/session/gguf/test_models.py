@@ -266,7 +266,7 @@ def test_a_template_for_text_only_is_replaced(original, family, tmp_path):
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "qwen3_vl_moe", "qwen3_5_moe"])
 @pytest.mark.parametrize("quantize", parameters("int8", "int4"))
 def test_quantized_layers_are_those_of_the_dequantized_weights(original, family, quantize, tmp_path, monkeypatch):
     text = Folder(original(family)).write_pair(tmp_path / "models", kind="Q8_0")
