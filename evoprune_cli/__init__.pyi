@@ -5,3 +5,5 @@ from .running import load as load
 from .running import prepare as prepare
 from .terminal import progress as progress
 from .terminal import tell as tell
+from .typed import typed as typed
+from .via import Background as Background

@@ -197,8 +197,8 @@ def _ask_server(request: Request, given: AskArguments, talk: "Conversation", cle
         paths = [cleanup.enter_context(local_file(path, progress=downloading(show))) for path in request.inputs]
         files = [LocalInput(path, name, sampling) for path, name in zip(paths, request.names, strict=True)]
         options = set_options(given.options, pipeline)
-        count = math.inf if given.interactive else len(request.questions)
-        inputs = RemoteInputs(server, files, options, compare=given.compare, questions=count)
+        inputs = RemoteInputs(server, files, options, compare=given.compare)
+        cleanup.callback(server.leave)
         cleanup.callback(inputs.close)
         # At a prompt, the server says first whether the questions form a conversation.
         first = "" if given.interactive else request.questions[0]

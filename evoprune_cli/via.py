@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import quote, urlsplit
 
 import evoprune
@@ -56,16 +56,8 @@ IN_FLIGHT = 2  # number of inputs of a batch to ask about at the same time, so t
 END = object()  # the last thing that `Asking` says
 MOST_TRIES = 3  # number of times to send the same file, which a server with little room may delete again
 KINDS = {kind.type: kind for kind in (UsageError, VideoError, ModelError, PluginError, OutOfMemory)}
+HOLD_S = 2.0  # time for which a new server tries to lock its file, in seconds
 OWN_HINT = "evoprune serve --stop, then evoprune serve --detach, starts it again"
-
-# The server in the background. Each user has at most one, which listens on a Unix socket that only this user can open.
-
-
-def runtime_folder() -> Path:
-    """Return the folder for the socket of this user's server, which may not exist."""
-    if usual := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(usual) / "evoprune"
-    return Path(tempfile.gettempdir()) / f"evoprune.{_user()}"
 
 
 def _user() -> int:
@@ -74,34 +66,126 @@ def _user() -> int:
     return os.getuid()
 
 
-def own_socket() -> Path | None:
-    """Return the path of the socket of this user's server, or None if there is none.
+class Background:
+    """The files of the server in the background. Each user has at most one such server.
 
-    Raises:
-        UsageError: If another user could have made or could open it.
+    They are in a folder that only this user can open. While the server runs, it holds a lock on a file that contains its process
+    ID, followed by "ready" once its models are loaded.
+
+    Attributes:
+        socket, log: Paths of the socket that the server listens on, and of its log.
     """
+
+    def __init__(self):
+        if sys.platform == "win32":
+            raise UsageError("a server in the background needs Unix sockets, which this system lacks", "use a URL")
+        parent = os.environ.get("XDG_RUNTIME_DIR")
+        name = f"evoprune.{_user()}"
+        self._folder = Path(parent) / "evoprune" if parent else Path(tempfile.gettempdir()) / name
+        self.socket = self._folder / "serve.sock"
+        self.log = self._folder / "serve.log"
+        self._lock = self._folder / "serve.lock"
+
+    def check(self) -> None:
+        """Raise UsageError if another user made the files, or can open them."""
+        folder = self._folder.lstat()
+        if not stat.S_ISDIR(folder.st_mode) or folder.st_uid != _user():
+            hint = "remove it, or set XDG_RUNTIME_DIR to a folder of your own"
+            raise UsageError(f"{self._folder} is not a folder of this user", hint)
+        if folder.st_mode & 0o077:
+            raise UsageError(f"other users can open {self._folder}", f"chmod 700 {self._folder}")
+        for path, kind in ((self.socket, stat.S_ISSOCK), (self._lock, stat.S_ISREG), (self.log, stat.S_ISREG)):
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                if status.st_uid != _user() or not kind(status.st_mode):
+                    raise UsageError(f"{path} was not made by a server of this user", "remove it")
+
+    def make_folder(self) -> None:
+        """Create the folder if it doesn't exist. See also `check`."""
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as problem:
+            hint = "set XDG_RUNTIME_DIR to a folder of your own"
+            raise UsageError(f"cannot create {self._folder}: {problem.strerror}", hint) from problem
+        self.check()
+
+    def process(self) -> tuple[int, bool] | None:
+        """Return the process ID of the server (0 if it has just started), and whether it is ready. None if there is no server.
+
+        Raises:
+            UsageError: See `check`.
+        """
+        if not os.path.lexists(self._lock):
+            return None
+        self.check()
+        with self._lock.open(encoding="ascii") as file:
+            if _locks(file, shared=True):
+                return None
+            number, _, state = file.read().partition(" ")
+        return int(number or 0), state == "ready"
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Context manager for the server. Yields a function to call when it is ready.
+
+        Raises:
+            UsageError: If there is another server.
+        """
+        self.make_folder()
+        with self._locked() as file:
+            try:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                yield lambda: print(" ready", end="", file=file, flush=True)
+            finally:
+                for path in (self.socket, self._lock):
+                    path.unlink(missing_ok=True)
+
+    def _locked(self) -> IO[str]:
+        """Open and lock the file."""
+        end = time.monotonic() + HOLD_S  # others hold the lock while they look for a server
+        while time.monotonic() < end:
+            file = self._lock.open("a", encoding="ascii")
+            if _locks(file) and os.fstat(file.fileno()).st_nlink:  # otherwise, a server that ended has removed it
+                return file
+            file.close()
+            time.sleep(0.05)
+        raise self.taken()
+
+    def taken(self) -> UsageError:
+        """Return the error for a second server."""
+        number, _ = self.process() or (0, False)
+        message = f"a server already runs in the background (process {number})"
+        return UsageError(message, "ask it with --via auto, or end it with evoprune serve --stop")
+
+    def found(self) -> Path | None:
+        """Return the path of the socket, or None if there is no server. What a killed server left is removed.
+
+        Raises:
+            UsageError: See `check`.
+        """
+        if not os.path.lexists(self.socket):
+            return None
+        self.check()
+        with suppress(FileNotFoundError), self._lock.open(encoding="ascii") as file:
+            if not _locks(file):
+                return self.socket
+            self.socket.unlink(missing_ok=True)
+        return None
+
+
+def _locks(file: IO[str], shared: bool = False) -> bool:
+    """Try to lock an open file. Returns False if another process has locked it."""
     if sys.platform == "win32":
-        return None
-    folder = runtime_folder()
-    path = folder / "serve.sock"
-    if not os.path.lexists(path):
-        return None
-    check_private(folder)
-    status = path.lstat()
-    if status.st_uid != _user() or not stat.S_ISSOCK(status.st_mode):
-        raise UsageError(f"{path} is not a socket of this user", "remove it; another user may have made it")
-    return path
+        return False
+    import fcntl
 
-
-def check_private(folder: Path) -> None:
-    """Raise UsageError if a folder is a link, belongs to another user, or can be opened by others."""
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != _user():
-        raise UsageError(
-            f"{folder} is not a folder of this user", "remove it, or set XDG_RUNTIME_DIR to your own folder"
-        )
-    if status.st_mode & 0o077:
-        raise UsageError(f"other users can open {folder}", f"chmod 700 {folder}")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class SocketConnection(http.client.HTTPConnection):
@@ -156,6 +240,9 @@ class Server:
     most_bytes: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     _closed: bool = False
+    _visit: str = ""
+    _visiting: ExitStack = field(default_factory=ExitStack)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _open: set[http.client.HTTPConnection] = field(default_factory=set)
 
     @classmethod
@@ -184,6 +271,19 @@ class Server:
         for connection in [*self._open]:
             with suppress(OSError, AttributeError):  # it is not connected, or no longer
                 connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def visit(self) -> str:
+        """Return an ID with which to send files. The server keeps them until `leave` is called, or until this process ends."""
+        with self._lock:
+            if not self._visit:
+                response = self._visiting.enter_context(self.answering("GET", f"{INFO}/visit"))
+                with self.problems():
+                    self._visit = parsed(response.readline()).get("visit", "")
+            return self._visit
+
+    def leave(self) -> None:
+        """Let the server delete all files that were sent to it."""
+        self._visiting.close()
 
     def meet(self, wanted: str | None, show: Callable[..., None]) -> None:
         """Wait until the server has loaded its models, and check that it has the same version and the wanted model.
@@ -392,9 +492,13 @@ def find_server(
     """
     if not via:
         return None
-    server = Server.at(via) if via != AUTO else Server(path=own_socket())
-    if not (server.url or server.path):
-        return None
+    if via == AUTO:
+        path = None if sys.platform == "win32" else Background().found()
+        if path is None:
+            return None
+        server = Server(path=path)
+    else:
+        server = Server.at(via)
     try:
         _check_options(server, options, refused)
         given = options.sources().get("model")
@@ -402,7 +506,7 @@ def find_server(
     except (Unusable, NotServed) as problem:
         if via != AUTO:
             raise
-        if not quiet and not isinstance(problem.__cause__, ConnectionRefusedError):
+        if not quiet:
             tell(f"note: the model is loaded here, because {problem.message}")
         return None
     return server
@@ -468,7 +572,8 @@ class LocalFile:
             total = os.fstat(file.fileno()).st_size
             headers = {"Content-Length": str(total), "Content-Type": "application/octet-stream"}
             body = Sending(file, partial(show, "sending, MiB"), total)
-            with server.answering("POST", f"{INFO}/files", body, headers) as response, server.problems():
+            path = f"{INFO}/files?visit={server.visit()}"
+            with server.answering("POST", path, body, headers) as response, server.problems():
                 self.digest = parsed(response.read(MOST_FACTS)).get("digest", "")
 
 
@@ -577,14 +682,12 @@ class RemoteInputs:
         options: Mapping[str, Any],
         *,
         compare: bool = False,
-        questions: float = 1,
         show: Callable[..., None] = lambda *step: None,
     ):
         """Store what to ask about, and how.
 
         Args:
             options: The options that the user has set.
-            questions: The number of requests that are going to be sent.
             show: See `terminal.progress`.
         """
         self._agreement: dict[str, Any] | None = None
@@ -592,7 +695,6 @@ class RemoteInputs:
         self._inputs = inputs
         self._options = options
         self._compare = compare
-        self._left = questions
         self._show = show
         self._events: Events = (event for event in ())
         self._begun: str | None = None  # the question whose inputs have been encoded, but that hasn't been asked yet
@@ -674,7 +776,6 @@ class RemoteInputs:
     ) -> dict[str, Any]:
         """Send a question, and return the event about its encoded inputs."""
         self._events.close()
-        self._left -= 1
         asked = {
             "evoprune": evoprune.__version__,
             "model": self._server.model,
@@ -682,7 +783,6 @@ class RemoteInputs:
             "earlier": [*(earlier or ())],
             "conversation": earlier is not None,
             "compare": self._compare,
-            "stays": self._left > 0,
             "options": without_files({**self._options, **options}),
         }
         self._events = self._sent(asked)
@@ -843,6 +943,7 @@ def answers_via(
                 each.stop()
             if waiting:  # the batch has failed or was stopped
                 server.close()
+            server.leave()
 
 
 class Asking:
@@ -891,7 +992,7 @@ class Asking:
                 sampling.check_one_file(len(names))
                 paths = [stack.enter_context(local_file(path)) for path in first.paths]
                 files = [LocalInput(path, name, sampling) for path, name in zip(paths, names, strict=True)]
-                inputs = RemoteInputs(self._server, files, usual, questions=len(self._span.rows), show=self._show)
+                inputs = RemoteInputs(self._server, files, usual, show=self._show)
                 stack.callback(inputs.close)
             except Exception as problem:
                 self._fail(problem, self._span.rows)

@@ -16,6 +16,7 @@ import orjson
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
@@ -31,7 +32,17 @@ from evoprune_serve.chat import END, read_chat
 from evoprune_serve.checks import Checks
 from evoprune_serve.errors import ApiError, plain, refused, told
 from evoprune_serve.forms import UploadForm
-from evoprune_serve.guard import Access, Bodies, BodyRoom, client_of, log_line, protection
+from evoprune_serve.guard import (
+    Access,
+    Activity,
+    Bodies,
+    BodyRoom,
+    Watched,
+    client_of,
+    disconnected,
+    log_line,
+    protection,
+)
 from evoprune_serve.metrics import TYPE, Metrics
 from evoprune_serve.page import PAGE_PATHS, Handler, Page, file_names
 from evoprune_serve.question import Question, has_schema, no_model
@@ -539,7 +550,7 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
         ClientDisconnect: If the client disconnects before the result is ready.
     """
     result = asyncio.ensure_future(waiting)
-    gone = asyncio.ensure_future(_gone(request))
+    gone = asyncio.ensure_future(disconnected(request))
     try:
         await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
@@ -566,12 +577,6 @@ def _other_method(request: Request) -> ApiError:
     return ApiError(405, message, headers={"Allow": ", ".join(sorted(allowed))})
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client disconnects. The request body must already have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     """Create the server application.
 
@@ -579,6 +584,7 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
         models: The loaded models by name. The first model answers requests that don't specify a model.
     """
     server = Server(models, settings)
+    activity = Activity()
 
     def refuse(request: Request, problem: Exception) -> Response:
         """Log an error, and return an error response in OpenAI's format."""
@@ -607,9 +613,10 @@ def make_app(models: Mapping[str, VideoQA], settings: Settings) -> Starlette:
     handlers = {ApiError: refuse, HTTPException: refuse, ClientDisconnect: gone, Exception: refuse}
     app = Starlette(
         routes=[*server.routes(), *Asks(server).routes(), *Page(server).routes()],
-        middleware=protection(settings.access, refuse),
+        middleware=[Middleware(Watched, activity=activity), *protection(settings.access, refuse)],
         exception_handlers=handlers,
         lifespan=life,
     )
     app.state.server = server
+    app.state.activity = activity
     return app

@@ -5,11 +5,14 @@
 of another version is rejected.
 """
 
+import asyncio
+import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any, Protocol
 
 import anyio
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import evoprune
@@ -32,7 +35,7 @@ from evoprune.video_qa import VideoQA
 from evoprune_cli import notes_about, why_single_questions
 from evoprune_serve.errors import ApiError, refused
 from evoprune_serve.fields import Fields
-from evoprune_serve.guard import client_of
+from evoprune_serve.guard import client_of, disconnected
 from evoprune_serve.messages import MOST_CHARACTERS, MOST_SOURCES
 from evoprune_serve.page import Handler
 from evoprune_serve.question import SPEECH, Question, file_setting, no_model
@@ -42,11 +45,13 @@ from evoprune_serve.work import Done, Job, Put, Task, Told, Work, begun
 INFO = "/v1/evoprune"
 ASK = f"{INFO}/ask"
 SEND = f"{INFO}/files"
-ASK_PATHS = (ASK, SEND, INFO)
+VISIT = f"{INFO}/visit"
+ASK_PATHS = (ASK, SEND, VISIT, INFO)
 TAKEN = (*PruneOptions.PRUNING, *SamplingOptions.FILES, *GenerationOptions.ANSWER)
 FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\0]+")
 LONGEST_NAME = 255  # in bytes
 DIGEST = re.compile(r"[0-9a-f]{64}")
+ENDING_S = 0.5  # interval between checks for whether the server is shutting down, in seconds
 PROGRESS_S = 0.1  # minimum time between progress events, in seconds
 
 
@@ -70,11 +75,13 @@ class Asks:
 
     def __init__(self, server: Asking):
         self._server = server
+        self._visits: dict[str, list[str]] = {}  # IDs of the files that each client has sent
 
     def routes(self) -> list[Route]:
         return [
             Route(INFO, self._server.counted(self.info, logged=False), methods=["GET"]),
             Route(ASK, self.ask, methods=["POST"]),
+            Route(VISIT, self._server.counted(self.visit, logged=False), methods=["GET"]),
             Route(SEND, self._server.counted(self.send), methods=["POST"]),
         ]
 
@@ -93,16 +100,40 @@ class Asks:
             }
         )
 
+    async def visit(self, request: Request) -> Response:
+        """Respond with an ID. Files that are sent with it are kept as long as the client keeps this connection open."""
+        return StreamingResponse(self._visiting(request), media_type="application/x-ndjson")
+
+    async def _visiting(self, request: Request) -> AsyncIterator[bytes]:
+        identity = secrets.token_hex(16)
+        self._visits[identity] = []
+        leaving = asyncio.ensure_future(disconnected(request))
+        try:
+            yield json.dumps({"visit": identity}).encode() + b"\n"
+            while not (leaving.done() or self._server.work.is_ending):
+                await asyncio.wait([leaving], timeout=ENDING_S)
+        finally:
+            leaving.cancel()
+            for file_id in self._visits.pop(identity):
+                with suppress(ApiError):  # it has expired
+                    self._server.uploads.delete(file_id)
+
     async def send(self, request: Request) -> Response:
-        """Store the request's body until the question about it has been answered, and respond with its digest."""
+        """Store the request's body as long as the client's visit lasts, and respond with its digest."""
         server = self._server
+        sent = self._visits.get(request.query_params.get("visit", ""))
+        if sent is None:
+            raise refused("there is no such visit", "visit")
         with server.uploads.incoming(client_of(request)) as incoming:
             async for piece in request.stream():
                 if piece:
                     incoming.reserve(len(piece))
                     await anyio.to_thread.run_sync(incoming.write, piece, limiter=server.upload_threads)
-            digest = await anyio.to_thread.run_sync(incoming.keep_for_a_question, limiter=server.probe_threads)
-        return JSONResponse({"digest": digest})
+            upload = await anyio.to_thread.run_sync(incoming.keep_unchecked, limiter=server.probe_threads)
+        sent.append(upload.id)
+        if request.query_params["visit"] not in self._visits:  # the client has left in the meantime
+            server.uploads.delete(upload.id)
+        return JSONResponse({"digest": upload.content.digest})
 
     async def ask(self, request: Request) -> Response:
         return await self._server.stream(request, read_ask, self._answer)
@@ -259,11 +290,10 @@ def read_ask(
     text = fields.take("question", str, "")
     earlier = fields.take("earlier", list, [])
     options = fields.take("options", dict, {})
-    stays = fields.take("stays", bool, False)
     given = fields.need("inputs", list)
     if not 0 < len(given) <= MOST_SOURCES:
         raise refused(f"there are {len(given)} inputs, not 1 to {MOST_SOURCES}", "inputs")
-    inputs = tuple(_input(Fields(each, f"inputs[{number}]"), number, stays) for number, each in enumerate(given))
+    inputs = tuple(_input(Fields(each, f"inputs[{number}]"), number) for number, each in enumerate(given))
     turns = Turn.to_messages(Turn.from_messages(earlier))
     if len(text) + sum(len(each["content"]) for each in turns) > MOST_CHARACTERS:
         raise UsageError(f"the question has more than {MOST_CHARACTERS:,} characters", "shorten it")
@@ -313,7 +343,7 @@ def _options(given: dict[str, Any], usual: PipelineOptions) -> dict[str, Any]:
     }
 
 
-def _input(fields: Fields, number: int, stays: bool) -> ClientInput:
+def _input(fields: Fields, number: int) -> ClientInput:
     name = fields.need("name", str)
     folder = fields.take("folder", str, "")
     if folder and not FILE_NAME.fullmatch(folder):
@@ -333,7 +363,6 @@ def _input(fields: Fields, number: int, stays: bool) -> ClientInput:
         folder,
         beside,
         subtitles and _file(Fields(subtitles, fields.name_of("subtitles"))),
-        stays,
     )
     fields.end()
     return made

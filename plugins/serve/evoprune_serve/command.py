@@ -7,8 +7,10 @@ import os
 import re
 import secrets
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -20,7 +22,7 @@ from evoprune.language import GenerationOptions
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import counted, in_a_thread, parse_time
 from evoprune.video import SamplingOptions, warm_up
-from evoprune_cli import load, prepare, progress, tell
+from evoprune_cli import load, prepare, progress, tell, typed
 from evoprune_cli import options as opt
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ ANY = ("0.0.0.0", "::")  # for comparison only  # noqa: S104
 KEY = "EVOPRUNE_API_KEY"
 MIB = 2**20
 BACKLOG = 512  # maximum number of connections waiting to be accepted
+KEPT = 8  # number of encoded videos to keep by default
 UNTAKEN_S = 60  # maximum time without acknowledgment of response data by a client, in seconds
 
 
@@ -49,6 +52,16 @@ class ServeArguments:
         LOOPBACK[0]
     )
     port: opt.option(int, "-p --port N", "Port to listen on; 0 picks a free one.", SERVER, min=0, max=65535) = 8000
+    socket: opt.option(
+        bool,
+        "--socket",
+        "Listen on a Unix socket that only you can open, instead of an address. evoprune ask --via auto asks this server.",
+        SERVER,
+    ) = False
+    detach: opt.option(
+        bool, "--detach", "Like --socket, but in the background: return as soon as the models are loaded.", SERVER
+    ) = False
+    stop: opt.option(bool, "--stop", "End the server that --detach or --socket started.", SERVER) = False
     name: opt.option(
         list[str] | None,
         "--name TEXT",
@@ -88,7 +101,13 @@ class ServeArguments:
         ACCESS,
     ) = None
     queue: opt.option(int, "--queue N", "Maximum number of waiting requests; more get error 429.", LIMITS, min=1) = 32
-    keep: opt.option(int, "--keep N", "Encoded videos to keep for further questions.", LIMITS, min=0) = 8
+    keep: opt.option(
+        list[str] | None,
+        "--keep N|TIME",
+        f"N: encoded videos to keep for further questions; default: {KEPT}. TIME, such as 10m: end the server when there has been "
+        "no request for so long. Repeatable, for both.",
+        LIMITS,
+    ) = None
     timeout: opt.option(str, "--timeout TIME", "Maximum time from a request to the end of its answer.", LIMITS) = "10m"
     max_body: opt.option(int, "--max-body MIB", "Maximum size of a request, including its videos.", LIMITS, min=1) = 64
     max_upload: opt.option(
@@ -123,21 +142,31 @@ def serve(given: ServeArguments) -> int:
     \b
     evoprune serve
     evoprune serve -m Qwen/Qwen2.5-VL-3B-Instruct --allow-dir ~/videos
+    evoprune serve --detach --keep 10m
     EVOPRUNE_API_KEY=secret evoprune serve --host 0.0.0.0 --allow-urls
     """
+    if given.stop:
+        return _stop(given)
     pipeline = given.options.parse()
     access, limits = _check(given, pipeline)
+    if given.detach:
+        return _detach(given)
     warm_up()  # warms up while this process imports its dependencies
     return _run(given, pipeline, access, limits)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Checked values of options: times in seconds, and folders that requests may name."""
+    """Checked values of options: times in seconds, folders that requests may name, and the number of encodings to keep.
+
+    `idle_s` is the time without requests after which the server ends, or None.
+    """
 
     answer_s: float
     age_s: float
     folders: tuple[Path, ...]
+    keep: int
+    idle_s: float | None
 
 
 def _check(given: ServeArguments, pipeline: PipelineOptions) -> "tuple[Access, Limits]":
@@ -148,10 +177,15 @@ def _check(given: ServeArguments, pipeline: PipelineOptions) -> "tuple[Access, L
         raise UsageError(f"--host {given.host} serves other machines, and there is no key", hint)
     if given.allow_urls and pipeline.model.offline:
         raise UsageError("--allow-urls and --offline cannot be combined", "leave out one of the two")
+    if given.socket or given.detach:
+        _check_no_address()
+    keep, idle_s = _keep(given.keep or ())
     limits = Limits(
         _above_0("--timeout", given.timeout),
         _above_0("--file-age", given.file_age),
         tuple(map(_folder, given.allow_dir or ())),
+        keep,
+        idle_s,
     )
     origins = tuple(map(_origin, given.cors or ()))
     try:
@@ -173,6 +207,55 @@ def _check(given: ServeArguments, pipeline: PipelineOptions) -> "tuple[Access, L
     return access, limits
 
 
+def _keep(typed_values: Sequence[str]) -> tuple[int, float | None]:
+    """Return the number of encodings to keep, and the time without requests after which the server ends, or None."""
+    keep, idle_s = KEPT, None
+    for text in typed_values:
+        if text.isdecimal() and text.isascii():
+            keep = int(text)
+        else:
+            idle_s = _above_0("--keep", text)
+    return keep, idle_s
+
+
+def _check_no_address() -> None:
+    """Raise UsageError if an option for a server at an address is given."""
+    flags = typed().options()
+    for name in ("host", "port", "allow_host", "cors", "api_key", "api_key_file", "no_auth"):
+        if name in flags:
+            hint = "leave it out, or leave out --socket and --detach"
+            raise UsageError(f"{flags[name]} is for a server at an address, not at a socket", hint)
+
+
+def _detach(given: ServeArguments) -> int:
+    """Start this command in the background, with a socket."""
+    from evoprune_serve.background import Failed, detach
+
+    words = [word for word in typed().words if word not in ("--detach", "--socket")]
+    try:
+        with progress(not given.quiet) as show:
+            number = detach(["--socket", *words], show)
+    except Failed as failed:
+        print(failed.log, end="", file=sys.stderr)
+        return failed.code if failed.code > 0 else 1
+    if not given.quiet:
+        hint = "evoprune ask --via auto asks it, evoprune serve --stop ends it"
+        tell(f"the server runs in the background (process {number}); {hint}")
+    return 0
+
+
+def _stop(given: ServeArguments) -> int:
+    """End the server in the background."""
+    from evoprune_serve.background import stop
+
+    if given.detach or given.socket:
+        raise UsageError("--stop cannot be combined with --detach or --socket", "run the command twice")
+    number = stop()
+    if not given.quiet:
+        tell("no server runs in the background" if number is None else f"the server has ended (process {number})")
+    return 0
+
+
 def _run(given: ServeArguments, pipeline: PipelineOptions, access: "Access", limits: Limits) -> int:
     """Listen, load the models, and serve them until a signal arrives."""
     try:
@@ -181,8 +264,13 @@ def _run(given: ServeArguments, pipeline: PipelineOptions, access: "Access", lim
         from evoprune_serve.store import private_folder
     except ImportError as problem:
         raise _missing(problem) from problem
-    listening = _listening(given.host, given.port)
-    with listening, private_folder() as folder:
+    with ExitStack() as stack:
+        if given.socket:
+            ready, listening = _own_socket(stack)
+        else:
+            ready, listening = _say_nothing, _listening(given.host, given.port)
+        stack.enter_context(listening)
+        folder = stack.enter_context(private_folder())
         with progress(not given.quiet) as show, answering(listening) as waiting:
             try:
                 # Importing torch in the main thread would swallow exceptions raised by signal handlers. The main thread must not
@@ -203,13 +291,31 @@ def _run(given: ServeArguments, pipeline: PipelineOptions, access: "Access", lim
             files_bytes=given.max_files * MIB,
             file_age_s=limits.age_s,
             most=given.queue,
-            keep=given.keep,
+            keep=limits.keep,
             answer_s=limits.answer_s,
             log=_say_nothing if given.quiet else tell,
             log_contents=given.log_contents,
         )
-        _serve(given, make_app(models, settings), [*models], listening, waiting)
+        ready()
+        _serve(given, make_app(models, settings), [*models], listening, waiting, limits.idle_s)
     return 0
+
+
+def _own_socket(stack: ExitStack) -> "tuple[Callable[[], None], socket.socket]":
+    """Listen on this user's socket until the stack is closed.
+
+    Returns:
+        The function to call when the models are loaded, and the socket.
+
+    Raises:
+        UsageError: If there is already a server.
+    """
+    from evoprune_cli import Background
+    from evoprune_serve.background import listen
+
+    background = Background()
+    ready = stack.enter_context(background.held())
+    return ready, listen(background, BACKLOG)
 
 
 def _serve(
@@ -218,8 +324,12 @@ def _serve(
     names: Sequence[str],
     listening: socket.socket,
     waiting: list[socket.socket],
+    idle_s: float | None,
 ) -> None:
-    """Serve the application until a signal arrives. `waiting` are connections that were accepted while the models loaded."""
+    """Serve the application until a signal arrives, or until there has been no request for `idle_s`.
+
+    `waiting` are connections that were accepted while the models loaded.
+    """
     import uvicorn
 
     from evoprune_serve.connections import Connection
@@ -242,12 +352,17 @@ def _serve(
     gc.freeze()
     if not given.quiet or given.port == 0:  # a port that the system picked is known only from here
         verb = "is" if len(names) == 1 else "are"
-        page = f"http://{_in_url(given.host)}:{listening.getsockname()[1]}/"
-        tell(f"{' and '.join(names)} {verb} served at {page} (API: {page}v1); Ctrl-C ends it")
-    EndingServer(config, app.state.server.work, waiting).run(sockets=[listening])
+        ends = "evoprune serve --stop" if given.socket else "Ctrl-C"
+        if given.socket:
+            where = f"{listening.getsockname()} (evoprune ask --via auto)"
+        else:
+            page = f"http://{_in_url(given.host)}:{listening.getsockname()[1]}/"
+            where = f"{page} (API: {page}v1)"
+        tell(f"{' and '.join(names)} {verb} served at {where}; {ends} ends it")
+    EndingServer(config, app.state.server.work, waiting, app.state.activity, idle_s).run(sockets=[listening])
 
 
-def _say_nothing(line: str) -> None:
+def _say_nothing(*_: str) -> None:
     pass
 
 

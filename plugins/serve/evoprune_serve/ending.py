@@ -9,6 +9,7 @@ from types import FrameType
 
 import uvicorn
 
+from evoprune_serve.guard import Activity
 from evoprune_serve.work import Work
 
 GRACE_S = 3.0  # time for the answer in progress to finish, in seconds
@@ -20,12 +21,28 @@ class EndingServer(uvicorn.Server):
 
     Args:
         waiting: Connections that were accepted before the server started.
+        activity: Requests in progress, and the time of the last one.
+        idle_s: Time without requests after which the server shuts down, in seconds, or None.
     """
 
-    def __init__(self, config: uvicorn.Config, work: Work, waiting: Sequence[socket.socket] = ()):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        work: Work,
+        waiting: Sequence[socket.socket] = (),
+        activity: Activity | None = None,
+        idle_s: float | None = None,
+    ):
         super().__init__(config)
         self._work = work
         self._waiting = waiting
+        self._activity = activity
+        self._idle_s = idle_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return True if the server should shut down. Called every 0.1 s."""
+        idle = self._idle_s is not None and self._activity is not None and self._activity.idle_s() > self._idle_s
+        return await super().on_tick(counter) or idle
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -19,6 +19,7 @@ from evoprune.util import harmless
 from evoprune_serve.errors import ApiError, full, plain
 
 OPEN_PATHS = ("/", "/health")  # no key required
+UNWATCHED = ("/health", "/metrics")  # requests of programs that watch the server
 UPLOAD_PATHS = ("/v1/files", "/v1/evoprune/files")
 FORM_BYTES = 2**16  # maximum size of an upload form, excluding its file
 SLOW_BYTES_S = 2**15  # minimum rate in bytes per second; slower bodies use up `SLOW_S`
@@ -30,6 +31,12 @@ BODIES_RETRY_S = 5
 def client_of(request: Request) -> str:
     """Return a client's IP address, which is used to distinguish clients."""
     return request.client.host if request.client else "unknown"
+
+
+async def disconnected(request: Request) -> None:
+    """Wait until the client disconnects. The request body must already have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def log_line(request: Request, status: int, *more: str) -> str:
@@ -108,6 +115,42 @@ class BodyRoom:
         if size > self.bytes:
             self._bodies._add(self._client, size - self.bytes)
             self.bytes = size
+
+
+class Activity:
+    """Counts the requests in progress, and measures the time since the last one. Checks of the server's health don't count."""
+
+    def __init__(self):
+        self._running = 0
+        self._ended_s = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Return the time without requests until now, in seconds."""
+        return 0.0 if self._running else time.monotonic() - self._ended_s
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._ended_s = time.monotonic()
+
+
+class Watched:
+    """Middleware that records the server's activity."""
+
+    def __init__(self, app: ASGIApp, activity: Activity):
+        self._app = app
+        self._activity = activity
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in UNWATCHED:
+            await self._app(scope, receive, send)
+            return
+        with self._activity.running():
+            await self._app(scope, receive, send)
 
 
 class Framing:

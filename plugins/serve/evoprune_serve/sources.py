@@ -104,7 +104,6 @@ class ClientInput:
         folder: The name of the folder, or "" if it isn't a folder.
         beside: The files next to it.
         subtitles: The file that contains its subtitles, if it was named.
-        stays: Whether the client is going to ask about these files again.
     """
 
     name: str
@@ -113,7 +112,6 @@ class ClientInput:
     folder: str
     beside: tuple[ClientFile, ...]
     subtitles: ClientFile | None
-    stays: bool
 
 
 Source = Address | Uploaded | FrameList | ClientInput
@@ -329,7 +327,7 @@ class Sources:
     def _client_file(self, source: ClientInput, file: ClientFile, stack: ExitStack) -> LocalFile:
         if file.digest:
             if content := self._store.known(file.digest):
-                stack.callback(self._store.release, content, source.stays)
+                stack.callback(self._store.release, content)
                 return LocalFile(content.path, content.digest, file.name)
         elif opened := self._allowed(file):
             return self._kept_open(opened, file.name, stack, copied=bool(source.folder))

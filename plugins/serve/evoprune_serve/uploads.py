@@ -116,10 +116,6 @@ class Uploads:
         self._leave(upload.client, upload.content.disk_bytes)
         self._store.release(upload.content, stays=False)
 
-    def release(self, content: Content) -> None:
-        """Stop using a file that isn't in the collection. It stays in the store for a while."""
-        self._store.release(content)
-
     def get(self, file_id: str) -> Upload:
         """Return the uploaded file with the given ID.
 
@@ -201,15 +197,15 @@ class IncomingUpload:
         self.kept = True
         return upload
 
-    def keep_for_a_question(self) -> str:
-        """Store the file without checking it, until the question about it has been answered, and return its digest.
+    def keep_unchecked(self) -> Upload:
+        """Store the file, which need not be a video or an image.
 
         Raises:
             ApiError: If the file can't be stored.
         """
-        content = self._file.keep()
-        self._uploads.release(content)
-        return content.digest
+        upload = self._uploads._keep(self, self._file.keep(), "file", PURPOSES[0])
+        self.kept = True
+        return upload
 
 
 def _too_much(message: str) -> ApiError:

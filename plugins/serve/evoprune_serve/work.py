@@ -379,6 +379,11 @@ class Work:
     def busy(self) -> bool:
         return self._running is not None
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the server is shutting down."""
+        return self._ending
+
     def retry_s(self) -> int:
         """Return the number of seconds after which a rejected client may retry: the median of recent answer times."""
         usual = statistics.median(self._seconds) if self._seconds else 1.0

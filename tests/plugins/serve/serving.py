@@ -78,7 +78,7 @@ def serving(
     config = uvicorn.Config(
         app, port=0, http=Connection, ws="none", log_config=None, timeout_graceful_shutdown=CLOSING_S
     )
-    server = EndingServer(config, app.state.server.work)
+    server = EndingServer(config, app.state.server.work, activity=app.state.activity)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

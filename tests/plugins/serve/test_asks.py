@@ -254,7 +254,7 @@ def test_a_server_that_is_loading_is_waited_for(folder, server):
         return respond(reply.status_code, reply.text)(self)
 
     with answering(handle) as url, running(folder):
-        assert command(*ASK, url)[:2] == (0, "green\n")
+        assert command("ask", f"{ALLOWED}/square 1.mp4", COLOUR, "--via", url)[:2] == (0, "green\n")
     assert asked[:3] == ["/v1/evoprune"] * 3
 
 
@@ -278,11 +278,15 @@ def test_a_busy_server(qa, folder, tmp_path, slow):
 
 def test_an_answer_streams_and_ends_with_its_client(qa, folder, tmp_path, slow):
     with serving(qa, tmp_path) as server:
-        asked = {"evoprune": evoprune.__version__, "question": COLOUR, "inputs": [sent(server)]}
-        with server.client.stream("POST", "/v1/evoprune/ask", json=asked) as response:
-            events = map(json.loads, response.iter_lines())
-            assert "text" in (event["event"] for event in events)
-            assert server.state.work.busy
+        with server.client.stream("GET", "/v1/evoprune/visit") as visit:
+            lines = visit.iter_lines()  # the response is closed when nothing refers to this
+            sent = {"name": "square.mp4", "digest": send(server, json.loads(next(lines))["visit"])}
+            inputs = [{"name": "square.mp4", "files": [sent]}]
+            asked = {"evoprune": evoprune.__version__, "question": COLOUR, "inputs": inputs}
+            with server.client.stream("POST", "/v1/evoprune/ask", json=asked) as response:
+                events = map(json.loads, response.iter_lines())
+                assert "text" in (event["event"] for event in events)
+                assert server.state.work.busy
         wait(lambda: not server.state.work.busy)
         wait(lambda: server.lines[-1].split()[3] == "499")
         wait(lambda: not [*tmp_path.iterdir()])
@@ -297,10 +301,15 @@ def test_a_server_that_ends_while_it_answers(qa, folder, tmp_path, slow):
     assert done[:2] == (4, "green\n") and "shutting down" in done[2], done
 
 
-def sent(server) -> dict:
-    """Send a sample to the server. Returns it as an input of a request."""
-    reply = server.client.post("/v1/evoprune/files", content=(SAMPLES / "square.mp4").read_bytes())
-    return {"name": "square.mp4", "files": [{"name": "square.mp4", "digest": reply.json()["digest"]}]}
+def send(server, visit: str) -> str:
+    """Send a sample to the server. Returns its digest."""
+    content = (SAMPLES / "square.mp4").read_bytes()
+    return server.client.post(f"/v1/evoprune/files?visit={visit}", content=content).json()["digest"]
+
+
+def test_a_file_is_only_taken_from_a_client_that_stays(server):
+    reply = server.client.post("/v1/evoprune/files?visit=unknown", content=b"data")
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "visit"
 
 
 REFUSED = {
