@@ -278,8 +278,8 @@ Verbose = option(bool, "-v --verbose", "Also print layers' rows, settings and ve
 Via = option(
     str | None,
     "--via",
-    "Ask the evoprune server at this address, which has loaded its model, instead of loading one. auto: the one that evoprune "
-    "serve --detach started, if it runs. Options for loading a model belong to the server, except -m to choose one of its models.",
+    "Ask the server at this address, which has loaded its model, instead of loading one. auto: the one that serve --detach "
+    "started, if it runs. Options for loading a model belong to the server, except -m to choose one of its models.",
     "Model",
     envvar="EVOPRUNE_VIA",
     **one_of("auto", "URL"),
