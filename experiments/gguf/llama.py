@@ -11,7 +11,7 @@ COLUMNS = 1024  # size of the context
 
 
 def quantize(source: Path, out: Path, kind: str) -> None:
-    """Quantize a text file like `llama-quantize`, a program around the same function. `kind` is a name such as "Q4_K_M".
+    """Quantize a text file with the function that llama.cpp's program for this calls. `kind` is a name such as "Q4_K_M".
 
     Raises:
         RuntimeError: If llama.cpp cannot quantize the file.

@@ -484,10 +484,9 @@ OTHER_VALUES = {
         "text": {"rope_theta": 1e4, "mrope_section": [24, 20, 20], "head_dim": 128},
         "vision": {"num_position_embeddings": 2304, "deepstack_visual_indexes": (1, 2, 3), "patch_size": 14},
         "video": {"image_mean": (0.4, 0.5, 0.6), "max_pixels": 10**6, "of_all_frames": True},
-        "gguf": (),
     },
-    "qwen3_5": {"series": ("Qwen9",), "video": {}, "gguf": ()},
-    "qwen3_vl_moe": {"series": ("Qwen9-VL",), "gguf": ()},
+    "qwen3_5": {"series": ("Qwen9",), "video": {}},
+    "qwen3_vl_moe": {"series": ("Qwen9-VL",)},
 }
 
 
