@@ -40,7 +40,7 @@ def path(request, monkeypatch):
     on_a_cpu = request.param != "as on a GPU"
     if request.param != "as on a CPU":
         monkeypatch.setattr(Quantization, "delta_rule", lambda device, values: None)
-    monkeypatch.setattr(decoder, "form_of_layers", lambda device, few, modules: modules if on_a_cpu else few)
+    monkeypatch.setattr("evoprune.backend.form_of_layers", lambda device, few, modules: modules if on_a_cpu else few)
 
 
 def places(count: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 
 from evoprune.errors import UsageError
 from evoprune.session.hub import nearest_id
-from evoprune.session.options import PruneOptions
+from evoprune.session.options import ModelOptions, PruneOptions
 from evoprune.session.session import Session
 
 
@@ -36,5 +36,5 @@ def test_a_misspelt_id_is_recognized(name, meant):
 @pytest.mark.parametrize("name", ["Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.6-35B-A3B"])
 def test_a_model_that_cannot_watch_is_refused_before_a_download_is_suggested(name):
     with pytest.raises(UsageError, match="cannot forget the oldest tokens") as caught:
-        Session.load(name, PruneOptions(), streams=True)
+        Session.load(ModelOptions(name, engine="transformers"), PruneOptions(), streams=True)
     assert "download" not in str(caught.value)
