@@ -78,7 +78,7 @@ def simulated(system: str, *args: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_commands_run_without_what_other_systems_lack(system, tmp_path):
     done = simulated(system, "ask", CLIP, QUESTION, "--json", "--show", tmp_path / "page.html")

@@ -15,7 +15,7 @@ from tests.threads import one_thread  # noqa: F401
 from tests.tiny import QWEN3_5_TEXT, QWEN3_TEXT, native_model
 
 # The second one normalizes queries and keys. The third one has Gated DeltaNets and gated attention. The last two have experts.
-FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"]
+FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", pytest.param("qwen3_vl_moe", marks=pytest.mark.full)]
 COLUMNS = 20
 row_major = pytest.mark.skipif(
     not quantize._has_row_major_products(), reason="this CPU has no fast and exact products of row-major weights"
