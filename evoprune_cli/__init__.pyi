@@ -1,4 +1,5 @@
 from .ask import notes_about as notes_about
+from .background import Background as Background
 from .cli_docs import reference as reference
 from .prompt import why_single_questions as why_single_questions
 from .running import load as load
@@ -6,4 +7,3 @@ from .running import prepare as prepare
 from .terminal import progress as progress
 from .terminal import tell as tell
 from .typed import typed as typed
-from .via import Background as Background

@@ -43,8 +43,8 @@ from evoprune_cli.words import ASK, STDIN, check_folders, check_words, exists, s
 if TYPE_CHECKING:
     from evoprune.session import Answer, Askable, Chat, EncodedInputs, ModelDescription, ReadAhead, Session
     from evoprune.video import Plan, Video
+    from evoprune_cli.remote import RemoteAnswer, RemoteChat, RemoteInputs, Unpruned
     from evoprune_cli.show import Page
-    from evoprune_cli.via import RemoteAnswer, RemoteChat, RemoteInputs, Unpruned
 
 MAX_QUESTION = 2**22  # maximum number of characters to read from stdin, which may never reach end of file
 
@@ -183,7 +183,8 @@ def _parse(given: AskArguments) -> PipelineOptions:
 
 def _ask_server(request: Request, given: AskArguments, talk: "Conversation", cleanup: contextlib.ExitStack) -> bool:
     """Answer the questions by asking a server (`--via`). Returns False if there is none and the model is to be loaded here."""
-    from evoprune_cli.via import LocalInput, RemoteInputs, find_server, set_options
+    from evoprune_cli.remote import LocalInput, RemoteInputs, set_options
+    from evoprune_cli.via import find_server
 
     pipeline = request.pipeline
     sampling = pipeline.sampling

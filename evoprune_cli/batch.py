@@ -187,7 +187,7 @@ def _check(given: BatchArguments, pipeline: PipelineOptions, server: "Server | N
         raise UsageError("--logprobs cannot be written to a table", "use -o FILE.jsonl")
     settings = Settings(pipeline.model, pipeline.pruning, pipeline.sampling, pipeline.generation)
     if server:
-        from evoprune_cli.via import settings_of
+        from evoprune_cli.remote_batch import settings_of
 
         settings = settings_of(server, given.options, pipeline)
     rows = _rows(given, RowReader(passes_on=table, sampling=pipeline.sampling))
@@ -260,7 +260,7 @@ def _answers(
 
     spans = Span.group(left)
     if server:
-        from evoprune_cli.via import answers_via
+        from evoprune_cli.remote_batch import answers_via
 
         ready()
         yield from answers_via(server, spans, settings, print_traceback, tally.encoding)

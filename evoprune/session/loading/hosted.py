@@ -24,7 +24,6 @@ from evoprune.backend import (
 )
 from evoprune.errors import ModelError, ModelWarning, first_line, is_out_of_memory
 from evoprune.model import Config, HostedVL
-from evoprune.session.gguf.opening import open_gguf
 from evoprune.session.loading.description import ADAPTER
 from evoprune.session.loading.weights import (
     MISMATCH_HINT,
@@ -32,6 +31,7 @@ from evoprune.session.loading.weights import (
     PLAIN,
     check_no_copies,
     name_in_memory,
+    open_gguf,
     stored_tensors,
     weight_files,
 )

@@ -52,7 +52,6 @@ from evoprune.model import (
 from evoprune.report import ModelFacts
 from evoprune.session.gguf.folder import naming_files
 from evoprune.session.loading.description import ModelDescription, describe, read_json, valid
-from evoprune.session.loading.experts import SeparateExperts
 from evoprune.session.loading.weights import (
     DTYPES,
     EMBEDDINGS,
@@ -496,11 +495,15 @@ def load_weights(
     homes = {}
     unused = []
     deferred = {}  # functions that read the weights on the meta device, by name
-    experts = SeparateExperts(wanted)
+    experts = None
+    if config.text_config.experts:
+        from evoprune.session.loading.experts import SeparateExperts
+
+        experts = SeparateExperts(wanted)
     for file, content, stored in stored_tensors(files):
         name = name_in_memory(stored)
         if name not in wanted:
-            if place := experts.place_of(name):
+            if experts and (place := experts.place_of(name)):
                 weight = content.get_tensor(stored)
                 _check_weight(file, stored, weight, experts.shape_at(place))
                 experts.add(place, weight)
@@ -523,9 +526,9 @@ def load_weights(
             raise ModelError(problem, f"delete the wrong one ({places}); or download the model again")
         tensors[name] = weight
         homes[name] = file
-    if missing := experts.missing:
+    if experts and (missing := experts.missing):
         raise _missing_tensors(folder, missing)
-    for name, stored_dtype in experts.dtypes.items():
+    for name, stored_dtype in experts.dtypes.items() if experts else ():
         if name in as_stored:  # joining the experts of all layers would take as much memory as the whole model
             tensors[name] = torch.empty(wanted[name], dtype=stored_dtype, device="meta")
             deferred[name] = partial(experts.join, name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,6 @@ from evoprune.errors import ModelError, ModelWarning
 from evoprune.model import Config, Cost, QwenVL
 from evoprune.session.gguf.folder import INDEX as GGUF_INDEX
 from evoprune.session.gguf.folder import gguf_facts, gguf_files
-from evoprune.session.gguf.opening import open_gguf
 from evoprune.session.loading.description import ADAPTER, MERGE_HINT, ModelDescription, read_json, valid
 from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
@@ -27,6 +26,9 @@ from evoprune.session.published import BUNDLED_CONFIGS, SMALL_FILES, cached_id, 
 from evoprune.untrusted import Rule, check_fetched, section
 from evoprune.util import file_stats, listed, open_safetensors, size, some
 from evoprune.video import Plan
+
+if TYPE_CHECKING:
+    from evoprune.session.gguf.tensors import GgufTensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = {  # packages that transformers requires for each quantization method, in addition to accelerate
@@ -385,6 +387,16 @@ def _indexed(stored: WeightFiles, index: Mapping[str, Path]) -> WeightFiles:
         file: {name for name in names if index.get(name) == file or name_in_memory(name) not in chosen}
         for file, names in stored.items()
     }
+
+
+def open_gguf(folder: Path | None) -> "GgufTensors | None":
+    """Return the tensors of a model's GGUF files, or None if it is a folder of another kind. See `gguf_tensors` for the errors."""
+    if not gguf_files(folder):
+        return None
+
+    from evoprune.session.gguf.tensors import gguf_tensors
+
+    return gguf_tensors(folder)
 
 
 def _opened(file: Path) -> Any:
