@@ -22,6 +22,8 @@ def listen(background: Background, backlog: int) -> socket.socket:
     Raises:
         UsageError: If the path of the socket is too long, or the socket can't be made.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError  # `Background` has raised an error
     background.socket.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o177)
@@ -81,6 +83,8 @@ class Failed(Exception):
 def stop() -> int | None:
     """End the server in the background, and return its process ID, or None if there is none."""
     background = Background()
+    if sys.platform == "win32":
+        raise NotImplementedError  # `Background` has raised an error
     found = background.process()
     if found is None:
         return None
