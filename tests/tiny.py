@@ -156,7 +156,7 @@ def _tiny_text(traits) -> dict:
     if "num_experts" in traits.text:
         text |= EXPERTS
         shared = "shared_expert_intermediate_size" in traits.text
-        text |= {"shared_expert_intermediate_size": 48} if shared else {"mlp_only_layers": [1]}
+        text |= {"shared_expert_intermediate_size": 64} if shared else {"mlp_only_layers": [1]}
     if "hc_count" in traits.text:
         text |= QWEN4_TEXT
     return text

@@ -12,7 +12,7 @@ from evoprune.language.decoder import KVCache, forward
 from evoprune.session import calibrate
 from tests.backend.cpu.library import compiled, library, use  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
-from tests.tiny import QWEN3_5_TEXT, QWEN3_TEXT, native_model
+from tests.tiny import EXPERTS, QWEN3_5_TEXT, QWEN3_TEXT, native_model
 
 # The second one normalizes queries and keys. The third one has Gated DeltaNets and gated attention. The last two have experts.
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", pytest.param("qwen3_vl_moe", marks=pytest.mark.full)]
@@ -27,6 +27,8 @@ def plain(request):
     with pytest.MonkeyPatch.context() as patch:
         for text in (QWEN3_TEXT, QWEN3_5_TEXT):
             patch.setitem(text, "head_dim", 32)  # row-major weights need multiples of 32
+        # With fewer experts, rounding can change which ones a router chooses.
+        patch.setitem(EXPERTS, "num_experts_per_tok", EXPERTS["num_experts"])
         # Values of one head that fill whole steps of the compiled loop, and some that don't
         patch.setitem(QWEN3_5_TEXT, "linear_value_head_dim", 72)
         return native_model(family=request.param)
@@ -76,14 +78,11 @@ def test_a_compiled_layer_computes_what_the_others_do(model, sizes, monkeypatch)
     monkeypatch.setattr(Quantization, "compiled_layers", lambda *args: None)
     expected = outputs(model, [1, 1, 4, 12], sizes)
     assert made.dtype == expected.dtype == dtype_of(model)
-    # 4-bit layers round their input, so a difference in the last bit can become one of a step. In bf16, all results are rounded.
+    wrong = (made - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    # 4-bit layers round their input, so a difference in the last bit can become one of a step. In bf16, all results are rounded,
+    # and the differences of a few columns grow in the states.
     exact = made.dtype == torch.float32 and "8" in type(model.model.language_model.layers[-1].self_attn.o_proj).__name__
-    wrong, size = (made - expected).float().norm(dim=-1), expected.float().norm(dim=-1)
-    mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
-    if mixture and not exact:  # a router may choose another expert for a few columns
-        assert (wrong / size).median() < 0.05
-    else:
-        assert wrong.norm() < (1e-5 if exact else 0.05) * size.norm()
+    assert wrong.max() < 1e-4 if exact else wrong.median() < 0.05
 
 
 @row_major
