@@ -106,7 +106,7 @@ class Folder:
         rope = text.get("rope_parameters") or text["rope_scaling"]
         arch = architecture or self.architecture
         fields = {
-            "block_count": text["num_hidden_layers"],
+            "block_count": text["num_hidden_layers"] + text.get("mtp_num_hidden_layers", 0),
             "context_length": text["max_position_embeddings"],
             "embedding_length": text["hidden_size"],
             "attention.head_count": text["num_attention_heads"],
@@ -127,6 +127,8 @@ class Folder:
             }
         if "shared_expert_intermediate_size" in text:
             fields["expert_shared_feed_forward_length"] = text["shared_expert_intermediate_size"]
+        if text.get("mtp_num_hidden_layers"):
+            fields["nextn_predict_layers"] = text["mtp_num_hidden_layers"]
         if "linear_num_key_heads" in text:
             fields |= {
                 "rope.dimension_count": int(head * rope["partial_rotary_factor"]),
@@ -207,7 +209,8 @@ class Folder:
             "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
             "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha",
             "linear_attn.in_proj_b": "ssm_beta", "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm",
-            "linear_attn.out_proj": "ssm_out",
+            "linear_attn.out_proj": "ssm_out", "eh_proj": "nextn.eh_proj", "enorm": "nextn.enorm", "hnorm": "nextn.hnorm",
+            "shared_head.norm": "nextn.shared_head_norm",
         }  # fmt: skip
         for name, tensor in self.tensors.items():
             tensor = tensor.float()
@@ -216,7 +219,7 @@ class Folder:
             if name == "lm_head.weight":
                 found["output.weight"] = tensor
                 continue
-            rest = name.removeprefix("model.language_model.")
+            rest = self._of_mtp(name) or name.removeprefix("model.language_model.")
             if new and rest.endswith("norm.weight") and "linear_attn" not in rest:
                 tensor = tensor + 1
             if not rest.startswith("layers."):
@@ -254,6 +257,20 @@ class Folder:
                 pair = [found.pop(each).unflatten(0, (keys, -1)) for each in (name, name.replace("beta", "alpha"))]
                 found[name.replace("beta", "ba")] = torch.cat(pair, 1).flatten(0, 1)
         return found
+
+    def _of_mtp(self, name):
+        """Return the name of a tensor for multi-token prediction inside an additional layer, or None for another tensor."""
+        if not name.startswith("mtp."):
+            return None
+        names = {
+            "fc": "eh_proj",
+            "pre_fc_norm_embedding": "enorm",
+            "pre_fc_norm_hidden": "hnorm",
+            "norm": "shared_head.norm",
+        }
+        base, _, part = name.removeprefix("mtp.").rpartition(".")
+        inside = names.get(base) or base.removeprefix("layers.0.")
+        return f"layers.{self.text['num_hidden_layers']}.{inside}.{part}"
 
     def _delta_net(self, name, tensor, reordered):
         size = self.text["linear_value_head_dim"]

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from evoprune.model import FAMILIES, Config, QwenVL
 from evoprune.video import InputLimits
@@ -236,7 +237,22 @@ def native_model(seed: int = 0, family: str = "qwen2_5_vl") -> QwenVL:
     return model.requires_grad_(False)
 
 
-def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4) -> Path:
+def add_mtp(folder: Path, seed: int = 0) -> None:
+    """Add random weights of a layer for multi-token prediction to a folder of `save_tiny`, as published checkpoints have them."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    content["text_config"] |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    file.write_text(json.dumps(content))
+    random = torch.Generator().manual_seed(seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name, like in QwenVL.empty(Config.parse(content)).state_dict().items():
+        if name.startswith("mtp."):
+            wide = 0.3 if like.ndim == 1 else like.shape[-1] ** -0.5  # norms multiply by the weight + 1
+            tensors[name] = torch.randn(like.shape, generator=random) * wide
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", heads: int = 4, mtp: bool = False) -> Path:
     """Save model, tokenizer and processor settings in the layout of a hub repository. Returns the folder."""
     folder = Path(folder)
     tiny_model(seed, family, heads).save_pretrained(folder)
@@ -256,6 +272,8 @@ def save_tiny(folder: str | Path, seed: int = 0, family: str = "qwen2_5_vl", hea
         "video_preprocessor_config.json": normal | {"size": size, "fps": 2.0, "min_frames": 2, "max_frames": 32},
     }.items():
         (folder / name).write_text(json.dumps(content))
+    if mtp:
+        add_mtp(folder)
     return folder
 
 

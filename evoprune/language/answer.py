@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from evoprune.backend import to_device
 from evoprune.errors import not_a_number_error
-from evoprune.language.decoding import Picked, decoders_for
+from evoprune.language.decoding import Drafter, Picked, decoders_for
 from evoprune.language.generate import PrefillState
 from evoprune.language.lookup import Lookup
 from evoprune.language.prompt import THOUGHTS, Tokenizer, opens_thoughts
@@ -146,10 +146,16 @@ class TokenStream(Iterator[int]):
             self._seen.update(state.prompt_ids.tolist())
         self._greedy = settings.temperature == 0 and not penalizes
         self._lookup: Lookup | None = None
+        drafters: list[Drafter] = []
         if self._greedy and settings.logprobs is None and state.prompt_ids is not None and state.language.can_draft:
             language = state.language
             self._lookup = Lookup(state.prompt_ids, None if language.reads_drafts_exactly else language.dtype)
-        self._decoders = decoders_for(state, self._lookup)
+            drafters.append(self._lookup)
+            if layer := language.mtp_layer():
+                from evoprune.language.mtp_drafter import MtpDrafter
+
+                drafters.append(MtpDrafter(state, layer))
+        self._decoders = decoders_for(state, drafters)
         # Use a CPU generator, so that a seed produces the same random numbers on all devices.
         self._random = torch.Generator().manual_seed(generator_seed(seed))
 

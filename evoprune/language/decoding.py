@@ -11,7 +11,6 @@ import torch
 from evoprune.backend import Device, Quantization
 from evoprune.errors import callback_errors
 from evoprune.language.generate import PrefillState
-from evoprune.language.lookup import Lookup
 from evoprune.language.sampling import TokenLogprobs
 
 if TYPE_CHECKING:
@@ -40,17 +39,27 @@ class Decoder(Protocol):
         """
 
 
-def decoders_for(state: PrefillState, lookup: Lookup | None) -> list[Decoder]:
+class Drafter(Protocol):
+    """Guesses the next tokens of one answer. The guesses affect only the speed, because they are verified."""
+
+    def draft(self, answer: Sequence[int], most: int) -> list[int]:
+        """Draft up to `most` tokens that are likely to follow the answer so far, or none."""
+
+    def verified(self, accepted: int) -> None:
+        """Record how many tokens of the latest draft were accepted."""
+
+
+def decoders_for(state: PrefillState, drafters: Sequence[Drafter]) -> list[Decoder]:
     """Return the decoders for an answer, in the order in which they are asked. The last decoder never returns None.
 
     Args:
-        lookup: Drafts tokens. None reads one token at a time.
+        drafters: Draft tokens, in the order in which they are asked. Without drafters, the model reads one token at a time.
     """
     decoders: list[Decoder] = []
     if Device(state.logits.device).capture is not None:
         decoders.append(GraphDecoder(state))
-    if lookup is not None:
-        decoders.append(DraftingDecoder(state, lookup))
+    if drafters:
+        decoders.append(DraftingDecoder(state, drafters))
     return [*decoders, PlainDecoder(state)]
 
 
@@ -70,9 +79,10 @@ class PlainDecoder:
 class DraftingDecoder:
     """Reads drafted tokens in the same pass as the latest token. The cache must be able to crop the columns of the latest pass."""
 
-    def __init__(self, state: PrefillState, lookup: Lookup):
+    def __init__(self, state: PrefillState, drafters: Sequence[Drafter]):
         self._state = state
-        self._lookup = lookup
+        self._drafters = drafters
+        self._drafter = drafters[0]  # made the latest draft
         # float32 `[n, vocabulary]`, logits after the last n tokens in the KV cache, or None if none of them was drafted
         self._drafted: torch.Tensor | None = None
 
@@ -96,9 +106,13 @@ class DraftingDecoder:
         state = self._state
         last = len(ids) - 1
         if self._drafted is not None:
-            self._lookup.reject(len(self._drafted) - 1 - (state.answer_columns - last))
+            self._drafter.verified(len(self._drafted) - 1 - (state.answer_columns - last))
         self._crop(min(last, state.answer_columns))
-        draft = self._lookup.draft(ids, left - 1)
+        draft: list[int] = []
+        for drafter in self._drafters:
+            if draft := drafter.draft(ids, left - 1):
+                self._drafter = drafter
+                break
         missing = ids[state.answer_columns :]
         if not draft or len(missing) + len(draft) > Quantization.few_rows:
             return False
@@ -109,7 +123,7 @@ class DraftingDecoder:
     def _crop(self, tokens: int) -> None:
         """Crop the KV cache to the prompt and the first answer tokens."""
         self._drafted = None
-        self._state.cache.crop(self._state.columns + tokens)
+        self._state.crop(tokens)
 
 
 class GraphDecoder:

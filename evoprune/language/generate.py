@@ -13,11 +13,12 @@ from evoprune.language import decoder
 from evoprune.language.decoder import KVCache
 from evoprune.language.pruned import PrunedPrompt
 from evoprune.methods import MethodChain, arange_on
-from evoprune.model import ANSWER_COLUMNS, HostedVL
+from evoprune.model import ANSWER_COLUMNS, HostedVL, without_autocast
 from evoprune.vision import Encoded
 
 if TYPE_CHECKING:
     from evoprune.language.hosted import HostedCache
+    from evoprune.language.mtp import MtpLayer
     from evoprune.methods import Dropping
 
 
@@ -116,6 +117,14 @@ class LanguageModel:
             return KVCache(self.model, columns + ANSWER_COLUMNS)
         return KVCache(self.model, [n + ANSWER_COLUMNS for n in columns])
 
+    def mtp_layer(self) -> "MtpLayer | None":
+        """Return the model's layer for multi-token prediction with an empty KV cache, or None if the model has no such layer."""
+        if not hasattr(self.model, "mtp"):
+            return None
+        from evoprune.language.mtp import MtpLayer
+
+        return MtpLayer(self.model, self.embed)
+
     def forward(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """Read new columns and return the final hidden states of the last columns. See `decoder.forward` for other arguments.
 
@@ -126,11 +135,17 @@ class LanguageModel:
         return self._layers.forward(self.model, *args, ids=ids, **kwargs)
 
     def logits(self, *args, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Read new columns and return the next-token logits after each of the last columns (see `decoder.logits`).
+        """Read new columns and return the next-token logits after each of the last columns, float32 `[last, vocabulary]`.
 
         Takes the same arguments as `forward`.
         """
-        return self._layers.logits(self.model, *args, ids=ids, **kwargs)
+        return self.output(self.forward(*args, ids=ids, **kwargs))
+
+    @torch.inference_mode()
+    @without_autocast()
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the next-token logits, float32 `[n, vocabulary]`, for final hidden states, `[n, hidden]`."""
+        return self.model.lm_head(hidden).float()
 
     def prefill(
         self,
@@ -161,8 +176,8 @@ class LanguageModel:
         if cache is None:
             cache = self.new_cache(columns)
         Packing.of(self.model).begin_pass()
-        after = self.logits(inputs_embeds, positions, cache, sizes, deepstack=deepstack, ids=ids, **given)[0]
-        return PrefillState(self, cache, after, cache.length, next_position, dropping)
+        hidden = self.forward(inputs_embeds, positions, cache, sizes, deepstack=deepstack, ids=ids, **given)
+        return PrefillState(self, cache, self.output(hidden)[0], hidden, cache.length, next_position, dropping)
 
     def dropping_for(
         self, method: MethodChain, budget: float, read: Sequence[Encoded], prompt: PrunedPrompt
@@ -207,6 +222,9 @@ class PrefillState:
     # are later rejected.
     cache: "KVCache | HostedCache"
     logits: torch.Tensor  # float32 `[vocabulary]`, next-token logits after the cached columns
+    hidden: (
+        torch.Tensor
+    )  # `[n, hidden]`, final hidden states of the last cached columns, which were read in the latest pass
     columns: int  # number of prompt columns in the cache
     next_position: int  # M-RoPE position of the first generated token, on all three axes
     dropping: "Dropping | None" = None  # records which tokens were dropped while reading the prompt
@@ -225,9 +243,15 @@ class PrefillState:
         window = self.language.answer_window
         given = {"window": window} if window is not None else {}
         with Quantization.decoding():
-            logits = self.language.logits(embeds, positions, self.cache, last=len(ids), ids=ids, **given)
-        self.logits = logits[-1]
+            hidden = self.language.forward(embeds, positions, self.cache, last=len(ids), ids=ids, **given)
+            logits = self.language.output(hidden)
+        self.hidden, self.logits = hidden, logits[-1]
         return logits
+
+    def crop(self, tokens: int) -> None:
+        """Drop all answer tokens after the first `tokens` tokens from the cache. See `KVCache.crop`."""
+        self.hidden = self.hidden[: max(0, len(self.hidden) - (self.answer_columns - tokens))]
+        self.cache.crop(self.columns + tokens)
 
     @torch.inference_mode()
     def logits_along(self, ids: torch.Tensor, one_by_one: bool = False) -> torch.Tensor:

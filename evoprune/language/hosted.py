@@ -235,10 +235,3 @@ def run(model: HostedVL, x: torch.Tensor, places: torch.Tensor, states, attentio
     """
     run_layers = run_for(model, x.device)
     return call(model.package, run_layers, model.model.language_model, x, places, states, attention_mask, **kwargs)
-
-
-@torch.inference_mode()
-@without_autocast()
-def logits(model: HostedVL, *args, **kwargs) -> torch.Tensor:
-    """Return the next-token logits after each of the last columns, float32 `[last, vocabulary]`. See `forward` for arguments."""
-    return model.lm_head(forward(model, *args, **kwargs)).float()

@@ -17,7 +17,7 @@ MIN_TIE, TIE_STEPS = 0.005, 8  # see `Lookup.is_near_tie`
 
 
 class Lookup:
-    """Drafts the next tokens of a single answer.
+    """Drafts the next tokens of a single answer. A `Drafter` (see decoding.py).
 
     Args:
         prompt: Token IDs of the unpruned prompt, int64 `[L]` on the CPU.
@@ -34,7 +34,7 @@ class Lookup:
         self._extend(prompt.tolist())
 
     def draft(self, answer: Sequence[int], most: int) -> list[int]:
-        """Draft up to `most` likely next tokens for the answer so far. Return an empty list if there is no match."""
+        """Draft up to `most` next tokens. Return an empty list if there is no match."""
         if len(answer) == self._answer_length:  # called again after an exception
             return []
         *new, latest = answer[self._answer_length :]
@@ -47,8 +47,8 @@ class Lookup:
             return []
         return self._tokens[place : place + min(most, DRAFT)]
 
-    def reject(self, accepted: int) -> None:
-        """Record that a draft was rejected after `accepted` tokens. If no tokens were accepted, drafting pauses for a while."""
+    def verified(self, accepted: int) -> None:
+        """Record the result of a draft. If no token was accepted, drafting pauses for a while."""
         if not accepted:
             self._resting = self._answer_length + REST
 

@@ -330,6 +330,14 @@ class TextConfig:
     delta_net: DeltaNet | None = None
     experts: Experts | None = None
     qwen4: Qwen4 | None = None
+    # Number of layers for multi-token prediction (MTP), which predict the token after the next one: 0 or 1.
+    mtp_num_hidden_layers: Annotated[int, Rule.whole(0, 1000)] = 0
+
+    @property
+    def mtp(self) -> Self:
+        """The config of the layer for multi-token prediction, as that of a language model with a single attention layer."""
+        net = replace(self.delta_net, layer_types=(FULL,))
+        return replace(self, num_hidden_layers=1, delta_net=net, mtp_num_hidden_layers=0)
 
     @property
     def reads_ids(self) -> bool:
@@ -487,6 +495,13 @@ def _parse_text(content: dict, family: str) -> TextConfig:
         given.setdefault("ple_embed_dim", text.hidden_size)
         text = replace(text, qwen4=pick(Qwen4, given, "text_config"))
         _check(not text.reads_ids or text.eos_token_id not in (None, ()), "text_config has no eos_token_id")
+    if (
+        text.delta_net is None
+        or text.qwen4
+        or text.mtp_num_hidden_layers > 1
+        or given.get("mtp_use_dedicated_embeddings")
+    ):
+        text = replace(text, mtp_num_hidden_layers=0)
     every = all(map(text.has_experts, range(text.num_hidden_layers)))
     _check(every or text.intermediate_size is not None, "text_config has no intermediate_size")
     _check_rope(rope)

@@ -10,7 +10,7 @@ from evoprune.backend import Device
 from evoprune.errors import memory_guard
 from evoprune.model.config import ANSWER_COLUMNS, PATCHES, Config, TextConfig, head_size
 from evoprune.model.numerics import without_autocast
-from evoprune.model.weights import Tower
+from evoprune.model.weights import MtpWeights, Tower
 
 SMALL_CHANGE = 128 * 2**20  # number of bytes needed for even the smallest run
 # Number of row-sized tensors that a layer keeps in memory at once: the rows, queries, keys, values, the attention output, and
@@ -103,6 +103,9 @@ class Cost:
                     total += h * (1 + 3 * shared)
             else:
                 total += 3 * h * text.intermediate_size
+        if text.mtp_num_hidden_layers:
+            with torch.device("meta"):
+                total += sum(weight.numel() for weight in MtpWeights(text).parameters())
         if text.qwen4:
             total += text.qwen4.mixer_weights(h, writes=False) - h + text.qwen4.ngram_weights(h)
         return total

@@ -6,6 +6,7 @@ transformers, which takes longer to import than generating a short answer.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -157,27 +158,44 @@ class LanguageModel(Tree):
 
     def __init__(self, config: TextConfig):
         wide = config.hidden_size
-
-        def layer(number: int) -> Tree:
-            linear = config.is_linear(number)
-            reads = (
-                {"linear_attn": DeltaWeights(config.delta_net, wide)} if linear else {"self_attn": _attention(config)}
-            )
-            return Tree(
-                input_layernorm=nn.RMSNorm(wide),
-                post_attention_layernorm=nn.RMSNorm(wide),
-                **reads,
-                mlp=_mixture(config)
-                if config.has_experts(number)
-                else _mlp(MLP, wide, config.intermediate_size, bias=False),
-            )
-
         super().__init__(
-            embed_tokens=_embedding(config.vocab_size, wide),
-            layers=nn.ModuleList(map(layer, range(config.num_hidden_layers))),
-            norm=nn.RMSNorm(wide),
+            embed_tokens=_embedding(config.vocab_size, wide), layers=_layers(config), norm=nn.RMSNorm(wide)
         )
         self.config = config
+
+
+def _layers(config: TextConfig) -> nn.ModuleList:
+    """Create the layers of a language model."""
+    wide = config.hidden_size
+
+    def layer(number: int) -> Tree:
+        linear = config.is_linear(number)
+        reads = {"linear_attn": DeltaWeights(config.delta_net, wide)} if linear else {"self_attn": _attention(config)}
+        return Tree(
+            input_layernorm=nn.RMSNorm(wide),
+            post_attention_layernorm=nn.RMSNorm(wide),
+            **reads,
+            mlp=_mixture(config)
+            if config.has_experts(number)
+            else _mlp(MLP, wide, config.intermediate_size, bias=False),
+        )
+
+    return nn.ModuleList(map(layer, range(config.num_hidden_layers)))
+
+
+class MtpWeights(Tree):
+    """The weights of the layer for multi-token prediction. It shares the embeddings and the output layer of the model."""
+
+    def __init__(self, config: TextConfig):
+        wide = config.hidden_size
+        super().__init__(
+            pre_fc_norm_embedding=nn.RMSNorm(wide),
+            pre_fc_norm_hidden=nn.RMSNorm(wide),
+            fc=nn.Linear(2 * wide, wide, bias=False),
+            layers=_layers(config.mtp),
+            norm=nn.RMSNorm(wide),
+        )
+        self.config = config.mtp
 
 
 class Model(Tree):
@@ -231,7 +249,10 @@ class Model(Tree):
 
 
 class QwenVL(Model):
-    """A model whose language model is run by evoprune's own code."""
+    """A model whose language model is run by evoprune's own code.
+
+    The module `mtp` exists only if the config has a layer for multi-token prediction.
+    """
 
     native = True
 
@@ -240,6 +261,8 @@ class QwenVL(Model):
             model=Tree(visual=Tower(config.vision_config), language_model=LanguageModel(config.text_config)),
             lm_head=nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False),
         )
+        if config.text_config.mtp_num_hidden_layers:
+            self.mtp = MtpWeights(config.text_config)
         self.config = config
         self.tie()
 
@@ -264,6 +287,13 @@ class QwenVL(Model):
         copy.load_state_dict(self.state_dict(), assign=True)
         copy.tie()
         return copy.requires_grad_(False)
+
+    @property
+    def mtp_model(self) -> Tree:
+        """The layer for multi-token prediction, `mtp`, as a language model with a single layer."""
+        made = Tree(model=Tree(language_model=self.mtp), lm_head=self.lm_head)
+        made.config = replace(self.config, text_config=self.mtp.config)
+        return made
 
     def tie(self) -> None:
         """If the config specifies tied embeddings, make the input embeddings and the output layer share a single tensor."""

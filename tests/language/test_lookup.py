@@ -19,13 +19,13 @@ def model():
 def passes(monkeypatch):
     """The number of tokens in each pass of an answer."""
     counts = []
-    logits = LanguageModel.logits
+    forward = LanguageModel.forward
 
     def counted(self, embeds, *args, **kwargs):
         counts.append(len(embeds))
-        return logits(self, embeds, *args, **kwargs)
+        return forward(self, embeds, *args, **kwargs)
 
-    monkeypatch.setattr(LanguageModel, "logits", counted)
+    monkeypatch.setattr(LanguageModel, "forward", counted)
     return counts
 
 
@@ -60,7 +60,7 @@ def test_near_ties_are_decided_by_a_pass_over_one_token(model, passes, monkeypat
     passes.clear()
     monkeypatch.setattr(lookup, "MIN_TIE", float("inf"))
     seen = []
-    monkeypatch.setattr(Lookup, "reject", lambda self, accepted: seen.append(accepted))
+    monkeypatch.setattr(Lookup, "verified", lambda self, accepted: seen.append(accepted))
     assert list(stream(model, expected)[0]) == expected
     assert passes.count(1) == plain - 1 and len(passes) > plain
 
@@ -124,13 +124,13 @@ def test_nothing_is_drafted_for_a_while_after_a_useless_draft():
     made = Lookup(torch.tensor([7] * 10), torch.float32)
     answer = [7] * 3
     assert made.draft(answer, 9)
-    made.reject(0)
+    made.verified(0)
     for _ in range(REST - 1):
         answer.append(7)
         assert not made.draft(answer, 9)
     answer.append(7)
     assert made.draft(answer, 9)
-    made.reject(1)
+    made.verified(1)
     assert made.draft([*answer, 7], 9)
 
 

@@ -275,16 +275,16 @@ def test_a_long_prompt_is_read_in_strips_of_masks(either, monkeypatch):
     added = deepstack if hosted.can_crop(either.model) else None
     read, strips = hosted._read, []
 
-    def logits():
+    def hidden():
         given = either.model, embeds, positions, hosted.HostedCache(either.model), sizes
-        return hosted.logits(*given, last=20, deepstack=added)
+        return hosted.forward(*given, last=20, deepstack=added)
 
-    whole = logits()
+    whole = hidden()
     monkeypatch.setattr(hosted, "MASK_STRIP", 8)
     monkeypatch.setattr(
         hosted, "_read", lambda model, embeds, *rest: strips.append(len(embeds)) or read(model, embeds, *rest)
     )
-    torch.testing.assert_close(logits(), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden(), whole, rtol=1e-4, atol=1e-4)
     assert strips == [8, 8, 4]
 
 

@@ -29,7 +29,7 @@ ROW_STEP = 32  # both dimensions of row-major weights are multiples of this, as 
 STEP_ROWS = 64  # row counts are multiples of this, because kernels process rows in steps that divide it
 LARGE = 4.0  # a channel is considered large if it exceeds the median channel by this factor
 MAX_LARGE = 1 / 32  # maximum fraction of channels treated as large
-LANGUAGE = "model.language_model.", "lm_head"  # name prefixes of the language model's layers
+LANGUAGE = "model.language_model.", "lm_head", "mtp."  # name prefixes of the language model's layers
 Weights = dict[str, torch.Tensor]  # the tensors of a quantized layer on the CPU, by name
 
 

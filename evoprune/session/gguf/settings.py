@@ -266,6 +266,7 @@ class GgufSettings:
             "linear_num_key_heads": self.text("ssm.group_count"),
             "linear_num_value_heads": values,
             "linear_value_head_dim": self.text("ssm.inner_size") // values,
+            "mtp_num_hidden_layers": self.text("nextn_predict_layers", COUNT, 0),
         }
 
     def _experts(self) -> dict[str, Any]:

@@ -50,6 +50,13 @@ LINEAR = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# Names inside the layer for multi-token prediction, in addition to those of an attention layer.
+MTP = {
+    "nextn.eh_proj": "fc",
+    "nextn.enorm": "pre_fc_norm_embedding",
+    "nextn.hnorm": "pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "norm",
+}
 # Names inside a layer of the tower; llama.cpp's first, then Ollama's.
 BLOCK = {
     "attn_qkv": "attn.qkv", "attn_out": "attn.proj", "ln1": "norm1", "ln2": "norm2",
@@ -172,15 +179,23 @@ class _Names:
         Raises:
             ValueError: If the name is unknown.
         """
-        if name.startswith("mtp."):  # multi-token prediction
+        if name.startswith("mtp."):  # Ollama's tensors for multi-token prediction, which are not used
             return
         if name in TEXT:
             yield TEXT[name], self._norm if name == "output_norm.weight" else _same, [name]
         elif layer := LAYER.fullmatch(name):
             number = int(layer[1])
-            if number < self._settings.depth:  # later layers are for multi-token prediction
+            base, _, part = layer[2].rpartition(".")
+            if number < self._settings.depth:
                 for known, change, sources in self._in_layer(number, layer[2], name):
                     yield f"model.language_model.layers.{number}.{known}", change, sources
+            elif number > self._settings.depth:  # only the first layer for multi-token prediction is used
+                return
+            elif base in MTP:
+                yield f"mtp.{MTP[base]}.{part}", self._norm if base.endswith("norm") else _same, [name]
+            elif not base.startswith("nextn."):
+                for known, change, sources in self._in_layer(number, layer[2], name):
+                    yield f"mtp.layers.0.{known}", change, sources
         else:
             for known, change, sources in self._in_tower(name):
                 yield VISUAL + known, change, sources
@@ -190,7 +205,7 @@ class _Names:
         others = partial("blk.{}.{}".format, layer)
         if base in NORMS:
             yield f"{NORMS[base]}.{part}", self._norm, [full]
-        elif self._settings.linear[layer] and (found := self._delta_net(name)):
+        elif layer < self._settings.depth and self._settings.linear[layer] and (found := self._delta_net(name)):
             yield from ((f"linear_attn.{known}", change, [full]) for known, change in found)
         elif base in LINEAR:
             yield f"{LINEAR[base]}.{part}", _same, [full]

@@ -488,8 +488,8 @@ def load_weights(
     as_stored = []
     if quantize != "none":
         as_stored = [HEAD, EMBEDDINGS, *Quantization(quantize).weights(model)]
-    # Buffers that are recomputed from the config, even though older checkpoints include them, and layers that predict several
-    # tokens at once (MTP), which transformers ignores too
+    # Buffers that are recomputed from the config, even though older checkpoints include them, and layers for multi-token
+    # prediction that are not used (see `ModelWeights.config`)
     ignored = re.compile(r"(^|\.)(inv_freq|position_ids)$|^mtp\.")
     tensors = {}
     homes = {}
@@ -603,7 +603,14 @@ def _warm_up(config: Config, dtype: torch.dtype, device: torch.device, native: b
         vision_config=replace(
             vision, depth=depth, fullatt_block_indexes=full, deepstack_visual_indexes=tuple(range(levels))
         ),
-        text_config=replace(text, num_hidden_layers=depth, vocab_size=1024, intermediate_size=width, delta_net=net),
+        text_config=replace(
+            text,
+            num_hidden_layers=depth,
+            vocab_size=1024,
+            intermediate_size=width,
+            delta_net=net,
+            mtp_num_hidden_layers=0,
+        ),
     )
     model = QwenVL.random(small, dtype, device)
     prepare(model, packs=False)

@@ -193,6 +193,9 @@ def calibrate(model: Model) -> None:
     positions = arange_on(len(embeds), "cpu").expand(3, -1)
     language = LanguageModel(model)
     language.logits(embeds, positions, language.new_cache(len(embeds)))
+    if layer := language.mtp_layer():
+        hidden = language.forward(embeds, positions, language.new_cache(len(embeds)), last=CALIBRATION_TOKENS + 1)
+        layer.logits(hidden[:-1], ids[-CALIBRATION_TOKENS:], positions[:, -CALIBRATION_TOKENS - 1 : -1])
 
 
 def calibrate_tower(visual) -> torch.Tensor:

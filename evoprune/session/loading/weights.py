@@ -24,7 +24,7 @@ from evoprune.session.memory import TEXT, piece_needs
 from evoprune.session.patches import LIMIT_BYTES, patch_bytes
 from evoprune.session.published import BUNDLED_CONFIGS, SMALL_FILES, cached_id, is_id
 from evoprune.untrusted import Rule, check_fetched, section
-from evoprune.util import file_stats, listed, open_safetensors, size, some
+from evoprune.util import counted, file_stats, listed, open_safetensors, size, some
 from evoprune.video import Plan
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ WeightFiles = Mapping[Path, Collection[str]]  # weight files, with the names of 
 INDEX = "model.safetensors.index.json"  # says which file contains a tensor
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
+MTP = "mtp."  # prefix of the tensors for multi-token prediction
 MISMATCH_HINT = "config.json and the weights must match; download the model again"
 # Hints for weights saved inside a wrapper, by the prefix that the wrapper adds to tensor names.
 WRAPPER_HINTS = {
@@ -112,11 +113,19 @@ class ModelWeights:
 
     @cached_property
     def config(self) -> Config:
-        """The model's config, with untied embeddings if the files contain a different output layer."""
+        """The model's config, adapted to the files and the device.
+
+        Embeddings are not tied if the files contain a different output layer. There is no layer for multi-token prediction if the
+        files don't contain it, as in checkpoints saved by transformers, or if drafts don't save time on the device.
+        """
         config = self.description.config
-        if not config.tie_word_embeddings or self.description.random or not separate_head(self.files_here):
-            return config
-        return replace(config, tie_word_embeddings=False)
+        files = {} if self.description.random else self.files_here
+        if config.tie_word_embeddings and separate_head(files):
+            config = replace(config, tie_word_embeddings=False)
+        drafts = self.description.native and not self.description.random and Device(self.device).reads_drafts
+        if config.text_config.mtp_num_hidden_layers and not (drafts and (not files or has_mtp(config, files))):
+            config = replace(config, text_config=replace(config.text_config, mtp_num_hidden_layers=0))
+        return config
 
     @property
     def parameters(self) -> int:
@@ -452,6 +461,22 @@ def separate_head(files: WeightFiles) -> bool:
     tensors = {known: content.get_tensor(name) for known, content, name in stored if known in (HEAD, EMBEDDINGS)}
     head, embeddings = tensors.values()
     return head.dtype != embeddings.dtype or not torch.equal(head, embeddings)
+
+
+def has_mtp(config: Config, files: WeightFiles) -> bool:
+    """Return True if the weight files contain the layer for multi-token prediction. If it is incomplete, warn and return False."""
+    wanted = {name: weight.shape for name, weight in QwenVL.empty(config).state_dict().items() if name.startswith(MTP)}
+    found = {name for names in files.values() for name in names if name.startswith(MTP)}
+    if config.text_config.experts:
+        from evoprune.session.loading.experts import SeparateExperts
+
+        found |= {place.joined for place in map(SeparateExperts(wanted).place_of, found) if place}
+    missing = sorted(wanted.keys() - found)
+    if missing and len(missing) < len(wanted):
+        lacks = f"lack {counted(len(missing), 'tensor')} of the layer for multi-token prediction, first {missing[0]}"
+        message = f"the weights in {next(iter(files)).parent} {lacks}, so answers are generated without it"
+        warnings.warn(message, ModelWarning, stacklevel=2)
+    return not missing
 
 
 def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:

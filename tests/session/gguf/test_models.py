@@ -19,7 +19,7 @@ from evoprune.session.gguf.tensors import gguf_tensors
 from tests.gguf_files import Folder, add_to_ollama, weights_of, write_gguf
 from tests.loading import load_model
 from tests.quantized import parameters
-from tests.tiny import save_tiny
+from tests.tiny import add_mtp, save_tiny
 
 CLIP = "samples/square.mp4"
 TEXTS = "How many réd squares, 1234?\n\n  it's  你好 ยิ้ม <|im_end|> <think>\t🚀", "It'S\r\n\r\n  3.5  --  "
@@ -184,16 +184,51 @@ def test_a_split_file_is_read_as_one(original, tmp_path):
     check_same(first.parent, original("qwen3_vl"))
 
 
-def test_layers_for_multi_token_prediction_are_left_out(original, tmp_path):
+@pytest.fixture
+def with_mtp(original, tmp_path):
+    """Return a function that copies a model and adds a layer for multi-token prediction."""
+
+    def copied(family):
+        folder = shutil.copytree(original(family), tmp_path / "original")
+        add_mtp(folder)
+        return folder
+
+    return copied
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_a_layer_for_multi_token_prediction(with_mtp, family, tmp_path):
+    folder = with_mtp(family)
+    text = Folder(folder).write_pair(tmp_path / "models")
+    check_same(text, folder)
+    theirs = load_model(str(folder), dtype="fp32").model.state_dict()
+    mine = load_model(str(text), dtype="fp32").model.state_dict()
+    own = [name for name in theirs if name.startswith("mtp.")]
+    assert len(own) > 14 and mine.keys() == theirs.keys()
+    assert all(torch.allclose(mine[name], theirs[name], rtol=0, atol=2e-7) for name in own)
+    assert answers(text) == answers(folder)
+
+
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_a_quantized_layer_for_multi_token_prediction(with_mtp, kind, tmp_path):
+    text = Folder(with_mtp("qwen3_5")).write_pair(tmp_path / "models", "Q8_0")
+    loaded = load_model(str(text), dtype="fp32", quantize=kind)
+    assert loaded.language.mtp_layer() is not None and not loaded.model.deferred
+    assert not [name for name, weight in loaded.model.named_parameters() if weight.is_meta]
+
+
+def test_several_layers_for_multi_token_prediction_are_left_out(original, tmp_path):
     folder = Folder(original("qwen3_5"))
-    fields = folder.text_fields() | folder.tokenizer_fields() | {"qwen35.nextn_predict_layers": 1}
+    fields = folder.text_fields() | folder.tokenizer_fields() | {"qwen35.nextn_predict_layers": 2}
     depth = folder.text["num_hidden_layers"]
-    fields["qwen35.block_count"] = depth + 1
+    fields["qwen35.block_count"] = depth + 2
     own = {name: each for name, each in folder.text_tensors().items() if name.startswith("blk.2.")}
-    more = {name.replace("blk.2.", f"blk.{depth}."): each for name, each in own.items()}
-    more[f"blk.{depth}.nextn.eh_proj.weight"] = torch.ones(4, 8)
+    more = {name.replace("blk.2.", f"blk.{depth + i}."): each for name, each in own.items() for i in range(2)}
+    more[f"blk.{depth}.nextn.embed_tokens.weight"] = torch.ones(4, 8)
     folder.write_pair(tmp_path)
-    check_same(write_gguf(tmp_path / "tiny-F32.gguf", fields, folder.text_tensors() | more), folder.folder)
+    text = write_gguf(tmp_path / "tiny-F32.gguf", fields, folder.text_tensors() | more)
+    assert answers(text) == answers(folder.folder)
+    assert load_model(str(text)).language.mtp_layer() is None
 
 
 def test_an_untied_output_layer(original, tmp_path):

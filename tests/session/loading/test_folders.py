@@ -478,6 +478,65 @@ def test_layers_that_predict_several_tokens_are_ignored(tmp_path):
     assert load_model(str(folder)).facts().engine == "native"
 
 
+@pytest.mark.filterwarnings("error::evoprune.errors.ModelWarning")
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_a_layer_for_multi_token_prediction_is_loaded(tmp_path, family):
+    folder = save_tiny(tmp_path, family=family, mtp=True)
+    stored = load_file(folder / "model.safetensors")
+    weights = load_model(str(folder), dtype="fp32").model.state_dict()
+    own = {name for name in weights if name.startswith("mtp.")}
+    assert len(own) > 14 and own == {name for name in stored if name.startswith("mtp.")}
+    assert all(torch.equal(weights[name], stored[name]) for name in own)
+    described = weights_of(describe(ModelOptions(str(folder), dtype="fp32")))
+    assert described.parameters == sum(
+        weight.numel() for weight in {id(each): each for each in weights.values()}.values()
+    )
+    assert described.bytes == 4 * described.parameters
+    # transformers saves neither the tensors nor, in older versions, the settings
+    change(folder, lambda weights: [weights.pop(name) for name in own])
+    without = weights_of(describe(ModelOptions(str(folder), dtype="fp32")))
+    assert described.parameters - without.parameters == sum(stored[name].numel() for name in own)
+    assert not hasattr(load_model(str(folder)).model, "mtp")
+
+
+@pytest.mark.filterwarnings("error::evoprune.errors.ModelWarning")
+@pytest.mark.parametrize(
+    "text",
+    [{"mtp_num_hidden_layers": 2}, {"mtp_num_hidden_layers": 0}, {"mtp_use_dedicated_embeddings": True}],
+    ids=str,
+)
+def test_other_layers_for_multi_token_prediction_are_ignored(tmp_path, text):
+    folder = save_tiny(tmp_path, family="qwen3_5", mtp=True)
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"] |= text
+    (folder / "config.json").write_text(json.dumps(content))
+    assert not hasattr(load_model(str(folder)).model, "mtp")
+
+
+def test_transformers_runs_no_layer_for_multi_token_prediction(tmp_path):
+    folder = save_tiny(tmp_path, family="qwen3_5_moe", mtp=True)
+    described = weights_of(describe(ModelOptions(str(folder), engine="transformers")))
+    assert (
+        described.parameters
+        == weights_of(describe(ModelOptions(str(save_tiny(tmp_path / "plain", family="qwen3_5_moe"))))).parameters
+    )
+    loaded = load_model(str(folder), engine="transformers")
+    assert loaded.facts().engine == "transformers" and loaded.language.mtp_layer() is None
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "mtp.layers.0.mlp.down_proj.weight"])
+def test_a_damaged_layer_for_multi_token_prediction(tmp_path, name):
+    folder = save_tiny(tmp_path, family="qwen3_5", mtp=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {name: weights[name][1:]}, folder / "model.safetensors", {"format": "pt"})
+    assert f"{name} is float32 [63, 128], but config.json expects [64, 128]" in error_of(folder)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(ModelWarning, match=f"lack 1 tensor of the layer for multi-token prediction, first {name}"):
+        loaded = load_model(str(folder))
+    assert not hasattr(loaded.model, "mtp") and VideoQA(loaded).encode("samples/square.mp4").ask("What happens?").text
+
+
 def test_shards_without_an_index_are_named(tmp_path):
     _, files = in_shards(tmp_path, "qwen2_5_vl")
     (tmp_path / "model.safetensors.index.json").unlink()
