@@ -95,6 +95,8 @@ WARNINGS = {
     "up to two videos or images); do not rely on answers about anything else",
     "demo_question": "a question contains words that the demo model was not trained on; do not rely on its answer. "
     "samples/questions.jsonl has questions for demo, and docs/demo-model.md some for demo-scenes",
+    "demo_schema": "the demo models were not trained to write JSON, so the answer to --schema is meaningless and may not end "
+    "before the token limit. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately "
     "(docs/limits.md)",
     "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} means little. For a real model: "
@@ -827,7 +829,7 @@ def _number(value: float | None) -> str:
 def _wrap_line(line: str, width: int) -> list[str]:
     if len(line) <= width:
         return [line]
-    return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT)
+    return textwrap.wrap(line, max(width, 30), subsequent_indent=INDENT, break_on_hyphens=False)
 
 
 def _verbose_lines(report) -> list[str]:
@@ -841,24 +843,22 @@ def _verbose_lines(report) -> list[str]:
         pairs, high, wide = report.sampling.grid_thw
         grid = [counted(pairs, "frame pair"), "of", f"{high}x{wide}", "patches"]
     lines = [
-        *_wrap_words("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
-        *_wrap_words("grid", grid),
-        *_wrap_words("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
+        _titled("load", [f"{name}={spent:,.0f}" for name, spent in loads.items() if spent is not None]),
+        _titled("grid", grid),
+        _titled("rows", [f"{layer}:{rows:,}" for layer, rows in pruning.layers or []]),
     ]
     if read := pruning.language_layers:
-        lines += _wrap_words("read", [f"{layer}:{tokens:,}" for layer, tokens in read])
+        lines.append(_titled("read", [f"{layer}:{tokens:,}" for layer, tokens in read]))
     if work := pruning.language_work:
-        lines += _wrap_words("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work])
-    lines += _wrap_words("kept", [f"{n:,}" for n in pruning.kept_per_pair or []])
+        lines.append(_titled("work", [f"{layer}:{k:,}/{q:,}/{m:,}" for layer, k, q, m in work]))
+    lines.append(_titled("kept", [f"{n:,}" for n in pruning.kept_per_pair or []]))
     if report.subtitles:
         lines.append(_subtitles_line(report.subtitles))
     return [
         *lines,
-        *_wrap_words("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
-        *_wrap_words(
-            "versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]
-        ),
-        *_wrap_words("device", [str(env.device_name)]),
+        _titled("settings", [f"{k}={v}" for k, v in (pruning.args or {}).items()] or ["none"]),
+        _titled("versions", [f"evoprune {env.evoprune},", f"torch {env.torch},", f"transformers {env.transformers}"]),
+        _titled("device", [str(env.device_name)]),
     ]
 
 
@@ -869,13 +869,5 @@ def _subtitles_line(subtitles: dict) -> str:
     return f"{'subtitles':<11}{shorten(name, WIDTH - 13 - len(count))}: {count}"
 
 
-def _wrap_words(title: str, words: list[str]) -> list[str]:
-    lines = textwrap.wrap(
-        " ".join(words),
-        WIDTH,
-        initial_indent=f"{title:<11}",
-        subsequent_indent=INDENT,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return lines or [f"{title:<10}"]
+def _titled(title: str, words: list[str]) -> str:
+    return f"{title:<11}{' '.join(words)}"

@@ -3,8 +3,10 @@
 `signatures.suggests` uses them for keyword arguments, and `Suggesting`, `door` and `evoprune/__init__.py` for attributes.
 """
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import lazy_loader
@@ -73,6 +75,7 @@ NOT_OPTIONS = {
     "token": "set the environment variable HF_TOKEN",
     "use_auth_token": "set the environment variable HF_TOKEN",
 }
+NEAR = 0.65  # minimum similarity of a suggested attribute, as in difflib
 # Options that `EvoPrune`, which wraps a Hugging Face model, has too.
 WRAPPER_OPTIONS = ("budget", "method", "seed")
 
@@ -133,19 +136,26 @@ def unknown_attribute(owner: str, name: str, instead: Mapping[str, str], known: 
         instead: The expressions to suggest, by the missing name.
         known: The names of the attributes that the owner has.
     """
-    public = [each for each in known if not each.startswith("_")]
+    public = [each for each in known if not each.startswith("_") and not each.isupper()]
     # Python looks for many names that begin with an underscore, and expects them to be missing.
     lower = {each.lower(): each for each in public} | {each: each for each in public}
     near = (
-        [] if name.startswith("_") else get_close_matches(name, lower, 1) or get_close_matches(name.lower(), lower, 1)
+        []
+        if name.startswith("_")
+        else get_close_matches(name, lower, 1, NEAR) or get_close_matches(name.lower(), lower, 1, NEAR)
     )
     meant = instead.get(name) or next((lower[each] for each in near), None)
     return AttributeError(f"{owner} has no attribute {name!r}" + (f"; did you mean {meant}?" if meant else ""))
 
 
-def door(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` of a package, which imports the names in its stub on first use."""
+def door(package: str, file: str, call: str = "") -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package, which imports the names in its stub on first use.
+
+    `call` is the expression to suggest if the package itself is called like a function.
+    """
     load, names, public = lazy_loader.attach_stub(package, file)
+    if call:
+        sys.modules[package].__class__ = type("module", (ModuleType,), {"__call__": not_callable(call)})
 
     def find(name: str) -> Any:
         if name in public:

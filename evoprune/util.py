@@ -158,6 +158,13 @@ def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     return f"did you mean {listed(near, 'or')}? "
 
 
+def cannot_read(path: str, problem: OSError, what: str = "") -> str:
+    """Return the error message for a file that cannot be opened. `what` says what kind of file it is, followed by a space."""
+    if isinstance(problem, FileNotFoundError):
+        return f"no such file: {shown(path)}"
+    return f"cannot read {what}{shown(path)}: {problem.strerror}"
+
+
 def missing_hint(path: str, usual: str, meant: str = "") -> str:
     """Return a hint on how to correct a nonexistent path.
 

@@ -17,7 +17,7 @@ from evoprune.language import GenerationOptions
 from evoprune.report import Report, name_inputs, stats_block, summary, warned
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import PATH, check_text, clock, counted, is_url, listed, shown, without_password
-from evoprune.video import SamplingOptions, local_file, warm_up
+from evoprune.video import SamplingOptions, local_file, probe, warm_up
 from evoprune_cli import options as opt
 from evoprune_cli.running import load, prepare
 from evoprune_cli.terminal import (
@@ -407,6 +407,7 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
     """Return all questions in order. If there is neither -Q nor a prompt, read one from stdin, unless stdin is the video.
 
     Raises:
+        VideoError: If there is no question on the command line, and an input doesn't exist.
         UsageError: If there is no question, a question is empty, or -i is used without a terminal.
     """
     if interactive:
@@ -414,6 +415,9 @@ def _questions(inputs: Sequence[str], given: list[str], interactive: bool) -> li
             message = "--interactive reads questions from a terminal, but stdin is not one"
             raise UsageError(message, "to ask several questions at once, repeat -Q")
     elif not given:
+        for path in inputs:
+            if not exists(path):
+                probe(path)  # raises the error about the path, which is reported before the missing question
         if STDIN in inputs:
             raise UsageError("no question, and stdin is the video", 'cat clip.mp4 | evoprune ask - "What happens?"')
         given = [_question_from_stdin(inputs)]

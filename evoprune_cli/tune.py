@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.errors import UsageError, VideoError
 from evoprune.methods import Budget, MethodText
 from evoprune.session import ModelOptions, PipelineOptions
-from evoprune.util import missing_hint, shown, some
+from evoprune.util import cannot_read, missing_hint, shown, some
 from evoprune.video import SamplingOptions
 from evoprune_cli import options as opt
 from evoprune_cli.delivery import check_chart, check_writable, deliver_results, rescuing
@@ -211,9 +211,10 @@ def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
         try:
             with open(file, "rb") as opened:
                 lines = read_all(opened, f"--questions {file}", hint).decode("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as problem:
-            reason = getattr(problem, "strerror", None) or "it is not UTF-8"
-            raise UsageError(f"--questions {file} cannot be read: {reason}", missing_hint(file, hint)) from problem
+        except OSError as problem:
+            raise UsageError(cannot_read(file, problem), missing_hint(file, hint)) from problem
+        except UnicodeDecodeError as problem:
+            raise UsageError(f"cannot read {shown(file)}: it is not UTF-8", hint) from problem
         if not (asked := [line.strip() for line in lines if line.strip()]):
             raise UsageError(f"--questions {file} contains no questions", "write a question on each line")
         texts = [*texts, *asked]

@@ -56,7 +56,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
         raise UsageError("standard input is given twice", "it can be read only once")
     check_not_swapped("ask", inputs, question)
     check_not_model(inputs[0], f"{ASK} -m")
-    if len(inputs) == 1 and question is None and re.search(r"\s", inputs[0]):
+    if len(inputs) == 1 and question is None and is_question(inputs[0]):
         (only,) = inputs
         if not exists(only) and not PATH.search(only):
             raise VideoError(f"no such file: {only}", missing_hint(only, f"the video comes first: {ASK}"))

@@ -190,10 +190,20 @@ def test_objects_and_packages_suggest_the_attribute_that_was_meant(qa):
         "qa.tokenizer",
         "qa.processor",
         "qa.model",
+        "qa.options",
+        "qa.config",
+        "qa.settings",
+        "qa.name",
+        "qa.answers",
         "video.tokens",
+        "video.warnings",
         "video.kept",
         "answer.kept",
         "answer.time",
+        "answer.tokens",
+        "answer.warnings",
+        "answer.response",
+        "answer.confidence",
         "report.kept",
         "report.times",
         "report.text",
@@ -206,6 +216,20 @@ def test_objects_and_packages_suggest_the_attribute_that_was_meant(qa):
         video.generate(QUESTION)
     report = pickle.loads(pickle.dumps(copy.deepcopy(video.report)))
     assert report == video.report and not hasattr(report, "__array__")
+
+
+def test_a_package_that_is_called_suggests_its_function():
+    for package, right in ((evoprune.methods, "evoprune.methods.available()"), (batch, "evoprune.batch.answers")):
+        with pytest.raises(TypeError, match=rf"^'module' object is not callable; did you mean {re.escape(right)}\?$"):
+            package()
+        eval(right, {"evoprune": evoprune})
+
+
+def test_attributes_that_resemble_nothing_get_no_suggestion(qa):
+    video = qa.encode(CLIP, frames=4)
+    for thing, name in ((video, "metadata"), (qa, "threads"), (qa, "instead"), (video.ask(QUESTION), "colour")):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'$"):
+            getattr(thing, name)
 
 
 def test_an_attribute_error_inside_a_property_is_not_hidden(qa):

@@ -5,4 +5,4 @@ The code that reads rows is also used by `evoprune eval`.
 
 from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = door(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__, call="evoprune.batch.answers")

@@ -25,6 +25,7 @@ from evoprune.language import GenerationOptions, Turn
 from evoprune.untrusted import loads
 from evoprune.util import (
     FILE_URL,
+    cannot_read,
     check_type,
     counted,
     did_you_mean,
@@ -290,7 +291,7 @@ class RowReader:
             with open(path, "rb") as file:
                 content = read_all(file, path, self.file)
         except OSError as problem:
-            raise UsageError(f"cannot read {path}: {problem.strerror}", missing_hint(path, self.file)) from problem
+            raise UsageError(cannot_read(path, problem), missing_hint(path, self.file)) from problem
         return self._parsed(content, path, os.path.dirname(path))
 
     def read(self, file: BinaryIO, name: str, folder: str = "") -> list[Row]:

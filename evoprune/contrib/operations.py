@@ -17,7 +17,7 @@ import torch
 from evoprune.errors import UsageError
 from evoprune.methods import Budget, Dropping, LanguageMethod, LanguagePlan, LayerState, Selection, nonzero_fixed
 from evoprune.untrusted import read_object
-from evoprune.util import missing_hint
+from evoprune.util import cannot_read, missing_hint
 
 KINDS = ("keys", "queries", "mlp")  # the operations of a layer: keys and values; queries and output; the MLP
 # Groups of visual tokens: all tokens, and all tokens except key tokens.
@@ -93,9 +93,7 @@ class Recipe:
             facts = content["recipe"]
             return cls(**facts | {"weights": tuple(facts["weights"])}, steps=steps)
         except OSError as problem:
-            raise UsageError(
-                f"cannot read the recipe {file}: {problem.strerror}", missing_hint(file, TUNE_HINT)
-            ) from problem
+            raise UsageError(cannot_read(file, problem, "the recipe "), missing_hint(file, TUNE_HINT)) from problem
         except (ValueError, KeyError, TypeError) as problem:
             raise UsageError(f"{file} is not a recipe of operations: {problem}", TUNE_HINT) from problem
 

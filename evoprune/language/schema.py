@@ -7,7 +7,7 @@ from typing import Any
 from evoprune.errors import UsageError, first_line
 from evoprune.language.validation import wrong_value
 from evoprune.untrusted import loads
-from evoprune.util import brief, install_hint, missing_hint, shorten
+from evoprune.util import brief, cannot_read, install_hint, missing_hint, shorten
 
 MAX_BYTES = 2**20  # maximum schema size in bytes
 # Keywords whose values map field names to schemas, and keywords whose values are plain data instead of schemas.
@@ -38,7 +38,7 @@ def read_schema(path: str | None) -> dict[str, Any] | None:
             content = file.read(MAX_BYTES + 1)
     except OSError as problem:
         hint = missing_hint(path, "name a file that contains a JSON Schema")
-        raise UsageError(f"cannot read the schema {path}: {problem.strerror}", hint) from problem
+        raise UsageError(cannot_read(path, problem, "the schema "), hint) from problem
     return _parsed(content, f"the schema {path}")
 
 

@@ -5,4 +5,4 @@ Importing this package loads neither torch nor the methods. Names that require t
 
 from evoprune.suggestions import door
 
-__getattr__, __dir__, __all__ = door(__name__, __file__)
+__getattr__, __dir__, __all__ = door(__name__, __file__, call="evoprune.methods.available()")

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from evoprune.errors import UsageError
 from evoprune.methods.plans import Grid
-from evoprune.util import did_you_mean, shorten
+from evoprune.util import did_you_mean, listed, shorten
 
 PresetName = Literal["full", "high", "balanced", "fast"]
 # "auto:inflection" derives the number of tokens from the curve of a method's scores (methods/selecting.py).
@@ -117,14 +117,11 @@ def _refused(given: float | str, known: dict[str, Budget]) -> UsageError:
     if isinstance(given, str) and given in Budget.AUTOS:
         hint = f"give a share of tokens such as 0.25; {given} works only with VideoQA and with commands that ask or evaluate"
         return UsageError(f"budget {given!r} does not work here", hint)
-    autos = [name for name in Budget.AUTOS if name in known]
     percent = _number(given)
     likely = did_you_mean(str(given), known)
     if 1 < percent <= 100:
         likely = f"did you mean {percent / 100:g} (or {percent:g}%)? "
-    names = ", ".join(Budget.PRESETS)
-    if autos:
-        names += f", or {' or '.join(autos)}"
-    hint = f"{likely}give a number above 0 and up to 1 (0.25 or 25% for a quarter), or one of {names}"
+    names = listed([name for name in known if name != AUTO_INFLECTION], "or")  # works only with a few methods
+    hint = f"{likely}give a share above 0 and up to 1 (0.25 or 25% for a quarter), or a name: {names}"
     text = shorten(given, 80) if isinstance(given, str) else given
     return UsageError(f"budget {text!r} is not a share of tokens to keep", hint)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from typing_extensions import TypeVar  # a torch dependency; typing.TypeVar supports defaults only since Python 3.13
@@ -51,12 +52,12 @@ class Answer(Uncopied, Suggesting, Iterator[str], Generic[Parsed]):
         **{name: f"answer.text.{name}" for name in dir(str) if not name.startswith("_")},
         **dict.fromkeys(("json", "to_json", "model_dump_json"), "answer.report.to_json()"),
         **dict.fromkeys(("dict", "to_dict", "model_dump"), "json.loads(answer.report.to_json())"),
-        **dict.fromkeys(("content", "answer", "output_text"), "answer.text"),
+        **{each.name: f"answer.report.{each.name}" for each in fields(Report)},
+        **dict.fromkeys(("content", "answer", "output_text", "output", "response", "result", "message"), "answer.text"),
         "reasoning": "answer.thoughts",
         "usage": "answer.report.tokens",
-        "finish_reason": "answer.report.finish_reason",
-        "probabilities": "answer.choices",
-        **dict.fromkeys(("time", "times", "time_ms"), "answer.report.time_ms"),
+        **dict.fromkeys(("probability", "probabilities", "confidence", "score", "scores"), "answer.choices"),
+        **dict.fromkeys(("time", "times", "latency"), "answer.report.time_ms"),
         "kept": "answer.report.pruning.visual_tokens_kept",
     }
 

@@ -9,7 +9,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, ClassVar, Unpack, overload
 
 import torch
@@ -191,8 +191,11 @@ class Askable(ABC, Uncopied, Suggesting):
         report.generation = options.record(answering.seed)
         if options.logprobs is not None:
             report.logprobs = []
-        if "demo_model" not in report.warnings and not self._session.loaded.knows_words(question):
-            report.warnings.append("demo_question")
+        if "demo_model" not in report.warnings:
+            if self._session.loaded.demo and options.schema is not None:
+                report.warnings.append("demo_schema")
+            elif not self._session.loaded.knows_words(question):
+                report.warnings.append("demo_question")
         if self.ignores_sound and ABOUT_SOUND.search(question):
             report.warnings.append("sound_ignored")
         if not options.thinking and self._session.loaded.tokenizer.always_thinks:
@@ -215,7 +218,7 @@ class EncodedInputs(Askable):
     AS_INPUT = "pass it to ask directly: ask([encoded, ...], question)"  # hint for functions that expect a path
     MEANT: ClassVar = {
         **dict.fromkeys(("generate", "answer"), "video.ask(question)"),
-        "tokens": "video.report.tokens",
+        **{each.name: f"video.report.{each.name}" for each in fields(Report)},
         "kept": "video.report.pruning.visual_tokens_kept",
     }
 

@@ -240,6 +240,8 @@ class ModelOptions:
 
             meant = near_hint(name) or did_you_mean(name, DEMOS)
             hint = missing_hint(name, f"{ollama_hint(name)}{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
+            if name.lower().endswith(".gguf"):
+                raise ModelError(f"no such file: {shown(name)}", hint)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None
 

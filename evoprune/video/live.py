@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from evoprune.errors import UsageError, VideoError, callback_errors
-from evoprune.util import FILE_URL, missing_hint, shown, without_password
+from evoprune.util import FILE_URL, cannot_read, missing_hint, shown, without_password
 from evoprune.video.sandbox.channel import FrameMemory
 from evoprune.video.sandbox.isolation import borrow
 
@@ -199,10 +199,11 @@ def _check(source: str) -> None:
         return
     try:
         status = os.stat(source)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except ValueError as error:  # for example, the path contains a null byte
+        raise VideoError(f"cannot read {shown(source)}: {error}", "check the path") from error
+    except OSError as error:
         hint = missing_hint(source, "give a file, a camera, a URL, or - for a pipe")
-        raise VideoError(f"cannot read {shown(source)}: {reason}", hint) from error
+        raise VideoError(cannot_read(source, error), hint) from error
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISCHR(status.st_mode)):
         raise VideoError(f"{source} is neither a file nor a camera", "use - to read a pipe")
     if stat.S_ISREG(status.st_mode) and not status.st_size:

@@ -34,7 +34,7 @@ def check_speech(speech: str) -> None:
     if speech not in ("auto", *SPEECH_MODELS):
         choices = f"use auto, {', '.join(SPEECH_MODELS)}, or a folder with a Whisper model for CTranslate2"
         if not os.path.isdir(speech):
-            meant = did_you_mean(speech, ("auto", "none", *SPEECH_MODELS))
+            meant = "" if os.sep in speech else did_you_mean(speech, ("auto", "none", *SPEECH_MODELS))
             raise UsageError(f"there is no speech model {speech!r}", missing_hint(speech, choices, meant))
         missing = [name for name in SPEECH_FILES if not os.path.isfile(os.path.join(speech, name))]
         if missing:

@@ -924,6 +924,33 @@ def test_a_model_that_is_nowhere_is_an_error_before_torch_is_imported(args):
     assert done.stderr.startswith("error: './nodir' is neither a folder here nor a hub id\nhint: ")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ask gone.mp4",
+        "ask gone.mp4 What?",
+        "ask samples/square.mp4 What? --schema gone.json",
+        "ask samples/square.mp4 What? -m gone.gguf",
+        "batch gone.mp4 -Q What? -m demo -o -",
+        "batch --from gone.jsonl -m demo -o -",
+        "find gone.mp4 dog",
+        "watch gone.mp4 -Q What?",
+        "watch samples/square.mp4 --questions gone.txt",
+        "eval --data gone.jsonl",
+        "tune gone.mp4 -m demo",
+        "tune samples/square.mp4 -m demo --questions gone.txt",
+        "inspect gone.mp4",
+        "verify gone.mp4",
+        "profile gone.mp4",
+    ],
+)
+def test_every_command_names_a_missing_file_in_the_same_words(cli, line):
+    result = cli(*line.split())
+    (name,) = re.findall(r"gone\S*", line)
+    first, hint = result.err.splitlines()
+    assert first == f"error: no such file: {name}" and hint.startswith("hint: ") and result.code in (2, 3, 4)
+
+
 def test_unknown_variables_are_named(cli, monkeypatch):
     monkeypatch.setenv("EVOPRUNE_BUGDET", "fast")
     monkeypatch.setenv("EVOPRUNE_API_KEY", "secret")

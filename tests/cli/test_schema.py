@@ -29,6 +29,16 @@ def test_ask_follows_a_schema(cli, schema):
     assert record["generation"]["schema"] == SHOWN
 
 
+def test_the_demo_says_once_that_it_cannot_write_json(cli, schema):
+    said = cli("ask", CLIP, "-Q", "Answer as JSON, please.", "-Q", QUESTION, "--frames", "4", "--schema", schema, "-q")
+    (warning,) = said.err.splitlines()
+    assert warning.startswith("warning: the demo models were not trained to write JSON")
+    assert all(json.loads(line)["colour"] in ("red", "green") for line in said.out.splitlines())
+    record = cli("ask", CLIP, QUESTION, "--frames", "4", "--schema", schema, "--json").record
+    assert record["warnings"] == ["demo_schema"]
+    assert "demo_schema" not in cli("ask", CLIP, QUESTION, "--frames", "4", "--regex", "red|green", "--json").out
+
+
 def test_ask_follows_a_regular_expression(cli):
     said = cli("ask", CLIP, QUESTION, "--frames", "4", "--regex", "a (green|red) square", "-q").out
     assert said in ("a green square\n", "a red square\n")
@@ -51,7 +61,7 @@ def test_a_bad_schema_is_refused_before_a_model_is_loaded(cli, tmp_path):
     asked = ("ask", CLIP, QUESTION, "-m", "no/such/model")
     for option, said in (
         (("--schema", str(file)), "cannot be used at /properties/a"),
-        (("--schema", "gone.json"), "cannot read the schema gone.json"),
+        (("--schema", "gone.json"), "no such file: gone.json"),
         (("--regex", "("), "unclosed group"),
         (("--regex", "a", "--schema", str(file)), "--schema and --regex cannot be combined"),
     ):

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -122,7 +123,11 @@ def test_columns_that_are_no_number_are_the_usual_ones(monkeypatch, stated):
 @pytest.mark.parametrize("width", [40, 80])
 def test_stats_block_fits_the_terminal(cli, width):
     report = Report.from_json(cli("ask", "samples/square.mp4", "What colour is the square?", "--json").out)
-    assert all(len(line) <= width for line in stats_block(report, width))
+    lines = stats_block(report, width, verbose=True)
+    assert all(len(line) <= width for line in lines)
+    for line, rest in pairwise(lines):  # no line ends earlier than it must
+        if rest.startswith(" " * 11) and "now" not in rest:
+            assert len(line) + 1 + len(rest.split()[0]) > width, (line, rest)
     report.pruning.visual_tokens_in, report.pruning.encoder_rows, report.pruning.visual_tokens_kept = 24576, 12288, 6144
     report.tokens.visual, report.tokens.prompt, report.video.frames_total = 6144, 6190, 1234567
     report.video.path, report.model.id = f"/a/{'long' * 40}.mp4", f"/b/{'long' * 40}"

@@ -84,7 +84,7 @@ def test_what_was_probably_meant(given, meant):
     with pytest.raises(UsageError) as caught:
         Budget.parse(given, auto=True)
     assert caught.value.hint.startswith(f"did you mean {meant}? ")
-    assert caught.value.hint.endswith("one of full, high, balanced, fast, or auto or auto:inflection")
+    assert caught.value.hint.endswith("(0.25 or 25% for a quarter), or a name: full, high, balanced, fast or auto")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evoprune.errors import EvopruneError, UsageError
 from evoprune.files import in_natural_order, open_below
-from evoprune.util import is_text
+from evoprune.util import is_text, missing_hint
 from evoprune.video import Folder, temporary_folder
 
 PREFIX = "evoprune-mcp-"
@@ -52,7 +52,7 @@ class Folders:
         for path in paths:
             folder = Path(path).expanduser()
             if not folder.is_dir():
-                raise UsageError(f"--allow-dir {path} is no folder", "name one that exists")
+                raise UsageError(f"--allow-dir {path} is not a folder", missing_hint(path, "give a folder that exists"))
             self._folders.append(folder.resolve())
 
     def __str__(self) -> str:

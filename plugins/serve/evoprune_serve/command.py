@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from evoprune.errors import OutOfMemory, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
-from evoprune.util import counted, in_a_thread, parse_time
+from evoprune.util import cannot_read, counted, in_a_thread, missing_hint, parse_time
 from evoprune.video import SamplingOptions, warm_up
 from evoprune_cli import load, prepare, progress, tell, typed
 from evoprune_cli import options as opt
@@ -38,6 +38,7 @@ LIMITS = "Limits"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY = ("0.0.0.0", "::")  # for comparison only  # noqa: S104
 KEY = "EVOPRUNE_API_KEY"
+KEY_FILE = "choose a file that contains only the key"
 MIB = 2**20
 BACKLOG = 512  # maximum number of connections waiting to be accepted
 KEPT = 8  # number of encoded videos to keep by default
@@ -430,9 +431,10 @@ def _key(given: str | None, path: str | None) -> str | None:
     if path is not None:
         try:
             key = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as problem:
-            hint = "choose a file that contains only the key"
-            raise UsageError(f"--api-key-file {path} cannot be read: {problem}", hint) from problem
+        except OSError as problem:
+            raise UsageError(cannot_read(path, problem), missing_hint(path, KEY_FILE)) from problem
+        except UnicodeDecodeError as problem:
+            raise UsageError(f"cannot read {path}: it is not UTF-8", KEY_FILE) from problem
     if key is None:
         key = os.environ.get(KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and len(key.split()) == 1):
@@ -471,7 +473,7 @@ def _origin(text: str) -> str:
 def _folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UsageError(f"--allow-dir {path} is no folder", "name one that exists")
+        raise UsageError(f"--allow-dir {path} is not a folder", missing_hint(path, "give a folder that exists"))
     return folder
 
 

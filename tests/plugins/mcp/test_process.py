@@ -188,8 +188,8 @@ def test_folders_are_required_and_must_exist(tmp_path):
     (tmp_path / "file").write_text("")
     for options, says in (
         ((), "--allow-dir DIR"),
-        (("--allow-dir", str(tmp_path / "none")), "is no folder"),
-        (("--allow-dir", str(tmp_path / "file")), "is no folder"),
+        (("--allow-dir", str(tmp_path / "none")), "is not a folder"),
+        (("--allow-dir", str(tmp_path / "file")), "is not a folder"),
         (("--allow-dir", str(tmp_path), "-b", "7"), "budget"),
         (("--allow-dir", str(tmp_path), "-m", str(tmp_path / "none")), "none"),
     ):

@@ -366,7 +366,7 @@ def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
     for options, says in (
         (("--host", "0.0.0.0"), "there is no key"),
         (("--port", str(port)), "cannot listen"),
-        (("--api-key-file", str(tmp_path / "none")), "cannot be read"),
+        (("--api-key-file", str(tmp_path / "none")), "no such file"),
         (("--api-key-file", str(tmp_path / "key")), "not one word"),
         (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "cannot be combined"),
         (("--allow-dir", str(tmp_path / "none")), "no folder"),
