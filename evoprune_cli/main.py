@@ -358,6 +358,7 @@ def _report(problem: Exception) -> int:
         text = re.sub(r"^Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", r"unexpected extra words: \1", text)
         text = re.sub(r"^(No such command '.*')\. Did you mean.*", r"\1", text)  # the hint contains the suggestion
         text = re.sub(r" \(Possible options: .*\)$", "", text)
+        text = text[:1].lower() + text[1:]  # as in evoprune's own messages
         from evoprune_cli.mistakes import hint_of
 
         commands = [*BUILT_IN, *plugged()] if typed().command is None else []

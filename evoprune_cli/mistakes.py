@@ -8,6 +8,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from evoprune.suggestions import other_name
+from evoprune.util import looks_like_input
 from evoprune_cli.options import EXAMPLE, long_flags
 from evoprune_cli.typed import typed
 from evoprune_cli.words import ASK
@@ -72,6 +73,8 @@ def hint_of(problem: Exception, word: str | None, known: Sequence[str]) -> str:
         return example
     see = f"see evoprune {command} --help-all"
     if "No such option" in text:
+        if problem.option_name == "--version":
+            return COMMAND_HINTS["version"]
         return option_hint(problem.option_name, problem.ctx) + see
     return see
 
@@ -80,7 +83,7 @@ def _suggestion(word: str | None, known: Sequence[str]) -> str:
     """Return a hint that suggests a command with a meaning or name similar to a word, or "" if there is none."""
     if word is None:
         return COMMAND_HINTS["version"] if typed().words[:1] in (["-V"], ["-v"], ["-version"]) else ""
-    if os.path.exists(word):
+    if looks_like_input(word):
         return f"to ask about a video: {ASK}"
     word = word.lower()
     near = [word] if word in COMMAND_HINTS else get_close_matches(word, [*known, *COMMAND_HINTS], 1)

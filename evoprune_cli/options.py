@@ -385,7 +385,7 @@ class Command(TyperCommand):
         flags = set(long_flags(self.params).values())
         for word in takewhile("--".__ne__, args):
             if f"-{word}".partition("=")[0] in flags:  # click would read -budget as -b udget
-                raise UsageError(f"No such option: {word}", f"did you mean -{word}? long options have two dashes")
+                raise UsageError(f"no such option: {word}", f"did you mean -{word}? long options have two dashes")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx):

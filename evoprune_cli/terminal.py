@@ -339,20 +339,29 @@ class Line:
         """Return the progress line, omitting parts that don't fit in `width` columns."""
         from rich.cells import cell_len, set_cell_size
 
+        what, detail, elapsed, rest = self._parts()
+        texts = [", ".join(parts) for parts in ([detail, elapsed, *rest], [what, elapsed, *rest], [what, *rest])]
+        return next((text for text in texts if cell_len(text) <= width), set_cell_size(what, width).rstrip())
+
+    def plain(self) -> str:
+        """Return the line for a log, which begins with the elapsed time."""
+        _, detail, elapsed, rest = self._parts()
+        return f"[{elapsed}] {', '.join([detail, *rest])}"
+
+    def _parts(self) -> tuple[str, str, str, list[str]]:
+        """Return the step, the step with its detail, the elapsed time, and the remaining time (an empty list if unknown)."""
         now = self._now()
         what = self._what
         if self._total:
             what += f" {self._done:,}/{self._total:,}"
         detail = f"{what}: {self._detail}" if self._detail else what
         elapsed = clock(now - self._started_at).partition(".")[0]
-        rest = []
         spent = self._at - self._first_at
         steps = self._done - self._first
-        if steps > 0 and spent >= LEAST_S:
-            left = spent / steps * (self._total - self._done) - (now - self._at)
-            rest = [f"{roughly(max(0.0, left))} left"]
-        texts = [", ".join(parts) for parts in ([detail, elapsed, *rest], [what, elapsed, *rest], [what, *rest])]
-        return next((text for text in texts if cell_len(text) <= width), set_cell_size(what, width).rstrip())
+        if steps <= 0 or spent < LEAST_S:
+            return what, detail, elapsed, []
+        left = spent / steps * (self._total - self._done) - (now - self._at)
+        return what, detail, elapsed, [f"{roughly(max(0.0, left))} left"]
 
 
 def downloading(show: Callable[..., None]) -> Callable[[int, int], None]:
@@ -383,7 +392,7 @@ class PlainLines:
             self._line = Line(step[0], started_at=self._started_at)
         self._line.show(*step)
         self._printed_at = now
-        tell(self._line.text(WIDTH))
+        tell(self._line.plain())
 
 
 @contextmanager

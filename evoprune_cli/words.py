@@ -77,7 +77,7 @@ def check_words(inputs: Sequence[str], question: str | None) -> None:
                 "asks about many videos"
             )
             raise UsageError(f"ask takes one question, not {len(words)}: {shlex.join(words)}", hint)
-        hint = f"quote the question: {ASK}; for more questions: -Q"
+        hint = f"quote the question: evoprune ask {there} {_quoted(' '.join(words))}; for more questions: -Q"
         if any(word.startswith("-") for word in words):
             hint = "words after -- are not options: put options before it"
         elif question is None and exists(last):

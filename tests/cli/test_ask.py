@@ -236,7 +236,11 @@ def test_the_last_word_is_the_question_unless_it_is_a_path(words, inputs, questi
         ((CLIP, "docs"), 2, "no question\nhint: docs is a file; to ask it as a question: -Q docs\n"),
         ((CLIP,), 2, f'no question\nhint: evoprune ask {CLIP} "What happens?", or -i for a prompt\n'),
         ((CLIP, OTHER), 2, f'no question\nhint: evoprune ask {CLIP} {OTHER} "What differs?", or -i for a prompt\n'),
-        ((CLIP, "what", "is", "it"), 2, "unexpected extra words: what is it\nhint: quote the question"),
+        (
+            (CLIP, "what", "is", "it"),
+            2,
+            f'unexpected extra words: what is it\nhint: quote the question: evoprune ask {CLIP} "what is it"; ',
+        ),
         (
             (CLIP, "one thing", "it's another", "a third?"),
             2,

@@ -114,7 +114,7 @@ CASES = {
     "no video": fails(2, "INPUT", "ask"),
     "no number of threads": fails(2, "'many' is not a number of threads", *BATCH, "--threads", "many", ways=EVERYWHERE),
     "a word for a number": fails(
-        2, "Invalid value for '--frames': not a valid integer\n", *ASK, "--frames", "abc", ways=PIPE
+        2, "invalid value for '--frames': not a valid integer\n", *ASK, "--frames", "abc", ways=PIPE
     ),
     "flag without its value": fails(2, "see evoprune ask --help", "ask", CLIP, "-Q", ways=("pipe", "terminal")),
     "options after --": fails(2, "put options before it", "ask", "--", CLIP, QUESTION, "-q", ways=PIPE),
@@ -757,13 +757,14 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
         ("insepct", "did you mean evoprune inspect?"),
         ("Ask", "did you mean evoprune ask?"),
         ("aks", "did you mean evoprune ask?"),
+        ("gone.mp4 What?", "to ask about a video: evoprune ask"),
         ("zebra", "see evoprune --help"),
     ],
 )
 def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
     result = cli(*line.split())
     error, hinted = result.err.splitlines()
-    assert result.code == 2 and error.startswith("error: No such ") and hinted.startswith("hint: ") and hint in hinted
+    assert result.code == 2 and error.startswith("error: no such ") and hinted.startswith("hint: ") and hint in hinted
     assert "Did you mean" not in error
 
 
@@ -774,6 +775,7 @@ def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
         ("ask a.mp4 Why? --buget=0.1", "did you mean --budget? "),
         ("ask a.mp4 Why? -fps 2", "did you mean --fps? "),
         ("--verison", "did you mean --version?"),
+        ("ask --version", "evoprune --version"),
         ("ask a.mp4 Why? --num-frames 3", "did you mean --frames? "),
         ("ask a.mp4 Why? --load-in-4bit", "did you mean --quantize int4? "),
         ("ask a.mp4 Why? --every 5s", "--every is an option of evoprune watch; "),
@@ -786,7 +788,7 @@ def test_what_is_typed_in_the_place_of_a_command_leads_to_one(cli, line, hint):
 def test_an_unknown_option_leads_to_the_right_one(cli, line, hint):
     result = cli(*line.split())
     error, hinted = result.err.splitlines()
-    assert result.code == 2 and error.startswith("error: No such option: -") and "Possible" not in error
+    assert result.code == 2 and error.startswith("error: no such option: -") and "Possible" not in error
     assert hinted.startswith(f"hint: {hint}")
 
 

@@ -63,7 +63,7 @@ def test_one_that_cannot_be_loaded_is_none_and_warns(cli, plug, name):
     listed = cli("--help")
     assert listed.code == 0 and "greet" not in listed.out and "warning: the command greet of" in listed.err
     done = cli("greet")
-    assert done.code == 2 and "error: No such command 'greet'" in done.err
+    assert done.code == 2 and "error: no such command 'greet'" in done.err
 
 
 def test_the_help_of_the_server_imports_neither_it_nor_torch():

@@ -265,6 +265,6 @@ def test_the_expected_duration_counts_rounds_and_rows_up_to_the_limit(tiny_folde
 def test_progress_is_printed_in_plain_lines_if_stderr_is_no_terminal(profile, monkeypatch):
     monkeypatch.setattr("evoprune_cli.terminal.PLAIN_EVERY_S", 0.0)
     lines = profile().err.splitlines()
-    assert any(re.fullmatch(r"round 1 of 1: evoprune -b 0.5, 4 frames of 112x168, 0:\d\d", line) for line in lines)
+    assert any(re.fullmatch(r"\[0:\d\d\] round 1 of 1: evoprune -b 0.5, 4 frames of 112x168", line) for line in lines)
     assert all("\x1b" not in line and "\r" not in line for line in lines)
     assert profile("-q").err == ""

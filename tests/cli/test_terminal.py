@@ -162,6 +162,7 @@ def test_a_line_of_progress(width, says):
     assert said == says and all(len(text) <= width for text in said)
     now[0] = 78.0  # the clock advances without news
     assert line.text(80) == "row 2/4: encoding 3/9, 1:18, ~20 s left"
+    assert line.plain() == "[1:18] row 2/4: encoding 3/9, ~20 s left"
 
 
 def test_frames_are_read_before_they_are_encoded():
