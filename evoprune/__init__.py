@@ -18,6 +18,7 @@ _MEANT = dict.fromkeys(
     "ask": "evoprune.VideoQA.load(model).ask",
     "Video": "evoprune.VideoQA.load(model).encode",
     "probe": "evoprune.video.probe",
+    "version": "evoprune.__version__",
 }
 
 

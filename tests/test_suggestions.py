@@ -208,12 +208,17 @@ def test_objects_and_packages_suggest_the_attribute_that_was_meant(qa):
         "report.times",
         "report.text",
         "evoprune.probe",
+        "evoprune.version",
     ]:
         with pytest.raises(AttributeError, match="did you mean ") as caught:
             eval(wrong, given)
         eval(re.search(r"did you mean (.*)\?$", str(caught.value))[1], given)  # the suggestion exists
     with pytest.raises(AttributeError, match=r"did you mean video.ask\(question\)\?"):
         video.generate(QUESTION)
+    with pytest.raises(
+        AttributeError, match=r"did you mean model.generate inside `with evoprune.EvoPrune\(budget=0.1\)"
+    ):
+        _ = EvoPrune(budget=0.5).generate
     report = pickle.loads(pickle.dumps(copy.deepcopy(video.report)))
     assert report == video.report and not hasattr(report, "__array__")
 

@@ -16,8 +16,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Unpack
 
 import torch
 from torch import nn
@@ -92,6 +92,8 @@ class EvoPrune(Suggesting):
         UsageError: If the budget, method, or `positions` setting is invalid, or the method resizes frames or reads the question.
         TypeError: If an option is unknown.
     """
+
+    MEANT: ClassVar = {"generate": "model.generate inside `with evoprune.EvoPrune(budget=0.1)(model):`"}
 
     budget: Budget.Given = option(
         Budget.DEFAULT,
@@ -222,7 +224,8 @@ class PrunedModel:
             owner = f"{type(self).__name__!r} object"
             if hasattr(vars(self).get("model"), name):
                 raise AttributeError(f"{owner} has no attribute {name!r}; use model.{name}: {SWITCH}")
-            raise unknown_attribute(owner, name, {}, dir(self))
+            of_report = {each.name: f"run.report.{each.name}" for each in fields(Report)}
+            raise unknown_attribute(owner, name, of_report, dir(self))
 
         def __call__(self, *_: object, **__: object) -> NoReturn:
             raise TypeError(f"call the model itself: {SWITCH}")

@@ -348,7 +348,7 @@ def test_every_source_file_that_is_named_exists(page):
     ("line", "says"),
     [
         ("guess clip.mp4", "no command"),
-        ("ask a.mp4 Who? --no-such-option", "no such option"),
+        ("ask a.mp4 Who? --no-such-option", "No such option"),
         ("ask a.mp4 Who? --decoder ffmpeg", "'ffmpeg' is none of"),
         ("eval --data FILE --method evoprune,nothing-like-it", "unknown pruning method"),
         ("eval --data FILE --processes N --method evoprune,reuse+divprune:x=1", None),

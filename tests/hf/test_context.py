@@ -191,6 +191,8 @@ def test_what_belongs_to_the_model_is_asked_of_the_model(model):
         run()
     with pytest.raises(AttributeError, match=r"no attribute 'nope'$"):
         _ = run.nope
+    with pytest.raises(AttributeError, match=r"no attribute 'tokens'; did you mean run.report.tokens\?"):
+        _ = run.tokens
     assert not hasattr(run, "forward") and hasattr(run, "report")
 
 
