@@ -369,7 +369,7 @@ def test_what_would_be_unsafe_or_cannot_be_is_refused(port, tmp_path):
         (("--api-key-file", str(tmp_path / "none")), "no such file"),
         (("--api-key-file", str(tmp_path / "key")), "not one word"),
         (("--api-key", "a", "--api-key-file", str(tmp_path / "key")), "cannot be combined"),
-        (("--allow-dir", str(tmp_path / "none")), "no folder"),
+        (("--allow-dir", str(tmp_path / "none")), "is not a folder"),
         (("--cors", "*"), "no origin"),
         (("--cors", "https://example.org/path"), "no origin"),
         (("--timeout", "0"), "above 0"),
