@@ -205,7 +205,7 @@ def test_the_configuration_of_the_page():
     page = (ROOT / "docs" / "agents.md").read_text("utf-8")
     (block,) = re.findall(r"^```json\n(.*?)^```", page, re.S | re.M)
     configured = json.loads(block)["mcpServers"]["evoprune"]
-    assert configured["command"] == "evoprune" and configured["args"][:2] == ["mcp", "--allow-dir"]
+    assert os.path.basename(configured["command"]) == "evoprune" and configured["args"][:2] == ["mcp", "--allow-dir"]
     with greeted(*configured["args"][3:]) as server:
         server.stdin.close()
         assert server.wait(30) == 0
