@@ -681,7 +681,7 @@ def _lines(content: bytes, name: str, hint: str) -> Iterator[Line]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise UsageError(f"{name} is not UTF-8", "save it as UTF-8") from problem
+        raise UsageError(f"{name} is not UTF-8", "give a JSONL or CSV file, saved as UTF-8") from problem
     first = text.lstrip()[:1]
     if first not in ("[", "{", ""):
         yield from _csv_lines(text, name, hint)

@@ -504,7 +504,7 @@ ROWS = {
     "a deep line": ("[" * 10**5, 2, "it is nested more than 100 levels deep"),
     "NUL in a name": (row(id=1) + row(video="a\0b"), 2, "line 2: no file can have the name 'a"),
     "half a surrogate in a name": (row(id=1) + row(subtitles="\ud800"), 2, "line 2: no file can have the name"),
-    "UTF-16": (row().encode("utf-16"), 2, "is not UTF-8"),
+    "UTF-16": (row().encode("utf-16"), 2, "give a JSONL or CSV file, saved as UTF-8"),
     "an escape in a name": (row(video="a\x1b[31m\u202e"), 3, "a?[31m?"),
     "a byte order mark": ("\ufeff" + row(), 0, ""),
     "a deep answer that can be passed on": (answer("[" * 90 + "]" * 90), 0, ""),
