@@ -95,8 +95,8 @@ WARNINGS = {
     "up to two videos or images); do not rely on answers about anything else",
     "demo_question": "a question contains words that the demo model was not trained on; do not rely on its answer. "
     "samples/questions.jsonl has questions for demo, and docs/demo-model.md some for demo-scenes",
-    "demo_schema": "the demo models were not trained to write JSON, so the answer to --schema is meaningless and may not end "
-    "before the token limit. For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
+    "demo_schema": "the demo models were not trained to write JSON, so the answer to --schema is meaningless. "
+    "For a real answer: --model=Qwen/Qwen2.5-VL-3B-Instruct",
     "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately "
     "(docs/limits.md)",
     "demo_overlay": f"{DEMO_KNOWLEDGE}; what the model merges or drops in {{video}} means little. For a real model: "
