@@ -304,10 +304,21 @@ def _words(words: Sequence[str], more: list[str]) -> tuple[list[str], list[str]]
     if query is not None:
         queries = [query, *more]
     if not queries:
+        _check_exist(videos)
         raise UsageError("nothing to find", f"say what to find, in quotes, after the videos: {USAGE}")
     if not all(query.strip() for query in queries):
         raise UsageError("the query is empty", USAGE)
     return list(videos), queries
+
+
+def _check_exist(videos: Sequence[str]) -> None:
+    """Raise VideoError if a video doesn't exist."""
+    missing = [word for word in videos if not is_url(word) and not os.path.exists(word)]
+    if missing:
+        raise VideoError(
+            f"no such file: {some(list(map(shown, missing)))}",
+            missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
+        )
 
 
 def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOptions, quiet: bool) -> list["Row"]:
@@ -321,12 +332,7 @@ def _rows(words: Sequence[str], queries: Sequence[str], sampling: SamplingOption
     from evoprune.batch import RowReader, left_out
 
     check_no_questions(words, 'evoprune find video.mp4 -Q "a red circle" -Q "a dog"')
-    missing = [word for word in words if not is_url(word) and not os.path.exists(word)]
-    if missing:
-        raise VideoError(
-            f"no such file: {some(list(map(shown, missing)))}",
-            missing_hint(missing[0], f"check the path; videos come first: {USAGE}"),
-        )
+    _check_exist(words)
     reader = RowReader(sampling=sampling)
     rows = reader.pairs(words, ["\n".join(queries)])
     if not quiet:

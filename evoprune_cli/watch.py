@@ -97,12 +97,15 @@ def watch(given: WatchArguments) -> int:
     asked = given.question or []
     check_output()
     warm_up()  # warms up while this process imports its dependencies
+    # This checks the source, so that a wrong path is reported before a missing question.
+    timeout_s = parse_time(given.timeout)
+    source = LiveSource(given.source, given.pace, timeout_s, given.reconnects, _say_nothing if given.quiet else tell)
     every_s = _parse_interval(given.every, asked)
     _check(given, asked)
     pipeline = given.options.parse()
     check_text(*asked, pipeline.generation.system)
     check_generation(pipeline.generation, given.json)
-    return _run(given, asked, every_s, pipeline)
+    return _run(given, source, asked, every_s, pipeline)
 
 
 def _parse_interval(every: str | None, asked: list[str]) -> float | None:
@@ -135,11 +138,12 @@ def _has_prompt(given: WatchArguments) -> bool:
     return not (given.question or given.questions)
 
 
-def _run(given: WatchArguments, asked: list[str], every_s: float | None, pipeline: PipelineOptions) -> int:
+def _run(
+    given: WatchArguments, opened: LiveSource, asked: list[str], every_s: float | None, pipeline: PipelineOptions
+) -> int:
     """Load the model, and answer questions while the source is being read. Returns the exit code."""
-    prompt = _has_prompt(given)
     speak = _say_nothing if given.quiet else tell
-    opened = LiveSource(given.source, given.pace, parse_time(given.timeout), given.reconnects, speak)
+    prompt = _has_prompt(given)
     talk = Conversation([opened.name], given, interactive=prompt, several=len(asked) > 1)
     try:
         with progress(not given.quiet) as show:
