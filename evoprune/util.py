@@ -28,6 +28,7 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _SIGNED_NUMBER = re.compile(r"[+-]\d+([.,]\d+)*([eE][+-]?\d+)?%?")
 
+WIDTH = 80  # maximum number of columns of printed text
 FILE_URL = "file://"
 WEB = re.compile("https?://", re.IGNORECASE)  # matches the scheme of a web address
 # Matches a URL, even with a leading folder. The lookbehind keeps the time for a long text linear.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
 from evoprune.language import GenerationOptions
-from evoprune.report import Report, name_inputs, stats_block, summary, warned
+from evoprune.report import Report, name_inputs, warned
 from evoprune.session import ModelOptions, PipelineOptions, PruneOptions
 from evoprune.util import PATH, check_text, clock, counted, is_url, listed, shown, without_password
 from evoprune.video import SamplingOptions, local_file, probe, warm_up
@@ -724,15 +724,18 @@ class Conversation:
         self._finished += 1
         if not self._stats:
             return
+
+        from evoprune import statistics
+
         if self._finished <= self._blocks:
             note()
-            for line in stats_block(report, columns(), self._verbose):
+            for line in statistics.stats_block(report, columns(), self._verbose):
                 note(paint(printable(line), "2"))
         elif report.compare:
-            tell(f"pruned: {summary(report)}")
-            tell(f"full: {summary(report.compare)}")
+            tell(f"pruned: {statistics.summary(report)}")
+            tell(f"full: {statistics.summary(report.compare)}")
         else:
-            tell(summary(report))
+            tell(statistics.summary(report))
 
     def _failure(self, question: str, problem: BaseException) -> Report:
         """Return the record of a question left unanswered because of `problem`."""

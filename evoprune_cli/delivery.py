@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
 from evoprune.files import OPEN_FILES, write_file
-from evoprune.report import WIDTH
-from evoprune.util import install_hint, unwritable_hint
+from evoprune.util import WIDTH, install_hint, unwritable_hint
 from evoprune_cli.terminal import encodable, failure, page_width, stdout, write_whole
 
 if TYPE_CHECKING:

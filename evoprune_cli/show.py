@@ -19,7 +19,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from evoprune.errors import UsageError
-from evoprune.report import BRIEF_STAGES, Report, device_text, warned, warning_text, warning_title
+from evoprune.report import Report, warned, warning_text, warning_title
+from evoprune.statistics import BRIEF_STAGES, device_text
 from evoprune.util import budget_text, counted, one_line, shorten, shown
 from evoprune_cli.delivery import check_writable, write_bytes
 

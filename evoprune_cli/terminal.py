@@ -15,8 +15,8 @@ from itertools import cycle
 from typing import Any, TextIO
 
 from evoprune.errors import UsageError, error_record
-from evoprune.report import WARNINGS, WIDTH, Report, VideoFacts, warning_text, warning_title
-from evoprune.util import clock, counted, harmless, one_line, roughly, size, switched_on
+from evoprune.report import WARNINGS, Report, VideoFacts, warning_text, warning_title
+from evoprune.util import WIDTH, clock, counted, harmless, one_line, roughly, size, switched_on
 from evoprune_cli.typed import typed
 
 # When this process started, on the clock of `time.perf_counter`. Until here, it has been busy starting Python and importing.

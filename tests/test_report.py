@@ -2,7 +2,8 @@
 
 import pytest
 
-from evoprune.report import Memory, ModelFacts, Report, TokenCounts, VideoFacts, stats_block, summary
+from evoprune.report import Memory, ModelFacts, Report, TokenCounts, VideoFacts
+from evoprune.statistics import stats_block, summary
 
 
 def test_a_report_in_one_line():

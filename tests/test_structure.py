@@ -16,7 +16,7 @@ from evoprune.model import FAMILIES
 ROOT = Path(__file__).parent.parent
 # Entries of evoprune/ in import order: each one imports only from entries before it.
 ORDER = (
-    "errors", "util", "files", "untrusted", "timeline", "keywords", "suggestions", "signatures", "bundled", "report",
+    "errors", "util", "files", "untrusted", "timeline", "keywords", "suggestions", "signatures", "bundled", "statistics", "report",
     "backend", "model", "methods", "video", "vision", "language", "session", "hf", "live", "moments", "video_qa", "batch",
     "contrib", "bench",
 )  # fmt: skip
@@ -242,8 +242,8 @@ def test_no_other_file_asks_for_the_family_of_a_model():
     assert all(list(asked_families(tree(name))) for name in FAMILIES_KNOWN_TO)
 
 
-# Modules that may ask for the kind of a device: `verify` reports it, vLLM has its own devices, a report prints its record's.
-DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vllm.", "evoprune.report")
+# Modules that may ask for the kind of a device: `verify` reports it, vLLM has its own devices, statistics print a record's.
+DEVICES_KNOWN_TO = ("evoprune.backend.", "evoprune.bench.verify.", "evoprune_vllm.", "evoprune.statistics")
 
 
 def asked_devices(code: ast.Module) -> Iterator[ast.AST]:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from evoprune.bench.chart import COLOURS, INK, PALE, Panel, Point, draw, lines
 from evoprune.bench.profile_rows import BOUND, HUGGING_FACE, METHOD, Case, ProfileRow
 from evoprune.bench.results import Column, Results, as_csv, fitting, folded, markdown, meanings, short_name
-from evoprune.report import Environment, ModelFacts, device_text
+from evoprune.report import Environment, ModelFacts
+from evoprune.statistics import device_text
 from evoprune.util import budget_text, counted, one_line, size
 
 SCHEMA = "evoprune/profile@1"

@@ -12,7 +12,8 @@ import torch
 from evoprune import VideoQA
 from evoprune.backend import Device, Quantization
 from evoprune.language import GenerationOptions
-from evoprune.report import Report, VideoFacts, stats_block
+from evoprune.report import Report, VideoFacts
+from evoprune.statistics import stats_block
 from evoprune_cli.running import note_model
 from evoprune_cli.terminal import (
     Line,

@@ -14,8 +14,8 @@ import evoprune
 from evoprune import methods
 from evoprune.backend import limits
 from evoprune.methods.plans import TowerShape
-from evoprune.report import stats_block
 from evoprune.session import Cache, ModelOptions, PruneOptions, describe, load_model
+from evoprune.statistics import stats_block
 from evoprune.video import SamplingOptions, probe
 from evoprune.video_qa import VideoQA
 from evoprune.vision import encode_rows, encoder

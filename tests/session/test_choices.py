@@ -9,8 +9,9 @@ import torch
 from evoprune.errors import ModelError, UsageError
 from evoprune.language import GenerationOptions
 from evoprune.language.settings import listed_choices
-from evoprune.report import Report, stats_block
+from evoprune.report import Report
 from evoprune.session.loading.model import load_model
+from evoprune.statistics import stats_block
 from evoprune.video_qa import VideoQA
 from tests.loading import edit
 from tests.tiny import save_tiny

@@ -11,7 +11,7 @@ from evoprune.bench import Reference
 from evoprune.contrib.operations import ALL, REST, Recipe
 from evoprune.errors import UsageError
 from evoprune.methods import Budget
-from evoprune.report import stats_block
+from evoprune.statistics import stats_block
 from tests.recipes import TINY, document, write_recipe
 
 CLIP = "samples/square.mp4"
