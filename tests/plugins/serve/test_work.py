@@ -457,7 +457,7 @@ def test_each_job_ends_whatever_happens_to_it(qa, monkeypatch, seed):
             try:
                 job = work.admit(name)
             except ApiError:
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.01)
                 continue
             jobs.append(job)
             if len(jobs) == most:
