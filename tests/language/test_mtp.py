@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from evoprune import VideoQA
+from evoprune.backend import Quantization
 from evoprune.language import GenerationOptions, LanguageModel, TokenStream, mtp, mtp_drafter
 from evoprune.language.generate import PrefillState
 from tests import tiny
@@ -222,3 +223,18 @@ def test_answers_are_the_same_without_the_layer(folder, kind, budget, drafts, tm
     monkeypatch.setattr(LanguageModel, "mtp_layer", lambda self: None)
     drafts.clear()
     assert list(asks(qa, tmp_path)) == made and not drafts
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", parameters("int8", "int4"))
+def test_a_second_start_reads_the_stored_layer(folder, kind, drafts, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    found = []
+    for _ in range(2):
+        loaded = load_model(str(folder), quantize=kind, dtype="fp32", store_quantized=True)
+        assert (loaded.quantized_file is not None) is not bool(found)
+        layers = Quantization(kind).layers(loaded.model)
+        assert not layers and not isinstance(loaded.model.mtp.fc, torch.nn.Linear)  # all layers are quantized
+        drafts.clear()
+        found.append((answer_of(loaded.language), dict(drafts), loaded.weights_bytes))
+    assert found[0] == found[1] and found[0][1]
