@@ -234,14 +234,14 @@ class ModelOptions:
                 f"{name} is a file, not a model",
                 "give a GGUF file, or the folder that contains config.json and the weights",
             )
+        if name.lower().endswith(".gguf"):
+            raise ModelError(f"no such file: {shown(name)}", missing_hint(name, "check the path"))
         if not is_id(name):
             from evoprune.session.hub import near_hint
             from evoprune.session.local_models import here_hint, ollama_hint
 
             meant = near_hint(name) or did_you_mean(name, DEMOS)
             hint = missing_hint(name, f"{ollama_hint(name)}{here_hint()}a hub id is org/name; {MODEL_HINT}", meant)
-            if name.lower().endswith(".gguf"):
-                raise ModelError(f"no such file: {shown(name)}", hint)
             raise ModelError(f"{shown(name)!r} is neither a folder here nor a hub id", hint)
         return None
 

@@ -933,6 +933,7 @@ def test_a_model_that_is_nowhere_is_an_error_before_torch_is_imported(args):
         "ask gone.mp4 What?",
         "ask samples/square.mp4 What? --schema gone.json",
         "ask samples/square.mp4 What? -m gone.gguf",
+        "ask samples/square.mp4 What? -m gone/model.gguf",
         "batch gone.mp4 -Q What? -m demo -o -",
         "batch --from gone.jsonl -m demo -o -",
         "find gone.mp4",

@@ -31,6 +31,7 @@ def test_without_sound_a_warning_says_so(cli, tmp_path, speech_model):
 def test_what_is_missing_is_named(cli, clip, speech_model, monkeypatch, tmp_path):
     result = cli("ask", clip, "What?", "--speech", "huge")
     assert result.code == 2 and "there is no speech model 'huge'" in result.err and "hint: use auto, tiny" in result.err
+    assert "did you mean" not in cli("ask", clip, "What?", "--speech", "./nope").err  # a path is not like "none"
     for wrong, right in (("bsae", "base"), ("large-v3", "large-v3-turbo"), ("Tiny", "tiny"), ("non", "none")):
         result = cli("ask", clip, "What?", "--speech", wrong)
         assert result.code == 2 and f"hint: did you mean {right}? use auto, " in result.err
