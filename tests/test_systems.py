@@ -137,12 +137,14 @@ def test_the_last_word_is_an_input_if_it_looks_like_a_path_of_windows():
         assert split_words([CLIP, question]) == ((CLIP,), question)
 
 
-@pytest.mark.parametrize("name", [r"C:\models\qwen", r"\\host\models\qwen", r"C:\models\qwen.gguf"])
+@pytest.mark.parametrize("name", [r"C:\models\qwen", r"\\host\models\qwen"])
 def test_a_folder_of_windows_is_no_hub_id(name):
     from evoprune.errors import ModelError
 
     with pytest.raises(ModelError, match="neither a folder here nor a hub id"):
         ModelOptions(model=name).local_folder()
+    with pytest.raises(ModelError, match="no such file"):
+        ModelOptions(model=name + ".gguf").local_folder()
 
 
 # The workflow.

@@ -101,6 +101,7 @@ QWEN4_TEXT = {
     **{"indexer_compress_ratio": 4, "split_ngram_parts": 4},
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 48}
 
 
 # Maps a family that transformers does not have yet to the family whose transformers classes compute the same. With an entry here, a
@@ -157,7 +158,7 @@ def _tiny_text(traits) -> dict:
     if "num_experts" in traits.text:
         text |= EXPERTS
         shared = "shared_expert_intermediate_size" in traits.text
-        text |= {"shared_expert_intermediate_size": 64} if shared else {"mlp_only_layers": [1]}
+        text |= SHARED_EXPERT if shared else {"mlp_only_layers": [1]}
     if "hc_count" in traits.text:
         text |= QWEN4_TEXT
     return text

@@ -119,7 +119,7 @@ MISTAKES = {
     "class Linear is not a setting; pass the settings first": lambda: evoprune.EvoPrune(NETWORK, budget=0.1),
     "class Linear is not a setting; pass the settings": lambda: evoprune.EvoPrune(model=NETWORK),
     "takes 1 positional argument": lambda: evoprune.apply(NETWORK, 0.1),
-    "budget None is not a share.*full, high, balanced, fast": lambda: evoprune.EvoPrune(None),
+    "budget None is not a share.*full, high, balanced or fast": lambda: evoprune.EvoPrune(None),
     "budget None .*full, high, balanced, fast": lambda: evoprune.VideoQA.load(budget=None),
     "auto works only with VideoQA": lambda: evoprune.EvoPrune("auto"),
     "an object of class int cannot be pruned; supported": lambda: evoprune.remove(3),

@@ -65,6 +65,7 @@ PAGE_TEXTS = {
     "demo_untold": f"{DEMO_KNOWLEDGE}; the video's format does not show whether it is one of these. "
     "If it is not, do not trust any answer about it",
     "demo_question": "the question contains words that the demo model was not trained on; do not rely on the answer",
+    "demo_schema": "the demo models were not trained to write JSON, so the answer is meaningless",
     "demo_history": "the demo models were trained on single questions and answer follow-up questions less accurately",
     "demo_overlay": f"{DEMO_KNOWLEDGE}; what it merges or drops in other videos means little",
 }

@@ -12,7 +12,7 @@ from evoprune.language.decoder import KVCache, forward
 from evoprune.session import calibrate
 from tests.backend.cpu.library import compiled, library, use  # noqa: F401
 from tests.threads import one_thread  # noqa: F401
-from tests.tiny import EXPERTS, QWEN3_5_TEXT, QWEN3_TEXT, native_model
+from tests.tiny import EXPERTS, QWEN3_5_TEXT, QWEN3_TEXT, SHARED_EXPERT, native_model
 
 # The second one normalizes queries and keys. The third one has Gated DeltaNets and gated attention. The last two have experts.
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", pytest.param("qwen3_vl_moe", marks=pytest.mark.full)]
@@ -27,6 +27,7 @@ def plain(request):
     with pytest.MonkeyPatch.context() as patch:
         for text in (QWEN3_TEXT, QWEN3_5_TEXT):
             patch.setitem(text, "head_dim", 32)  # row-major weights need multiples of 32
+        patch.setitem(SHARED_EXPERT, "shared_expert_intermediate_size", 64)
         # With fewer experts, rounding can change which ones a router chooses.
         patch.setitem(EXPERTS, "num_experts_per_tok", EXPERTS["num_experts"])
         # Values of one head that fill whole steps of the compiled loop, and some that don't
