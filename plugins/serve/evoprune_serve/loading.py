@@ -75,11 +75,14 @@ def answering(listening: socket.socket) -> Iterator[list[socket.socket]]:
 
 def _accept(listening: socket.socket, wake: socket.socket, waiting: list[socket.socket]) -> None:
     """Accept connections until `wake` is readable, and put all that have not been answered into `waiting`."""
-    listening.setblocking(False)
     silent: set[socket.socket] = set()  # connections that have sent nothing so far
     with selectors.DefaultSelector() as selector:
-        selector.register(wake, selectors.EVENT_READ)
-        selector.register(listening, selectors.EVENT_READ)
+        try:
+            listening.setblocking(False)
+            selector.register(wake, selectors.EVENT_READ)
+            selector.register(listening, selectors.EVENT_READ)
+        except (OSError, ValueError):  # a signal came before this thread began, so the sockets are closed
+            return
         while True:
             for key, _ in selector.select():
                 if key.fileobj is wake:

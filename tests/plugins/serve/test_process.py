@@ -29,6 +29,8 @@ from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, mes
 from tests.tiny import save_tiny
 
 pytest.importorskip("starlette", reason=REASON)
+from evoprune_serve.loading import _accept
+
 ROOT = SAMPLES.parent
 PROGRESS = "loading model, "  # begins the lines printed while the model loads
 START_S = 120
@@ -311,6 +313,15 @@ def test_signals_end_it_while_the_model_loads(tmp_path, number, code):
         lines = (tmp_path / "server.log").read_text().splitlines()
         assert [line for line in lines if not line.startswith(PROGRESS)] in ([], ["Stopped."])
     assert not list(tmp_path.glob("evoprune-*"))
+
+
+@pytest.mark.parametrize("closed", [0, 1])
+def test_a_signal_may_come_before_the_thread_that_accepts_has_begun(closed):
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as wake:
+        (listening, wake)[closed].close()
+        waiting: list[socket.socket] = []
+        _accept(listening, wake, waiting)  # returns
+        assert waiting == []
 
 
 def test_requests_from_before_it_is_ready_are_answered(tmp_path):
