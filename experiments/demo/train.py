@@ -9,8 +9,6 @@ Training is seeded. It writes a checkpoint every few minutes and resumes from it
 `OUT/log.jsonl`. The finished model in OUT has the hub's file layout.
 """
 
-import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from experiments.demo.training import (
     half_precision,
     in_worker,
     optimizers,
+    recipe_parser,
     resumed,
     run_stage,
 )
@@ -149,10 +148,7 @@ def question_steps(model, batch: dict, learn: Learn, log: Log) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser = recipe_parser(__doc__, Recipe())
     args = vars(parser.parse_args())
     out = args.pop("out")
     train(out, Recipe(**args))

@@ -10,10 +10,9 @@ in view, as in published checkpoints. The finished model in OUT has the hub's fi
 `tests.language.drafts` measures how many of the layer's drafts the model accepts.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import nn
 from experiments.demo.build import AFTER_QUESTION, VOCABULARY, build_tokenizer, init_weights
 from experiments.demo.clips import Clip, make_clip
 from experiments.demo.questions import MAKERS, WEIGHTS, ask
-from experiments.demo.training import Learn, Log, Run, in_worker, optimizers, resumed, run_stage
+from experiments.demo.training import Learn, Log, Run, in_worker, optimizers, recipe_parser, resumed, run_stage
 
 BEFORE = "<|im_start|>user\n"
 # Questions that a list of things answers.
@@ -209,10 +208,7 @@ def save(folder: Path, model, mtp: Mtp, tokenizer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
-    for name, value in asdict(MtpRecipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser = recipe_parser(__doc__, MtpRecipe())
     values = vars(parser.parse_args())
     train(values.pop("out"), MtpRecipe(**values))
 

@@ -22,10 +22,8 @@ be run in phases (`--minutes`). The training curve is written to `OUT/log.jsonl`
 layout.
 """
 
-import argparse
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -46,6 +44,7 @@ from experiments.demo.training import (
     half_precision,
     in_worker,
     optimizers,
+    recipe_parser,
     resumed,
     run_stage,
 )
@@ -206,13 +205,10 @@ def question_step(model, head: Head, batch: dict, learn: Learn, log: Log, labels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
+    parser = recipe_parser(__doc__, ScenesRecipe())
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after this many minutes and save a checkpoint"
     )
-    for name, value in asdict(ScenesRecipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args())
     out = args.pop("out")
     minutes = args.pop("minutes")

@@ -1,5 +1,6 @@
-"""Code shared by both training scripts: optimizers, checkpoints, the loss on answers, and the files of the finished model."""
+"""Shared by the training scripts: options, optimizers, checkpoints, the loss on answers, and the files of the finished model."""
 
+import argparse
 import json
 import math
 import os
@@ -24,6 +25,15 @@ Learn = Callable[[torch.Tensor], None]  # function that takes a loss and runs on
 
 # torch reads this variable during its first operation. The default is too small, so kernels would be rebuilt.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+
+def recipe_parser(description: str | None, recipe) -> argparse.ArgumentParser:
+    """Return the parser of a training script, with the folder `out` and an option for every field of `recipe`, a dataclass."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for checkpoint, log and weights")
+    for name, value in asdict(recipe).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return parser
 
 
 def half_precision() -> torch.autocast:

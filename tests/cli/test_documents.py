@@ -320,7 +320,7 @@ def missing_options(arguments: list[str]) -> list[str]:
     source = next(file for file in (path.with_suffix(".py"), path / "__main__.py") if file.exists())
     own = rest[: rest.index("--")] if "--" in rest else rest
     known = source.read_text("utf-8")
-    if "asdict(ScenesRecipe())" in known:
+    if "recipe_parser(__doc__, ScenesRecipe())" in known:
         known += " ".join(f'"--{field.name.replace("_", "-")}"' for field in fields(ScenesRecipe))
     return [word for word in own if re.match("--?[a-z]", word) and f'"{word}"' not in known]
 
