@@ -1,11 +1,14 @@
 """Saves non-file inputs to temporary files, because the readers run in a separate process and need to seek."""
 
+import atexit
 import os
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from evoprune.errors import VideoError, named
@@ -46,16 +49,26 @@ def temporary_folder(prefix: str = PREFIX) -> Iterator[str]:
     """
     _delete_abandoned(Path(tempfile.gettempdir()))
     while True:
-        folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
-        with folder, open(os.path.join(folder.name, LOCK), "wb") as lock:
-            if sys.platform != "win32":
-                import fcntl
+        path = os.path.join(tempfile.gettempdir(), f"{prefix}{secrets.token_hex(8)}")
+        delete = partial(shutil.rmtree, path, ignore_errors=True)
+        # Before the folder exists, so that a signal that ends this process leaves no folder behind. `tempfile.TemporaryDirectory`
+        # creates the folder first.
+        atexit.register(delete)
+        try:
+            os.mkdir(path, 0o700)
+            with open(os.path.join(path, LOCK), "wb") as lock:
+                if sys.platform != "win32":
+                    import fcntl
 
-                with suppress(OSError):  # the file system may not support locking
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:  # otherwise another process deleted the folder before it was locked
-                yield folder.name
-                return
+                    with suppress(OSError):  # the file system may not support locking
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                # If there is no link, another process deleted the folder before it was locked.
+                if os.fstat(lock.fileno()).st_nlink:
+                    yield path
+                    return
+        finally:
+            delete()
+            atexit.unregister(delete)
 
 
 def _delete_abandoned(parent: Path) -> None:

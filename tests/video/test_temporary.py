@@ -59,6 +59,19 @@ def test_other_folders_stay(spool):
     assert (other / LOCK).exists()
 
 
+def test_a_signal_while_the_folder_is_made_leaves_nothing(spool, monkeypatch):
+    real = os.mkdir
+
+    def interrupted(*given):
+        real(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), temporary_folder():
+        pass
+    assert not list(spool.iterdir())
+
+
 def test_a_folder_that_another_process_deletes_before_it_is_locked_is_made_again(spool, monkeypatch):
     import fcntl
 

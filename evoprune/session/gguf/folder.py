@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -23,6 +23,7 @@ from evoprune.model import Config
 from evoprune.session.gguf.names import names_gguf
 from evoprune.untrusted import TEXT, Rule, read_object
 from evoprune.util import file_stats
+from evoprune.video import temporary_folder
 
 INDEX = "gguf.json"  # names the GGUF files, in a folder of their small files
 MAX_FOLDERS = 16  # maximum number of folders to keep
@@ -65,9 +66,9 @@ def gguf_folder(name: str) -> Path | None:
 @cache
 def _temporary() -> Path:
     """Return a folder that is deleted when this process exits."""
-    folder = tempfile.mkdtemp(prefix="evoprune-gguf-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    kept = ExitStack()
+    atexit.register(kept.close)
+    return Path(kept.enter_context(temporary_folder("evoprune-gguf-")))
 
 
 def _folders() -> Path:
@@ -93,8 +94,9 @@ def _write(folder: Path, contents: dict[str, dict | str]) -> None:
         OSError: If the folder cannot be written.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix="tmp", dir=folder.parent))
+    unfinished = folder.with_name(f"tmp{secrets.token_hex(8)}")
     try:
+        unfinished.mkdir(mode=0o700)
         for name, content in contents.items():
             text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
             (unfinished / name).write_text(text, encoding="utf-8")
