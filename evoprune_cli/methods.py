@@ -1,7 +1,10 @@
 """`evoprune methods`: lists all pruning methods with where each one acts, whether it reads the question, and its source."""
 
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import Field, fields
+from math import isfinite
 from typing import Any
 
 from evoprune import methods as registry
@@ -32,21 +35,52 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 @opt.command(short="json")
-def methods(*, json: opt.option(bool, "--json", "Print JSON instead of text.") = False) -> int:
-    """List the pruning methods, including those of plug-ins.
+def methods(
+    *,
+    name: opt.argument(str | None, "NAME", "A method, whose settings to list.") = None,
+    json: opt.option(bool, "--json", "Print JSON instead of text.") = False,
+) -> int:
+    """List the pruning methods, including those of plug-ins, or a method's settings.
 
     \b
     evoprune methods
+    evoprune methods evoprune
     evoprune methods --json
     """
-    entries = [_facts(name, None) for name in registry.available(plugins=False)]
-    entries += [_facts(name, state) for name, state in registry.plugins().items()]
+    if name is None:
+        entries = [_facts(each, None) for each in registry.available(plugins=False)]
+        entries += [_facts(each, state) for each, state in registry.plugins().items()]
+    else:
+        name, *_ = name.split(":")  # without settings
+        registry.get(name)  # raises an error if the method cannot be used
+        entries = [_facts(name, None if name in registry.available(plugins=False) else registry.plugins().get(name))]
     if json:
         print_document({"schema": "evoprune/methods@1", "methods": entries, "error": None})
-        return 0
-    rows = [[cell(entry) for cell in COLUMNS.values()] for entry in entries]
-    print_text(text_table([*COLUMNS], rows, COMBINED, page_width()))
+    elif name is None:
+        rows = [[cell(entry) for cell in COLUMNS.values()] for entry in entries]
+        print_text(text_table([*COLUMNS], rows, COMBINED, page_width()))
+    else:
+        _print_settings(entries[0])
     return 0
+
+
+def _print_settings(facts: dict[str, Any]) -> None:
+    """Print an entry of the JSON output as text."""
+    name, _, _, source = (cell(facts) for cell in COLUMNS.values())
+    about = f"{name} acts {COLUMNS['acts'](facts)} ({source})."
+    rows = [[each["name"], _value(each["default"]), each["range"] or ""] for each in facts["settings"]]
+    if rows:
+        note = f"{about} --method {name}:SETTING=VALUE changes a setting."
+        print_text(text_table(("setting", "default", "range"), rows, note, page_width()))
+    else:
+        print_text(textwrap.fill(f"{about} It has no settings.", page_width()) + "\n")
+
+
+def _value(default: object) -> str:
+    """Return a setting's default as users would type it, or "-" if there is none."""
+    if default is None:
+        return "-"
+    return f"{default:g}" if isinstance(default, float) else str(default).lower()
 
 
 def _facts(name: str, plugin: str | None) -> dict[str, Any]:
@@ -65,4 +99,15 @@ def _facts(name: str, plugin: str | None) -> dict[str, Any]:
         "reads_question": method and (method.acts == "language" or registry.MethodChain.parse(name).reads_question),
         "source": method and method.source,
         "plugin": plugin,
+        "settings": method and [_setting(each) for each in fields(method)],
     }
+
+
+def _setting(declared: Field) -> dict[str, Any]:
+    (interval,) = getattr(declared.type, "__metadata__", (None,))
+    default = declared.default
+    if (isinstance(default, float) and not isfinite(default)) or not isinstance(
+        default, bool | int | float | str | None
+    ):
+        default = str(default)
+    return {"name": declared.name, "default": default, "range": interval}

@@ -64,6 +64,29 @@ def test_all_are_listed_with_where_they_act(cli, monkeypatch):
     assert all(f"\n{name} " in shown for name in NAMES) and all(len(line) <= 80 for line in shown.splitlines())
 
 
+def test_the_settings_of_a_method_are_listed(cli, monkeypatch):
+    monkeypatch.setattr(methods, "plugins", lambda: {"evs": "of b-package, ignored"})
+    (facts,) = cli("methods", "fastv", "--json").record["methods"]
+    assert facts["settings"] == [
+        {"name": "share", "default": None, "range": None},
+        {"name": "depth", "default": 0.0625, "range": "(0, 1)"},
+    ]
+    shown = " ".join(cli("methods", "fastv:depth=0.5").out.split())
+    assert "share - depth 0.0625 (0, 1) fastv acts in the language model" in shown
+    assert "--method fastv:SETTING=VALUE changes a setting" in shown
+    assert "floor true evs acts after" in " ".join(cli("methods", "evs").out.split())
+    assert "It has no settings" in cli("methods", "divprune").out
+    refused = cli("methods", "evoprun")
+    assert refused.code == 2 and "did you mean evoprune" in refused.err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_default_can_be_typed(cli, name):
+    (facts,) = cli("methods", name, "--json").record["methods"]
+    typed = [f"{each['name']}={each['default']}" for each in facts["settings"] if each["default"] is not None]
+    assert methods.get(":".join([name, *typed])) == methods.get(name)
+
+
 @pytest.mark.full
 def test_eval(tiny, tmp_path):
     data = tmp_path / "one.jsonl"
