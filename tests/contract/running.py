@@ -120,7 +120,14 @@ def running(folder: Path):
             signal.signal(number, handler)
 
 
-def command(*args: str, stdin: str = "") -> tuple[int, str, str]:
+class Terminal(io.StringIO):
+    """Text that is typed at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def command(*args: str, stdin: str | io.StringIO = "") -> tuple[int, str, str]:
     """Run `evoprune ARGS` in this process. Returns exit code, stdout, stderr."""
     import typer.main
 
@@ -130,7 +137,7 @@ def command(*args: str, stdin: str = "") -> tuple[int, str, str]:
         open("out.log", "w+", encoding="utf-8") as out,
         open("err.log", "w+", encoding="utf-8") as err,
         patch.object(sys, "argv", ["evoprune", *args]),
-        patch.object(sys, "stdin", io.StringIO(stdin)),
+        patch.object(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin),
         patch.object(sys, "stdout", out),
         patch.object(sys, "stderr", err),
         patch.object(typer.main, "get_command", parser()),

@@ -17,7 +17,7 @@ import pytest
 import evoprune
 from evoprune.session import PipelineOptions
 from evoprune.video import SamplingOptions, local_file
-from tests.contract.running import command, masked_record, masked_text, materials, running
+from tests.contract.running import Terminal, command, masked_record, masked_text, materials, running
 from tests.plugins.serve.serving import CHAT, COLOUR, REASON, SAMPLES, body, serving
 
 pytest.importorskip("starlette", reason=REASON)
@@ -145,6 +145,16 @@ def test_a_video_on_stdin_is_sent(folder, server, monkeypatch):
 def test_a_question_on_stdin_is_asked(folder, server):
     with running(folder):
         assert command("ask", CLIP, "--via", server.url, stdin=COLOUR)[:2] == (0, "green\n")
+
+
+def test_a_conversation_is_the_same_as_without_a_server(folder, server):
+    typed = f"{COLOUR}\n/help\nWhat moves?\n/foo\nexit\n"
+    words = ("ask", CLIP, "-i", "-q")
+    with running(folder):
+        alone = command(*words, stdin=Terminal(typed))
+        via = command(*words, "--via", server.url, stdin=Terminal(typed))
+    assert via == alone and alone[0] == 0 and alone[1].startswith("green\n")
+    assert len(alone[1].splitlines()) == 2 and "unknown command /foo" in alone[2]
 
 
 def test_the_environment_names_the_server_and_the_key(qa, folder, tmp_path, monkeypatch):
