@@ -170,7 +170,7 @@ def missing_hint(path: str, usual: str, meant: str = "") -> str:
     """Return a hint on how to correct a nonexistent path.
 
     For a URL, the hint says what to pass instead. For a misspelled path, it suggests an existing path with a similar name, followed
-    by `usual`. If there is none, the hint is just `usual`.
+    by `usual`. If there isn't one, the hint is just `usual`.
 
     Args:
         path: The nonexistent path.

@@ -182,7 +182,7 @@ def _parse(given: AskArguments) -> PipelineOptions:
 
 
 def _ask_server(request: Request, given: AskArguments, talk: "Conversation", cleanup: contextlib.ExitStack) -> bool:
-    """Answer the questions by asking a server (`--via`). Returns False if there is none and the model is to be loaded here."""
+    """Answer the questions by asking a server (`--via`). Returns False if there isn't one and the model is to be loaded here."""
     from evoprune_cli.remote import LocalInput, RemoteInputs, set_options
     from evoprune_cli.via import find_server
 

@@ -77,7 +77,7 @@ def _print_settings(facts: dict[str, Any]) -> None:
 
 
 def _value(default: object) -> str:
-    """Return a setting's default as users would type it, or "-" if there is none."""
+    """Return a setting's default as users would type it, or "-" if there isn't one."""
     if default is None:
         return "-"
     return f"{default:g}" if isinstance(default, float) else str(default).lower()

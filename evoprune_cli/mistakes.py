@@ -80,7 +80,7 @@ def hint_of(problem: Exception, word: str | None, known: Sequence[str]) -> str:
 
 
 def _suggestion(word: str | None, known: Sequence[str]) -> str:
-    """Return a hint that suggests a command with a meaning or name similar to a word, or "" if there is none."""
+    """Return a hint that suggests a command with a meaning or name similar to a word, or "" if there isn't one."""
     if word is None:
         return COMMAND_HINTS["version"] if typed().words[:1] in (["-V"], ["-v"], ["-version"]) else ""
     if looks_like_input(word):
@@ -93,7 +93,7 @@ def _suggestion(word: str | None, known: Sequence[str]) -> str:
 
 
 def example_of(command: TyperCommand) -> str | None:
-    """Return the first example in a command's help, or None if there is none."""
+    """Return the first example in a command's help, or None if there isn't one."""
     return next(
         (line.strip() for line in EXAMPLE.findall(command.help or "") if line.strip().startswith("evoprune ")), None
     )

@@ -26,8 +26,8 @@ from evoprune.util import OPTION, Option, kinds_of, words_of
 from evoprune_cli.terminal import GLUE, only_answers_on_stdout
 from evoprune_cli.typed import Typed, remember, typed
 
-# Shell completion. Typer offers the returned words that start with the typed text. If there are none, the shell offers files. Typer
-# identifies the parameters of a completion function by their types and by the name `incomplete`.
+# Shell completion. Typer offers the returned words that start with the typed text. If there aren't any, the shell offers files.
+# Typer identifies the parameters of a completion function by their types and by the name `incomplete`.
 
 
 def one_of(*words: str) -> dict[str, Any]:

@@ -375,7 +375,7 @@ class RemoteChat:
         self.messages = []
 
     def undo(self) -> str | None:
-        """Remove the latest question and its answer, and return the question, or None if there is none."""
+        """Remove the latest question and its answer, and return the question, or None if there isn't one."""
         *self.messages, question, _ = self.messages or [None, None]
         return question and question["content"]
 

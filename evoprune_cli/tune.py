@@ -199,7 +199,7 @@ def _deliver(given: TuneArguments, tuning: "Tuning", error: dict[str, Any] | Non
 
 
 def _questions(texts: list[str], file: str | None) -> tuple[str, ...]:
-    """Return the questions from the command line and the file, without duplicates. If there are none, the caller uses defaults.
+    """Return the questions from the command line and the file, without duplicates. If there aren't any, the caller uses defaults.
 
     Raises:
         UsageError: If the file can't be read or contains no questions, or a question is empty.

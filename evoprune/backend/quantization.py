@@ -77,7 +77,7 @@ class Quantization:
 
     @staticmethod
     def delta_rule(device: torch.device, values: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-        """Return the compiled function that reads columns one by one in a Gated DeltaNet, or None if there is none.
+        """Return the compiled function that reads columns one by one in a Gated DeltaNet, or None if there isn't one.
 
         Layers that are not quantized use it too. See cpu/deltas.py for the function.
 

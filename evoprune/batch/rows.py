@@ -639,7 +639,7 @@ def has_inputs(folder: str, pictures: bool) -> bool:
 
 
 def left_out(video: str, pictures: bool = False, hint: str = " (-r)") -> str:
-    """Describe, in one line, the folder entries that are not used as inputs. Returns an empty string if there are none.
+    """Describe, in one line, the folder entries that are not used as inputs. Returns an empty string if there aren't any.
 
     Hidden files are not mentioned. In a folder of images, only subfolders are mentioned.
 

@@ -54,7 +54,7 @@ class Fates:
         chosen: bool `[N]`, True if the language model reads a token at the unit's place.
         source: int64 `[N]`, the unit whose pixels represent this unit: the unit itself, or a unit at the same position in an
             earlier frame pair.
-        owner: int64 `[N]`, the unit whose row or token represents this unit after pruning, or -1 if there is none.
+        owner: int64 `[N]`, the unit whose row or token represents this unit after pruning, or -1 if there isn't one.
         rows: The number of rows returned by the encoder.
     """
 

@@ -638,7 +638,7 @@ def _run_round(
 
 
 def _left_out(asked: Sequence[ProfileRow], kept: Sequence[ProfileRow], limit: TimeLimit) -> list[str]:
-    """Return a list with one note that names the removed rows, or an empty list if there are none."""
+    """Return a list with one note that names the removed rows, or an empty list if there aren't any."""
     there = {(row.name, row.case) for row in kept}
     cases = {row.case for row in kept}
     missing = [f"all rows of {case}" for case in dict.fromkeys(row.case for row in asked) if case not in cases]

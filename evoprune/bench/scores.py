@@ -110,7 +110,7 @@ def brier(sample: dict) -> float:
 
 
 def mean_brier(samples: Sequence[dict]) -> float | None:
-    """Return the mean Brier score of the multiple-choice answers among the samples, or None if there are none."""
+    """Return the mean Brier score of the multiple-choice answers among the samples, or None if there aren't any."""
     scores = [brier(sample) for sample in samples if sample.get("choices")]
     return _round(np.mean(scores)) if scores else None
 

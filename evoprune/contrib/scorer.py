@@ -91,7 +91,7 @@ def scorer_for(tokens: Tokens, scorer: Scorer | None) -> Scorer:
     """Return the scorer to use for a model's tokens: `scorer`, or the bundled scorer of a demo model if it is None.
 
     Raises:
-        UsageError: If the scorer is for another model, or if there is none.
+        UsageError: If the scorer is for another model, or if there isn't one.
     """
     model = tokens.fingerprint
     if scorer is None:

@@ -107,8 +107,8 @@ class LanguagePlan:
     def moved(self, places: Sequence[int]) -> Self:
         """Return a plan whose drops follow only numbers of layers in `places` (ascending).
 
-        Each drop moves to the next place, or to the last place if there is none after it. If several drops move to the same place,
-        the last one applies.
+        Each drop moves to the next place, or to the last place if there isn't one after it. If several drops move to the same
+        place, the last one applies.
         """
 
         def place(after: int) -> int:
@@ -304,7 +304,7 @@ class LanguageMethod(Method, ABC):
     def plan(self, depth: int, tokens: int, budget: float, linear: Collection[int] = ()) -> LanguagePlan:
         """Return the plan of `drops`, adapted to a model in which some layers have no attention.
 
-        Each drop moves to the next layer at which `attends` is met, or to the last such layer if there is none after it. Moving
+        Each drop moves to the next layer at which `attends` is met, or to the last such layer if there isn't one after it. Moving
         several drops changes the mean number of tokens, so they leave fewer or more tokens, such that the mean is at most that of
         the original plan.
 

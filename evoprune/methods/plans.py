@@ -165,7 +165,7 @@ class EncoderPlan:
 
     @property
     def token_stage(self) -> Stage | None:
-        """The stage that selects tokens after the vision tower, or None if there is none."""
+        """The stage that selects tokens after the vision tower, or None if there isn't one."""
         if not self.stages:
             return None
         last = self.stages[-1]

@@ -59,7 +59,7 @@ def _size(word: str) -> str:
 
 
 def near_hint(name: str) -> str:
-    """Return a "did you mean" hint that suggests the `nearest_id`, or an empty string if there is none."""
+    """Return a "did you mean" hint that suggests the `nearest_id`, or an empty string if there isn't one."""
     near = nearest_id(name)
     return f"did you mean {near}? " if near else ""
 

@@ -68,7 +68,7 @@ def local_models() -> list[LocalModel]:
 
 
 def here_hint() -> str:
-    """Return a hint that names some models on this machine that evoprune may run, or an empty string if there are none."""
+    """Return a hint that names some models on this machine that evoprune may run, or an empty string if there aren't any."""
     names = (name for name, _, _ in _places() if VISION_NAMES.search(name))
     found = list(islice(dict.fromkeys(names), HINTED + 1))
     return f"on this machine: {some(found)}; " if found else ""

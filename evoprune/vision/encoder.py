@@ -208,7 +208,7 @@ class TowerOutput:
         return stage is not None and stage.selector.reads_question
 
     def tokens(self) -> Encoded:
-        """Return the visual tokens. If the method reads the question, there are none until `Encoded.for_question` is called."""
+        """Return the visual tokens. If the method reads the question, there aren't any until `Encoded.for_question` is called."""
         return self.nothing_selected() if self.reads_question else self.select_tokens()
 
     @torch.inference_mode()

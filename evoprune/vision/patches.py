@@ -146,7 +146,7 @@ def predicted_units(
     Args:
         patches: `[pairs * H * W * 4, values]`, the patches of some frame pairs.
         first: The index of the first of these frame pairs.
-        previous: The second return value for the preceding frame pairs, or None if there are none.
+        previous: The second return value for the preceding frame pairs, or None if there aren't any.
 
     Returns:
         int64 `[pairs, H * W]`, the unit that predicts each unit's pixels, or the unit itself. Units are numbered across the video.

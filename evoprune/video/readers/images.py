@@ -37,7 +37,7 @@ _described: FileMemo[_Image | None] = FileMemo(64)  # the results of `_describe`
 class ImageSequence:
     """Images in display order, of which each is on screen equally long.
 
-    A damaged image is replaced with the previous image or, if there is none, with the first decodable image.
+    A damaged image is replaced with the previous image or, if there isn't one, with the first decodable image.
     """
 
     path: str  # path of the input

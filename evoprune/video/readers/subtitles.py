@@ -240,7 +240,7 @@ def _srt(text: str, file: str, origin_s: float, warnings: list[str]) -> Iterator
 
 
 def _from_container(path: str, origin_s: float, prefix: str) -> Subtitles:
-    """Read a container's default text track or, if there is none, its only text track. If this fails, `note` explains why."""
+    """Read a container's default text track or, if there isn't one, its only text track. If this fails, `note` explains why."""
     with ffmpeg.open_video(path) as container:
         tracks = list(enumerate(container.streams.subtitles, 1))
         texts = [(number, track) for number, track in tracks if _codec(track) in TEXT_CODECS]

@@ -90,7 +90,7 @@ class Channel:
             patience_s: Timeout in seconds, or None to wait forever.
 
         Returns:
-            The message or heartbeat, and the message's file descriptor, or None if there is none. The caller must close the
+            The message or heartbeat, and the message's file descriptor, or None if there isn't one. The caller must close the
             descriptor.
 
         Raises:

@@ -331,7 +331,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _begin(task: str, arguments: dict[str, Any]) -> tuple[Reader | None, dict | None]:
-    """Run a task. Returns the reader opened by the task, or None if there is none, and the result of the task."""
+    """Run a task. Returns the reader opened by the task, or None if there isn't one, and the result of the task."""
     if task == "frames":
         return FrameReader(Video(**arguments.pop("info")), **arguments), None
     if task == "sound":

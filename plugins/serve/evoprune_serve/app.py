@@ -464,7 +464,9 @@ async def read_json(request: Request, room: BodyRoom, parsing: asyncio.Lock) -> 
     read = values = 0
     try:
         async for piece in request.stream():
-            values += sum(piece.count(each) for each in STRUCTURE if each in piece)  # `in` is faster if there are none
+            values += sum(
+                piece.count(each) for each in STRUCTURE if each in piece
+            )  # `in` is faster if there aren't any
             if values > MOST_VALUES:
                 message = f"the body has more than {MOST_VALUES:,} commas, opening brackets, and opening braces"
                 raise refused(message, code="invalid_json")

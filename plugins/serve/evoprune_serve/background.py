@@ -81,7 +81,7 @@ class Failed(Exception):
 
 
 def stop() -> int | None:
-    """End the server in the background, and return its process ID, or None if there is none."""
+    """End the server in the background, and return its process ID, or None if there isn't one."""
     background = Background()
     if sys.platform == "win32":
         raise NotImplementedError  # `Background` has raised an error

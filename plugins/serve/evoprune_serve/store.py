@@ -54,7 +54,7 @@ class Content:
 
 @dataclass(eq=False)
 class Link:
-    """A path to an open file. `users` counts the callers using the path; the file is closed if there are none."""
+    """A path to an open file. `users` counts the callers using the path; the file is closed if there aren't any."""
 
     path: str
     file: BinaryIO

@@ -246,7 +246,7 @@ class Job:
 
     @property
     def inputs(self) -> OpenInputs | None:
-        """The opened inputs that the job owns, or None if there are none."""
+        """The opened inputs that the job owns, or None if there aren't any."""
         return self._inputs
 
     def take_inputs(self) -> OpenInputs | None:
