@@ -1,3 +1,4 @@
+import atexit
 import functools
 import gc
 import importlib
@@ -15,6 +16,9 @@ import pytest
 # The workers of pytest-xdist share the cores, so each one computes in one thread. Torch reads this variable on import.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:  # the workers inherit it
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="caches-of-tests-")  # instead of the user's caches
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import torch
 

@@ -23,7 +23,6 @@ from evoprune.model import Config
 from evoprune.session.gguf.names import names_gguf
 from evoprune.untrusted import TEXT, Rule, read_object
 from evoprune.util import file_stats
-from evoprune.video import temporary_folder
 
 INDEX = "gguf.json"  # names the GGUF files, in a folder of their small files
 MAX_FOLDERS = 16  # maximum number of folders to keep
@@ -66,6 +65,8 @@ def gguf_folder(name: str) -> Path | None:
 @cache
 def _temporary() -> Path:
     """Return a folder that is deleted when this process exits."""
+    from evoprune.video import temporary_folder
+
     kept = ExitStack()
     atexit.register(kept.close)
     return Path(kept.enter_context(temporary_folder("evoprune-gguf-")))
