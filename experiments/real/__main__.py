@@ -334,7 +334,7 @@ def run(options: argparse.Namespace) -> int:
     found, unreachable = sizes(settings)
     if not found:
         raise Failed(f"{next(iter(unreachable.values()))}\nhint: check the network, or use --benchmarks clips")
-    if options.plan or not all((folder / f"{name}.json").exists() for name in found):
+    if options.plan or not (folder / "settings.json").exists():  # a continued run has printed it
         print_plan(settings, question_seconds(settings, clip), found, options.python is None)
     for problem in unreachable.values():
         say(f"left out: {problem}")

@@ -229,6 +229,7 @@ def test_a_whole_run(tmp_path, capsys):
     """Runs everything with a demo model, then again from its results, after half of the answers were lost."""
     command = [*TRIAL, "--questions", "6", "-o", str(tmp_path), "--python", sys.executable]
     assert main(command) == 0
+    assert "asking one question without pruning, to estimate" in capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["failed"] and [*report["parts"]] == ["verify", "speed", "clips"]
     rows = report["parts"]["clips"]["rows"]
@@ -241,6 +242,7 @@ def test_a_whole_run(tmp_path, capsys):
     (tmp_path / "clips.json").unlink()
     capsys.readouterr()
     assert main(command) == 0
-    assert "clips: 7 of 18 answers" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "clips: 7 of 18 answers" in shown and "estimate" not in shown
     again = json.loads((tmp_path / "report.json").read_text())["parts"]["clips"]["rows"]
     assert {name: row["right"] for name, row in again.items()} == {name: row["right"] for name, row in rows.items()}
