@@ -38,6 +38,7 @@ LEVELS = 3  # maximum depth of models below a folder
 CONFIG = "config.json"
 # Bytes per weight of the dtypes in config.json.
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+INT4_BYTES = 4.5 / 8  # size of a 4-bit weight, including its share of the block's scale
 VISION_NAMES = re.compile(r"qwen-?(2([._]?5)?|3)[-_.]?vl|qwen-?3[._]?[5-9]", re.IGNORECASE)
 HINTED = 3  # maximum number of models to name in a hint
 
@@ -175,14 +176,7 @@ def _gguf(name: str, place: str, files: list[Path]) -> LocalModel:
     with reported(title):
         config = Config.parse(settings.config())
     total = sum(prod(tensor.shape) for tensor in settings.tensors.values())
-    text = config.text_config
-    needed = 2 * total
-    # On a CPU, linear layers are quantized again, but embeddings keep 16 bits.
-    if DeviceName("auto").available_memory() is not None:
-        embeddings = text.vocab_size * text.hidden_size
-        linear = total if config.tie_word_embeddings else total - embeddings
-        needed = linear + 2 * embeddings
-    return _checked(name, place, config, total, _sizes(files), needed)
+    return _checked(name, place, config, total, _sizes(files))
 
 
 def _folder(name: str, place: str, folder: Path) -> LocalModel:
@@ -201,18 +195,35 @@ def _folder(name: str, place: str, folder: Path) -> LocalModel:
     parameters = None if quantized or str(dtype) not in DTYPE_BYTES else disk // DTYPE_BYTES[str(dtype)]
     if not files:
         return LocalModel(name, place, config.vision_config.traits.series[-1], problem="its weights are not here")
-    return _checked(name, place, config, parameters, disk, disk if parameters is None else 2 * parameters)
+    return _checked(name, place, config, parameters, disk)
 
 
-def _checked(name: str, place: str, config: Config, parameters: int | None, disk: int, needed: int) -> LocalModel:
-    """Return a model that evoprune runs, after checking that the weights fit into memory."""
+def _checked(name: str, place: str, config: Config, parameters: int | None, disk: int) -> LocalModel:
+    """Return a model that evoprune runs, after checking that the weights fit into memory.
+
+    Args:
+        parameters: Number of weights, or None if the weight files are already quantized, and are kept as they are.
+        disk: Total size of the weight files in bytes.
+    """
+    available = DeviceName("auto").available_memory()  # None for a device other than the CPU
+    quantizes = parameters is not None and available is not None and config.text_config.qwen4 is None
+    needed = disk if parameters is None else 2 * parameters
+    if quantizes:
+        needed = _quantized_bytes(config, parameters, 1)
     problem = None
-    available = DeviceName("auto").available_memory()
     if available is not None and needed > available:
         problem = f"its weights need about {size(needed)} of memory, of which {size(available)} are available"
-        if config.text_config.qwen4 is None and needed == 2 * (parameters or 0) and parameters < available:
-            problem += "; --quantize int8 needs half"
+        if quantizes and (fewer := _quantized_bytes(config, parameters, INT4_BYTES)) < available:
+            problem += f"; --quantize int4 needs about {size(fewer)}"
     return LocalModel(name, place, config.vision_config.traits.series[-1], parameters, disk, needed, problem)
+
+
+def _quantized_bytes(config: Config, parameters: int, bytes_each: float) -> int:
+    """Return the size of a model's weights on a CPU, where linear layers are quantized, and embeddings keep 16 bits."""
+    text = config.text_config
+    embeddings = text.vocab_size * text.hidden_size
+    linear = parameters if config.tie_word_embeddings else parameters - embeddings
+    return int(bytes_each * linear + 2 * embeddings)
 
 
 def _sizes(files: Iterable[Path]) -> int:

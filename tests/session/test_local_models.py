@@ -76,6 +76,20 @@ def test_a_model_that_needs_too_much_memory(places, tiny, monkeypatch):
     assert "memory" in model.problem and model.series == "Qwen2.5-VL"
 
 
+def test_a_folder_needs_as_much_memory_as_a_file_with_the_same_weights(places, tiny, monkeypatch):
+    """Both run in 8 bits on a CPU. If that is too much, 4 bits may fit."""
+    shutil.copytree(tiny, places / "more/folder")
+    Folder(tiny).write_pair(places / "more/file", kind="Q8_0")
+    first, second = ModelOptions.on_this_machine()
+    assert (
+        first.needed_bytes == pytest.approx(second.needed_bytes, rel=0.01)
+        and first.needed_bytes < 1.5 * first.parameters
+    )
+    monkeypatch.setattr("evoprune.backend.Host.available_memory", lambda self: 0.9 * first.needed_bytes)
+    for model in ModelOptions.on_this_machine():
+        assert "; --quantize int4 needs about " in model.problem
+
+
 def test_a_hundred_models_take_half_a_second(places, tiny):
     text = Folder(tiny).write_pair(places / "more/0")
     for number in range(1, 100):
