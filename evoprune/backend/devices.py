@@ -46,6 +46,8 @@ GPU_SCORES = 1 << 26
 # Sizes of square matrix products large enough to keep a device busy.
 SIDES = (1024, 2048)
 GPU_SIDES = (4096, 8192)
+PROGRAM_BYTES = 224 * 2**20  # memory of Python, torch, and other modules
+TOKEN_BYTES = 1024  # memory of a tokenizer per token of its vocabulary
 
 
 class Device:
@@ -218,6 +220,17 @@ class Device:
         if available is None or needed <= available:
             return None
         return f"needs about {size(needed)} of memory, and {size(max(0, available))} are available"
+
+    def program_bytes(self, vocabulary: int) -> int:
+        """Return the memory that the program takes on this device in addition to the model, in bytes.
+
+        This is the memory of Python, its modules, and a tokenizer. On CUDA, it is 0, because the memory of torch's libraries isn't
+        counted (see `peak_memory`).
+
+        Args:
+            vocabulary: Number of tokens in the vocabulary.
+        """
+        return 0 if self._on_cuda else PROGRAM_BYTES + vocabulary * TOKEN_BYTES
 
     def memory_in_use(self) -> tuple[int | None, int | None]:
         """Return this process's resident memory in bytes, split into its own memory and memory-mapped files.

@@ -193,6 +193,16 @@ class Quantization:
                     saved += weight.nbytes
         return saved
 
+    def packed_bytes(self, model: nn.Module) -> int:
+        """Return the size of the layers whose stored weights are copied into another layout.
+
+        The model may be on the meta device.
+        """
+        from evoprune.backend.cpu.quantize import Int8Linear
+
+        packed = (path for path, form in self.layers(model).items() if form is Int8Linear)
+        return sum(model.get_submodule(path).weight.numel() for path in packed)
+
     def weights(self, model: nn.Module) -> list[str]:
         """Return the names of all weights to quantize."""
         return [

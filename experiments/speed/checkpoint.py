@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from evoprune.bundled import DEMOS
-from evoprune.model import Model
-from evoprune.session import BUNDLED_CONFIGS, ModelOptions, describe, load_model
+from evoprune.model import Config, QwenVL
+from evoprune.session import BUNDLED_CONFIGS
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 WORDS = 151_643  # size of the published vocabulary without special tokens
@@ -27,19 +27,26 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 
-def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2) -> None:
-    """Write bf16 weights and the config, tokenizer, and processor settings to `folder`, which must not exist yet."""
+def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2, mtp: bool = False) -> None:
+    """Write bf16 weights and the config, tokenizer, and processor settings to `folder`, which must not exist yet.
+
+    Args:
+        mtp: Whether to include the layer for multi-token prediction, as published. Its random drafts are never accepted.
+    """
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
-    options = ModelOptions(model, device="cpu", dtype="bf16", load_format="dummy")
-    write_weights(made, load_model(describe(options), pack=False).model, shards)
-    write_settings(made, model)
+    write_settings(made, model, mtp)
+    config = Config.parse(json.loads((made / "config.json").read_text(encoding="utf-8")))
+    write_weights(made, QwenVL.random(config, torch.bfloat16, torch.device("cpu")), shards)
     made.rename(folder)
 
 
-def write_settings(folder: Path, model: str = MODEL) -> None:
+def write_settings(folder: Path, model: str = MODEL, mtp: bool = False) -> None:
     """Write the config, tokenizer, and processor settings to `folder`. A model with random weights requires nothing else."""
-    shutil.copyfile(BUNDLED_CONFIGS[model], folder / "config.json")
+    config = json.loads(BUNDLED_CONFIGS[model].read_text(encoding="utf-8"))
+    if not mtp:
+        config["text_config"].pop("mtp_num_hidden_layers", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copyfile(DEMOS["demo"].folder / name, folder / name)
     tokenizer = _tokenizer(json.loads((DEMOS["demo"].folder / "tokenizer.json").read_text(encoding="utf-8")))
@@ -48,7 +55,7 @@ def write_settings(folder: Path, model: str = MODEL) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
 
 
-def write_weights(folder: Path, model: Model, shards: int) -> None:
+def write_weights(folder: Path, model: QwenVL, shards: int) -> None:
     """Write a model's weights under the names used in published checkpoints. Tied weights are written once."""
     from safetensors.torch import save_file
 
@@ -101,6 +108,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default=MODEL, choices=sorted(BUNDLED_CONFIGS))
     parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--mtp", action="store_true", help="include the layer for multi-token prediction")
     write_checkpoint(**vars(parser.parse_args()))
 
 

@@ -1,9 +1,14 @@
 """Test memory estimates, the fallbacks used when memory is low, and that running out of memory is always reported as such."""
 
+import json
 import os
 import re
 import resource
+import subprocess
+import sys
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,8 @@ from evoprune.session import ModelOptions, describe, encoding, load_model, memor
 from evoprune.session.loading.weights import needed_bytes
 from evoprune.util import size
 from evoprune.video_qa import VideoQA
+from experiments.speed.checkpoint import write_checkpoint
+from tests import gguf_files
 from tests.quantized import KINDS
 from tests.threads import one_thread  # noqa: F401
 from tests.video.files import spoil
@@ -157,18 +164,64 @@ def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
     assert "quantize" not in caught.value.hint and "--dtype" not in caught.value.hint
 
 
+def test_mapped_embeddings_count_only_if_all_rows_are_read():
+    """Lookups read few rows of a mapped file, but an unquantized output layer reads the embeddings to which it is tied."""
+
+    def counted(tied: bool, quantize: str, table_mapped: bool) -> int:
+        config = describe(ModelOptions("Qwen/Qwen3.5-2B", load_format="dummy")).config
+        config = replace(config, tie_word_embeddings=tied)
+        return needed_bytes(config, torch.bfloat16, quantize, mapped=True, table_mapped=table_mapped)
+
+    table = 248_320 * 2048 * 2
+    for tied, quantize in product((True, False), ("none", *KINDS)):
+        unread = 0 if tied and quantize == "none" else table
+        assert counted(tied, quantize, False) - counted(tied, quantize, True) == unread
+
+
+@pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
+def test_embeddings_of_gguf_files_count_because_they_are_not_mapped(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    text = gguf_files.Folder(saved).write_pair(tmp_path)
+    counted = [weights_of(describe(ModelOptions(str(path)))).bytes_as("fp32", KINDS[0]) for path in (saved, text)]
+    config = describe(ModelOptions(str(saved))).config.text_config
+    assert counted[1] - counted[0] == 4 * config.vocab_size * config.hidden_size
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
+def test_the_peak_of_a_later_start_is_as_foretold(tmp_path):
+    """With the dimensions of Qwen3.5-0.8B. Its embeddings take as much memory as all quantized layers."""
+    folder = tmp_path / "model"
+    write_checkpoint(folder, "Qwen/Qwen3.5-0.8B")
+    options = ["-m", str(folder), "--quantize", KINDS[0], "--dtype", "bf16", "-b", "0.25", "--json"]
+
+    def run(*words: str) -> dict:
+        command = [sys.executable, "-m", "evoprune_cli", *words, *options]
+        env = os.environ | {"EVOPRUNE_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["memory"]
+
+    foretold = run("inspect", CLIP)
+    peaks = [run("ask", CLIP, "?", "-n", "4", "--store-quantized")["peak_bytes"] for _ in range(2)]
+    print(foretold, peaks)
+    assert foretold["needed_bytes"] / 1.1 < peaks[1] < 1.1 * foretold["used_if_free_bytes"] < peaks[0]
+
+
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
 def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     config = describe(ModelOptions(str(saved))).config
     kind = KINDS[0]
-    wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
+    wide, small = (needed_bytes(config, torch.float32, each, mapped=True, table_mapped=True) for each in ("none", kind))
     assert small < wide
     monkeypatch.setattr(Device, "available_memory", lambda self: small)
     with pytest.raises(OutOfMemory) as caught:
         load_model(str(saved), dtype="fp32")
     assert re.search(rf"^--quantize {kind} needs about \d+ MiB for the weights; ", caught.value.hint)
     assert caught.value.hint.endswith("or use a smaller model")
-    assert load_model(str(saved), dtype="fp32", quantize=kind).weights_bytes <= 1.001 * small
+    loaded = load_model(str(saved), dtype="fp32", quantize=kind)
+    mapped = loaded.model.model.language_model.embed_tokens.weight.nbytes
+    assert loaded.weights_bytes - mapped <= 1.001 * small
 
 
 def test_half_the_bytes_are_suggested_where_they_fit(saved, monkeypatch):

@@ -149,7 +149,9 @@ class ModelWeights:
         """
         model = self.description
         if model.native:
-            return needed_bytes(self.config, DTYPES[dtype], quantize, self._stays_mapped(dtype, quantize))
+            mapped = self._stays_mapped(dtype, quantize)
+            table_mapped = mapped and not gguf_files(model.folder)  # GGUF files' embeddings are dequantized
+            return needed_bytes(self.config, DTYPES[dtype], quantize, mapped, table_mapped)
         if model.quantization and self.files_here and not Device(self.device).widens(model.quantization):
             return sum(file.stat().st_size for file in self.files_here)
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
@@ -185,17 +187,20 @@ class ModelWeights:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Size of the packed weights, in bytes, which a CPU stores in addition to the memory-mapped files if memory allows."""
+        """Size of the packed weights, in bytes, which a CPU stores in addition to the memory-mapped files if memory allows.
+
+        If the weights are quantized, this assumes a later start, which maps a file of quantized weights.
+        """
         dtype = DTYPES[self.description.dtype]
         quantize = self.description.quantize
-        if not (
-            self.description.native and quantize == "none" and self._stays_mapped(self.description.dtype, quantize)
-        ):
+        if not (self.description.native and self._stays_mapped(self.description.dtype, quantize)):
             return 0
+        model = QwenVL.empty(self.config).to(dtype)
+        if quantize != "none":
+            return Quantization(quantize).packed_bytes(model)
         if not Packing.supports(torch.empty(1, dtype=dtype, device=self.device)):
             return 0
-        layers = [module for module in QwenVL.empty(self.config).to(dtype).modules() if type(module) is torch.nn.Linear]
-        return sum(layer.weight.nbytes for layer in layers)
+        return sum(module.weight.nbytes for module in model.modules() if type(module) is torch.nn.Linear)
 
     def _stays_mapped(self, dtype: str, quantize: str) -> bool:
         """Return True if the weights will stay memory-mapped. For weights not yet downloaded, this is a prediction."""
@@ -234,9 +239,10 @@ class ModelWeights:
         }
 
     def memory_facts(self, plan: Plan) -> dict[str, Any]:
-        """Return how much memory is needed to ask a question about an input, using the same estimate as the check before a run.
+        """Return how much memory is needed to ask a question about an input.
 
-        The "enough" entry is True if enough memory is available, or None if the available memory is unknown.
+        The estimates for the weights and the work are the same as in the check before a run. The memory of the program is added to
+        them. The "enough" entry is True if enough memory is available, or None if the available memory is unknown.
         """
         model = self.description
         pruning = plan.pruning.config()
@@ -247,8 +253,9 @@ class ModelWeights:
         available = Device(model.device).available_memory()
         bytes_each = DTYPES[model.dtype].itemsize
         # If memory is low, try smaller pieces, just like an actual run.
+        program = Device(self.device).program_bytes(text.vocab_size)
         for _, working in piece_needs(model.config, self.device, encoder, bytes_each, prompt):
-            needed = self.bytes + working
+            needed = program + self.bytes + working
             if available is None or needed <= available:
                 break
         enough = None
@@ -263,6 +270,7 @@ class ModelWeights:
             "budget": pruning.budget.recorded,
             "visual_tokens": encoder.keep,
             "language_layers": None if isinstance(prompt, int) else [[i, n - TEXT] for i, n in enumerate(prompt)],
+            "program_bytes": program,
             "weights_bytes": self.bytes,
             "working_bytes": working,
             "needed_bytes": needed,
@@ -479,20 +487,25 @@ def has_mtp(config: Config, files: WeightFiles) -> bool:
     return not missing
 
 
-def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
+def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool, table_mapped: bool) -> int:
     """Estimate how many bytes of memory the weights need during loading and afterwards.
 
     The estimate includes memory-mapped weights. They are read for each token, so any evicted pages would have to be loaded again.
-    If mapped weights will be quantized, they are read only once, so only their quantized size counts.
+    If mapped weights will be quantized, they are read only once, so only their quantized size counts. Mapped embeddings count only
+    if they are also the output layer, because otherwise, only the rows of the tokens are read.
 
     Args:
         mapped: Whether the weights stay memory-mapped (see `stay_mapped`).
+        table_mapped: Whether the embeddings stay memory-mapped.
     """
     model = QwenVL.empty(config).to(dtype)
-    wide = sum(weight.nbytes for weight in model.parameters())
+    needed = sum(weight.nbytes for weight in model.parameters())
     if quantize != "none" and mapped:
-        return wide - Quantization(quantize).saved_bytes(model)
-    return wide
+        needed -= Quantization(quantize).saved_bytes(model)
+    embeddings = model.model.language_model.embed_tokens.weight
+    if table_mapped and (quantize != "none" or model.lm_head.weight is not embeddings):
+        needed -= embeddings.nbytes
+    return needed
 
 
 def stay_mapped(files: WeightFiles, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> bool:

@@ -491,7 +491,8 @@ def test_a_layer_for_multi_token_prediction_is_loaded(tmp_path, family):
     assert described.parameters == sum(
         weight.numel() for weight in {id(each): each for each in weights.values()}.values()
     )
-    assert described.bytes == 4 * described.parameters
+    unread = weights["model.language_model.embed_tokens.weight"].nbytes  # mapped, and not the output layer
+    assert described.bytes == 4 * described.parameters - unread
     # transformers saves neither the tensors nor, in older versions, the settings
     change(folder, lambda weights: [weights.pop(name) for name in own])
     without = weights_of(describe(ModelOptions(str(folder), dtype="fp32")))
