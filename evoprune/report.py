@@ -47,6 +47,9 @@ WARNINGS = {
     EQUAL_SCORES: "{video} shows only flat colors, so pruning had nothing to go by",
     "random_weights": "the weights are random, so the answer is meaningless; times and counts are valid for these dimensions",
     "cache_not_written": "the encoded video could not be stored: is the cache folder (by default {cache}) full or read-only?",
+    "weights_not_stored": "the quantized weights are not kept on disk, so every start quantizes them again. The cache folder (by "
+    "default {cache}) must be writable and have 8 GiB more than twice their size free, or their size with --store-quantized "
+    "(store_quantized); it keeps up to 32 GiB of weights. --no-store turns this warning off",
     "damaged_subtitles": "some lines or characters of the subtitles cannot be read and were left out or replaced; is their text "
     "UTF-8, and are their times written correctly?",
     "subtitles_encoding": "the subtitle file is not UTF-8 and was read as Windows-1252; if letters are wrong, save it as UTF-8",

@@ -19,4 +19,4 @@ def parameters(*names: str) -> list:
 
 
 def int8(layer, large=None, to_bytes=None) -> Int8Linear:
-    return Int8Linear(int8_weights(layer, large), layer.weight.shape, layer.bias, to_bytes)
+    return Int8Linear(int8_weights(layer.weight, large), layer.weight.shape, layer.bias, to_bytes)

@@ -19,7 +19,7 @@ from evoprune.errors import UsageError
 if TYPE_CHECKING:
     from evoprune.backend.cpu.experts import QuantizedExperts
     from evoprune.backend.cpu.layer import CompiledLayer
-    from evoprune.backend.cpu.quantize import Int8Linear, Weights
+    from evoprune.backend.cpu.quantize import Int8Linear, Matrix, Weights
 
 # Unquantized layers, as in published checkpoints: the decay and write gates of a Gated DeltaNet, which compute one number per head,
 # and the gate of the shared expert, which computes a single number.
@@ -218,7 +218,7 @@ class Quantization:
         run: Callable[[nn.Module], None],
         progress: Callable[[int, int], None] | None = None,
         store: "Callable[[str, Weights], None] | None" = None,
-        read: Callable[[str], torch.Tensor] | None = None,
+        read: "Callable[[str], Matrix] | None" = None,
     ) -> None:
         """Quantize the linear layers of a model in place. Each layer is quantized as soon as its input is known.
 
@@ -228,7 +228,7 @@ class Quantization:
             progress: Called with the number of finished layers and the total number of layers.
             store: Called with each layer's name and the tensors required to `restore` it.
             read: Returns the weights with a given name, for layers whose weights are on the meta device because all of them
-                together would not fit into memory.
+                together would not fit into memory. The weights of experts must be a tensor.
 
         Raises:
             RuntimeError: If a layer was not called.
@@ -242,17 +242,16 @@ class Quantization:
 
         def quantize_layer(path: str, layer: nn.Linear, large: torch.Tensor) -> nn.Module:
             form = layers.forms[path]
-            source = layer
-            if layer.weight.is_meta and read:
-                source = nn.Linear(1, 1, bias=False, device="meta")
-                source.weight = nn.Parameter(read(f"{path}.weight"), requires_grad=False)
+            weight = layer.weight
+            if weight.is_meta and read:
+                weight = read(f"{path}.weight")
             if form is quantize.RowMajorInt4Linear:
-                weights = quantize.row_major_int4_weights(source, large)
+                weights = quantize.row_major_int4_weights(weight, large)
             elif form is quantize.RowMajorInt8Linear:
                 # Row-major weights are not copied into a packed layout, so they can't share the buffer.
-                weights = quantize.int8_weights(source, large)
+                weights = quantize.int8_weights(weight, large)
             else:
-                weights = quantize.int8_weights(source, large, memory)
+                weights = quantize.int8_weights(weight, large, memory)
             if store:
                 store(path, weights)
             return layers.put(path, layer, weights)

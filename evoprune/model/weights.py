@@ -7,7 +7,7 @@ transformers, which takes longer to import than generating a short answer.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -206,9 +206,8 @@ class Model(Tree):
 
     def __init__(self, **children: nn.Module):
         super().__init__(**children)
-        self.deferred: dict[
-            str, Callable[[], torch.Tensor]
-        ] = {}  # functions that read the weights on the meta device, by name
+        # Functions that read the weights on the meta device, by name. See `read` of `Quantization.apply` for their results.
+        self.deferred: dict[str, Callable[[], Any]] = {}
 
     @property
     def dtype(self) -> torch.dtype:

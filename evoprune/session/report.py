@@ -81,6 +81,8 @@ def inputs_report(session: Session, encodings: Sequence[InputResult]) -> Report:
         report.warnings.append(doubt)
     if loaded.description.random:
         report.warnings.append("random_weights")
+    if loaded.not_stored:
+        report.warnings.append("weights_not_stored")
     if all(encoding.encoded.flat for encoding in encodings):
         report.warnings.append(EQUAL_SCORES)
     return report

@@ -12,8 +12,10 @@ int4 weights are used only in the language model; the vision tower uses int8. Th
 (`RowMajorInt4Linear`). This requires the compiled library, because PyTorch's products would be slower than those of int8.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -67,11 +69,20 @@ class Bytes:
         return rounded
 
 
-def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
+class Matrix(Protocol):
+    """A weight matrix, `[out, in]`: a tensor, or an object that reads its rows when it is split."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def split(self, rows: int, /) -> Iterable[torch.Tensor]: ...
+
+
+def int8_weights(weight: Matrix, large: torch.Tensor | None = None, memory: torch.Tensor | None = None) -> Weights:
     """Quantize a linear layer's weights on the CPU, and return the tensors required by `Int8Linear`.
 
     Args:
-        layer: The layer to quantize.
+        weight: The weights to quantize.
         large: int64, the input channels to compute in float32.
         memory: int8, a buffer that stores `whole` if it is large enough. The next call with the same buffer overwrites it.
 
@@ -81,21 +92,23 @@ def int8_weights(layer: nn.Linear, large: torch.Tensor | None = None, memory: to
     """
     if large is None:
         large = torch.zeros(0, dtype=torch.int64, device="cpu")
-    count = layer.weight.numel()
+    count = math.prod(weight.shape)
     if memory is None or len(memory) < count:
         memory = torch.empty(count, dtype=torch.int8, device="cpu")
-    whole = memory[:count].view(layer.weight.shape)
+    whole = memory[:count].view(*weight.shape)
     scales = []
     sums = []
-    for rows, place in zip(_pieces(layer.weight), _pieces(whole), strict=True):
+    wide = []
+    for rows, place in zip(_pieces(weight), _pieces(whole), strict=True):
         rows = rows.to(torch.float32, copy=True)
+        wide.append(rows[:, large])
         rows[:, large] = 0.0
         scales.append(_largest_per_row(rows).clamp_(min=1e-12) / 127)
         rows.div_(scales[-1][:, None]).round_()
         sums.append(rows.sum(1))  # exact: whole numbers below 2^24
         place.copy_(rows)
     scale = torch.cat(scales)
-    return {"whole": whole, "scale": scale, "sum": torch.cat(sums), "large": large, "wide": _columns(layer, large)}
+    return {"whole": whole, "scale": scale, "sum": torch.cat(sums), "large": large, "wide": _transposed(wide)}
 
 
 class Int8Linear(nn.Module):
@@ -282,16 +295,21 @@ def _product(
     return torch.ops.onednn.qlinear_pointwise(x, 1.0, x_zero, packed, scale, zero, offset, *output_args)
 
 
-def row_major_int4_weights(layer: nn.Linear, large: torch.Tensor) -> Weights:
+def row_major_int4_weights(weight: Matrix, large: torch.Tensor) -> Weights:
     """Quantize a layer's weights for `RowMajorInt4Linear`.
 
     Returns:
         `packed` and `scale`, as returned by `four_bits.pack`; `large`; and `wide`, float32 `[m, out]`, the weights of the large
         channels, which are zero in `packed`.
     """
-    pieces = (four_bits.pack(rows.float().index_fill(1, large, 0.0)) for rows in _pieces(layer.weight))
+    wide = []
+    pieces = []
+    for rows in _pieces(weight):
+        rows = rows.float()
+        wide.append(rows[:, large])
+        pieces.append(four_bits.pack(rows.index_fill(1, large, 0.0)))
     packed, scale = (torch.cat(each) for each in zip(*pieces, strict=True))
-    return {"packed": packed, "scale": scale, "large": large, "wide": _columns(layer, large)}
+    return {"packed": packed, "scale": scale, "large": large, "wide": _transposed(wide)}
 
 
 def experts_weights(matrices: Mapping[str, torch.Tensor], kind: str) -> Weights:
@@ -309,13 +327,11 @@ def experts_weights(matrices: Mapping[str, torch.Tensor], kind: str) -> Weights:
     made = {}
     for name, matrix in matrices.items():
         for number, weight in enumerate(matrix):
-            layer = nn.Linear(1, 1, bias=False, device="meta")
-            layer.weight = nn.Parameter(weight, requires_grad=False)
             if kind == "int4" and suited:
-                found = row_major_int4_weights(layer, torch.zeros(0, dtype=torch.int64, device="cpu"))
+                found = row_major_int4_weights(weight, torch.zeros(0, dtype=torch.int64, device="cpu"))
                 whole = found["packed"]
             else:
-                found = int8_weights(layer)
+                found = int8_weights(weight)
                 whole = found["whole"]
             if (
                 not number
@@ -326,10 +342,10 @@ def experts_weights(matrices: Mapping[str, torch.Tensor], kind: str) -> Weights:
     return made
 
 
-def _columns(layer: nn.Linear, channels: torch.Tensor) -> torch.Tensor:
-    """Return the weights of some input channels, float32 `[m, out]`."""
+def _transposed(columns: list[torch.Tensor]) -> torch.Tensor:
+    """Return the weights of some input channels, float32 `[m, out]`, given pieces of them as `[rows, m]`."""
     # With a single channel, `contiguous()` would keep the strides of the transpose, and the product would run a different kernel.
-    return layer.weight[:, channels].float().T.clone(memory_format=torch.contiguous_format)
+    return torch.cat(columns).T.clone(memory_format=torch.contiguous_format)
 
 
 def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:
@@ -337,7 +353,7 @@ def _largest_per_row(rows: torch.Tensor) -> torch.Tensor:
     return torch.maximum(rows.amax(1), -rows.amin(1))
 
 
-def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _pieces(weight: Matrix) -> Iterable[torch.Tensor]:
     return weight.split(max(1, PIECE_WEIGHTS // weight.shape[1] // STEP_ROWS) * STEP_ROWS)
 
 

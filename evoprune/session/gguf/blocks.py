@@ -77,7 +77,7 @@ def _q5_1(blocks):
 
 
 def _q8_0(blocks):
-    return _signed(blocks[:, 2:]) * _half(blocks, 0)
+    return _signed(blocks[:, 2:]).float().mul_(_half(blocks, 0))
 
 
 def _q2_k(blocks):

@@ -147,20 +147,28 @@ def gguf_title(folder: Path | None) -> str:
 
 
 def naming_files(load: Callable[P, Loaded]) -> Callable[P, Loaded]:
-    """Decorate a function so that its errors name a model's GGUF files instead of the folder with their small files."""
+    """Decorate `load_model` so that errors name a model's GGUF files instead of the folder with their small files."""
 
     @wraps(load)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Loaded:
         try:
-            return load(*args, **kwargs)
+            loaded = load(*args, **kwargs)
         except ModelError as problem:
-            for folder in (each for parent in (_folders(), _temporary()) for each in parent.glob("*")):
-                # Users don't know the folder or the names of the files in it.
-                inside = rf"{re.escape(str(folder))}([/\\][\w.]+)?"
-                problem.message = re.sub(inside, lambda _, folder=folder: gguf_title(folder), problem.message)
+            problem.message = _with_titles(problem.message)
             raise
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.template_file = _with_titles(loaded.tokenizer.template_file)
+        return loaded
 
     return wrapper
+
+
+def _with_titles(text: str) -> str:
+    """Replace the paths of small files, which users don't know, with the names of the GGUF files."""
+    for folder in (each for parent in (_folders(), _temporary()) for each in parent.glob("*")):
+        inside = rf"{re.escape(str(folder))}([/\\][\w.]+)?"
+        text = re.sub(inside, lambda _, folder=folder: gguf_title(folder), text)
+    return text
 
 
 def _index(folder: Path | None) -> dict:

@@ -4,7 +4,7 @@ llama.cpp's and Ollama's converters rename tensors, split and join them, and reo
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from evoprune.backend import Device
 from evoprune.files import FileIdentity
 from evoprune.session.gguf.blocks import PLAIN, dequantize
 from evoprune.session.gguf.files import reported, settings_of
@@ -23,6 +24,7 @@ from evoprune.untrusted import YES_OR_NO
 Change = Callable[..., torch.Tensor]  # computes a tensor from the tensors in the file
 Entry = tuple[str, Change, list[str]]  # a tensor's name, how to compute it, and the names in the file
 
+ROWS = 512  # number of rows of embeddings to dequantize at a time
 VISUAL = "model.visual."
 TEXT = {
     "token_embd.weight": "model.language_model.embed_tokens.weight",
@@ -85,8 +87,26 @@ class GgufSlice:
         kind = self._tensors.infos[sources[0]].kind.name
         return kind if kind in PLAIN else "F16"
 
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensors.placeholder(self._name).shape
+
     def get_shape(self) -> list[int]:
-        return list(self._tensors.placeholder(self._name).shape)
+        return list(self.shape)
+
+    def split(self, rows: int) -> Iterator[torch.Tensor]:
+        """Yield the rows of a matrix, a few at a time. If the file contains the whole matrix, no others are dequantized.
+
+        Args:
+            rows: Maximum number of rows at a time.
+        """
+        change, sources = self._tensors.entries[self._name]
+        info = self._tensors.infos[sources[0]]
+        if change is not _same or info.kind.name in PLAIN:
+            yield from self[:].split(rows)
+            return
+        for data in self._tensors.blocks(info).split(rows * info.size // info.shape[0]):
+            yield dequantize(data, info.kind).view(-1, info.shape[1])
 
     def __getitem__(self, index: object) -> torch.Tensor:
         return self._tensors.get_tensor(self._name)[index]
@@ -149,20 +169,28 @@ class GgufTensors:
             raise ValueError(f"the shape of the tensor {sources[0]} is invalid: {shapes}") from problem
 
     def compact(self, name: str) -> torch.Tensor:
-        """Return a tensor like `get_tensor`, but float16 if it is quantized."""
-        found = self.get_tensor(name)
+        """Return a matrix like `get_tensor`, but float16 if it is quantized."""
         _, sources = self.entries[name]
-        return found if self.infos[sources[0]].kind.name in PLAIN else found.half()
+        if self.infos[sources[0]].kind.name in PLAIN:
+            return self.get_tensor(name)
+        made = torch.empty(self.placeholder(name).shape, dtype=torch.float16, device="cpu")
+        for place, rows in zip(made.split(ROWS), self.get_slice(name).split(ROWS), strict=True):
+            place.copy_(rows)
+        return made
 
     def _values(self, name: str) -> torch.Tensor:
         info: TensorInfo = self.infos[name]
-        if info.file not in self._files:
-            size = info.file.stat().st_size
-            self._files[info.file] = torch.from_file(str(info.file), size=size, dtype=torch.uint8, device="cpu")
-        data = self._files[info.file][info.offset : info.offset + info.size]
+        data = self.blocks(info)
         if (dtype := PLAIN.get(info.kind.name)) is not None:
             return data.view(dtype).view(info.shape)
         return dequantize(data, info.kind).view(info.shape)
+
+    def blocks(self, info: TensorInfo) -> torch.Tensor:
+        """Return the memory-mapped bytes of a tensor in a file, uint8 `[bytes]`."""
+        if info.file not in self._files:
+            size = info.file.stat().st_size
+            self._files[info.file] = torch.from_file(str(info.file), size=size, dtype=torch.uint8, device="cpu")
+        return self._files[info.file][info.offset : info.offset + info.size]
 
 
 class _Names:
@@ -213,7 +241,7 @@ class _Names:
             yield "mlp.shared_expert_gate.weight", lambda x: x.reshape(1, -1), [full]
         elif name in ("ffn_gate_exps.weight", "ffn_gate_up_exps.weight"):
             sources = [full] if "_up_" in name else [full, others("ffn_up_exps.weight")]
-            yield "mlp.experts.gate_up_proj", lambda *x: self._experts(torch.cat(x, 1)), sources
+            yield "mlp.experts.gate_up_proj", lambda *x: self._experts(_cat(x, 1)), sources
         elif name == "ffn_down_exps.weight":
             yield "mlp.experts.down_proj", self._experts, [full]
         elif name != "ffn_up_exps.weight":
@@ -237,7 +265,7 @@ class _Names:
             first, heads = x.split([start, x.shape[dim] - start], dim)
             shape = heads.shape
             heads = heads.unflatten(dim, (values // keys, keys, size)).transpose(dim, dim + 1).reshape(shape)
-            return torch.cat([first, heads], dim) if start else heads
+            return _cat([first, heads], dim) if start else heads
 
         def of_key_heads(x: torch.Tensor, which: int) -> torch.Tensor:
             return x.unflatten(0, (keys, 2, values // keys))[:, which].flatten(0, 1)
@@ -253,7 +281,7 @@ class _Names:
                 ("in_proj_b.weight", partial(of_key_heads, which=0)),
                 ("in_proj_a.weight", partial(of_key_heads, which=1)),
             ],
-            "ssm_a": [("A_log", lambda x: grouped(torch.log(-x.float())))],
+            "ssm_a": [("A_log", lambda x: grouped(torch.log(-x.float()) if _has_values(x) else x))],
             "ssm_dt.bias": [("dt_bias", grouped)],
             "ssm_dt": [("dt_bias", grouped)],
             "ssm_conv1d.weight": [("conv1d.weight", lambda x: rows(x.flatten(0, -2), start=start)[:, None])],
@@ -265,7 +293,11 @@ class _Names:
         traits = self._traits
         base, _, part = name.rpartition(".")
         if name in PATCHES:
-            yield "patch_embed.proj.weight", lambda *x: torch.stack(x, 2), [name, PATCHES[name]]
+            yield (
+                "patch_embed.proj.weight",
+                lambda *x: _cat([each.unsqueeze(2) for each in x], 2),
+                [name, PATCHES[name]],
+            )
         elif name == "v.patch_embed.weight":  # Ollama joins the input and output channels
             yield "patch_embed.proj.weight", lambda x: x.unflatten(0, (-1, 3)), [name]
         elif name in SINGLE:
@@ -279,7 +311,7 @@ class _Names:
             if block[2] == "attn_q":
                 yield (
                     f"{prefix}attn.qkv.{part}",
-                    lambda *x: torch.cat(x),
+                    lambda *x: _cat(x, 0),
                     [f"v.blk.{block[1]}.attn_{each}.{part}" for each in "qkv"],
                 )
             elif block[2] in self._block:
@@ -316,8 +348,23 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _has_values(x: torch.Tensor) -> bool:
+    """Return False on the meta device, where calculations would import torch's compiler, which takes seconds."""
+    return Device(x.device).holds_values
+
+
 def _minus_one(x: torch.Tensor) -> torch.Tensor:
-    return x.float() - 1
+    return x.float() - 1 if _has_values(x) else x
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    if _has_values(tensors[0]):
+        return torch.cat(tensors, dim)
+    first, *others = (each.movedim(dim, 0) for each in tensors)
+    if any(other.shape[1:] != first.shape[1:] for other in others):
+        raise IndexError("the shapes differ")
+    length = sum(each.shape[dim] for each in tensors)
+    return first.new_empty(length, *first.shape[1:]).movedim(0, dim)
 
 
 def gguf_tensors(folder: Path) -> GgufTensors:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,7 +67,7 @@ from evoprune.session.options import NATIVE, TRANSFORMERS, ModelOptions
 from evoprune.session.patches import PatchStore
 from evoprune.signatures import takes
 from evoprune.untrusted import pick
-from evoprune.util import counted, from_keywords, listed, size
+from evoprune.util import counted, from_keywords, listed
 from evoprune.video import InputLimits, Plan, Video
 from evoprune.vision import encode_rows
 
@@ -99,6 +99,9 @@ class LoadedModel:
     load_seconds: dict[str, float]  # duration of the steps "tokenizer", "weights" and "prepare"
     packing: Packing  # packs the remaining layers later, and measures the time
     quantized_file: Path | None = None  # file containing the newly stored quantized weights, or None
+    not_stored: bool = (
+        False  # whether the quantized weights should be stored, but are not, so every start quantizes them again
+    )
     ready: Callable[[], None] = lambda: None  # waits for `_warm_up`, which starts during loading
     # Patches of recent inputs, which can be encoded again with different settings without reading their files again.
     patches: PatchStore = field(default_factory=PatchStore)
@@ -328,7 +331,7 @@ def load_model(
     work = partial(_warm_up, stored.config, DTYPES[model.dtype], stored.device, model.native)
     ready = Device(stored.device).run_beside(work)
     with callback_errors() as passing:
-        weights, packing, quantized_file = _loaded(stored, pack, passing(progress), seconds)
+        weights, packing, quantized_file, not_stored = _loaded(stored, pack, passing(progress), seconds)
     return LoadedModel(
         description=model,
         model=weights,
@@ -341,21 +344,21 @@ def load_model(
         load_seconds=seconds,
         packing=packing,
         quantized_file=quantized_file,
+        not_stored=not_stored,
         ready=ready,
     )
 
 
 def _loaded(
     stored: ModelWeights, pack: bool, progress: Callable[[int, int], None] | None, seconds: dict[str, float]
-) -> tuple[Model, Packing, Path | None]:
+) -> tuple[Model, Packing, Path | None, bool]:
     """Load the weights, then quantize and pack them as requested.
 
     Args:
         seconds: A dict to which the durations of the "weights" and "prepare" steps are added.
 
     Returns:
-        A tuple of the model, its `Packing`, and the file containing the newly stored quantized weights (None if nothing was
-        stored).
+        A tuple of the model, its `Packing`, `LoadedModel.quantized_file`, and `LoadedModel.not_stored`.
 
     Raises:
         OutOfMemory: If the weights do not fit into memory.
@@ -380,45 +383,46 @@ def _loaded(
             if quantize != "none":
                 hosted.widen(weights, dtype, skip=Quantization(quantize).weights(weights))
         elif stored.files:
-            weights = load_weights(stored.config, stored.files, dtype, device, quantize)
+            weights = load_weights(stored.config, stored.files, dtype, device, quantize, _store_key(stored))
         else:
             weights = QwenVL.random(stored.config, dtype, device)
         read = time.perf_counter()
         quantized_file = None
+        not_stored = False
         packing = Packing()
         if quantize == "none":
             packing = prepare(weights, pack)
         else:
-            quantized_file = _quantize(weights, stored, progress)
+            quantized_file, not_stored = _quantize(weights, stored, progress)
     except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
         message = f"the weights of {name} do not fit into memory ({device})"
         raise OutOfMemory(message, stored.what_fits(), stage="load") from problem
     seconds |= {"weights": read - start, "prepare": time.perf_counter() - read}
-    return weights, packing, quantized_file
+    return weights, packing, quantized_file, not_stored
 
 
-def _quantize(weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None) -> Path | None:
-    """Quantize the linear layers in place. Return the file containing the newly stored quantized weights, or None."""
-    from evoprune.session.loading.stored import has_room, is_too_large, quantize_once
+def _store_key(stored: ModelWeights) -> str | None:
+    """Return the `fingerprint` argument of `quantize_once`: None if the quantized weights should not be stored."""
+    model = stored.description
+    wanted = model.large if model.options.store_quantized is None else model.options.store_quantized
+    return f"{stored.fingerprint} {model.dtype}" if wanted and stored.files else None
+
+
+def _quantize(
+    weights: Model, stored: ModelWeights, progress: Callable[[int, int], None] | None
+) -> tuple[Path | None, bool]:
+    """Quantize the linear layers in place. See `quantize_once` for the result."""
+    from evoprune.session.loading.stored import can_store, quantize_once
 
     model = stored.description
-    store = model.options.store_quantized
-    if store is None:
-        store = model.large and has_room(stored.bytes)
-    elif store and is_too_large(stored.bytes):
-        message = f"the quantized weights are not kept on disk, because they take {size(stored.bytes)}"
-        warnings.warn(message, ModelWarning, stacklevel=2)
-    store = store and not is_too_large(stored.bytes)
-    fingerprint = None
-    if store and stored.files:
-        fingerprint = f"{stored.fingerprint} {model.dtype}"
-    deferred = weights.deferred
-    file = quantize_once(weights, model.quantize, fingerprint, progress, lambda name: deferred[name]())
-    deferred.clear()
+    key = _store_key(stored)
+    writes = can_store(stored.bytes, spare=not model.options.store_quantized)
+    file, again = quantize_once(weights, model.quantize, key, progress, writes, weights.deferred)
+    weights.deferred.clear()
     empty_cache()  # frees the memory of the original weights
-    return file
+    return file, again and key is not None
 
 
 def read_generation(folder: Path | None) -> GenerationSettings:
@@ -471,13 +475,21 @@ def _no_tokenizer(name: str) -> ModelError:
 
 
 def load_weights(
-    config: Config, files: WeightFiles, dtype: torch.dtype, device: torch.device, quantize: str = "none"
+    config: Config,
+    files: WeightFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str = "none",
+    store_key: str | None = None,
 ) -> QwenVL:
     """Read the weights of a natively supported model, and warn about unused tensors.
 
     On the CPU, weights stored in `dtype` stay memory-mapped until they are packed. If the model will be quantized, its linear
     layers and embeddings stay memory-mapped regardless of their dtype. If the output layer is tied to the embeddings and the files
     contain only the output layer, its tensor is used for both.
+
+    Args:
+        store_key: If an earlier run stored parameters under this fingerprint, they are memory-mapped (see `stored_parameters`).
 
     Raises:
         ModelError: If tensors are missing, have the wrong shape, or are stored twice with different values.
@@ -486,8 +498,12 @@ def load_weights(
     model = QwenVL.empty(config)
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
     as_stored = []
+    known = {}
     if quantize != "none":
+        from evoprune.session.loading.stored import stored_parameters
+
         as_stored = [HEAD, EMBEDDINGS, *Quantization(quantize).weights(model)]
+        known = stored_parameters(model, quantize, store_key)
     # Buffers that are recomputed from the config, even though older checkpoints include them, and layers for multi-token
     # prediction that are not used (see `ModelWeights.config`)
     ignored = re.compile(r"(^|\.)(inv_freq|position_ids)$|^mtp\.")
@@ -510,7 +526,9 @@ def load_weights(
             elif not ignored.search(name):
                 unused.append(stored)
             continue
-        if name in as_stored and hasattr(content, "placeholder"):
+        if name in known:
+            weight = known[name]
+        elif name in as_stored and hasattr(content, "placeholder"):
             # Dequantized layers would not fit into memory together, so each one is read when it is quantized.
             weight = content.compact(stored) if name == EMBEDDINGS else content.placeholder(stored)
             deferred[name] = partial(_read_in_memory, config, content, stored, wanted[name])
@@ -570,7 +588,10 @@ def _check_weight(file: Path, stored: str, weight: torch.Tensor, shape: torch.Si
         raise ModelError(problem, MISMATCH_HINT)
 
 
-def _read_in_memory(config: Config, content, stored: str, shape: torch.Size) -> torch.Tensor:
+def _read_in_memory(config: Config, content, stored: str, shape: torch.Size) -> Any:
+    """Return the weights of a layer. A matrix is an object that reads its rows when it is split."""
+    if len(shape) == 2:
+        return content.get_slice(stored)
     return _as_in_memory(config, content.get_tensor(stored), shape)
 
 

@@ -1,5 +1,8 @@
 """Quantize a model's weights and store the quantized weights on disk for later runs.
 
+If the weights can't be memory-mapped from the model's files, as in GGUF files, the other parameters are stored too, so later runs
+memory-map the whole model.
+
 A single calibration run identifies input channels with large values. It always uses the same input: a synthetic image with flat,
 smooth, striped, and noisy areas, and tokens from the entire vocabulary.
 """
@@ -9,28 +12,32 @@ import json
 import math
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 import evoprune
 from evoprune.backend import Quantization
-from evoprune.errors import ModelWarning, callback_errors
+from evoprune.errors import callback_errors
 from evoprune.language import LanguageModel
 from evoprune.methods import EncoderPlan, TowerShape, arange_on
 from evoprune.model import PATCHES, Model
 from evoprune.session.cache import Cache, own_code
+from evoprune.session.loading.weights import EMBEDDINGS
 from evoprune.util import open_safetensors
 from evoprune.vision import encode_rows
 
 CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, unit rows, and unit columns
 CALIBRATION_TOKENS = 64  # number of text tokens both before and after the visual tokens
 SPARE_BYTES = 8 * 2**30  # disk space to leave free unless the user explicitly asks to store weights
-HEADER_BYTES = 2**21  # header size, padded with spaces; each tensor takes about 120 bytes
+ALIGNMENT = 64
+# Size of the header, padded with spaces, so that tensors begin at a multiple of `ALIGNMENT`, which some products of float32 need for
+# the same results as in memory. Each tensor takes about 120 bytes of it.
+HEADER_BYTES = 2**21 - 8
 NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -41,13 +48,16 @@ NAMES = {
 }
 
 
-def is_too_large(size: int) -> bool:
-    """Return True if `size` bytes of quantized weights are more than the cache keeps."""
-    return size > Cache().of_weights.limit_bytes
+def can_store(size: int, spare: bool) -> bool:
+    """Return True if the cache keeps `size` bytes of quantized weights.
 
-
-def has_room(size: int) -> bool:
-    """Return True if the cache folder's disk has room for `size` bytes of quantized weights, with plenty of space to spare."""
+    Args:
+        spare: Whether their disk must have plenty of space to spare.
+    """
+    if size > Cache().of_weights.limit_bytes:
+        return False
+    if not spare:
+        return True
     folder = Cache().of_weights.folder
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -57,48 +67,68 @@ def has_room(size: int) -> bool:
         return False
 
 
+def stored_parameters(model: Model, kind: str, fingerprint: str | None) -> dict[str, torch.Tensor]:
+    """Return the memory-mapped parameters that an earlier run stored along with the quantized layers, by name.
+
+    Args:
+        model: The model, which may be on the meta device.
+        fingerprint: Same as for `quantize_once`.
+    """
+    if fingerprint is None:
+        return {}
+    entry = _entry(fingerprint, model, Quantization(kind))
+    return entry.parameters if entry else {}
+
+
 def quantize_once(
     model: Model,
     kind: str,
     fingerprint: str | None,
     progress: Callable[[int, int], None] | None = None,
-    read_weight: Callable[[str], torch.Tensor] | None = None,
-) -> Path | None:
+    write: bool = True,
+    deferred: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
+) -> tuple[Path | None, bool]:
     """Quantize a model in place, either loading weights stored by an earlier run or storing the result for later runs.
 
     Args:
         fingerprint: Identifies the model's files and dtype. If None, stored weights are neither used nor written.
-        read_weight: Reads the weights that are on the meta device; see `read` of `Quantization.apply`.
+        write: Whether to store the result.
+        deferred: Functions that read the weights on the meta device, by name. If these include the embeddings, files are not
+            memory-mapped, so the parameters that are not quantized are stored too (see `stored_parameters`).
 
     Returns:
-        The file containing the newly stored quantized weights, or None if nothing was written, for example because previously
-        stored weights were loaded.
+        The file containing the newly stored weights or None, and whether a later run will have to quantize the weights again, for
+        example because the disk is full.
     """
     quantization = Quantization(kind)
-    if fingerprint is None:
-        quantization.apply(model, calibrate, progress, read=read_weight)
-        return None
     entries = Cache().of_weights
+    if fingerprint is not None and (entry := _entry(fingerprint, model, quantization)):
+        quantization.restore(model, entry.layer, progress)
+        return None, False
+    others = _others(model, quantization) if EMBEDDINGS in deferred else {}
+
+    def apply(*args: Any) -> None:
+        quantization.apply(model, calibrate, *args, read=lambda weight: deferred[weight]())
+
+    if fingerprint is None or not write:
+        apply(progress)
+        return None, True
     name, key = _name_and_key(fingerprint, quantization)
-    if read := _entry(entries.path(name), key, quantization.layers(model)):
-        quantization.restore(model, read, progress)
-        return None
     stream = _Stream(key)
 
-    def write(file: BinaryIO) -> None:
+    def content(file: BinaryIO) -> None:
         stream.file = file
-        quantization.apply(model, calibrate, passing(progress), stream.add, read_weight)
+        for path, weight in sorted(others.items(), key=lambda each: each[1].nbytes % ALIGNMENT > 0):
+            layer, _, part = path.rpartition(".")
+            stream.add(layer, {part: weight})
+        apply(passing(progress), stream.add)
         stream.end()
 
     with callback_errors() as passing:  # an OSError of `progress` does not mean that the file cannot be written
-        written = entries.write(name, write)
-    if written:
-        return entries.path(name)
-    message = f"the quantized weights could not be stored: is the folder {entries.folder} full or read-only?"
-    warnings.warn(message, ModelWarning, stacklevel=2)
-    if not stream.file:  # the cache folder couldn't be created
-        quantization.apply(model, calibrate, progress, read=read_weight)
-    return None
+        written = entries.write(name, content)
+    if not written and not stream.file:  # the cache folder couldn't be created
+        apply(progress)
+    return (entries.path(name) if written else None), not written
 
 
 def _name_and_key(fingerprint: str, quantization: Quantization) -> tuple[str, str]:
@@ -116,30 +146,46 @@ def _hash(facts: list) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _entry(path: Path, key: str, layers: Collection[str]) -> Callable[[str], dict[str, torch.Tensor]] | None:
-    """Open a file of stored weights with memory mapping.
+def _others(model: Model, quantization: Quantization) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model that are not quantized, by name."""
+    quantized = set(quantization.weights(model))
+    return {name: weight for name, weight in model.named_parameters() if name not in quantized}
+
+
+class _Entry(NamedTuple):
+    """An opened file of stored weights. All tensors are memory-mapped."""
+
+    parameters: dict[str, torch.Tensor]  # parameters that are not quantized: all of them, or none
+    layer: Callable[[str], dict[str, torch.Tensor]]  # maps a layer name to the layer's tensors
+
+
+def _entry(fingerprint: str, model: Model, quantization: Quantization) -> _Entry | None:
+    """Open a file of stored weights, or return None if it is missing or damaged, or has a different key or other tensors.
 
     Args:
-        layers: Names of the layers that the file must contain. It must not contain any other layers.
-
-    Returns:
-        A function that maps a layer name to the layer's tensors, or None if the file is missing or damaged, or has a different key.
+        model: The unquantized model, which may be on the meta device.
     """
+    name, key = _name_and_key(fingerprint, quantization)
+    path = Cache().of_weights.path(name)
     if not path.is_file():
         return None
     try:
         file = open_safetensors(path)
     except OSError:
         return None
-    names: dict[str, list[str]] = {}
-    for name in file.keys():  # noqa: SIM118 (not a dict)
-        layer, _, part = name.rpartition(".")
-        names.setdefault(layer, []).append(part)
-    if names.keys() != set(layers) or (file.metadata() or {}).get("key") != key:
+    others = _others(model, quantization).keys()
+    stored = others & set(file.keys())
+    layers: dict[str, list[str]] = {}
+    for tensor in set(file.keys()) - others:
+        layer, _, part = tensor.rpartition(".")
+        layers.setdefault(layer, []).append(part)
+    fits = layers.keys() == quantization.layers(model).keys() and stored in (set(), others)
+    if not fits or (file.metadata() or {}).get("key") != key:
         return None
     with suppress(OSError):  # fails if the folder is read-only
         os.utime(path)
-    return lambda layer: {part: file.get_tensor(f"{layer}.{part}") for part in names[layer]}
+    parameters = {tensor: file.get_tensor(tensor) for tensor in stored}
+    return _Entry(parameters, lambda layer: {part: file.get_tensor(f"{layer}.{part}") for part in layers[layer]})
 
 
 class _Stream:

@@ -35,7 +35,7 @@ def random_layer(outputs, length, bias=True) -> nn.Linear:
 
 def eight_bits(layer, large=NONE):
     """A layer in 8 bits, and the weights that it stands for, float64."""
-    weights = int8_weights(layer, large)
+    weights = int8_weights(layer.weight, large)
     exact = weights["whole"].double() * weights["scale"].double()[:, None]
     exact[:, large] = layer.weight[:, large].double()
     return RowMajorInt8Linear(weights, layer.weight.shape, layer.bias), exact
@@ -43,7 +43,7 @@ def eight_bits(layer, large=NONE):
 
 def four_bits_of(layer, large=NONE):
     """A layer in 4 bits, and the weights that it stands for, float64."""
-    weights = row_major_int4_weights(layer, large)
+    weights = row_major_int4_weights(layer.weight, large)
     exact = by_hand(weights["packed"], layer.in_features)
     exact[:, large] = layer.weight[:, large].double()
     return RowMajorInt4Linear(weights, layer.weight.shape, layer.bias), exact
@@ -217,7 +217,7 @@ def test_numbers_that_are_none_are_not_hidden(compiled, number):  # noqa: F811
     y = answer(four_bits_of(layer)[0], x)
     assert y[0].isfinite().all() and not y[1].isfinite().any()
     layer.weight[3, 300] = number
-    made = RowMajorInt4Linear(row_major_int4_weights(layer, NONE), layer.weight.shape)
+    made = RowMajorInt4Linear(row_major_int4_weights(layer.weight, NONE), layer.weight.shape)
     for y in (answer(made, x[:1]), made(x[:1])):
         assert not y[0, 3].isfinite() and y[0, :3].isfinite().all() and y[0, 4:].isfinite().all()
 

@@ -160,10 +160,10 @@ def test_kinds_and_devices():
 @pytest.mark.parametrize("weights_of", [int8_weights, row_major_int4_weights])
 @pytest.mark.parametrize("out", [100, 256, 330])
 def test_weights_quantised_piece_by_piece_are_the_same(weights_of, out, monkeypatch):
-    layer = layer_of(out=out)
-    whole = weights_of(layer, LARGE)
+    weight = layer_of(out=out).weight
+    whole = weights_of(weight, LARGE)
     monkeypatch.setattr("evoprune.backend.cpu.quantize.PIECE_WEIGHTS", 64 * 96)
-    pieces = weights_of(layer, LARGE)
+    pieces = weights_of(weight, LARGE)
     assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
@@ -195,7 +195,7 @@ row_major = pytest.mark.skipif(
 
 
 def in_rows(layer, large=None) -> RowMajorInt8Linear:
-    return RowMajorInt8Linear(int8_weights(layer, large), layer.weight.shape, layer.bias)
+    return RowMajorInt8Linear(int8_weights(layer.weight, large), layer.weight.shape, layer.bias)
 
 
 @row_major
@@ -242,7 +242,7 @@ def test_only_row_major_weights_are_rounded_while_decoding(compiled, large):  # 
 
 
 def in_four_bits(layer, large) -> RowMajorInt4Linear:
-    return RowMajorInt4Linear(row_major_int4_weights(layer, large), layer.weight.shape, layer.bias)
+    return RowMajorInt4Linear(row_major_int4_weights(layer.weight, large), layer.weight.shape, layer.bias)
 
 
 def with_unpacked_weights(layer, made) -> nn.Linear:
@@ -294,7 +294,7 @@ def test_four_bits_decode(compiled, large):  # noqa: F811
 @row_major
 def test_four_bits_take_nine_sixteenths_of_eight(compiled):  # noqa: F811
     layer = layer_of(64, 4096, bias=False)
-    eight, four = int8_weights(layer), row_major_int4_weights(layer, LARGE[:0])
+    eight, four = int8_weights(layer.weight), row_major_int4_weights(layer.weight, LARGE[:0])
     assert four["packed"].nbytes / eight["whole"].nbytes == 9 / 16
 
 

@@ -222,6 +222,16 @@ def test_unsupported_metadata(tiny, case, tmp_path):
     assert any(each in message for each in words.split("|")), message
 
 
+def test_a_broken_template_names_the_file(tiny, tmp_path):
+    """The error occurs only when a question is asked."""
+    text = tiny.write_pair(tmp_path, text={"tokenizer.chat_template": "{{ 1 / 0 }} <|image_pad|> <|video_pad|>"})
+    qa = VideoQA(load_model(str(text)))
+    with pytest.raises(ModelError, match="chat template cannot be used") as caught:
+        qa.ask("samples/square.mp4", "What?", max_new_tokens=1).text  # noqa: B018
+    assert str(text) in caught.value.message
+    assert str(tmp_path / "cache") not in caught.value.message
+
+
 def test_a_projector_of_another_model(tiny, tiny3, tmp_path):
     text = tiny.write_pair(tmp_path)
     write_gguf(tmp_path / "mmproj-tiny-f16.gguf", tiny3.projector_fields(), tiny3.projector_tensors())

@@ -4,9 +4,12 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from evoprune import VideoQA
@@ -15,13 +18,14 @@ from evoprune.session import ModelOptions, describe
 from evoprune.session.gguf.blocks import DEQUANTIZE, dequantize
 from evoprune.session.gguf.folder import gguf_facts
 from evoprune.session.gguf.reader import KINDS
-from evoprune.session.gguf.tensors import gguf_tensors
+from evoprune.session.gguf.tensors import GgufTensors, gguf_tensors
 from tests.gguf_files import Folder, add_to_ollama, weights_of, write_gguf
 from tests.loading import load_model
 from tests.quantized import parameters
 from tests.tiny import add_mtp, save_tiny
 
 CLIP = "samples/square.mp4"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
 TEXTS = "How many réd squares, 1234?\n\n  it's  你好 ยิ้ม <|im_end|> <think>\t🚀", "It'S\r\n\r\n  3.5  --  "
 OLLAMA = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_vl_moe", "qwen3_5_moe"]
 PAIRS = ["qwen2_vl", *OLLAMA]
@@ -307,15 +311,93 @@ def test_quantized_layers_are_those_of_the_dequantized_weights(original, family,
     text = Folder(original(family)).write_pair(tmp_path / "models", kind="Q8_0")
     tensors = gguf_tensors(describe(ModelOptions(str(text))).folder)
     folder = shutil.copytree(original(family), tmp_path / "dequantized")
-    embeddings = "model.language_model.embed_tokens.weight"
-    stored = {name: tensors.get_tensor(name).contiguous() for name in tensors.entries if name != embeddings}
-    save_file(stored | {embeddings: tensors.compact(embeddings)}, folder / "model.safetensors", {"format": "pt"})
+    stored = {name: tensors.get_tensor(name).contiguous() for name in tensors.entries if name != EMBEDDINGS}
+    save_file(stored | {EMBEDDINGS: tensors.compact(EMBEDDINGS)}, folder / "model.safetensors", {"format": "pt"})
     options = {"quantize": quantize, "store_quantized": True}
     expected = answers(folder, **options)
     assert answers(text, **options) == expected
-    with monkeypatch.context() as patch:  # the second start reads the stored weights
-        patch.setattr("evoprune.session.loading.stored.calibrate", None)
-        assert answers(text, **options) == expected
+    forbid_reading(monkeypatch)
+    assert answers(text, **options) == expected
+
+
+def forbid_reading(monkeypatch):
+    """Let later starts read neither the weights in GGUF files nor quantize any layer."""
+    monkeypatch.setattr("evoprune.session.loading.stored.calibrate", None)
+    monkeypatch.setattr(GgufTensors, "blocks", lambda self, info: pytest.fail(f"{info.name} was read"))
+
+
+def weights_in(loaded):
+    """Return the parameters of a quantized model that are not quantized, and the biases of its quantized layers."""
+    layers = loaded.model.named_modules()
+    biases = {name: layer.bias for name, layer in layers if hasattr(layer, "packed") and layer.bias is not None}
+    return dict(loaded.model.named_parameters()) | biases
+
+
+def test_opening_files_does_not_import_the_compiler_of_torch(original, tmp_path):
+    """It would take longer than everything else."""
+    files = [Folder(original(family)).write_pair(tmp_path / family, kind="Q8_0") for family in PAIRS]
+    files.append(Folder(original("qwen3_5")).write_single(tmp_path / "single.gguf"))
+    folders = [str(describe(ModelOptions(str(file))).folder) for file in files]
+    code = (
+        "import sys; from pathlib import Path; from evoprune.session.gguf.tensors import gguf_tensors\n"
+        "for folder in sys.argv[1:]: gguf_tensors(Path(folder))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *folders]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+
+
+@pytest.mark.parametrize("quantize", parameters("int8"))
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_later_starts_map_all_weights_from_the_stored_file(original, kind, dtype, quantize, tmp_path, monkeypatch):
+    text = Folder(original("qwen3_5")).write_pair(tmp_path / "models", kind=kind)
+    options = {"quantize": quantize, "store_quantized": True, "dtype": dtype}
+    first = load_model(str(text), **options)
+    with safe_open(first.quantized_file, "pt") as file:
+        names = set(file.keys())
+    others = {name for name, _ in first.model.named_parameters()}
+    assert EMBEDDINGS in others and others < names
+    forbid_reading(monkeypatch)
+    expected, found = weights_in(first), weights_in(load_model(str(text), **options))
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == each.dtype and torch.equal(found[name], each) for name, each in expected.items())
+
+
+@pytest.mark.parametrize("quantize", parameters("int8"))
+@pytest.mark.parametrize("damage", ["cut", "a parameter less"])
+def test_damaged_stored_weights_are_written_again(original, damage, quantize, tmp_path):
+    text = Folder(original("qwen2_5_vl")).write_pair(tmp_path / "models", kind="Q8_0")
+    options = {"quantize": quantize, "store_quantized": True}
+    expected = answers(text, **options)
+    (file,) = (tmp_path / "cache" / "weights").iterdir()
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    else:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys() if name != EMBEDDINGS}  # noqa: SIM118
+            about = opened.metadata()
+        save_file(tensors, file, about)
+    assert answers(text, **options) == expected
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("quantize", parameters("int8"))
+def test_weights_of_changed_files_are_stored_again(original, quantize, tmp_path):
+    folder = Folder(original("qwen2_5_vl"))
+    text = folder.write_pair(tmp_path / "models", kind="Q8_0")
+    options = {"quantize": quantize, "store_quantized": True}
+    first = load_model(str(text), **options)
+    tensors = folder.projector_tensors()
+    name = "v.post_ln.weight"
+    tensors[name] = tensors[name] + 1
+    write_gguf(next(text.parent.glob("mmproj*")), folder.projector_fields(), tensors)
+    second = load_model(str(text), **options)
+    assert second.quantized_file not in (None, first.quantized_file)
+    norms = [loaded.model.model.visual.merger.ln_q.weight for loaded in (first, second)]
+    assert torch.allclose(norms[0] + 1, norms[1], atol=0.02)
 
 
 @pytest.mark.parametrize("kind", sorted(DEQUANTIZE))

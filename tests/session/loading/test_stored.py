@@ -10,10 +10,11 @@ import torch
 
 from evoprune import VideoQA
 from evoprune.backend import Quantization
-from evoprune.errors import ModelWarning, UsageError
-from evoprune.session.cache import Cache, Entries
+from evoprune.errors import UsageError
+from evoprune.report import WARNINGS
+from evoprune.session.cache import WEIGHTS_LIMIT_BYTES, Cache, Entries
 from evoprune.session.loading import stored
-from evoprune.session.loading.stored import calibrate
+from evoprune.session.loading.stored import SPARE_BYTES, calibrate
 from tests.loading import delete_when_mapped, load_model
 from tests.quantized import SOME, parameters
 from tests.tiny import save_tiny, tiny_model
@@ -35,9 +36,10 @@ def outputs(model):
     return made
 
 
-def quantised(kind, fingerprint="a", **options):
+def quantised(kind, fingerprint="a", again=False, **options):
+    """Return the outputs of a quantized model. `again` is whether a later run would have to quantize it again."""
     model = copy.deepcopy(tiny_model())
-    stored.quantize_once(model, kind, fingerprint, **options)
+    assert stored.quantize_once(model, kind, fingerprint, **options)[1] == again
     return outputs(model)
 
 
@@ -103,8 +105,7 @@ def test_a_disk_that_is_full_or_read_only_changes_nothing(kind, folder, runs, mo
     expected = quantised(kind)
     monkeypatch.setattr(Cache, "of_weights", Entries(folder / "no", 10))
     (folder / "no").write_text("a file")
-    with pytest.warns(ModelWarning, match=rf"could not be stored: is the folder {folder}/no full or read-only"):
-        assert same(quantised(kind), expected)
+    assert same(quantised(kind, again=True), expected)
     monkeypatch.undo()
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(folder / "full"))
 
@@ -115,8 +116,7 @@ def test_a_disk_that_is_full_or_read_only_changes_nothing(kind, folder, runs, mo
             super().add(layer, weights)
 
     monkeypatch.setattr(stored, "_Stream", Full)
-    with pytest.warns(ModelWarning, match="could not be stored"):
-        assert same(quantised(kind), expected)
+    assert same(quantised(kind, again=True), expected)
     assert list((folder / "full/weights").iterdir()) == []
 
 
@@ -166,36 +166,55 @@ def test_what_auto_quantises_is_stored_too(tmp_path, monkeypatch):
         assert loaded.quantize == "int8" and loaded.quantized_file.is_file()
 
 
-@pytest.mark.parametrize(("free", "kept"), [(2**40, True), (2**30, False)])
-def test_weights_of_large_models_are_stored_if_the_disk_has_room(tmp_path, monkeypatch, free, kept):
-    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-    folder = str(save_tiny(tmp_path / "model"))
-
-    def stored(**options) -> bool:
-        loaded = load_model(folder, quantize="int8", **options)
-        return loaded.quantized_file is not None and loaded.quantized_file.is_file()
-
-    if parameters("int8"):
-        assert not stored()  # the model is small
-        monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
-        assert not stored(store_quantized=False)
-        assert stored() == kept
-        assert not stored() and stored(store_quantized=True) != kept  # it is there already
-
-
-def test_weights_that_the_cache_cannot_keep_are_not_stored(tmp_path, monkeypatch):
-    """Entries of other models stay."""
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A folder with a small model that counts as large, and a function that loads it, given the free bytes of the disk."""
+    if not parameters("int8"):
+        pytest.skip("this CPU has no int8 products")
     monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 1)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**40))
-    folder = str(save_tiny(tmp_path / "model"))
-    if parameters("int8"):
-        load_model(folder, quantize="int8")
-        before = sorted((tmp_path / "weights").iterdir())
-        assert before
-        monkeypatch.setattr("evoprune.session.cache.WEIGHTS_LIMIT_BYTES", 10)
-        other = str(save_tiny(tmp_path / "other", seed=1))
-        assert load_model(other, quantize="int8").quantized_file is None
-        with pytest.warns(ModelWarning, match="are not kept on disk, because they take"):
-            assert load_model(other, quantize="int8", store_quantized=True).quantized_file is None
-        assert sorted((tmp_path / "weights").iterdir()) == before
+    folder = save_tiny(tmp_path / "model")
+
+    def load(free, **options):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        return load_model(str(folder), quantize="int8", **options)
+
+    return load
+
+
+def stored_state(loaded) -> tuple[bool, bool]:
+    """Return whether a start stored weights, and whether later starts have to quantize them again."""
+    return loaded.quantized_file is not None and loaded.quantized_file.is_file(), loaded.not_stored
+
+
+def test_weights_of_large_models_are_stored_if_the_disk_has_room(large, monkeypatch, runs):
+    assert stored_state(large(2**30)) == (False, True)
+    assert stored_state(large(2**40, store_quantized=False)) == (False, False)
+    assert stored_state(large(2**40)) == (True, False)
+    assert len(runs) == 3
+    for free in (2**40, 2**30):  # they are there already, so the disk may be full
+        assert stored_state(large(free)) == (False, False)
+        assert stored_state(large(free, store_quantized=True)) == (False, False)
+    assert len(runs) == 3
+    monkeypatch.setattr("evoprune.session.loading.description.LARGE_MODEL", 2**60)
+    assert stored_state(large(2**30, dtype="fp32")) == (False, False)
+    assert stored_state(large(2**30, dtype="fp32", store_quantized=True)) == (True, False)
+
+
+def test_a_full_disk_is_reported(large):
+    for free, warned in ((2**30, True), (2**40, False)):
+        report = VideoQA(large(free)).ask("samples/square.mp4", "What?", max_new_tokens=1).report
+        assert ("weights_not_stored" in report.warnings) == warned
+    text = WARNINGS["weights_not_stored"]
+    assert all(word in text for word in (f"{SPARE_BYTES >> 30} GiB", f"{WEIGHTS_LIMIT_BYTES >> 30} GiB", "--no-store"))
+
+
+def test_weights_that_the_cache_cannot_keep_are_not_stored(large, folder, tmp_path, monkeypatch):
+    """Entries of other models stay."""
+    large(2**40)
+    before = sorted(folder.iterdir())
+    assert before
+    monkeypatch.setattr("evoprune.session.cache.WEIGHTS_LIMIT_BYTES", 10)
+    other = str(save_tiny(tmp_path / "other", seed=1))
+    for options in ({}, {"store_quantized": True}):
+        assert stored_state(load_model(other, quantize="int8", **options)) == (False, True)
+    assert sorted(folder.iterdir()) == before
