@@ -22,6 +22,7 @@ from evoprune import __version__
 from evoprune_cli import main, mistakes
 from evoprune_cli.terminal import Terminated, encodable
 from tests.cli.screen import visible
+from tests.quantized import parameters
 from tests.video.files import numbered_frames, spoil, write_video
 
 ROOT = Path(__file__).parents[2]
@@ -739,6 +740,18 @@ def test_entries_of_the_cache_that_are_no_files(cli, monkeypatch, tmp_path, kind
     assert (again["cache"], again["answer"]) == ("miss", first["answer"])
     assert ("cache_not_written" in again["warnings"]) == (kind == "folder")
     assert Path("/dev/zero").is_char_device()
+
+
+@pytest.mark.parametrize("kind", parameters("int8"))
+def test_weights_that_cannot_be_stored_are_reported(cli, monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path))
+    (tmp_path / "weights").write_text("a file")
+    ask = ("ask", SQUARE, "What?", *QUICK, "--quantize", kind, "--store-quantized")
+    failed = cli(*ask, "--json")
+    assert "weights_not_stored" in failed.record["warnings"]
+    (tmp_path / "weights").unlink()
+    text = "warning: the quantized weights are not kept on disk, so every start quantizes them again."
+    assert text in " ".join(failed.err.split()) and text not in " ".join(cli(*ask).err.split())
 
 
 @pytest.mark.parametrize(

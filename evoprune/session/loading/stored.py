@@ -35,8 +35,8 @@ CALIBRATION_GRID = (1, 8, 8)  # number of frame pairs, unit rows, and unit colum
 CALIBRATION_TOKENS = 64  # number of text tokens both before and after the visual tokens
 SPARE_BYTES = 8 * 2**30  # disk space to leave free unless the user explicitly asks to store weights
 ALIGNMENT = 64
-# Size of the header, padded with spaces, so that tensors begin at a multiple of `ALIGNMENT`, which some products of float32 need for
-# the same results as in memory. Each tensor takes about 120 bytes of it.
+# Size of the header, padded with spaces, so that tensors begin at a multiple of `ALIGNMENT`. Some products of float32 need this for
+# the same results as in memory. Each tensor takes about 120 bytes of the header.
 HEADER_BYTES = 2**21 - 8
 NAMES = {
     torch.int8: "I8",

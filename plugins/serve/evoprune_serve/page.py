@@ -50,6 +50,7 @@ PAGE_TEXTS = {
     "joined_files": "the video contains another file after the first one; everything after the first may be missing or misplaced",
     "pictures_whole": "images are not pruned; pruning counts cover only the videos",
     "cache_not_written": "the server could not store the encoded video",
+    "weights_not_stored": "the server could not store the quantized weights of its model",
     "interlaced_video": "the video is interlaced, and was deinterlaced",
     "stretched_video": "the video states pixels that are more than ten times as wide as high, or as high as wide, so they are "
     "read as square",
