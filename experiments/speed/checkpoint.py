@@ -27,25 +27,36 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 
-def write_checkpoint(folder: Path, model: str = MODEL, shards: int = 2, mtp: bool = False) -> None:
+def write_checkpoint(
+    folder: Path, model: str = MODEL, shards: int = 2, mtp: bool = False, layers: int | None = None
+) -> None:
     """Write bf16 weights and the config, tokenizer, and processor settings to `folder`, which must not exist yet.
 
     Args:
         mtp: Whether to include the layer for multi-token prediction, as published. Its random drafts are never accepted.
+        layers: Number of language model layers, of which the last one is an attention layer. None means as published.
     """
     made = folder.with_name(folder.name + ".writing")
     made.mkdir()
-    write_settings(made, model, mtp)
+    write_settings(made, model, mtp, layers)
     config = Config.parse(json.loads((made / "config.json").read_text(encoding="utf-8")))
     write_weights(made, QwenVL.random(config, torch.bfloat16, torch.device("cpu")), shards)
     made.rename(folder)
 
 
-def write_settings(folder: Path, model: str = MODEL, mtp: bool = False) -> None:
-    """Write the config, tokenizer, and processor settings to `folder`. A model with random weights requires nothing else."""
+def write_settings(folder: Path, model: str = MODEL, mtp: bool = False, layers: int | None = None) -> None:
+    """Write the config, tokenizer, and processor settings to `folder`. A model with random weights requires nothing else.
+
+    See `write_checkpoint` for the arguments.
+    """
     config = json.loads(BUNDLED_CONFIGS[model].read_text(encoding="utf-8"))
+    text = config["text_config"]
     if not mtp:
-        config["text_config"].pop("mtp_num_hidden_layers", None)
+        text.pop("mtp_num_hidden_layers", None)
+    if layers:
+        text["num_hidden_layers"] = layers
+        if "full_attention_interval" in text:
+            text["full_attention_interval"] = min(layers, text["full_attention_interval"])
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         shutil.copyfile(DEMOS["demo"].folder / name, folder / name)
@@ -56,11 +67,15 @@ def write_settings(folder: Path, model: str = MODEL, mtp: bool = False) -> None:
 
 
 def write_weights(folder: Path, model: QwenVL, shards: int) -> None:
-    """Write a model's weights under the names used in published checkpoints. Tied weights are written once."""
+    """Write a model's weights in the form of published checkpoints. Tied weights are written once."""
     from safetensors.torch import save_file
 
     older = not model.config.text_config.head_norms  # Qwen2-VL and Qwen2.5-VL
     weights = {_published(name) if older else name: weight for name, weight in model.named_parameters()}
+    if model.config.vision_config.traits.transposes_experts:
+        weights |= {
+            name: weight.transpose(1, 2).contiguous() for name, weight in weights.items() if ".experts." in name
+        }
     total = sum(weight.nbytes for weight in weights.values())
     seen = 0
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
@@ -109,6 +124,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL, choices=sorted(BUNDLED_CONFIGS))
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--mtp", action="store_true", help="include the layer for multi-token prediction")
+    parser.add_argument("--layers", type=int, help="number of language model layers (default: as published)")
     write_checkpoint(**vars(parser.parse_args()))
 
 
