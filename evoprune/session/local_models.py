@@ -219,11 +219,10 @@ def _checked(name: str, place: str, config: Config, parameters: int | None, disk
 
 
 def _quantized_bytes(config: Config, parameters: int, bytes_each: float) -> int:
-    """Return the size of a model's weights on a CPU, where linear layers are quantized, and embeddings keep 16 bits."""
+    """Return the size of a model's weights on a CPU, where linear layers are quantized, and few rows of the embeddings are read."""
     text = config.text_config
-    embeddings = text.vocab_size * text.hidden_size
-    linear = parameters if config.tie_word_embeddings else parameters - embeddings
-    return int(bytes_each * linear + 2 * embeddings)
+    embeddings = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
+    return int(bytes_each * (parameters - embeddings))
 
 
 def _sizes(files: Iterable[Path]) -> int:
