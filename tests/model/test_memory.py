@@ -167,24 +167,24 @@ def test_weights_that_will_not_fit_are_not_read(saved, monkeypatch, dtype):
 def test_mapped_embeddings_count_only_if_all_rows_are_read():
     """Lookups read few rows of a mapped file, but an unquantized output layer reads the embeddings to which it is tied."""
 
-    def counted(tied: bool, quantize: str, table_mapped: bool) -> int:
-        config = describe(ModelOptions("Qwen/Qwen3.5-2B", load_format="dummy")).config
-        config = replace(config, tie_word_embeddings=tied)
-        return needed_bytes(config, torch.bfloat16, quantize, mapped=True, table_mapped=table_mapped)
-
     table = 248_320 * 2048 * 2
     for tied, quantize in product((True, False), ("none", *KINDS)):
+        config = describe(ModelOptions("Qwen/Qwen3.5-2B", load_format="dummy")).config
+        config = replace(config, tie_word_embeddings=tied)
+        read, mapped = (needed_bytes(config, torch.bfloat16, quantize, mapped=each) for each in (False, True))
         unread = 0 if tied and quantize == "none" else table
-        assert counted(tied, quantize, False) - counted(tied, quantize, True) == unread
+        saved = 0 if quantize == "none" else Quantization(quantize).saved_bytes(QwenVL.empty(config).bfloat16())
+        assert read - mapped == unread + saved
 
 
 @pytest.mark.skipif(not KINDS, reason="this CPU cannot quantise")
-def test_embeddings_of_gguf_files_count_because_they_are_not_mapped(saved, tmp_path, monkeypatch):
+def test_gguf_files_need_as_much_as_a_folder_at_later_starts(saved, tmp_path, monkeypatch):
+    """Later starts map all weights from a stored file."""
     monkeypatch.setenv("EVOPRUNE_CACHE_DIR", str(tmp_path / "cache"))
-    text = gguf_files.Folder(saved).write_pair(tmp_path)
-    counted = [weights_of(describe(ModelOptions(str(path)))).bytes_as("fp32", KINDS[0]) for path in (saved, text)]
-    config = describe(ModelOptions(str(saved))).config.text_config
-    assert counted[1] - counted[0] == 4 * config.vocab_size * config.hidden_size
+    text = gguf_files.Folder(saved).write_pair(tmp_path, kind="Q8_0")
+    folder, files = (weights_of(describe(ModelOptions(str(path)))) for path in (saved, text))
+    assert files.bytes_as("bf16", KINDS[0]) == folder.bytes_as("bf16", KINDS[0])
+    assert files.bytes_as("bf16", "none") > files.bytes_as("bf16", KINDS[0])
 
 
 @pytest.mark.full
@@ -212,7 +212,7 @@ def test_the_peak_of_a_later_start_is_as_foretold(tmp_path):
 def test_fewer_bits_are_suggested_where_they_fit(saved, monkeypatch):
     config = describe(ModelOptions(str(saved))).config
     kind = KINDS[0]
-    wide, small = (needed_bytes(config, torch.float32, each, mapped=True, table_mapped=True) for each in ("none", kind))
+    wide, small = (needed_bytes(config, torch.float32, each, mapped=True) for each in ("none", kind))
     assert small < wide
     monkeypatch.setattr(Device, "available_memory", lambda self: small)
     with pytest.raises(OutOfMemory) as caught:

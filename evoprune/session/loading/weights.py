@@ -149,9 +149,7 @@ class ModelWeights:
         """
         model = self.description
         if model.native:
-            mapped = self._stays_mapped(dtype, quantize)
-            table_mapped = mapped and not gguf_files(model.folder)  # GGUF files' embeddings are dequantized
-            return needed_bytes(self.config, DTYPES[dtype], quantize, mapped, table_mapped)
+            return needed_bytes(self.config, DTYPES[dtype], quantize, self._stays_mapped(dtype, quantize))
         if model.quantization and self.files_here and not Device(self.device).widens(model.quantization):
             return sum(file.stat().st_size for file in self.files_here)
         return self.parameters * self.read_dtype(dtype, quantize).itemsize
@@ -487,7 +485,7 @@ def has_mtp(config: Config, files: WeightFiles) -> bool:
     return not missing
 
 
-def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool, table_mapped: bool) -> int:
+def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool) -> int:
     """Estimate how many bytes of memory the weights need during loading and afterwards.
 
     The estimate includes memory-mapped weights. They are read for each token, so any evicted pages would have to be loaded again.
@@ -495,15 +493,14 @@ def needed_bytes(config: Config, dtype: torch.dtype, quantize: str, mapped: bool
     if they are also the output layer, because otherwise, only the rows of the tokens are read.
 
     Args:
-        mapped: Whether the weights stay memory-mapped (see `stay_mapped`).
-        table_mapped: Whether the embeddings stay memory-mapped.
+        mapped: Whether the weights stay memory-mapped (see `stay_mapped`). If they are quantized, this assumes a later start.
     """
     model = QwenVL.empty(config).to(dtype)
     needed = sum(weight.nbytes for weight in model.parameters())
     if quantize != "none" and mapped:
         needed -= Quantization(quantize).saved_bytes(model)
     embeddings = model.model.language_model.embed_tokens.weight
-    if table_mapped and (quantize != "none" or model.lm_head.weight is not embeddings):
+    if mapped and (quantize != "none" or model.lm_head.weight is not embeddings):
         needed -= embeddings.nbytes
     return needed
 
