@@ -94,6 +94,7 @@ class _Pruned(SupportsMultiModalPruning):
         PluginError: If a third-party method doesn't behave as declared.
     """
 
+    supported_video_pruning_methods = ("evs",)  # vLLM's default; evoprune's method is in --additional-config
     supports_encoder_tp_data = False
     supports_tower_connector_lora = False
 

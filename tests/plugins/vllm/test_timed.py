@@ -116,6 +116,12 @@ def test_unpruned_it_answers_as_vllm_does(start, family, folder):
     assert_same(said(llm, asked), stock, exact)  # with prefixes in the cache
 
 
+def test_another_method_of_vllm_is_refused(start, folder):
+    """Only the stock class has VidCom2."""
+    with pytest.raises(Exception, match="vidcom2"):
+        start(model=folder("qwen3_vl"), **options("qwen3_vl", 0.5), video_pruning_method="vidcom2")
+
+
 def moving(path, seed, frames=12, size=(128, 192)):
     """Write a video at a size of the model, so that nothing resizes it. Some blocks change in each frame."""
     random = np.random.default_rng(seed)
