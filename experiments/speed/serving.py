@@ -59,8 +59,8 @@ Runs = dict[str, dict[str, list[Run]]]  # for each load and side, a run per roun
 
 
 def sides_of(model: str) -> str:
-    """Return the default sides. In vLLM 0.32, Qwen2.5-VL does not have VidCom2."""
-    own = ["evs:0.75", "evs:0.9"] if "Qwen2" in model else ["evs:0.75", "evs:0.9", "vidcom2:0.9"]
+    """Return the default sides. In vLLM 0.32, only Qwen3-VL has VidCom2."""
+    own = ["evs:0.75", "evs:0.9"] + (["vidcom2:0.9"] if "Qwen3-VL" in model else [])
     return ",".join([STOCK, *own, "plugin:0.75", "plugin:0.9", "serve:0.75", "serve:0.9"])
 
 
