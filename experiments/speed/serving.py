@@ -97,11 +97,7 @@ def measure(args: argparse.Namespace, sides: list[Side], files: Path) -> None:
                     runs[load].setdefault(str(side), []).append(run)
                     say(f"{side}, {load}: first token {run.first_token_s:.2f} s, {run.wall_s:.1f} s in all")
             peaks[process] = max(peaks.get(process, 0), memory.peak)
-            found = {
-                load: {side: [asdict(run) for run in each] for side, each in of.items()} for load, of in runs.items()
-            }
-            (args.folder / "serving.json").write_text(json.dumps({"runs": found, "peaks": peaks}, indent=1))
-    return runs, peaks
+            write(args, runs, peaks)
 
 
 def write(args: argparse.Namespace, runs: Runs, peaks: dict[str, int]) -> None:
