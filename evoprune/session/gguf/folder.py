@@ -72,6 +72,11 @@ def _temporary() -> Path:
     return Path(kept.enter_context(temporary_folder("evoprune-gguf-")))
 
 
+def _parents() -> list[Path]:
+    """Return the folders that contain folders of small files. `_temporary` is not created for this."""
+    return [_folders(), *([_temporary()] if _temporary.cache_info().currsize else ())]
+
+
 def _folders() -> Path:
     return cache_folder() / "gguf"
 
@@ -165,14 +170,14 @@ def naming_files(load: Callable[P, Loaded]) -> Callable[P, Loaded]:
 
 def _with_titles(text: str) -> str:
     """Replace the paths of small files, which users don't know, with the names of the GGUF files."""
-    for folder in (each for parent in (_folders(), _temporary()) for each in parent.glob("*")):
+    for folder in (each for parent in _parents() for each in parent.glob("*")):
         inside = rf"{re.escape(str(folder))}([/\\][\w.]+)?"
         text = re.sub(inside, lambda _, folder=folder: gguf_title(folder), text)
     return text
 
 
 def _index(folder: Path | None) -> dict:
-    if folder is None or not (folder / INDEX).is_file() or folder.parent not in (_folders(), _temporary()):
+    if folder is None or not (folder / INDEX).is_file() or folder.parent not in _parents():
         return {}
     try:
         index = read_object(folder / INDEX)
