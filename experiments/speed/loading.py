@@ -10,18 +10,17 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-from experiments.speed.processes import ROOT
+from experiments.speed.processes import ROOT, Sampler
 from experiments.tables import table
 
 SAMPLE_S = 0.05
 
 
-class Watch:
-    """Records this process's largest memory, in bytes, in a thread. Use it in a `with` statement.
+class Watch(Sampler):
+    """Records this process's largest memory, in bytes, during a `with` block.
 
     Attributes:
         own: The process's own memory.
@@ -31,26 +30,14 @@ class Watch:
     def __init__(self):
         from evoprune.backend import Device
 
+        super().__init__(SAMPLE_S)
         self.own = self.resident = 0
         self._device = Device("cpu")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *problem) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._ended.wait(SAMPLE_S)
-            own, mapped = self._device.memory_in_use()
-            self.own = max(self.own, own)
-            self.resident = max(self.resident, own + mapped)
+    def sample(self) -> None:
+        own, mapped = self._device.memory_in_use()
+        self.own = max(self.own, own)
+        self.resident = max(self.resident, own + mapped)
 
 
 def load(args: argparse.Namespace) -> None:

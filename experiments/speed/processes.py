@@ -13,9 +13,36 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
+
+
+class Sampler:
+    """Calls `sample` every `seconds` in a thread during a `with` block, and once more at its end."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(self._seconds)
+            self.sample()
+
+    def sample(self) -> None:
+        """Take a measurement."""
+        raise NotImplementedError
 
 
 class Side:

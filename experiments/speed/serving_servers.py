@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from experiments.speed.processes import ROOT, end_group, last_line
+from experiments.speed.processes import ROOT, Sampler, end_group, last_line
 
 START_S = 900
 STOP_S = 30
@@ -19,28 +18,16 @@ SAMPLE_S = 0.5
 SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-class Memory:
-    """Records the largest memory of a process and its children, in bytes, while a `with` block runs."""
+class Memory(Sampler):
+    """Records the largest memory of a process and its children, in bytes, during a `with` block."""
 
     def __init__(self, pid: int):
+        super().__init__(SAMPLE_S)
         self.peak = 0
         self._pid = pid
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *problem) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._ended.wait(SAMPLE_S)
-            self.peak = max(self.peak, memory_of(self._pid))
+    def sample(self) -> None:
+        self.peak = max(self.peak, memory_of(self._pid))
 
 
 def memory_of(pid: int) -> int:
